@@ -8,7 +8,7 @@ from torchrl_sql.games import ACTION_NAMES, GAMES, HELDOUT_5, TRAIN_40, legal_ac
 
 
 def test_action_names_are_those_of_ale():
-    assert ACTION_NAMES == tuple(action.name for action in Action)
+    assert tuple(action.name for action in Action) == ACTION_NAMES
 
 
 def test_splits_have_the_published_sizes_and_do_not_overlap():
