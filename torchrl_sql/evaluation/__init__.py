@@ -1,0 +1,1 @@
+"""Evaluation in the emulator, statistics of scores, and reports."""
