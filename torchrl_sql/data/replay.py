@@ -1,0 +1,155 @@
+"""Storage and sampler, ready made."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Literal
+
+from tensordict import TensorDict
+from torchrl.data import TensorDictReplayBuffer
+from torchrl.data.replay_buffers.writers import ImmutableDatasetWriter
+
+from torchrl_sql.data.sampler import GameMixtureSampler
+from torchrl_sql.data.storage import AtariFrameStorage
+from torchrl_sql.data.store import FrameStore
+
+
+class OfflineAtariReplay(TensorDictReplayBuffer):
+    """A read-only TorchRL replay buffer over stored Atari episodes.
+
+    Differs from its parent in prefetching: batches are read side by side in threads, but delivered in the order of the
+    sampler's steps, and the state counts delivered batches only. (The parent holds a lock while it reads, and with
+    several threads their order is up to the scheduler.) So batch ``t`` is the same for any ``prefetch``, the ranks'
+    slices are those of one global batch, and a buffer restored from :meth:`state_dict` continues with the next one.
+
+    Args:
+        store (FrameStore or path): where the episodes are.
+
+    Keyword Args:
+        batch_size (int): transitions of the *global* batch; this rank gets ``batch_size / world_size`` of them.
+        games, n_steps, gamma: see :class:`AtariFrameStorage`.
+        mixture, seed, rank, world_size: see :class:`GameMixtureSampler`.
+        prefetch (int): batches read ahead, each in a thread of its own; 0 reads in the calling thread.
+        pin_memory (bool): copy batches to page-locked memory, for asynchronous transfers to a GPU.
+        transform (optional): as for TorchRL's buffers; runs in the calling thread, so that random ones reproduce.
+
+    The batch is that of :class:`AtariFrameStorage` plus ``index`` int64 ``[B]``, the storage indices.
+
+    Examples:
+        >>> replay = OfflineAtariReplay("store", batch_size=512)  # doctest: +SKIP
+        >>> replay.sample()["observation"].shape  # doctest: +SKIP
+        torch.Size([512, 4, 84, 84])
+    """
+
+    def __init__(
+        self,
+        store: FrameStore | str | os.PathLike[str],
+        *,
+        batch_size: int,
+        games: str | Sequence[str] | None = None,
+        n_steps: int = 1,
+        gamma: float = 0.99,
+        mixture: Literal["games", "transitions"] | Sequence[float] = "games",
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        prefetch: int = 0,
+        pin_memory: bool = False,
+        transform: Any = None,
+    ) -> None:
+        if batch_size < 1 or batch_size % world_size:
+            raise ValueError(f"batch_size must be a positive multiple of world_size {world_size}, got {batch_size}")
+        if prefetch < 0:
+            raise ValueError(f"prefetch must be >= 0, got {prefetch}")
+        self._depth = prefetch
+        self._reads: deque[tuple[int, Future[TensorDict]]] = deque()
+        self._readers: ThreadPoolExecutor | None = None
+        super().__init__(
+            storage=AtariFrameStorage(store, games, n_steps=n_steps, gamma=gamma),
+            sampler=GameMixtureSampler(mixture=mixture, seed=seed, rank=rank, world_size=world_size),
+            writer=ImmutableDatasetWriter(),
+            batch_size=batch_size,
+            pin_memory=pin_memory,
+            transform=transform,
+        )
+
+    @property
+    def games(self) -> tuple[str, ...]:
+        """Names of the games; ``game_id`` indexes them."""
+        return self._storage.games
+
+    def sample(self, batch_size: int | None = None, return_info: bool = False) -> Any:
+        """The next batch, or this rank's slice of it.
+
+        Args:
+            batch_size (int, optional): another global batch size; not together with ``prefetch``.
+            return_info (bool): return ``(batch, {"index": ...})`` instead of the batch.
+        """
+        if batch_size is None:
+            batch_size = self._batch_size
+        elif self._depth and batch_size != self._batch_size:
+            raise ValueError(f"batch_size must be {self._batch_size} as read ahead, got {batch_size}")
+        with self._futures_lock:
+            step = self._sampler.step
+            batch = self._read_ahead(step) if self._depth else self._read(batch_size, step)
+            self._sampler.step = step + 1
+        if len(self._transform):
+            batch = self._transform(batch)
+            if self._pin_memory:
+                batch = batch.pin_memory()
+        return (batch, {"index": batch["index"]}) if return_info else batch
+
+    def _read(self, batch_size: int, step: int) -> TensorDict:
+        index = self._sampler.indices(self._storage, batch_size, step)
+        batch = self._storage.get(index)
+        batch["index"] = index
+        return batch.pin_memory() if self._pin_memory and not len(self._transform) else batch
+
+    def _read_ahead(self, step: int) -> TensorDict:
+        if self._reads and self._reads[0][0] != step:  # The sampler was moved.
+            self._drop_reads()
+        if self._readers is None:
+            self._readers = ThreadPoolExecutor(self._depth, thread_name_prefix="replay-reader")
+        for ahead in range(step + len(self._reads), step + self._depth + 1):
+            self._reads.append((ahead, self._readers.submit(self._read, self._batch_size, ahead)))
+        try:
+            return self._reads.popleft()[1].result()
+        except BaseException:
+            self._drop_reads()
+            raise
+
+    def _drop_reads(self) -> None:
+        for _, future in self._reads:
+            future.cancel()
+        self._reads.clear()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continues after the batches that were delivered when the state was taken.
+
+        Raises:
+            ValueError: if the data is not the same.
+        """
+        with self._futures_lock:
+            self._drop_reads()
+            super().load_state_dict(state_dict)
+
+    def shutdown(self, timeout: float | None = None) -> None:
+        """Ends the reader threads; the buffer cannot be sampled afterwards."""
+        self._drop_reads()
+        if self._readers is not None:
+            self._readers.shutdown()
+            self._readers = None
+        super().shutdown(timeout)
+
+    def _dump_prefetch_state(self, path: Path, prefetch_state: dict[str, Any]) -> None:
+        """Nothing read ahead belongs to the state (and TorchRL would pickle it)."""
+
+    def _load_prefetch_state(self, path: Path) -> None:
+        """See :meth:`_dump_prefetch_state`."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"_reads": deque(), "_readers": None}

@@ -1,0 +1,142 @@
+"""Which transitions, in which mixture of games, on which rank."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torchrl.data.replay_buffers import Sampler, Storage
+
+
+class GameMixtureSampler(Sampler):
+    """Draws each transition's game from a mixture, then a transition of that game uniformly, with replacement.
+
+    The global batch of step ``t`` is a pure function of ``(seed, t)``, the storage and the batch size, whatever the
+    number of ranks, reader threads or earlier calls: a counter-based generator (Philox) is keyed by the seed and
+    placed by the step. Its raw bits are turned into indices here, not by ``numpy.random.Generator``, whose streams may
+    change between releases. Rank ``r`` of ``R`` reads the ``r``-th of ``R`` equal slices of the global batch.
+    Drawing costs ``O(B log G)``, however many transitions are stored. The buffer's torch generator is not used.
+
+    Keyword Args:
+        mixture ("games", "transitions" or sequence of float): equal probability for each game, for each transition,
+            or ``G`` given weights in the order of the storage's games (normalised to sum 1).
+        seed (int): 0 to 2^64 - 1.
+        rank (int): which slice of the global batch this process reads.
+        world_size (int): number of slices.
+
+    Raises:
+        ValueError: for values out of range.
+    """
+
+    def __init__(
+        self,
+        *,
+        mixture: Literal["games", "transitions"] | Sequence[float] = "games",
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        if not 0 <= seed < 2**64:
+            raise ValueError(f"seed must lie in 0..2^64-1, got {seed}")
+        if world_size < 1 or not 0 <= rank < world_size:
+            raise ValueError(f"rank must lie in 0..world_size-1, got rank {rank} of world_size {world_size}")
+        if isinstance(mixture, str):
+            if mixture not in ("games", "transitions"):
+                raise ValueError(f"mixture must be 'games', 'transitions' or weights, got {mixture!r}")
+        else:
+            weights = np.asarray(mixture, np.float64)
+            if weights.ndim != 1 or not np.all(np.isfinite(weights)) or (weights < 0).any() or not weights.sum() > 0:
+                raise ValueError(f"mixture weights must be finite, >= 0 and not all 0, got {mixture!r}")
+            mixture = tuple(weights.tolist())
+        self.mixture = mixture
+        self.seed = seed
+        self.rank = rank
+        self.world_size = world_size
+        self.step = 0
+        """Number of batches drawn so far; the whole state of the sampler."""
+
+    def sample(self, storage: Storage, batch_size: int) -> tuple[torch.Tensor, dict[str, Any]]:
+        """Indices of the next batch, int64 ``[batch_size / world_size]``; ``batch_size`` is the global one."""
+        index = self.indices(storage, batch_size, self.step)
+        self.step += 1
+        return index, {}
+
+    def indices(self, storage: Storage, batch_size: int, step: int) -> torch.Tensor:
+        """This rank's slice of the global batch of ``step``, int64 ``[batch_size / world_size]``.
+
+        Raises:
+            ValueError: if the batch cannot be divided evenly among the ranks, or a game of positive weight has no
+                sampleable transition.
+            TypeError: if the storage does not say where its games begin (``game_offsets``).
+        """
+        if batch_size < 1 or batch_size % self.world_size:
+            raise ValueError(
+                f"batch_size must be a positive multiple of world_size {self.world_size}, got {batch_size}"
+            )
+        share = batch_size // self.world_size
+        index = self._global_indices(storage, batch_size, step)
+        return torch.from_numpy(index[self.rank * share : (self.rank + 1) * share].copy())
+
+    def _global_indices(self, storage: Storage, batch_size: int, step: int) -> np.ndarray:
+        offsets = getattr(storage, "game_offsets", None)
+        if offsets is None:
+            raise TypeError(f"GameMixtureSampler needs a storage with game_offsets, got {type(storage).__name__}")
+        sizes = np.diff(offsets)
+        bits = np.random.Philox(key=[self.seed, 0], counter=[0, 0, step, 0]).random_raw(2 * batch_size)
+        cumulative = np.cumsum(self._weights(sizes))
+        uniform = (bits[:batch_size] >> np.uint64(11)) * 2.0**-53
+        game = np.searchsorted(cumulative / cumulative[-1], uniform, side="right")
+        return offsets[game] + _scale_bits(bits[batch_size:], sizes[game])
+
+    def _weights(self, sizes: np.ndarray) -> np.ndarray:
+        if self.mixture == "transitions":
+            weights = sizes.astype(np.float64)
+        elif self.mixture == "games":
+            weights = np.ones(len(sizes))
+        else:
+            weights = np.asarray(self.mixture)
+            if len(weights) != len(sizes):
+                raise ValueError(f"mixture must have one weight for each of the {len(sizes)} games, got {len(weights)}")
+        empty = (weights > 0) & (sizes == 0)
+        if empty.any() or not weights.any():
+            raise ValueError(f"game {int(empty.argmax())} of the storage has no sampleable transition")
+        return weights
+
+    def state_dict(self) -> dict[str, int]:
+        """The number of batches drawn."""
+        return {"step": self.step}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Continues with the batch after the last one drawn."""
+        self.step = int(state_dict["step"])
+
+    def dumps(self, path: str | os.PathLike[str]) -> None:
+        """Writes :meth:`state_dict` as JSON into the folder ``path``."""
+        Path(path).mkdir(parents=True, exist_ok=True)
+        (Path(path) / "game_mixture_sampler.json").write_text(json.dumps(self.state_dict()))
+
+    def loads(self, path: str | os.PathLike[str]) -> None:
+        """Counterpart of :meth:`dumps`."""
+        self.load_state_dict(json.loads((Path(path) / "game_mixture_sampler.json").read_text()))
+
+    def _empty(self) -> None:
+        self.step = 0
+
+    def __repr__(self) -> str:
+        return (
+            f"GameMixtureSampler(mixture={self.mixture!r}, seed={self.seed}, rank={self.rank}, "
+            f"world_size={self.world_size}, step={self.step})"
+        )
+
+
+def _scale_bits(bits: np.ndarray, size: np.ndarray) -> np.ndarray:
+    """``floor(bits * size / 2^64)`` exactly, for uint64 bits and sizes below 2^32: a uniform int64 in ``0..size-1``."""
+    size = size.astype(np.uint64)
+    half = np.uint64(32)
+    low = ((bits & np.uint64(0xFFFFFFFF)) * size) >> half
+    return (((bits >> half) * size + low) >> half).astype(np.int64)

@@ -1,0 +1,297 @@
+"""Stored frames as TorchRL transitions.
+
+Legend: B batch, K stacked frames, R runs, E episodes, G games, n steps of the return.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tensordict import TensorDict
+from torchrl.data.replay_buffers import Storage
+
+from torchrl_sql.data.frames import WindowReader, reader_context
+from torchrl_sql.data.run import Manifest, Run, fingerprint
+from torchrl_sql.data.store import FrameStore
+from torchrl_sql.games import resolve_games
+
+STACK = 4
+"""Frames of an observation."""
+
+
+class AtariFrameStorage(Storage):
+    """Read-only TorchRL storage over a :class:`FrameStore`: an index gives a transition with stacked frames.
+
+    Index ``i`` counts the sampleable transitions of all games, game by game in the order of :attr:`games` and in time
+    order within a run. A transition starts at step ``t`` of an episode of ``T`` steps and spans
+    ``m = min(n_steps, T - t)`` steps; stacks are cut from the stored frames when read, so each frame is stored once.
+    Frames before an episode's start are zeros. So is the frame after the last step where it is not stored: with
+    ``terminated`` nothing bootstraps from it, and transitions of episodes cut without it that would need it are not
+    sampleable (:attr:`num_unsampleable`).
+
+    The storage shows the runs as they were committed when it was made, also after pickling. A process that inherited
+    it by ``fork`` must not read from it (TensorStore's threads do not survive): use ``spawn``.
+
+    Args:
+        store (FrameStore or path): where the episodes are.
+        games (str or sequence of str, optional): see :func:`torchrl_sql.games.resolve_games`; their order defines
+            ``game_id``. Default: every game of the store, in alphabetical order.
+
+    Keyword Args:
+        n_steps (int): steps of the return, >= 1.
+        gamma (float): discount per agent step in [0, 1].
+
+    Batch of :meth:`get`:
+        - ``observation``, ``("next", "observation")``: uint8 ``[B, 4, 84, 84]``, oldest frame first. With
+          ``n_steps=1`` the two share memory (three frames of four are the same): do not write into them.
+        - ``action``: int64 ``[B]``, index into the 18 full actions.
+        - ``game_id``: int64 ``[B]``, index into :attr:`games`.
+        - ``("next", "reward")``: float32 ``[B, 1]``, sum over ``k < m`` of ``gamma^k clip(r_{t+k}, -1, 1)``.
+        - ``("next", "terminated" | "truncated" | "done")``: bool ``[B, 1]``; true if the last step of the episode is
+          among the ``m`` steps, by how it ended. ``done`` is either.
+        - ``steps_to_next_obs``: int64 ``[B, 1]``, ``m``.
+
+    Raises:
+        ValueError: for unknown or absent games, bad ``n_steps`` or ``gamma``, or a damaged store.
+
+    Examples:
+        >>> storage = AtariFrameStorage("store", games=["Breakout", "Freeway"], n_steps=3)  # doctest: +SKIP
+        >>> TensorDictReplayBuffer(storage=storage, sampler=GameMixtureSampler(), batch_size=32)  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        store: FrameStore | str | os.PathLike[str],
+        games: str | Sequence[str] | None = None,
+        *,
+        n_steps: int = 1,
+        gamma: float = 0.99,
+    ) -> None:
+        if not isinstance(store, FrameStore):
+            store = FrameStore.open(store)
+        if isinstance(n_steps, bool) or not isinstance(n_steps, int) or n_steps < 1:
+            raise ValueError(f"n_steps must be an integer >= 1, got {n_steps!r}")
+        if not 0.0 <= gamma <= 1.0:
+            raise ValueError(f"gamma must lie in [0, 1], got {gamma!r}")
+        names = resolve_games(games) if games is not None else store.games
+        if not names:
+            raise ValueError(f"the store {store.path} holds no games yet")
+        runs = [run for name in names for run in store.runs_of(name)]
+        self._init_from_runs(store.path.absolute(), names, runs, n_steps=n_steps, gamma=float(gamma))
+
+    def _init_from_runs(
+        self, path: Path, games: tuple[str, ...], runs: list[Run], *, n_steps: int, gamma: float
+    ) -> None:
+        self._path = path
+        self.games = games
+        """Names of the games; ``game_id`` indexes them."""
+        self.n_steps = n_steps
+        self.gamma = gamma
+        self._runs = runs
+        self._discounts = gamma ** np.arange(n_steps)
+        self._index_episodes()
+        context = reader_context()
+        self._reader = WindowReader(
+            [run.open_frames(context=context) for run in runs], [run.num_frames for run in runs], window=STACK + 1
+        )
+        self._reader_pid = os.getpid()
+        super().__init__(max_size=int(self.game_offsets[-1]))
+
+    def _index_episodes(self) -> None:
+        """Joins the episode tables of all runs: some 40 bytes an episode, nothing a transition."""
+        tables = [run.episodes for run in self._runs]
+        num_episodes = np.array([len(table) for table in tables])
+
+        def join(columns: list[np.ndarray], dtype: type) -> np.ndarray:
+            return np.concatenate([np.asarray(column, dtype) for column in columns])
+
+        self._episode_run = np.repeat(np.arange(len(tables), dtype=np.int32), num_episodes)
+        self._first_frame = join([table["first_frame"] for table in tables], np.int64)
+        self._first_step = join([run.first_steps() for run in self._runs], np.int64)
+        self._num_steps = join([table["num_steps"] for table in tables], np.int64)
+        self._terminated = join([table["terminated"] for table in tables], np.bool_)
+        self._has_final_frame = join([table["has_final_frame"] for table in tables], np.bool_)
+        # A window that reaches the end of an episode needs the final frame, unless the episode terminated there.
+        end_usable = self._terminated | self._has_final_frame
+        sampleable = np.where(end_usable, self._num_steps, np.maximum(self._num_steps - self.n_steps, 0))
+        self._episode_end = np.cumsum(sampleable)  # Index one past the last transition of each episode.
+        self._sampleable = sampleable
+        self.num_unsampleable = int(self._num_steps.sum() - sampleable.sum())
+        """Stored steps that cannot be sampled because the frame they would bootstrap from was never recorded."""
+        run_game = np.array([self.games.index(run.game) for run in self._runs])
+        per_game = np.bincount(run_game[self._episode_run], weights=sampleable, minlength=len(self.games))
+        self._run_game = run_game
+        self.game_offsets = np.concatenate([[0], np.cumsum(per_game.astype(np.int64))])
+        """int64 ``[G + 1]``: game ``g`` has the indices ``game_offsets[g]`` to ``game_offsets[g + 1] - 1``."""
+
+    def __len__(self) -> int:
+        return int(self.game_offsets[-1])
+
+    @property
+    def path(self) -> Path:
+        """Folder of the store."""
+        return self._path
+
+    def get(self, index: Any) -> TensorDict:
+        """Reads transitions.
+
+        Args:
+            index (int, slice, or integers ``[B]``): storage indices. A single int gives batch size ``[]``.
+
+        Raises:
+            IndexError: if an index lies outside ``0..len - 1``.
+            TypeError: if it is not made of integers.
+        """
+        if isinstance(index, (int, np.integer)) and not isinstance(index, bool):
+            position = int(index) + len(self) if index < 0 else int(index)
+            return self._read(np.array([position]))[0]
+        if isinstance(index, slice):
+            return self._read(np.arange(*index.indices(len(self))))
+        array = index.cpu().numpy() if isinstance(index, torch.Tensor) else np.asarray(index)
+        if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
+            raise TypeError(f"index must be an int, a slice or integers [B], got {array.dtype} {list(array.shape)}")
+        return self._read(array.astype(np.int64))
+
+    def _read(self, index: np.ndarray) -> TensorDict:
+        if os.getpid() != self._reader_pid:
+            raise RuntimeError(
+                "AtariFrameStorage was inherited through fork, which its reader threads do not survive: "
+                "start workers with the 'spawn' method"
+            )
+        if index.size and not (index.min() >= 0 and index.max() < len(self)):
+            wrong = index[(index < 0) | (index >= len(self))][0]
+            raise IndexError(f"index must lie in 0..{len(self) - 1}, got {wrong}")
+        episode = np.searchsorted(self._episode_end, index, side="right")
+        step = index - (self._episode_end[episode] - self._sampleable[episode])
+        run = self._episode_run[episode]
+        left = self._num_steps[episode] - step
+        span = np.minimum(self.n_steps, left)
+        at_end = left <= self.n_steps
+        terminated = at_end & self._terminated[episode]
+        action, reward = self._read_scalars(run, self._first_step[episode] + step, span)
+        observation, next_observation = self._read_stacks(episode, step, span)
+        next_ = {
+            "observation": next_observation,
+            "reward": torch.from_numpy(reward).unsqueeze(-1),
+            "terminated": torch.from_numpy(terminated).unsqueeze(-1),
+            "truncated": torch.from_numpy(at_end & ~terminated).unsqueeze(-1),
+            "done": torch.from_numpy(at_end).unsqueeze(-1),
+        }
+        source = {
+            "observation": observation,
+            "action": torch.from_numpy(action),
+            "game_id": torch.from_numpy(self._run_game[run]),
+            "steps_to_next_obs": torch.from_numpy(span).unsqueeze(-1),
+            "next": TensorDict(next_, batch_size=[len(index)]),
+        }
+        return TensorDict(source, batch_size=[len(index)])
+
+    def _read_scalars(self, run: np.ndarray, row: np.ndarray, span: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Actions int64 ``[B]`` and discounted sums of clipped rewards float32 ``[B]``."""
+        action = np.empty(len(row), np.int64)
+        rewards = np.zeros((len(row), self.n_steps), np.float32)
+        ahead = np.arange(self.n_steps)
+        for number in np.unique(run).tolist():
+            chosen = np.flatnonzero(run == number)
+            source = self._runs[number]
+            action[chosen] = source.actions[row[chosen]]
+            last = (row + span - 1)[chosen, None]
+            rewards[chosen] = source.rewards[np.minimum(row[chosen, None] + ahead, last)]
+        np.clip(rewards, -1.0, 1.0, out=rewards)
+        rewards[ahead >= span[:, None]] = 0.0
+        return action, (rewards @ self._discounts).astype(np.float32)
+
+    def _read_stacks(self, episode: np.ndarray, step: np.ndarray, span: np.ndarray) -> tuple[torch.Tensor, ...]:
+        if not len(step):
+            empty = torch.zeros(0, STACK, 84, 84, dtype=torch.uint8)
+            return empty, empty
+        run, first = self._episode_run[episode], self._first_frame[episode]
+        stop = first + self._num_steps[episode] + self._has_final_frame[episode]
+        start = first + step - (STACK - 1)
+        if self.n_steps == 1:
+            frames = torch.from_numpy(self._reader.read(run, start, first, stop, length=STACK + 1))
+            return frames[:, :STACK], frames[:, 1:]
+        windows = self._reader.read(
+            np.concatenate([run, run]),
+            np.concatenate([start, start + span]),
+            np.concatenate([first, first]),
+            np.concatenate([stop, stop]),
+            length=STACK,
+        )
+        return torch.from_numpy(windows).chunk(2)
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the manifests behind this storage: the same transitions at the same indices."""
+        return fingerprint(self._runs)
+
+    def set(self, cursor: Any, data: Any, *, set_cursor: bool = True) -> None:
+        """Always raises ``RuntimeError``: write with :meth:`FrameStore.writer`."""
+        raise RuntimeError("AtariFrameStorage is read-only; write episodes with FrameStore.writer")
+
+    def _empty(self) -> None:
+        raise RuntimeError("AtariFrameStorage is read-only and cannot be emptied")
+
+    def contains(self, item: Any) -> Any:
+        """Whether the index (int, or integers elementwise) is one of this storage."""
+        if isinstance(item, torch.Tensor):
+            return (item >= 0) & (item < len(self))
+        return 0 <= item < len(self)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What identifies the data; the data itself stays in the store."""
+        return {"fingerprint": self.fingerprint(), "num_transitions": len(self)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Checks that this storage holds the same data.
+
+        Raises:
+            ValueError: if it does not, so that a resumed run would see other batches.
+        """
+        for key, own in self.state_dict().items():
+            if state_dict[key] != own:
+                raise ValueError(f"{self._path} is not the data of the checkpoint: {key} {own} != {state_dict[key]}")
+
+    def dumps(self, path: str | os.PathLike[str]) -> None:
+        """Writes :meth:`state_dict` as JSON into the folder ``path``."""
+        Path(path).mkdir(parents=True, exist_ok=True)
+        (Path(path) / "atari_frame_storage.json").write_text(json.dumps(self.state_dict()))
+
+    def loads(self, path: str | os.PathLike[str]) -> None:
+        """Counterpart of :meth:`dumps`; see :meth:`load_state_dict`."""
+        self.load_state_dict(json.loads((Path(path) / "atari_frame_storage.json").read_text()))
+
+    def attach(self, buffer: Any) -> None:
+        """Called by a replay buffer that takes this storage."""
+        super().attach(buffer)
+        # Batches come out whole, but TorchRL's default collate function knows only its own storage classes and raises
+        # for others (_get_default_collate); the buffer attaches before it looks for one.
+        if getattr(buffer, "_init_collate_fn", None) is None:
+            buffer._init_collate_fn = _identity
+
+    def __getstate__(self) -> dict[str, Any]:
+        manifests = [run.manifest for run in self._runs]
+        return {
+            "path": self._path,
+            "games": self.games,
+            "manifests": manifests,
+            "n_steps": self.n_steps,
+            "gamma": self.gamma,
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        manifests: list[Manifest] = state["manifests"]
+        runs = [Run(state["path"] / manifest.game / manifest.run, manifest) for manifest in manifests]
+        self._init_from_runs(state["path"], state["games"], runs, n_steps=state["n_steps"], gamma=state["gamma"])
+
+    def __repr__(self) -> str:
+        return f"AtariFrameStorage({str(self._path)!r}, games={list(self.games)}, num_transitions={len(self)})"
+
+
+def _identity(batch: TensorDict) -> TensorDict:
+    return batch

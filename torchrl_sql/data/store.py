@@ -1,0 +1,212 @@
+"""The on-disk store of Atari episodes: open, create, read.
+
+Layout::
+
+    STORE/store.json                    format, version, chunking: fixed when the store is created
+    STORE/<Game>/<run>/manifest.json    committed counts, source, checksums: the commit point
+    STORE/<Game>/<run>/frames/          Zarr v3 array, uint8 [num_frames, 84, 84]: each frame once
+    STORE/<Game>/<run>/actions.u8       one byte a step: index into the 18 full actions
+    STORE/<Game>/<run>/rewards.f32      four bytes a step, little endian: as the source recorded them
+    STORE/<Game>/<run>/episodes.bin     one EPISODE_DTYPE record an episode
+
+Readers see exactly what the manifest counts; bytes beyond it are the remains of a writer that was killed.
+File names are fixed by the format, so a manifest cannot point outside its folder.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from torchrl_sql.data.frames import FRAME_SHAPE, reader_context
+from torchrl_sql.data.run import VERSION, Run, fingerprint, json_field, read_json, write_atomically
+from torchrl_sql.data.writer import RunWriter
+from torchrl_sql.games import resolve_games
+
+STORE_FORMAT = "torchrl_sql.frame_store"
+_RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+class FrameStore:
+    """Episodes of many games on disk; frames are stored once and compressed.
+
+    Use :meth:`create` and :meth:`open`. Properties read the folder anew, so they show the last commit.
+
+    Examples:
+        >>> import tempfile
+        >>> import numpy as np
+        >>> folder = tempfile.TemporaryDirectory()
+        >>> store = FrameStore.create(folder.name + "/store")
+        >>> with store.writer("Pong", source="zeros, for the example") as writer:
+        ...     frames = np.zeros((3, 84, 84), np.uint8)
+        ...     writer.add_episode(frames, actions=[0, 2], rewards=[0.0, 1.0], terminated=True)
+        >>> store.run("Pong").episode_returns()
+        array([1.])
+        >>> folder.cleanup()
+    """
+
+    def __init__(self, path: Path, *, chunk_frames: int, shard_frames: int, zstd_level: int) -> None:
+        self.path = path
+        self.chunk_frames = chunk_frames
+        self.shard_frames = shard_frames
+        self.zstd_level = zstd_level
+
+    @classmethod
+    def create(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        chunk_frames: int = 16,
+        shard_frames: int = 16384,
+        zstd_level: int = 3,
+        exist_ok: bool = False,
+    ) -> FrameStore:
+        """Creates an empty store.
+
+        Args:
+            path (path): its folder; made if absent.
+
+        Keyword Args:
+            chunk_frames (int): frames compressed together. More: smaller files, slower random reads.
+            shard_frames (int): frames a file, a multiple of ``chunk_frames``; a writer holds up to that many in memory.
+            zstd_level (int): 1 (fast) to 22 (small).
+            exist_ok (bool): open the store if there is one already; its own settings stay.
+
+        Raises:
+            FileExistsError: if there is a store already and ``exist_ok`` is false, or other files are in the way.
+            ValueError: for chunk and shard sizes that do not fit together.
+        """
+        folder = Path(path)
+        if (folder / "store.json").exists():
+            if not exist_ok:
+                raise FileExistsError(f"{folder} is a store already; open it, or choose another path")
+            return cls.open(folder)
+        if folder.exists() and any(folder.iterdir()):
+            raise FileExistsError(f"{folder} must be an empty or new folder to create a store in")
+        if chunk_frames < 1 or shard_frames < chunk_frames or shard_frames % chunk_frames:
+            raise ValueError(
+                f"shard_frames must be a positive multiple of chunk_frames, got {shard_frames} and {chunk_frames}"
+            )
+        if not 1 <= zstd_level <= 22:
+            raise ValueError(f"zstd_level must lie in 1..22, got {zstd_level}")
+        folder.mkdir(parents=True, exist_ok=True)
+        settings = {"chunk_frames": chunk_frames, "shard_frames": shard_frames, "zstd_level": zstd_level}
+        text = json.dumps({"format": STORE_FORMAT, "version": VERSION, **settings}, indent=1, sort_keys=True)
+        write_atomically(folder / "store.json", text + "\n")
+        return cls(folder, **settings)
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> FrameStore:
+        """Opens an existing store.
+
+        Raises:
+            FileNotFoundError: if there is none.
+            ValueError: if ``store.json`` is damaged or of a newer version.
+        """
+        file = Path(path) / "store.json"
+        if not file.is_file():
+            raise FileNotFoundError(f"{path} is not a store: {file} is missing")
+        fields = read_json(file, STORE_FORMAT)
+        settings = {key: json_field(fields, key, int, file) for key in ("chunk_frames", "shard_frames", "zstd_level")}
+        return cls(Path(path), **settings)
+
+    @property
+    def runs(self) -> tuple[Run, ...]:
+        """All committed runs, by game and name."""
+        return tuple(Run(file.parent) for file in sorted(self.path.glob("*/*/manifest.json")))
+
+    @property
+    def games(self) -> tuple[str, ...]:
+        """Games with at least one committed run, in alphabetical order."""
+        return tuple(dict.fromkeys(run.game for run in self.runs))
+
+    def runs_of(self, game: str) -> tuple[Run, ...]:
+        """The committed runs of one game.
+
+        Raises:
+            ValueError: if the game is unknown or the store holds none of it.
+        """
+        resolve_games([game])
+        runs = tuple(Run(file.parent) for file in sorted((self.path / game).glob("*/manifest.json")))
+        if not runs:
+            held = ", ".join(self.games) or "no games"
+            raise ValueError(f"game {game!r} is not in the store {self.path}, which holds {held}")
+        return runs
+
+    def run(self, game: str, name: str | None = None) -> Run:
+        """One run; ``name`` may be left out where the game has only one.
+
+        Raises:
+            ValueError: if there is no such run, or several and no name.
+        """
+        runs = self.runs_of(game)
+        names = [run.name for run in runs]
+        if name is None and len(runs) > 1:
+            raise ValueError(f"game {game!r} has the runs {names}: name one")
+        if name is not None and name not in names:
+            raise ValueError(f"run must be one of {names} for game {game!r}, got {name!r}")
+        return runs[0 if name is None else names.index(name)]
+
+    def writer(
+        self,
+        game: str,
+        *,
+        run: str = "0",
+        source: str,
+        rewards: Literal["raw", "clipped"] = "raw",
+        components: Sequence[str] = ("behaviour",),
+        metadata: Mapping[str, Any] | None = None,
+    ) -> RunWriter:
+        """Opens a run for writing: a new one, or an existing one to append to. See :class:`RunWriter`."""
+        resolve_games([game])
+        if not _RUN_NAME.fullmatch(run):
+            raise ValueError(f"run must be made of letters, digits, '.', '_' and '-', got {run!r}")
+        return RunWriter(
+            self.path / game / run,
+            source=source,
+            rewards=rewards,
+            components=tuple(components),
+            metadata=metadata,
+            chunk_frames=self.chunk_frames,
+            shard_frames=self.shard_frames,
+            zstd_level=self.zstd_level,
+        )
+
+    def mean_frame(self, game: str, *, num_samples: int = 2000, seed: int = 0) -> np.ndarray:
+        """Mean of random frames of one game, all its runs taken together.
+
+        Args:
+            game (str): its name.
+
+        Keyword Args:
+            num_samples (int): frames drawn, with replacement.
+            seed (int): seed of the draw.
+
+        Returns:
+            float32 ``[84, 84]`` in 0..255.
+        """
+        runs = self.runs_of(game)
+        ends = np.cumsum([run.num_frames for run in runs])
+        drawn = np.sort(np.random.default_rng(seed).integers(0, ends[-1], num_samples))
+        total = np.zeros(FRAME_SHAPE, np.int64)
+        context = reader_context()
+        for run, end in zip(runs, ends.tolist(), strict=True):
+            rows = drawn[(drawn >= end - run.num_frames) & (drawn < end)] - (end - run.num_frames)
+            frames = run.open_frames(context=context)
+            for some in np.array_split(rows, range(512, rows.size, 512)):
+                total += frames[some].read().result().sum(0, dtype=np.int64)
+        return (total / num_samples).astype(np.float32)
+
+    def fingerprint(self, games: Sequence[str] | None = None) -> str:
+        """SHA-256 over the manifests: equal for equal contents wherever the store lies, for checkpoints."""
+        runs = self.runs if games is None else [run for game in games for run in self.runs_of(game)]
+        return fingerprint(runs)
+
+    def __repr__(self) -> str:
+        return f"FrameStore({str(self.path)!r}, games={list(self.games)})"

@@ -1,0 +1,306 @@
+"""Appending episodes to a run, with an atomic commit."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from torchrl_sql.data.frames import FRAME_SHAPE, create_frame_array, open_frame_array
+from torchrl_sql.data.run import EPISODE_DTYPE, MEMBERS, Manifest, Run, write_atomically
+from torchrl_sql.games import NUM_ACTIONS
+
+
+class RunWriter:
+    """Appends episodes to one run. Made by :meth:`FrameStore.writer`; a context manager.
+
+    Readers see what was committed: :meth:`commit` replaces the manifest after everything it counts is on disk. A
+    writer killed at any instant therefore leaves the last committed state, and opening a writer again continues from
+    there. Equal episodes give equal files, whatever commits and crashes lay between. Leaving the ``with`` block
+    commits, unless an exception is passing through.
+
+    One writer a run at a time (an advisory lock, released if the process dies).
+
+    Raises:
+        ValueError: if the run exists with another source, kind of rewards or components.
+        BlockingIOError: if another writer has the run open.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        source: str,
+        rewards: Literal["raw", "clipped"],
+        components: tuple[str, ...],
+        metadata: Mapping[str, Any] | None,
+        chunk_frames: int,
+        shard_frames: int,
+        zstd_level: int,
+    ) -> None:
+        if rewards not in ("raw", "clipped"):
+            raise ValueError(f"rewards must be 'raw' or 'clipped', got {rewards!r}")
+        if not 1 <= len(components) <= 256:
+            raise ValueError(f"components must be 1 to 256 names, got {len(components)}")
+        self._path = path
+        self._shard_frames = shard_frames
+        self._path.mkdir(parents=True, exist_ok=True)
+        self._lock = _lock(self._path)
+        try:
+            file = self._path / "manifest.json"
+            committed = Manifest.read(file) if file.exists() else None
+            for name, given in (("source", source), ("rewards", rewards), ("components", components)):
+                if committed is not None and getattr(committed, name) != given:
+                    raise ValueError(f"{name} of {file} is {getattr(committed, name)!r}, cannot append {given!r}")
+            if committed is None:
+                self._array = create_frame_array(
+                    self._path / "frames",
+                    chunk_frames=chunk_frames,
+                    shard_frames=shard_frames,
+                    zstd_level=zstd_level,
+                )
+                tail = np.zeros((0, *FRAME_SHAPE), np.uint8)
+            else:
+                self._array = open_frame_array(self._path / "frames")
+                tail = self._recover_tail(Run(self._path, committed))
+            self._files = {key: self._open_member(key, committed) for key in MEMBERS}
+        except BaseException:
+            os.close(self._lock)
+            raise
+        self._manifest = committed or Manifest(
+            game=path.parent.name,
+            run=path.name,
+            source=source,
+            rewards=rewards,
+            components=components,
+            num_frames=0,
+            num_steps=0,
+            num_episodes=0,
+            crc32=dict.fromkeys(MEMBERS, 0),
+            metadata={},
+        )
+        if metadata is not None:
+            self._manifest = replace(self._manifest, metadata=_json_copy(metadata))
+        self._crc32 = dict(self._manifest.crc32)
+        self._num_frames = self._manifest.num_frames
+        self._num_steps = self._manifest.num_steps
+        self._num_episodes = self._manifest.num_episodes
+        self._pending = [tail] if len(tail) else []  # Frames from row self._num_flushed on: less than a shard.
+        self._num_flushed = self._num_frames - len(tail)
+        self._state: Literal["open", "failed", "closed"] = "open"
+
+    @property
+    def num_steps(self) -> int:
+        """Steps added so far, committed or not."""
+        return self._num_steps
+
+    @property
+    def num_episodes(self) -> int:
+        """Episodes added so far, committed or not."""
+        return self._num_episodes
+
+    @property
+    def metadata(self) -> Mapping[str, Any]:
+        """Metadata of the last commit, or as given when the writer was opened."""
+        return self._manifest.metadata
+
+    def add_episode(
+        self,
+        frames: npt.ArrayLike,
+        actions: npt.ArrayLike,
+        rewards: npt.ArrayLike,
+        terminated: bool,
+        *,
+        component: int = 0,
+    ) -> None:
+        """Adds one whole episode of ``T`` steps.
+
+        Args:
+            frames (uint8 ``[T, 84, 84]`` or ``[T + 1, 84, 84]``): the newest frame of each observation; with ``T + 1``
+                the last one is the frame after the last step.
+            actions (integers ``[T]``): indices into the 18 full actions.
+            rewards (floats ``[T]``): as recorded; within [-1, 1] if the run's rewards are clipped.
+            terminated (bool): the game ended. False: it was cut (a time-out, the end of the data), and its last step
+                can be sampled only if the final frame is there.
+
+        Keyword Args:
+            component (int): which of the run's behaviour components acted.
+
+        Raises:
+            ValueError: for other shapes, dtypes or values; the episode is not added.
+        """
+        self._check_open()
+        frames, actions, rewards = np.asarray(frames), np.asarray(actions), np.asarray(rewards)
+        if actions.ndim != 1 or actions.dtype.kind not in "iu" or not actions.size:
+            raise ValueError(f"actions must be integers [T] with T >= 1, got {actions.dtype} {list(actions.shape)}")
+        num_steps = len(actions)
+        if frames.dtype != np.uint8 or frames.shape[1:] != FRAME_SHAPE or len(frames) - num_steps not in (0, 1):
+            raise ValueError(
+                f"frames must be uint8 [T, 84, 84] or [T + 1, 84, 84] with T = {num_steps} actions, "
+                f"got {frames.dtype} {list(frames.shape)}"
+            )
+        if rewards.shape != (num_steps,) or rewards.dtype.kind not in "fiu":
+            raise ValueError(f"rewards must be numbers [{num_steps}], got {rewards.dtype} {list(rewards.shape)}")
+        if actions.min() < 0 or actions.max() >= NUM_ACTIONS:
+            raise ValueError(f"actions must lie in 0..{NUM_ACTIONS - 1}, got {actions.min()}..{actions.max()}")
+        limit = 1.0 if self._manifest.rewards == "clipped" else np.finfo(np.float32).max
+        if not np.all(np.abs(rewards) <= limit):
+            kind = "within [-1, 1] (this run's rewards are clipped)" if limit == 1.0 else "finite"
+            raise ValueError(f"rewards must be {kind}, got {rewards[~(np.abs(rewards) <= limit)][0]}")
+        if not isinstance(terminated, (bool, np.bool_)):
+            raise ValueError(f"terminated must be a bool, got {terminated!r}")
+        if not 0 <= component < len(self._manifest.components):
+            raise ValueError(f"component must lie in 0..{len(self._manifest.components) - 1}, got {component}")
+
+        episode = np.zeros(1, EPISODE_DTYPE)
+        episode[0] = (self._num_frames, num_steps, terminated, len(frames) > num_steps, component)
+        with self._failing():
+            self._append("actions", actions.astype(np.uint8))
+            self._append("rewards", rewards.astype("<f4"))
+            self._append("episodes", episode)
+            self._pending.append(frames.copy())
+            self._num_frames += len(frames)
+            self._num_steps += num_steps
+            self._num_episodes += 1
+            if self._num_frames - self._num_flushed >= self._shard_frames:
+                self._write_full_shards()
+
+    def commit(self, *, metadata: Mapping[str, Any] | None = None) -> None:
+        """Publishes everything added so far, atomically; all or nothing of it survives a crash.
+
+        Keyword Args:
+            metadata (mapping of JSON values, optional): replaces the run's metadata in the same instant.
+        """
+        self._check_open()
+        if metadata is None and self._num_episodes == self._manifest.num_episodes:
+            return
+        with self._failing():
+            self._write_tail()
+            for file in self._files.values():
+                file.flush()
+                os.fsync(file.fileno())
+            self._manifest = replace(
+                self._manifest,
+                num_frames=self._num_frames,
+                num_steps=self._num_steps,
+                num_episodes=self._num_episodes,
+                crc32=dict(self._crc32),
+                metadata=self._manifest.metadata if metadata is None else _json_copy(metadata),
+            )
+            write_atomically(self._path / "manifest.json", self._manifest.to_json())
+
+    def close(self, *, commit: bool = True) -> None:
+        """Commits (unless told not to) and releases the run. Closing twice does nothing."""
+        if self._state == "closed":
+            return
+        try:
+            if commit and self._state == "open":
+                self.commit()
+        finally:
+            self._state = "closed"
+            for file in self._files.values():
+                file.close()
+            os.close(self._lock)
+
+    def __enter__(self) -> RunWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close(commit=kind is None)
+
+    def _check_open(self) -> None:
+        if self._state != "open":
+            raise RuntimeError(f"the writer of {self._path} is {self._state}; open a new one")
+
+    @contextmanager
+    def _failing(self) -> Iterator[None]:
+        """Marks the writer as failed if the body raises: what is in memory no longer matches the disk."""
+        try:
+            yield
+        except BaseException:
+            self._state = "failed"
+            raise
+
+    def _append(self, key: str, records: np.ndarray) -> None:
+        data = records.tobytes()
+        self._files[key].write(data)
+        self._crc32[key] = zlib.crc32(data, self._crc32[key])
+
+    def _open_member(self, key: str, committed: Manifest | None) -> BinaryIO:
+        """Opens a flat file at its committed end; what a killed writer left after it is cut off."""
+        name, dtype, count_field = MEMBERS[key]
+        size = 0 if committed is None else getattr(committed, count_field) * dtype.itemsize
+        path = self._path / name
+        if committed is None:
+            path.write_bytes(b"")
+        elif not path.is_file() or path.stat().st_size < size:
+            raise ValueError(f"{path} must hold the {size} committed bytes: it is missing or shorter")
+        file = path.open("r+b")
+        file.truncate(size)
+        file.seek(size)
+        return file
+
+    def _recover_tail(self, run: Run) -> np.ndarray:
+        """Removes shards of a killed writer; returns the committed frames of the last, partly filled shard."""
+        full = run.num_frames - run.num_frames % self._shard_frames
+        tail = np.array(run.open_frames()[full : run.num_frames].read().result())
+        end = full + self._shard_frames if len(tail) else full
+        if self._array.shape[0] > end:
+            self._array = self._array.resize(exclusive_max=[end, *FRAME_SHAPE]).result()
+        return tail
+
+    def _write_full_shards(self) -> None:
+        frames = np.concatenate(self._pending)
+        rest = len(frames) % self._shard_frames
+        for first in range(0, len(frames) - rest, self._shard_frames):
+            self._write_shard(frames[first : first + self._shard_frames])
+            self._num_flushed += self._shard_frames
+        self._pending = [frames[len(frames) - rest :].copy()] if rest else []
+
+    def _write_tail(self) -> None:
+        if self._pending:
+            tail = np.concatenate(self._pending)
+            self._pending = [tail]
+            padded = np.zeros((self._shard_frames, *FRAME_SHAPE), np.uint8)
+            padded[: len(tail)] = tail
+            self._write_shard(padded)
+        self._set_rows(self._num_frames)
+
+    def _write_shard(self, frames: np.ndarray) -> None:
+        """Writes one whole shard: the file is replaced in one rename and never depends on what was there."""
+        end = self._num_flushed + self._shard_frames
+        self._set_rows(end)
+        self._array[self._num_flushed : end].write(frames).result()
+
+    def _set_rows(self, rows: int) -> None:
+        if self._array.shape[0] != rows:
+            self._array = self._array.resize(exclusive_max=[rows, *FRAME_SHAPE], resize_metadata_only=True).result()
+
+
+def _lock(path: Path) -> int:
+    descriptor = os.open(path / ".lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise BlockingIOError(f"{path} is open in another writer") from None
+    return descriptor
+
+
+def _json_copy(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    try:
+        return json.loads(json.dumps(dict(metadata), allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"metadata must be JSON values: {error}") from error
