@@ -1,0 +1,42 @@
+"""From a feature map to a feature vector (method.md section 3)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class LearnedSpatialEmbedding(nn.Module):
+    """Pools a feature map with learned spatial weights instead of a plain average.
+
+    Each channel is multiplied point-wise by a learned map of its own and summed over space, ``E`` times over:
+    ``out[c, e] = sum_{h,w} weight[e, c, h, w] * x[c, h, w]``. Unlike an average, it keeps where a feature was seen.
+
+    Args:
+        channels, height, width (int): shape of the feature map.
+        num_embeddings (int): ``E``, the number of learned maps per channel.
+
+    Shape:
+        - input: ``[B, C, H, W]`` float
+        - output: ``[B, C * E]`` float
+    """
+
+    def __init__(self, channels: int, height: int, width: int, num_embeddings: int = 1) -> None:
+        super().__init__()
+        # Unit variance out for unit variance in.
+        self.weight = nn.Parameter(torch.randn(num_embeddings, channels, height, width) * (height * width) ** -0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum("bchw,echw->bce", x, self.weight).flatten(1)
+
+
+class GlobalAveragePooling(nn.Module):
+    """Averages each channel over space: the ablation of :class:`LearnedSpatialEmbedding`.
+
+    Shape:
+        - input: ``[B, C, H, W]`` float
+        - output: ``[B, C]`` float
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean((-2, -1))

@@ -1,0 +1,304 @@
+"""The multi-game Q-network and the TorchRL actor around it (method.md section 3).
+
+Legend: B batch, K stacked frames, D features, A actions, N atoms, G games.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from tensordict import TensorDictBase
+from tensordict.nn import TensorDictModule
+from torch import Tensor, nn
+from torchrl.data import Categorical
+from torchrl.modules import DistributionalQValueActor, DistributionalQValueModule, QValueActor
+
+from torchrl_sql.games import NUM_ACTIONS, legal_action_mask, resolve_games
+from torchrl_sql.modules.cnn import ImpalaCNN, NatureCNN
+from torchrl_sql.modules.heads import PerGameLinear
+from torchrl_sql.modules.pooling import GlobalAveragePooling, LearnedSpatialEmbedding
+from torchrl_sql.modules.resnet import ResNet, SmallResNet
+
+Encoder = Literal["resnet_small", "resnet18", "resnet34", "resnet50", "resnet101", "nature", "impala"]
+Pooling = Literal["spatial_embedding", "average", "flatten"]
+
+
+@dataclass(frozen=True)
+class _EncoderDefaults:
+    """How to build an encoder, and the sizes between it and the heads."""
+
+    build: Callable[[int], nn.Module]
+    num_embeddings: int
+    feature_dim: int | None
+
+
+# feature_dim and num_embeddings [ours]: they put ResNet-34 / 50 / 101 with C51 and 40 games at 31.3M / 60.8M / 79.8M
+# parameters, against the published 31M / 60M / 79M. (1024 features would put ResNet-50 5.3% above.)
+_ENCODERS: dict[str, _EncoderDefaults] = {
+    "resnet_small": _EncoderDefaults(lambda groups: SmallResNet(num_groups=groups), 8, None),
+    "resnet18": _EncoderDefaults(lambda groups: ResNet((2, 2, 2, 2), bottleneck=False, num_groups=groups), 4, 256),
+    "resnet34": _EncoderDefaults(lambda groups: ResNet((3, 4, 6, 3), bottleneck=False, num_groups=groups), 4, 256),
+    "resnet50": _EncoderDefaults(lambda groups: ResNet((3, 4, 6, 3), bottleneck=True, num_groups=groups), 1, 960),
+    "resnet101": _EncoderDefaults(lambda groups: ResNet((3, 4, 23, 3), bottleneck=True, num_groups=groups), 1, 960),
+    "nature": _EncoderDefaults(lambda _: NatureCNN(), 8, 512),
+    "impala": _EncoderDefaults(lambda _: ImpalaCNN(), 8, 256),
+}
+
+
+class MultiGameQNetwork(nn.Module):
+    """A shared encoder, a pooled and normalized feature vector, and one linear head per game.
+
+    ``phi = pool(encoder(x))``, with ``feature_dim`` set also ``phi = relu(W phi)``; then, with feature normalization,
+    ``phi <- s * phi / ||phi||_2`` and ``out = head[game](phi)``. ``s`` is a learned scale (stored as its logarithm, so
+    that one optimizer step changes it by a fraction of itself): with unit-norm features the logits of a linear head
+    would otherwise be confined to ``+-||weight||``, too flat for a softmax over 51 atoms.
+
+    Args:
+        encoder (nn.Module): ``[B, *input_shape]`` float -> ``[B, C, H, W]``.
+        num_games (int): ``G``.
+
+    Keyword Args:
+        num_actions (int): ``A``.
+        num_atoms (int or None): ``N``; ``None`` for scalar Q-values.
+        input_shape (sequence of int): shape of one observation, frames first.
+        pooling (str): ``"spatial_embedding"`` (the paper's), ``"average"`` (its ablation), or ``"flatten"`` (with
+            ``encoder="nature"`` and ``feature_norm=False``, the network of DQN).
+        num_embeddings (int): ``E`` of :class:`LearnedSpatialEmbedding`.
+        feature_dim (int or None): size of the hidden layer after pooling, ``None`` for no such layer.
+        feature_norm (bool): divide the features by their L2 norm.
+        logit_scale (float): initial value of ``s``; used with ``feature_norm`` only.
+        input_mean (Tensor or None): ``[G, H, W]`` float, a mean image per game in the units of the scaled input (0 to
+            1), subtracted from each frame. A departure from the paper that helps where a static background makes all
+            states alike.
+        legal_actions (Tensor or None): ``[G, A]`` bool; where given, the network also returns each sample's row.
+
+    Shape:
+        - observation: ``[*B, *input_shape]``, uint8 (scaled to [0, 1] here, on the device) or float (taken as scaled);
+          any number of leading dimensions, none included
+        - game_id: ``[*B]`` int64
+        - output: a tuple of the logits ``[*B, N, A]`` (``[*B, A]`` with scalar heads), the detached L2 norm of the
+          features before normalization ``[*B, 1]``, and with ``legal_actions`` the mask ``[*B, A]``. All in the
+          parameters' precision, also under autocast.
+
+    Raises:
+        ValueError: for shapes other than the above.
+    """
+
+    input_mean: Tensor | None
+    legal_actions: Tensor | None
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        num_games: int,
+        *,
+        num_actions: int = NUM_ACTIONS,
+        num_atoms: int | None = 51,
+        input_shape: Sequence[int] = (4, 84, 84),
+        pooling: Pooling = "spatial_embedding",
+        num_embeddings: int = 1,
+        feature_dim: int | None = None,
+        feature_norm: bool = True,
+        logit_scale: float = 30.0,
+        input_mean: Tensor | None = None,
+        legal_actions: Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        if num_games < 1 or num_actions < 1:
+            raise ValueError(f"num_games and num_actions must be positive, got {num_games} and {num_actions}")
+        if logit_scale <= 0:
+            raise ValueError(f"logit_scale must be positive, got {logit_scale}")
+        self.input_shape = tuple(input_shape)
+        if input_mean is not None and input_mean.shape != (num_games, *self.input_shape[1:]):
+            expected = (num_games, *self.input_shape[1:])
+            raise ValueError(f"input_mean must have shape {expected}, got {tuple(input_mean.shape)}")
+        if legal_actions is not None and legal_actions.shape != (num_games, num_actions):
+            raise ValueError(
+                f"legal_actions must have shape {(num_games, num_actions)}, got {tuple(legal_actions.shape)}"
+            )
+        self.encoder = encoder
+        with torch.no_grad():
+            channels, height, width = encoder(torch.zeros(1, *self.input_shape)).shape[1:]
+        if pooling == "spatial_embedding":
+            self.pooling: nn.Module = LearnedSpatialEmbedding(channels, height, width, num_embeddings)
+            num_features = channels * num_embeddings
+        elif pooling == "average":
+            self.pooling, num_features = GlobalAveragePooling(), channels
+        elif pooling == "flatten":
+            self.pooling, num_features = nn.Flatten(), channels * height * width
+        else:
+            raise ValueError(f"pooling must be 'spatial_embedding', 'average' or 'flatten', got {pooling!r}")
+        self.hidden: nn.Module = nn.Identity()
+        if feature_dim is not None:
+            self.hidden = nn.Sequential(nn.Linear(num_features, feature_dim), nn.ReLU())
+            num_features = feature_dim
+        self.log_scale = nn.Parameter(torch.tensor(math.log(logit_scale))) if feature_norm else None
+        self.output_shape = (num_actions,) if num_atoms is None else (num_atoms, num_actions)
+        self.heads = PerGameLinear(num_games, num_features, math.prod(self.output_shape))
+        self.register_buffer("input_mean", None if input_mean is None else input_mean.to(torch.get_default_dtype()))
+        self.register_buffer("legal_actions", legal_actions)
+
+    def forward(self, observation: Tensor, game_id: Tensor) -> tuple[Tensor, ...]:
+        batch_shape = observation.shape[: observation.ndim - len(self.input_shape)]
+        if observation.shape[len(batch_shape) :] != self.input_shape or game_id.shape != batch_shape:
+            raise ValueError(
+                f"observation must be [*B, {', '.join(map(str, self.input_shape))}] and game_id [*B], "
+                f"got {tuple(observation.shape)} and {tuple(game_id.shape)}"
+            )
+        game_id = game_id.reshape(-1)
+        dtype = self.heads.bias.dtype
+        x = observation.reshape(-1, *self.input_shape).to(dtype)
+        if observation.dtype == torch.uint8:
+            x = x / 255
+        if self.input_mean is not None:
+            x = x - self.input_mean[game_id].unsqueeze(1)
+        features = self.hidden(self.pooling(self.encoder(x))).to(dtype)
+        norm = torch.linalg.vector_norm(features, dim=-1, keepdim=True)
+        if self.log_scale is not None:
+            features = features / norm.clamp_min(1e-6) * self.log_scale.exp()
+        out = (
+            self.heads(features, game_id).reshape(*batch_shape, *self.output_shape),
+            norm.detach().reshape(*batch_shape, 1),
+        )
+        if self.legal_actions is None:
+            return out
+        return (*out, self.legal_actions[game_id].reshape(*batch_shape, -1))
+
+
+class LegalDistributionalQValueModule(DistributionalQValueModule):
+    """Picks the legal action of greatest expected return, leaving ``action_value`` as it is.
+
+    TorchRL's own masking overwrites the log-probabilities of illegal actions, which gives those actions the expected
+    value 0 (above every negative one) and would enter a loss computed from the same output.
+
+    Reads: ``action_value`` ``[*B, N, A]`` log-probabilities, ``action_mask`` ``[*B, A]`` bool.
+    Writes: ``action`` ``[*B]`` int64.
+    """
+
+    def __init__(self, support: Tensor, spec: Categorical) -> None:
+        super().__init__(action_space=None, support=support, spec=spec)
+        self.in_keys = ["action_value", "action_mask"]
+
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        q = (tensordict["action_value"].exp() * self.support.unsqueeze(-1)).sum(-2)
+        tensordict["action"] = q.masked_fill(~tensordict["action_mask"], -torch.inf).argmax(-1)
+        return tensordict
+
+
+def make_q_actor(
+    games: int | str | Sequence[str],
+    *,
+    encoder: Encoder = "resnet34",
+    num_actions: int = NUM_ACTIONS,
+    num_atoms: int | None = 51,
+    v_min: float = -10.0,
+    v_max: float = 10.0,
+    pooling: Pooling = "spatial_embedding",
+    num_embeddings: int | None = None,
+    num_groups: int = 32,
+    feature_norm: bool = True,
+    logit_scale: float = 30.0,
+    value_prior_std: float | None = None,
+    mask_illegal_actions: bool = False,
+    input_mean: Tensor | None = None,
+    memory_format: torch.memory_format = torch.contiguous_format,
+) -> DistributionalQValueActor | QValueActor:
+    """Makes the paper's multi-game Q-network as a TorchRL actor.
+
+    Args:
+        games (int, str or sequence of str): number of games, or their names as :func:`torchrl_sql.games.resolve_games`
+            takes them; ``game_id`` indexes them in this order.
+
+    Keyword Args:
+        encoder (str): ``"resnet34"``, ``"resnet50"`` and ``"resnet101"`` are the paper's; ``"resnet_small"`` learns on
+            a CPU.
+        num_actions (int): actions of every head.
+        num_atoms (int or None): atoms of the return distribution; ``None`` gives scalar heads (for MSE TD targets and
+            behavioural cloning) and a plain :class:`~torchrl.modules.QValueActor`.
+        v_min, v_max (float): first and last atom, in units of clipped discounted reward.
+        pooling (str): ``"spatial_embedding"``, ``"average"`` or ``"flatten"``, see :class:`MultiGameQNetwork`.
+        num_embeddings (int or None): learned maps per channel of the spatial embedding; ``None`` takes the encoder's
+            default (1 for ResNet-50 and -101, 4 for ResNet-18 and -34, 8 for the others), which fits the published
+            network sizes.
+        num_groups (int): groups of the ResNets' normalization layers, at most a quarter of a layer's channels.
+        feature_norm (bool): divide the features by their L2 norm before the heads (the paper's).
+        logit_scale (float): initial value of the learned scale of normalized features.
+        value_prior_std (float or None): start the heads' biases at ``-z^2 / (2 * value_prior_std^2)`` over the atoms
+            ``z``, a return distribution centred on 0 with this standard deviation. ``None`` starts uniform over the
+            support, from where a network must first unlearn values near ``v_min`` and ``v_max``.
+        mask_illegal_actions (bool): never act with an action that the game does not know (such actions act as NOOP);
+            needs names in ``games`` and all 18 actions. The actor then also writes ``action_mask`` ``[*B, A]``, as
+            :class:`~torchrl.modules.EGreedyModule` reads it. Distributional ``action_value`` is left untouched.
+        input_mean (Tensor or None): ``[G, 84, 84]`` float, see :class:`MultiGameQNetwork`.
+        memory_format (torch.memory_format): layout of the convolutions, e.g. ``torch.channels_last`` (an argument here
+            because TorchRL's actors do not take ``.to(memory_format=...)``).
+
+    Returns:
+        An actor that reads ``observation`` ``[*B, 4, 84, 84]`` and ``game_id`` ``[*B]``, and writes ``action_value``
+        (``[*B, num_atoms, num_actions]`` log-probabilities, or ``[*B, num_actions]`` Q-values), ``action`` ``[*B]``
+        int64, and ``feature_norm`` ``[*B, 1]``, the L2 norm of the features before normalization.
+
+    Raises:
+        ValueError: if an argument is out of its range, or a combination makes no sense.
+
+    Examples:
+        >>> import torch
+        >>> from tensordict import TensorDict
+        >>> actor = make_q_actor(["Breakout", "Freeway"], encoder="resnet_small")
+        >>> state = TensorDict(
+        ...     {"observation": torch.zeros(5, 4, 84, 84, dtype=torch.uint8), "game_id": torch.zeros(5, dtype=torch.long)},
+        ...     batch_size=[5],
+        ... )
+        >>> actor(state)["action_value"].shape
+        torch.Size([5, 51, 18])
+    """
+    if encoder not in _ENCODERS:
+        raise ValueError(f"encoder must be one of {', '.join(_ENCODERS)}, got {encoder!r}")
+    names = None if isinstance(games, int) else resolve_games(games)
+    legal_actions = None
+    if mask_illegal_actions:
+        if names is None or num_actions != NUM_ACTIONS:
+            raise ValueError(
+                f"mask_illegal_actions needs games given by name and num_actions={NUM_ACTIONS}, "
+                f"got games={games!r} and num_actions={num_actions}"
+            )
+        legal_actions = legal_action_mask(names)
+    if num_atoms is not None and (num_atoms < 2 or not v_min < v_max):
+        raise ValueError(f"the support needs num_atoms >= 2 and v_min < v_max, got {num_atoms}, {v_min} and {v_max}")
+    if value_prior_std is not None and (num_atoms is None or value_prior_std <= 0):
+        raise ValueError(
+            f"value_prior_std must be positive and needs atoms, got {value_prior_std} with num_atoms={num_atoms}"
+        )
+    defaults = _ENCODERS[encoder]
+    network = MultiGameQNetwork(
+        defaults.build(num_groups),
+        games if isinstance(games, int) else len(resolve_games(games)),
+        num_actions=num_actions,
+        num_atoms=num_atoms,
+        pooling=pooling,
+        num_embeddings=defaults.num_embeddings if num_embeddings is None else num_embeddings,
+        feature_dim=defaults.feature_dim,
+        feature_norm=feature_norm,
+        logit_scale=logit_scale,
+        input_mean=input_mean,
+        legal_actions=legal_actions,
+    ).to(memory_format=memory_format)
+    mask_keys = ["action_mask"] if mask_illegal_actions else []
+    module = TensorDictModule(
+        network, in_keys=["observation", "game_id"], out_keys=["action_value", "feature_norm", *mask_keys]
+    )
+    spec = Categorical(num_actions)
+    if num_atoms is None:
+        return QValueActor(module, spec=spec, action_mask_key="action_mask" if mask_illegal_actions else None)
+    support = torch.linspace(v_min, v_max, num_atoms)
+    if value_prior_std is not None:
+        prior = (-(support**2) / (2 * value_prior_std**2)).unsqueeze(-1).expand(num_atoms, num_actions)
+        network.heads.bias.data.copy_(prior.flatten())
+    actor = DistributionalQValueActor(module, support=support, spec=spec)
+    if mask_illegal_actions:
+        actor.module[-1] = LegalDistributionalQValueModule(support, spec)
+    return actor

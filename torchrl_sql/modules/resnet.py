@@ -1,0 +1,135 @@
+"""ResNet encoders with GroupNorm (He et al. 2016; Wu & He 2018; method.md section 3).
+
+Group normalization replaces batch normalization because a batch mixes games: statistics over the batch would leak from
+one game into another, and differ between the mixed training batch and a single game's evaluation batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+
+def _group_norm(channels: int, num_groups: int) -> nn.GroupNorm:
+    # At least four channels a group: fewer make the statistics of a late, small map (3x3) a handful of numbers.
+    return nn.GroupNorm(min(num_groups, channels // 4), channels)
+
+
+def _conv(in_channels: int, out_channels: int, kernel_size: int, stride: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding=kernel_size // 2, bias=False)
+
+
+class _ResidualBlock(nn.Module):
+    """``relu(residual(x) + shortcut(x))``, the shortcut being a strided 1x1 convolution where the shape changes."""
+
+    def __init__(self, residual: nn.Module, in_channels: int, out_channels: int, stride: int, num_groups: int) -> None:
+        super().__init__()
+        self.residual = residual
+        self.shortcut: nn.Module = nn.Identity()
+        if stride != 1 or in_channels != out_channels:
+            self.shortcut = nn.Sequential(
+                _conv(in_channels, out_channels, 1, stride), _group_norm(out_channels, num_groups)
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.residual(x) + self.shortcut(x))
+
+
+def _basic_block(in_channels: int, width: int, stride: int, num_groups: int) -> _ResidualBlock:
+    residual = nn.Sequential(
+        _conv(in_channels, width, 3, stride),
+        _group_norm(width, num_groups),
+        nn.ReLU(),
+        _conv(width, width, 3),
+        _group_norm(width, num_groups),
+    )
+    return _ResidualBlock(residual, in_channels, width, stride, num_groups)
+
+
+def _bottleneck_block(in_channels: int, width: int, stride: int, num_groups: int) -> _ResidualBlock:
+    out_channels = 4 * width
+    residual = nn.Sequential(
+        _conv(in_channels, width, 1),
+        _group_norm(width, num_groups),
+        nn.ReLU(),
+        _conv(width, width, 3, stride),
+        _group_norm(width, num_groups),
+        nn.ReLU(),
+        _conv(width, out_channels, 1),
+        _group_norm(out_channels, num_groups),
+    )
+    return _ResidualBlock(residual, in_channels, out_channels, stride, num_groups)
+
+
+class ResNet(nn.Sequential):
+    """A torchvision-style ResNet trunk with GroupNorm and without a classifier.
+
+    A 7x7 stride-2 stem and a stride-2 max-pool, then four stages of 64, 128, 256 and 512 channels (four times that with
+    bottleneck blocks). Convolutions start from He et al.'s normal initialization.
+
+    Args:
+        depths (sequence of int): number of residual blocks in each stage, e.g. ``(3, 4, 6, 3)``.
+
+    Keyword Args:
+        bottleneck (bool): blocks of 1x1, 3x3, 1x1 convolutions (ResNet-50, -101) instead of two 3x3.
+        in_channels (int): stacked frames ``K``.
+        num_groups (int): groups of the normalization layers, at most a quarter of a layer's channels.
+
+    Shape:
+        - input: ``[B, K, 84, 84]`` float in [0, 1]
+        - output: ``[B, 512, 3, 3]``, or ``[B, 2048, 3, 3]`` with bottleneck blocks
+    """
+
+    def __init__(
+        self, depths: Sequence[int], *, bottleneck: bool, in_channels: int = 4, num_groups: int = 32
+    ) -> None:
+        block, expansion = (_bottleneck_block, 4) if bottleneck else (_basic_block, 1)
+        layers: list[nn.Module] = [
+            nn.Conv2d(in_channels, 64, 7, 2, padding=3, bias=False),
+            _group_norm(64, num_groups),
+            nn.ReLU(),
+            nn.MaxPool2d(3, 2, padding=1),
+        ]
+        channels = 64
+        for stage, depth in enumerate(depths):
+            width = 64 * 2**stage
+            for index in range(depth):
+                layers.append(block(channels, width, 2 if stage > 0 and index == 0 else 1, num_groups))
+                channels = width * expansion
+        super().__init__(*layers)
+        _he_init(self)
+
+
+class SmallResNet(nn.Sequential):
+    """A ResNet small enough to learn Atari games on two CPU cores within minutes (about 42k parameters).
+
+    An 8x8 stride-4 stem of 16 channels, then three basic blocks of 16, 32 (stride 2) and 32 channels. Not from the
+    paper: an early stride of 4 and few channels are what make a training step take milliseconds.
+
+    Keyword Args:
+        in_channels (int): stacked frames ``K``.
+        num_groups (int): groups of the normalization layers, at most a quarter of a layer's channels.
+
+    Shape:
+        - input: ``[B, K, 84, 84]`` float in [0, 1]
+        - output: ``[B, 32, 10, 10]``
+    """
+
+    def __init__(self, *, in_channels: int = 4, num_groups: int = 32) -> None:
+        super().__init__(
+            nn.Conv2d(in_channels, 16, 8, 4, bias=False),
+            _group_norm(16, num_groups),
+            nn.ReLU(),
+            _basic_block(16, 16, 1, num_groups),
+            _basic_block(16, 32, 2, num_groups),
+            _basic_block(32, 32, 1, num_groups),
+        )
+        _he_init(self)
+
+
+def _he_init(module: nn.Module) -> None:
+    for layer in module.modules():
+        if isinstance(layer, nn.Conv2d):
+            nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")

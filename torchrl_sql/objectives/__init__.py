@@ -1,0 +1,14 @@
+"""Losses: distributional conservative Q-learning and behavioural cloning, as TorchRL ``LossModule``."""
+
+from torchrl_sql.objectives.bc import DiscreteBCLoss
+from torchrl_sql.objectives.cql import DistributionalCQLLoss
+from torchrl_sql.objectives.return_distribution import c51_projection, check_support, expected_value, hl_gauss_target
+
+__all__ = [
+    "DiscreteBCLoss",
+    "DistributionalCQLLoss",
+    "c51_projection",
+    "check_support",
+    "expected_value",
+    "hl_gauss_target",
+]

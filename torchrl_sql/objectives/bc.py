@@ -1,0 +1,106 @@
+"""Behavioural cloning with the Q-network's architecture, as the baseline that the method must beat (method.md section 6)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from tensordict import NestedKey, TensorDict, TensorDictBase, TensorDictParams
+from tensordict.nn import TensorDictModule, dispatch
+from torchrl.modules import DistributionalQValueActor, QValueActor
+from torchrl.objectives import LossModule
+
+from torchrl_sql.objectives.common import action_index, action_values, check_actor
+from torchrl_sql.objectives.return_distribution import check_support, expected_value
+
+
+class DiscreteBCLoss(LossModule):
+    """Cross-entropy between the policy ``softmax(action_value)`` and the data's actions.
+
+    The logits are the values of a scalar :class:`~torchrl.modules.QValueActor` (``make_q_actor(..., num_atoms=None)``,
+    the usual choice) or the expectations of a distributional one, which the support bounds.
+
+    Args:
+        actor_network (QValueActor or DistributionalQValueActor): any of TorchRL's, with a categorical or one-hot action.
+
+    Keyword Args:
+        reduction (str): ``"mean"``, ``"sum"`` or ``"none"`` (a loss of shape ``[*B]``).
+        use_prioritized_weights (bool or "auto"): weigh samples by the ``priority_weight`` entry; ``"auto"`` where the
+            batch has one.
+
+    Reads: ``actor_network.in_keys``; ``action`` ``[*B]`` or ``[*B, 1]`` indices, or ``[*B, A]`` one-hot; optional
+    ``priority_weight`` ``[*B]``.
+
+    Returns:
+        ``loss_bc``, and ``accuracy``: the detached share of samples whose greedy action is the data's.
+
+    Raises:
+        TypeError, ValueError: if ``actor_network`` does not fit or ``reduction`` is unknown.
+    """
+
+    @dataclass
+    class _AcceptedKeys:
+        """Keys of the batch and of the network's output, see :class:`DiscreteBCLoss`."""
+
+        action_value: NestedKey = "action_value"
+        action: NestedKey = "action"
+        priority_weight: NestedKey = "priority_weight"
+
+    default_keys = _AcceptedKeys
+    out_keys = ["loss_bc", "accuracy"]  # noqa: RUF012 (TorchRL's way to declare them)
+
+    actor_network: TensorDictModule
+    actor_network_params: TensorDictParams
+    target_actor_network_params: TensorDictParams
+
+    def __init__(
+        self,
+        actor_network: QValueActor | DistributionalQValueActor,
+        *,
+        reduction: Literal["mean", "sum", "none"] = "mean",
+        use_prioritized_weights: bool | Literal["auto"] = "auto",
+    ) -> None:
+        super().__init__()
+        check_actor(actor_network, "actor_network")
+        if reduction not in ("mean", "sum", "none"):
+            raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
+        self.distributional = isinstance(actor_network, DistributionalQValueActor)
+        if self.distributional:
+            check_support(actor_network.support)
+        self.reduction = reduction
+        self.use_prioritized_weights = use_prioritized_weights
+        self.convert_to_functional(actor_network, "actor_network", create_target_params=False)
+
+    def _forward_value_estimator_keys(self, **kwargs: NestedKey) -> None:
+        """Nothing to forward: there is no value target."""
+
+    @property
+    def in_keys(self) -> list[NestedKey]:
+        """Keys of a batch, in the order of positional arguments."""
+        return [*self.actor_network.in_keys, self.tensor_keys.action]
+
+    @dispatch
+    def forward(self, tensordict: TensorDictBase) -> TensorDict:
+        """Computes the loss of a batch, see :class:`DiscreteBCLoss`."""
+        keys = self.tensor_keys
+        inputs = TensorDict({key: tensordict[key] for key in self.actor_network.in_keys}, tensordict.batch_size)
+        logits = action_values(self.actor_network, self.actor_network_params, inputs, keys.action_value)
+        if self.distributional:
+            logits = expected_value(logits, self.actor_network_params["support"].to(logits.dtype))
+        batch_shape = logits.shape[:-1]
+        action = action_index(
+            tensordict[keys.action], logits.shape[-1], batch_shape, self.actor_network.action_space
+        )
+        log_probs = logits.log_softmax(-1)
+        loss = -log_probs.gather(-1, action.unsqueeze(-1)).squeeze(-1)
+        weights = self._maybe_get_priority_weight(tensordict)
+        if weights is not None:
+            weights = weights.reshape(batch_shape)
+        out = TensorDict(
+            {
+                "loss_bc": self._reduce_loss(loss, tensordict, weights=weights),
+                "accuracy": (logits.argmax(-1) == action).to(logits.dtype).mean(),
+            }
+        )
+        self._clear_weakrefs(tensordict, out, "actor_network_params")
+        return out
