@@ -87,7 +87,8 @@ class GameMixtureSampler(Sampler):
         if offsets is None:
             raise TypeError(f"GameMixtureSampler needs a storage with game_offsets, got {type(storage).__name__}")
         sizes = np.diff(offsets)
-        bits = np.random.Philox(key=[self.seed, 0], counter=[0, 0, step, 0]).random_raw(2 * batch_size)
+        key, counter = np.array([self.seed, 0], np.uint64), np.array([0, 0, step, 0], np.uint64)
+        bits = np.random.Philox(key=key, counter=counter).random_raw(2 * batch_size)
         cumulative = np.cumsum(self._weights(sizes))
         uniform = (bits[:batch_size] >> np.uint64(11)) * 2.0**-53
         game = np.searchsorted(cumulative / cumulative[-1], uniform, side="right")

@@ -7,7 +7,7 @@ import json
 import os
 import zlib
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -55,8 +55,9 @@ class RunWriter:
         self._path = path
         self._shard_frames = shard_frames
         self._path.mkdir(parents=True, exist_ok=True)
-        self._lock = _lock(self._path)
-        try:
+        metadata = None if metadata is None else _json_copy(metadata)
+        with ExitStack() as stack:  # Closes what is open so far if the run turns out not to be appendable.
+            stack.enter_context(_lock(self._path))
             file = self._path / "manifest.json"
             committed = Manifest.read(file) if file.exists() else None
             for name, given in (("source", source), ("rewards", rewards), ("components", components)):
@@ -73,10 +74,8 @@ class RunWriter:
             else:
                 self._array = open_frame_array(self._path / "frames")
                 tail = self._recover_tail(Run(self._path, committed))
-            self._files = {key: self._open_member(key, committed) for key in MEMBERS}
-        except BaseException:
-            os.close(self._lock)
-            raise
+            self._files = {key: stack.enter_context(self._open_member(key, committed)) for key in MEMBERS}
+            self._open = stack.pop_all()
         self._manifest = committed or Manifest(
             game=path.parent.name,
             run=path.name,
@@ -90,7 +89,7 @@ class RunWriter:
             metadata={},
         )
         if metadata is not None:
-            self._manifest = replace(self._manifest, metadata=_json_copy(metadata))
+            self._manifest = replace(self._manifest, metadata=metadata)
         self._crc32 = dict(self._manifest.crc32)
         self._num_frames = self._manifest.num_frames
         self._num_steps = self._manifest.num_steps
@@ -208,9 +207,7 @@ class RunWriter:
                 self.commit()
         finally:
             self._state = "closed"
-            for file in self._files.values():
-                file.close()
-            os.close(self._lock)
+            self._open.close()
 
     def __enter__(self) -> RunWriter:
         return self
@@ -289,14 +286,16 @@ class RunWriter:
             self._array = self._array.resize(exclusive_max=[rows, *FRAME_SHAPE], resize_metadata_only=True).result()
 
 
-def _lock(path: Path) -> int:
+@contextmanager
+def _lock(path: Path) -> Iterator[None]:
     descriptor = os.open(path / ".lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o644)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        yield
+    except BlockingIOError as error:
+        raise BlockingIOError(f"{path} is open in another writer") from error
+    finally:
         os.close(descriptor)
-        raise BlockingIOError(f"{path} is open in another writer") from None
-    return descriptor
 
 
 def _json_copy(metadata: Mapping[str, Any]) -> dict[str, Any]:

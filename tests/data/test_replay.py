@@ -1,0 +1,162 @@
+from __future__ import annotations
+
+import pickle
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torchrl.envs.transforms import RewardScaling, ToTensorImage
+
+from torchrl_sql.data import AtariFrameStorage, GameMixtureSampler, OfflineAtariReplay
+
+
+def indices(replay: OfflineAtariReplay, num_batches: int) -> list[list[int]]:
+    return [replay.sample()["index"].tolist() for _ in range(num_batches)]
+
+
+@pytest.fixture(scope="module")
+def expected(two_games) -> list[list[int]]:
+    """The first batches of seed 4, straight from the sampler."""
+    storage, sampler = AtariFrameStorage(two_games), GameMixtureSampler(seed=4)
+    return [sampler.indices(storage, 12, step).tolist() for step in range(40)]
+
+
+def test_three_lines(two_games):
+    replay = OfflineAtariReplay(two_games.path, batch_size=12, seed=4)
+    batch = replay.sample()
+    assert batch["observation"].shape == (12, 4, 84, 84)
+    assert (batch.exclude("index") == AtariFrameStorage(two_games).get(batch["index"])).all()
+    assert replay.games == ("Breakout", "Pong") and len(replay) == 80
+    same, info = replay.sample(return_info=True)
+    assert info["index"].tolist() == same["index"].tolist()
+    assert len(replay.sample(6)) == 6
+
+
+def test_iterates(two_games, expected):
+    replay = OfflineAtariReplay(two_games, batch_size=12, seed=4)
+    assert [batch["index"].tolist() for batch, _ in zip(replay, range(3), strict=False)] == expected[:3]
+
+
+@pytest.mark.parametrize("prefetch", [0, 1, 4])
+def test_order_does_not_depend_on_prefetch(two_games, expected, prefetch):
+    replay = OfflineAtariReplay(two_games, batch_size=12, seed=4, prefetch=prefetch)
+    assert indices(replay, 30) == expected[:30]
+    replay.shutdown()
+
+
+def test_ranks_read_slices_of_one_batch(two_games, expected):
+    ranks = [
+        OfflineAtariReplay(two_games, batch_size=12, seed=4, rank=rank, world_size=3, prefetch=rank)
+        for rank in range(3)
+    ]
+    for step in range(5):
+        parts = [replay.sample()["index"] for replay in ranks]
+        assert [len(part) for part in parts] == [4, 4, 4]
+        assert torch.cat(parts).tolist() == expected[step]
+    for replay in ranks:
+        replay.shutdown()
+
+
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(before=st.integers(0, 10), read_more=st.integers(0, 4), first=st.integers(0, 3), then=st.integers(0, 3))
+def test_resume_equals_uninterrupted(two_games, expected, before, read_more, first, then):
+    """Only delivered batches count, whatever was read ahead before and after."""
+    old = OfflineAtariReplay(two_games, batch_size=12, seed=4, prefetch=first)
+    assert indices(old, before) == expected[:before]
+    state = old.state_dict()
+    indices(old, read_more)
+    new = OfflineAtariReplay(two_games, batch_size=12, seed=4, prefetch=then)
+    for replay in (new, old):  # The old one goes back.
+        replay.load_state_dict(state)
+        assert indices(replay, 5) == expected[before : before + 5]
+        replay.shutdown()
+
+
+def test_state_survives_torch_save(two_games, expected, tmp_path):
+    replay = OfflineAtariReplay(two_games, batch_size=12, seed=4, prefetch=2)
+    indices(replay, 3)
+    torch.save(replay.state_dict(), tmp_path / "state.pt")
+    replay.dumps(tmp_path / "dump")
+    assert not list((tmp_path / "dump").rglob("*.pkl"))
+    indices(replay, 3)
+    replay.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert indices(replay, 2) == expected[3:5]
+    replay.loads(tmp_path / "dump")
+    assert indices(replay, 2) == expected[3:5]
+    replay.shutdown()
+
+
+def test_pickle_continues(two_games, expected):
+    replay = OfflineAtariReplay(two_games, batch_size=12, seed=4, prefetch=2)
+    indices(replay, 3)
+    copy = pickle.loads(pickle.dumps(replay))
+    assert indices(copy, 2) == indices(replay, 2) == expected[3:5]
+    copy.shutdown()
+    replay.shutdown()
+
+
+def test_checkpoint_of_other_data_is_refused(two_games):
+    replay = OfflineAtariReplay(two_games, batch_size=12)
+    with pytest.raises(ValueError, match="is not the data of the checkpoint"):
+        OfflineAtariReplay(two_games, batch_size=12, games="Pong").load_state_dict(replay.state_dict())
+
+
+def test_transforms(two_games):
+    replay = OfflineAtariReplay(
+        two_games, batch_size=4, prefetch=2, transform=RewardScaling(0.0, 2.0, in_keys=[("next", "reward")])
+    )
+    plain = OfflineAtariReplay(two_games, batch_size=4)
+    replay.append_transform(ToTensorImage(in_keys=["observation"], from_int=True, shape_tolerant=True))
+    batch, same = replay.sample(), plain.sample()
+    assert torch.equal(batch["next", "reward"], same["next", "reward"] * 2)
+    assert batch["observation"].dtype == torch.float32
+    replay.shutdown()
+
+
+def test_read_error_is_raised_and_the_batch_stays_due(two_games, expected, monkeypatch):
+    replay = OfflineAtariReplay(two_games, batch_size=12, seed=4, prefetch=2)
+    indices(replay, 1)
+    replay.load_state_dict(replay.state_dict())  # Nothing read ahead.
+    with monkeypatch.context() as patch:
+        patch.setattr(AtariFrameStorage, "get", lambda self, index: (_ for _ in ()).throw(OSError("disk gone")))
+        with pytest.raises(OSError, match="disk gone"):
+            replay.sample()
+    assert replay.state_dict()["_sampler"] == {"step": 1}
+    assert indices(replay, 3) == expected[1:4]
+    replay.shutdown()
+
+
+def test_cannot_be_written(two_games):
+    replay = OfflineAtariReplay(two_games, batch_size=4)
+    with pytest.raises(RuntimeError, match="doesn't allow writing"):
+        replay.extend(replay.sample())
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"batch_size": 10, "world_size": 3}, "batch_size must be a positive multiple of world_size 3, got 10"),
+        ({"batch_size": 0}, "batch_size must be a positive multiple"),
+        ({"batch_size": 4, "prefetch": -1}, "prefetch must be >= 0, got -1"),
+    ],
+)
+def test_bad_arguments(two_games, kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        OfflineAtariReplay(two_games, **kwargs)
+
+
+def test_other_batch_size_with_prefetch(two_games):
+    replay = OfflineAtariReplay(two_games, batch_size=12, prefetch=1)
+    with pytest.raises(ValueError, match="batch_size must be 12 as read ahead, got 6"):
+        replay.sample(6)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("prefetch", [0, 2])
+def test_pinned(two_games, prefetch):
+    replay = OfflineAtariReplay(two_games, batch_size=4, prefetch=prefetch, pin_memory=True)
+    batch = replay.sample()
+    assert batch["observation"].is_pinned() and batch["next", "observation"].is_pinned()
+    replay.shutdown()

@@ -1,0 +1,280 @@
+from __future__ import annotations
+
+import multiprocessing
+import pickle
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torchrl.data import ReplayBuffer, TensorDictReplayBuffer
+
+from torchrl_sql.data import AtariFrameStorage, FrameStore, GameMixtureSampler
+
+
+def tags(stack: torch.Tensor) -> list[int]:
+    """Numbers that lab.make_episode wrote into the frames; -1 for an all-zero frame."""
+    array = stack.numpy()
+    numbers = np.ascontiguousarray(array[:, 0, :4]).view("<u4")[:, 0].astype(int)
+    return [number if frame.any() else -1 for number, frame in zip(numbers.tolist(), array, strict=True)]
+
+
+def test_one_step_transitions_by_hand(store, lab):
+    first, second = lab.make_episodes([(3, True, False), (2, True, True)])  # Frames 0 1 2 | 4 5 6.
+    first.rewards[:] = [0.25, 7.0, -3.0]
+    lab.write(store, "Pong", [first, second])
+    storage = AtariFrameStorage(store)
+    assert len(storage) == 5 and storage.num_unsampleable == 0
+    batch = storage[:]
+    assert [tags(s) for s in batch["observation"]] == [
+        [-1, -1, -1, 0],
+        [-1, -1, 0, 1],
+        [-1, 0, 1, 2],
+        [-1, -1, -1, 4],
+        [-1, -1, 4, 5],
+    ]
+    assert [tags(s) for s in batch["next", "observation"]] == [
+        [-1, -1, 0, 1],
+        [-1, 0, 1, 2],
+        [0, 1, 2, -1],  # The frame after the last step was not recorded.
+        [-1, -1, 4, 5],
+        [-1, 4, 5, 6],
+    ]
+    assert batch["next", "reward"][:3, 0].tolist() == [0.25, 1.0, -1.0]
+    assert batch["next", "terminated"][:, 0].tolist() == [False, False, True, False, True]
+    assert batch["next", "done"][:, 0].tolist() == [False, False, True, False, True]
+    assert not batch["next", "truncated"].any()
+    assert batch["steps_to_next_obs"][:, 0].tolist() == [1] * 5
+
+
+def test_three_step_returns_by_hand(store, lab):
+    (episode,) = lab.make_episodes([(5, True, False)])
+    episode.rewards[:] = [1.0, 0.5, -1.0, 0.0, 0.25]
+    lab.write(store, "Pong", [episode])
+    batch = AtariFrameStorage(store, n_steps=3, gamma=0.5)[:]
+    assert batch["next", "reward"][:, 0].tolist() == [1.0, 0.0, -1 + 0.25 / 4, 0.125, 0.25]
+    assert batch["steps_to_next_obs"][:, 0].tolist() == [3, 3, 3, 2, 1]
+    assert batch["next", "terminated"][:, 0].tolist() == [False, False, True, True, True]
+    assert [tags(s) for s in batch["next", "observation"]] == [
+        [0, 1, 2, 3],
+        [1, 2, 3, 4],
+        [2, 3, 4, -1],
+        [2, 3, 4, -1],
+        [2, 3, 4, -1],
+    ]
+
+
+def test_episode_cut_without_its_final_frame(store, lab):
+    """A step that would bootstrap from the missing frame cannot be drawn; with the frame it can, and is truncated."""
+    missing, known = lab.make_episodes([(4, False, False), (4, False, True)])
+    lab.write(store, "Pong", [missing, known])
+    one = AtariFrameStorage(store)
+    assert (len(one), one.num_unsampleable) == (3 + 4, 1)
+    assert one[:]["next", "truncated"][:, 0].tolist() == [False] * 6 + [True]
+    assert not one[:]["next", "terminated"].any()
+    three = AtariFrameStorage(store, n_steps=3)
+    assert (len(three), three.num_unsampleable) == (1 + 4, 3)
+    assert three[:]["next", "truncated"][:, 0].tolist() == [False, False, True, True, True]
+    ten = AtariFrameStorage(store, n_steps=10)
+    assert (len(ten), ten.num_unsampleable) == (4, 4)
+
+
+def test_batch_contract(two_games):
+    for n_steps in (1, 3):
+        batch = AtariFrameStorage(two_games, n_steps=n_steps).get(torch.tensor([0, 5, 79]))
+        spec = {key: (tuple(v.shape), v.dtype) for key, v in batch.items(include_nested=True, leaves_only=True)}
+        assert spec == {
+            "observation": ((3, 4, 84, 84), torch.uint8),
+            "action": ((3,), torch.int64),
+            "game_id": ((3,), torch.int64),
+            "steps_to_next_obs": ((3, 1), torch.int64),
+            ("next", "observation"): ((3, 4, 84, 84), torch.uint8),
+            ("next", "reward"): ((3, 1), torch.float32),
+            ("next", "terminated"): ((3, 1), torch.bool),
+            ("next", "truncated"): ((3, 1), torch.bool),
+            ("next", "done"): ((3, 1), torch.bool),
+        }
+        assert batch.batch_size == (3,) and batch["next"].batch_size == (3,)
+
+
+def test_games_define_order_and_game_id(two_games):
+    storage = AtariFrameStorage(two_games)
+    assert storage.games == ("Breakout", "Pong")
+    assert storage.game_offsets.tolist() == [0, 20, 80]
+    assert storage[:]["game_id"].tolist() == [0] * 20 + [1] * 60
+    turned = AtariFrameStorage(two_games, ["Pong", "Breakout"])
+    assert turned.game_offsets.tolist() == [0, 60, 80]
+    assert (turned[:60]["action"] == storage[20:]["action"]).all()
+    assert len(AtariFrameStorage(two_games.path, "Pong")) == 60
+    assert tags(storage[19]["observation"]) == [2004, 2005, 2006, 2007]  # Run b follows run a.
+
+
+def test_kinds_of_index(two_games):
+    storage = AtariFrameStorage(two_games)
+    whole = storage[:]
+    assert len(whole) == len(storage) == 80
+    assert storage[7].batch_size == () and (storage[7] == whole[7]).all()
+    assert (storage[-1] == whole[79]).all()
+    order = [3, 3, 70, 0]
+    for index in (order, torch.tensor(order), np.array(order, np.int32), range(3, 4)):
+        assert (storage.get(index) == whole[list(index)]).all()
+    assert len(storage.get([])) == 0
+    assert 79 in storage and 80 not in storage
+    assert storage.contains(torch.tensor([0, 80])).tolist() == [True, False]
+
+
+@pytest.mark.parametrize("index", [80, -81, [0, 80], torch.tensor([-1])])
+def test_index_outside(two_games, index):
+    with pytest.raises(IndexError, match=r"index must lie in 0..79, got"):
+        AtariFrameStorage(two_games).get(index)
+
+
+@pytest.mark.parametrize("index", [1.5, [0.5], torch.zeros(2, 2, dtype=torch.long), torch.ones(80, dtype=torch.bool)])
+def test_index_of_another_kind(two_games, index):
+    with pytest.raises(TypeError, match="index must be an int, a slice or integers"):
+        AtariFrameStorage(two_games).get(index)
+
+
+def test_read_only(two_games):
+    storage = AtariFrameStorage(two_games)
+    with pytest.raises(RuntimeError, match="read-only"):
+        storage.set(0, storage[0])
+    with pytest.raises(RuntimeError, match="read-only"):
+        ReplayBuffer(storage=storage).empty()
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"n_steps": 0}, "n_steps must be an integer >= 1, got 0"),
+        ({"n_steps": 2.0}, "n_steps must be an integer >= 1, got 2.0"),
+        ({"gamma": 1.5}, "gamma must lie in"),
+        ({"games": "Seaquest"}, "game 'Seaquest' is not in the store .* which holds Breakout, Pong"),
+        ({"games": ["Pong", "Brekout"]}, "did you mean Breakout"),
+        ({"games": []}, "at least one game"),
+    ],
+)
+def test_bad_arguments(two_games, kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        AtariFrameStorage(two_games, **kwargs)
+
+
+def test_empty_store(store):
+    with pytest.raises(ValueError, match="holds no games"):
+        AtariFrameStorage(store)
+
+
+@pytest.mark.parametrize("buffer_class", [ReplayBuffer, TensorDictReplayBuffer])
+@pytest.mark.parametrize("prefetch", [None, 1])
+def test_inside_torchrl_buffers(two_games, buffer_class, prefetch):
+    storage = AtariFrameStorage(two_games)
+    buffer = buffer_class(storage=storage, sampler=GameMixtureSampler(seed=3), batch_size=6, prefetch=prefetch)
+    for step in range(3):
+        batch, info = buffer.sample(return_info=True)
+        expected = GameMixtureSampler(seed=3).indices(storage, 6, step)
+        assert info["index"].tolist() == expected.tolist()
+        assert (batch["observation"] == storage.get(expected)["observation"]).all()
+    assert len(buffer) == 80
+    assert buffer[4]["action"] == storage[4]["action"]
+    assert len(buffer_class(storage=storage, batch_size=5).sample()) == 5  # TorchRL's RandomSampler.
+    buffer.shutdown()
+
+
+def test_state_tells_other_data(two_games, store, lab, tmp_path):
+    lab.write(store, "Pong", lab.make_episodes([(5, True, False)]))
+    mine = AtariFrameStorage(store)
+    mine.dumps(tmp_path / "state")
+    mine.loads(tmp_path / "state")
+    with pytest.raises(ValueError, match="is not the data of the checkpoint"):
+        AtariFrameStorage(two_games).load_state_dict(mine.state_dict())
+    lab.write(store, "Pong", lab.make_episodes([(5, True, False)], 100))
+    mine.loads(tmp_path / "state")
+    with pytest.raises(ValueError, match="is not the data of the checkpoint"):
+        AtariFrameStorage(store).loads(tmp_path / "state")
+
+
+def test_pickle_is_small_and_pins_the_commit(store, lab):
+    lab.write(store, "Pong", lab.make_episodes([(500, True, False)]))
+    storage = AtariFrameStorage(store, n_steps=2, gamma=0.9)
+    data = pickle.dumps(storage)
+    assert len(data) < 2000
+    lab.write(store, "Pong", lab.make_episodes([(5, True, False)], 1000))
+    copy = pickle.loads(data)
+    assert len(copy) == 500
+    assert (copy[490:] == storage[490:]).all()
+
+
+def _read_in_child(storage, queue):
+    try:
+        queue.put(storage[3]["action"].item())
+    except RuntimeError as error:
+        queue.put(str(error))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["spawn", "fork"])
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_other_processes(two_games, method):
+    storage = AtariFrameStorage(two_games)
+    context = multiprocessing.get_context(method)
+    queue = context.Queue()
+    child = context.Process(target=_read_in_child, args=(storage, queue))
+    child.start()
+    answer = queue.get(timeout=60)
+    child.join()
+    if method == "spawn":
+        assert answer == storage[3]["action"].item()
+    else:
+        assert "inherited through fork" in answer
+
+
+# Properties
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    data=st.data(),
+    chunk=st.integers(1, 5),
+    chunks_per_shard=st.integers(1, 3),
+    n_steps=st.integers(1, 7),
+    gamma=st.sampled_from([0.0, 0.5, 0.99, 1.0]),
+)
+def test_equals_the_reference(lab, data, chunk, chunks_per_shard, n_steps, gamma):
+    """For any episodes, chunk sizes and n, in any batch order; so in particular no stack mixes episodes."""
+    runs = {
+        ("Pong", "0"): lab.make_episodes(data.draw(lab.shapes)),
+        ("Pong", "1"): lab.make_episodes(data.draw(lab.shapes), 1000),
+        ("Breakout", "0"): lab.make_episodes(data.draw(lab.shapes), 2000),
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        store = FrameStore.create(Path(folder) / "s", chunk_frames=chunk, shard_frames=chunk * chunks_per_shard)
+        for (game, run), episodes in runs.items():
+            lab.write(store, game, episodes, run=run)
+        storage = AtariFrameStorage(store, ["Pong", "Breakout"], n_steps=n_steps, gamma=gamma)
+        expected = [(game, x) for (game, _), episodes in runs.items() for x in lab.reference(episodes, n_steps, gamma)]
+        assert len(storage) == len(expected)
+        assert storage.num_unsampleable == sum(len(e.actions) for r in runs.values() for e in r) - len(expected)
+        if not expected:
+            return
+        order = data.draw(st.lists(st.integers(0, len(expected) - 1), min_size=1, max_size=40))
+        batch = storage.get(torch.tensor(order))
+        rows = [expected[i] for i in order]
+        assert [storage.games[g] for g in batch["game_id"].tolist()] == [game for game, _ in rows]
+        for key, value in (
+            ("observation", batch["observation"]),
+            ("next_observation", batch["next", "observation"]),
+            ("action", batch["action"]),
+            ("steps_to_next_obs", batch["steps_to_next_obs"][:, 0]),
+            ("terminated", batch["next", "terminated"][:, 0]),
+            ("truncated", batch["next", "truncated"][:, 0]),
+        ):
+            np.testing.assert_array_equal(value.numpy(), np.stack([x[key] for _, x in rows]), err_msg=key)
+        np.testing.assert_array_equal(
+            batch["next", "done"].numpy(), (batch["next", "terminated"] | batch["next", "truncated"]).numpy()
+        )
+        np.testing.assert_allclose(
+            batch["next", "reward"][:, 0].numpy(), [x["reward"] for _, x in rows], rtol=1e-6, atol=1e-6
+        )
