@@ -1,0 +1,239 @@
+import math
+
+import pytest
+import torch
+from tensordict import TensorDict
+from torch import nn
+from torchrl.data import Categorical
+from torchrl.envs import set_exploration_type
+from torchrl.envs.utils import ExplorationType
+from torchrl.modules import DistributionalQValueActor, EGreedyModule, QValueActor
+
+from torchrl_sql.games import GAMES
+from torchrl_sql.modules import MultiGameQNetwork, make_q_actor
+
+GAME_NAMES = ["Breakout", "Freeway", "Pong"]
+
+
+def states(*batch_shape: int, num_games: int = 3) -> TensorDict:
+    observation = torch.randint(256, (*batch_shape, 4, 84, 84), dtype=torch.uint8)
+    return TensorDict({"observation": observation, "game_id": torch.randint(num_games, batch_shape)}, batch_shape)
+
+
+def tiny_network(num_games: int = 3, **kwargs) -> MultiGameQNetwork:
+    """One convolution on one 4x4 frame."""
+    return MultiGameQNetwork(nn.Conv2d(1, 2, 3), num_games, input_shape=(1, 4, 4), num_actions=3, num_atoms=5, **kwargs)
+
+
+@pytest.mark.parametrize(("encoder", "millions"), [("resnet34", 31), ("resnet50", 60), ("resnet101", 79)])
+def test_sizes_are_the_published_ones(encoder, millions):
+    actor = make_q_actor(40, encoder=encoder)
+    num_parameters = sum(parameter.numel() for parameter in actor.parameters())
+    assert num_parameters == pytest.approx(millions * 1e6, rel=0.05)
+
+
+def test_forward_by_hand():
+    network = tiny_network(num_games=2, pooling="average", logit_scale=10.0)
+    network.encoder.weight.data.zero_()
+    network.encoder.bias.data.copy_(torch.tensor([3.0, 4]))
+    network.heads.weight.data.zero_()
+    network.heads.weight.data[1, 0] = torch.tensor([1.0, 2])  # game 1, atom 0, action 0
+    network.heads.bias.data[1, 4] = 7  # game 1, atom 1, action 1
+    value, norm = network(torch.zeros(2, 1, 4, 4), torch.tensor([0, 1]))
+    assert value.shape == (2, 5, 3)
+    torch.testing.assert_close(norm, torch.full((2, 1), 5.0))
+    expected = torch.zeros(2, 5, 3)
+    expected[1, 0, 0] = 10 * (3 / 5 + 2 * 4 / 5)
+    expected[1, 1, 1] = 7
+    torch.testing.assert_close(value, expected)
+
+
+def test_uint8_is_scaled_and_the_games_mean_image_subtracted():
+    mean = torch.rand(3, 4, 4)
+    network = tiny_network(input_mean=mean)
+    frames = torch.randint(256, (6, 1, 4, 4), dtype=torch.uint8)
+    game_id = torch.tensor([0, 1, 2, 2, 1, 0])
+    seen = []
+    handle = network.encoder.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    network(frames, game_id)
+    network(frames / 255, game_id)
+    handle.remove()
+    expected = torch.stack([frames[i].float() / 255 - mean[game] for i, game in enumerate(game_id)])
+    torch.testing.assert_close(seen[0], expected)
+    torch.testing.assert_close(seen[1], expected)
+
+
+@pytest.mark.parametrize("encoder", ["resnet_small", "resnet18", "nature", "impala"])
+@pytest.mark.parametrize("pooling", ["spatial_embedding", "average"])
+def test_actor_contract(encoder, pooling):
+    actor = make_q_actor(3, encoder=encoder, pooling=pooling)
+    assert isinstance(actor, DistributionalQValueActor)
+    assert set(actor.in_keys) == {"observation", "game_id"}
+    out = actor(states(2))
+    assert out["action_value"].shape == (2, 51, 18)
+    assert out["action_value"].dtype == torch.float32
+    torch.testing.assert_close(out["action_value"].exp().sum(-2), torch.ones(2, 18))
+    assert out["feature_norm"].shape == (2, 1) and not out["feature_norm"].requires_grad
+    q = (out["action_value"].exp() * torch.linspace(-10, 10, 51).unsqueeze(-1)).sum(-2)
+    assert torch.equal(out["action"], q.argmax(-1))
+
+
+@pytest.mark.parametrize("mask", [False, True])
+@pytest.mark.parametrize("batch_shape", [(), (5,), (2, 3)])
+def test_scalar_heads_and_leading_dimensions(batch_shape, mask):
+    actor = make_q_actor(GAME_NAMES, encoder="resnet_small", num_atoms=None, mask_illegal_actions=mask)
+    assert isinstance(actor, QValueActor) and not isinstance(actor, DistributionalQValueActor)
+    assert actor(states(*batch_shape))["action_value"].shape == (*batch_shape, 18)
+    distributional = make_q_actor(GAME_NAMES, encoder="resnet_small", mask_illegal_actions=mask)
+    batch = states(*batch_shape)
+    out = distributional(batch.clone())
+    assert out["action_value"].shape == (*batch_shape, 51, 18)
+    assert out["action"].shape == batch_shape
+    flat = distributional(batch.reshape(-1))
+    torch.testing.assert_close(out["action_value"].reshape(-1, 51, 18), flat["action_value"], rtol=1e-4, atol=1e-4)
+
+
+def test_flatten_pooling_is_dqns_network():
+    actor = make_q_actor(1, encoder="nature", pooling="flatten", num_atoms=None, feature_norm=False)
+    # Mnih et al. 2015 with 18 actions.
+    convolutions = 32 * (4 * 64 + 1) + 64 * (32 * 16 + 1) + 64 * (64 * 9 + 1)
+    assert sum(p.numel() for p in actor.parameters()) == convolutions + 512 * (3136 + 1) + 18 * (512 + 1)
+
+
+def test_feature_norm_makes_outputs_invariant_to_the_features_scale():
+    x, game_id = torch.rand(4, 1, 4, 4), torch.tensor([0, 1, 2, 0])
+    for feature_norm in (True, False):
+        network = tiny_network(feature_norm=feature_norm)
+        value, norm = network(x, game_id)
+        network.encoder.weight.data *= 10
+        network.encoder.bias.data *= 10
+        scaled_value, scaled_norm = network(x, game_id)
+        torch.testing.assert_close(scaled_norm, 10 * norm)
+        assert torch.allclose(scaled_value, value, atol=1e-5) == feature_norm
+
+
+def test_logit_scale_is_learned():
+    network = tiny_network(logit_scale=30.0)
+    assert network.log_scale.exp().item() == pytest.approx(30)
+    network(torch.rand(4, 1, 4, 4), torch.tensor([0, 1, 2, 0]))[0].square().sum().backward()
+    assert network.log_scale.grad.abs() > 0
+    assert tiny_network(feature_norm=False).log_scale is None
+
+
+def test_zero_features_are_finite():
+    network = tiny_network()
+    network.encoder.weight.data.zero_()
+    network.encoder.bias.data.zero_()
+    value, _ = network(torch.rand(2, 1, 4, 4), torch.tensor([0, 1]))
+    value.sum().backward()
+    assert value.isfinite().all()
+    assert all(parameter.grad.isfinite().all() for parameter in network.parameters() if parameter.grad is not None)
+
+
+def test_value_prior_starts_as_the_normal_it_names():
+    actor = make_q_actor(2, encoder="resnet_small", value_prior_std=2.0, logit_scale=1e-6)
+    probs = actor(states(3, num_games=2))["action_value"].exp()
+    support = torch.linspace(-10, 10, 51).unsqueeze(-1)
+    mean = (probs * support).sum(-2)
+    std = (probs * support**2).sum(-2).sqrt()
+    torch.testing.assert_close(mean, torch.zeros(3, 18), rtol=0, atol=1e-3)
+    torch.testing.assert_close(std, torch.full((3, 18), 2.0), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("num_atoms", [51, None])
+def test_illegal_actions_are_masked_for_acting_only(num_atoms):
+    legal = set(GAMES["Freeway"].minimal_actions)
+    actor = make_q_actor(GAME_NAMES, encoder="resnet_small", num_atoms=num_atoms, mask_illegal_actions=True)
+    free = make_q_actor(GAME_NAMES, encoder="resnet_small", num_atoms=num_atoms)
+    free.load_state_dict(actor.state_dict(), strict=False)
+    batch = states(8)
+    batch["game_id"][:] = 1
+    # Negative values everywhere, the greatest for an illegal action: a mask that meant "value 0" would be chosen.
+    illegal = next(action for action in range(18) if action not in legal)
+    for network in (actor, free):
+        bias = network.module[0].module.heads.bias.data.view(3, -1, 18)
+        bias.zero_()
+        bias[:, 0] = 50
+        bias[:, 0, illegal] = 60 if num_atoms is None else -60
+    out, unmasked = actor(batch.clone()), free(batch.clone())
+    assert (unmasked["action"] == illegal).all()
+    assert set(out["action"].tolist()) <= legal
+    assert out["action_mask"].sum(-1).tolist() == [len(legal)] * 8
+    if num_atoms is not None:
+        torch.testing.assert_close(out["action_value"], unmasked["action_value"])
+
+
+def test_exploration_is_masked_too():
+    actor = make_q_actor(GAME_NAMES, encoder="resnet_small", mask_illegal_actions=True)
+    explore = EGreedyModule(Categorical(18), eps_init=1.0, eps_end=1.0, action_mask_key="action_mask")
+    batch = states(200)
+    with set_exploration_type(ExplorationType.RANDOM):
+        out = explore(actor(batch))
+    for row in out:
+        assert row["action"].item() in GAMES[GAME_NAMES[row["game_id"]]].minimal_actions
+    assert len(out["action"].unique()) > 3
+
+
+def test_channels_last_computes_the_same():
+    torch.manual_seed(0)
+    plain = make_q_actor(2, encoder="resnet18")
+    torch.manual_seed(0)
+    actor = make_q_actor(2, encoder="resnet18", memory_format=torch.channels_last)
+    encoder = actor.module[0].module.encoder
+    assert encoder(torch.rand(2, 4, 84, 84)).is_contiguous(memory_format=torch.channels_last)
+    batch = states(2, num_games=2)
+    torch.testing.assert_close(
+        actor(batch.clone())["action_value"], plain(batch.clone())["action_value"], rtol=1e-3, atol=1e-3
+    )
+
+
+def test_bf16_autocast_gives_float32_log_probabilities():
+    actor = make_q_actor(2, encoder="resnet_small")
+    batch = states(4, num_games=2)
+    exact = actor(batch.clone())["action_value"]
+    with torch.autocast("cpu", torch.bfloat16):
+        out = actor(batch.clone())
+    assert out["action_value"].dtype == out["feature_norm"].dtype == torch.float32
+    torch.testing.assert_close(out["action_value"].exp().sum(-2), torch.ones(4, 18))
+    torch.testing.assert_close(out["action_value"].exp(), exact.exp(), rtol=0, atol=0.05)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"encoder": "resnet35"}, "encoder must be one of .*resnet34.*got 'resnet35'"),
+        ({"pooling": "max"}, "pooling must be .*got 'max'"),
+        ({"num_atoms": 1}, "num_atoms >= 2"),
+        ({"v_min": 1.0, "v_max": 1.0}, "v_min < v_max"),
+        ({"logit_scale": 0.0}, "logit_scale must be positive"),
+        ({"value_prior_std": -1.0}, "value_prior_std must be positive"),
+        ({"value_prior_std": 1.0, "num_atoms": None}, "value_prior_std .* needs atoms"),
+        ({"mask_illegal_actions": True}, "games given by name"),
+        ({"input_mean": torch.zeros(2, 84, 84)}, r"input_mean must have shape \(3, 84, 84\)"),
+    ],
+)
+def test_refuses(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        make_q_actor(3, **{"encoder": "resnet_small", **kwargs})
+
+
+def test_refuses_wrong_shapes():
+    network = tiny_network()
+    with pytest.raises(ValueError, match=r"observation must be \[\*B, 1, 4, 4\].*got \(2, 1, 4, 5\)"):
+        network(torch.zeros(2, 1, 4, 5), torch.zeros(2, dtype=torch.long))
+    with pytest.raises(ValueError, match=r"game_id \[\*B\].*\(2, 1\)"):
+        network(torch.zeros(2, 1, 4, 4), torch.zeros(2, 1, dtype=torch.long))
+
+
+def test_games_by_name():
+    assert make_q_actor("Pong,Breakout", encoder="resnet_small").module[0].module.heads.weight.shape[0] == 2
+    with pytest.raises(ValueError, match="Brakeout"):
+        make_q_actor(["Brakeout"], encoder="resnet_small")
+
+
+def test_initial_logits_have_range():
+    """Unit-norm features and default heads alone would give logits of standard deviation 1/sqrt(3 * 256) = 0.04."""
+    actor = make_q_actor(2, encoder="resnet_small")
+    with torch.no_grad():
+        logits, _ = actor.module[0].module(**states(64, num_games=2))
+    assert logits.std().item() == pytest.approx(30 / math.sqrt(3 * 256), rel=0.3)
