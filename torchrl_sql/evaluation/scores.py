@@ -45,22 +45,27 @@ class Interval(NamedTuple):
     high: float
 
 
-def human_normalised(score: Score, game: str) -> Score:
-    """``(score - random) / (human - random)`` with the game's published scores (method.md section 5).
+def normalised_score(score: Score, game: str, reference: Reference) -> Score:
+    """``(score - random) / (reference - random)`` with the game's published scores (method.md section 5).
 
     Raises:
-        ValueError: if the game is unknown or has no published human or random score.
+        ValueError: if the game is unknown or has no such published score.
     """
-    return _normalised(score, game, "human")
+    scores = _reference_scores(game, reference)
+    if scores is None:
+        raise ValueError(f"{game} has no published {reference} and random score, so it cannot be normalised by them")
+    zero, one = scores
+    return (score - zero) / (one - zero)
+
+
+def human_normalised(score: Score, game: str) -> Score:
+    """:func:`normalised_score` by the published human score."""
+    return normalised_score(score, game, "human")
 
 
 def dqn_normalised(score: Score, game: str) -> Score:
-    """``(score - random) / (dqn - random)``; DQN is the agent that wrote DQN-Replay.
-
-    Raises:
-        ValueError: if the game is unknown or has no published DQN or random score.
-    """
-    return _normalised(score, game, "dqn")
+    """:func:`normalised_score` by the score of DQN, the agent that wrote DQN-Replay."""
+    return normalised_score(score, game, "dqn")
 
 
 def split_by_reference(games: Iterable[str], reference: Reference) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -85,14 +90,6 @@ def _reference_scores(game: str, reference: Reference) -> tuple[float, float] | 
     one = GAMES[game].human_score if reference == "human" else GAMES[game].dqn_score
     zero = GAMES[game].random_score
     return None if one is None or zero is None else (zero, one)
-
-
-def _normalised(score: Score, game: str, reference: Reference) -> Score:
-    scores = _reference_scores(game, reference)
-    if scores is None:
-        raise ValueError(f"{game} has no published {reference} and random score, so it cannot be normalised by them")
-    zero, one = scores
-    return (score - zero) / (one - zero)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,7 +184,7 @@ class RunReturns:
             ValueError: if a game has no such reference score; see :func:`split_by_reference`.
         """
         values = np.stack(
-            [_normalised(self.values[:, g], game, reference) for g, game in enumerate(self.games)], axis=1
+            [normalised_score(self.values[:, g], game, reference) for g, game in enumerate(self.games)], axis=1
         )
         return RunReturns(games=self.games, seeds=self.seeds, values=values, counts=self.counts)
 

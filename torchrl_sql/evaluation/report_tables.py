@@ -1,0 +1,356 @@
+"""The report's tables as plain data, which the page, the CSV files and the terminal share."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from torchrl_sql.evaluation.report_data import BEHAVIOUR, Analysis
+from torchrl_sql.evaluation.scores import (
+    AGGREGATES,
+    Interval,
+    Reference,
+    interquartile_mean,
+    normalised_score,
+    published_scores,
+    split_by_reference,
+)
+from torchrl_sql.games import ACTION_NAMES
+
+Record = Mapping[str, str | int | float | None]
+
+REFERENCE_LABELS: dict[Reference, str] = {"human": "human", "dqn": "DQN"}
+
+
+class Cell(NamedTuple):
+    """A table cell: its text, smaller lines below it, and whether it stands out."""
+
+    text: str
+    detail: tuple[str, ...] = ()
+    strong: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """A table as shown (``header``, ``rows``; the first cell of a row heads it) and as data (``records``, for CSV)."""
+
+    name: str
+    caption: str
+    header: Sequence[str]
+    rows: Sequence[Sequence[Cell]]
+    records: Sequence[Record]
+
+    def to_csv(self) -> str:
+        """The records as CSV text; unknown values are empty."""
+        file = io.StringIO()
+        writer = csv.DictWriter(file, fieldnames=list(self.records[0]), lineterminator="\n")
+        writer.writeheader()
+        for record in self.records:
+            writer.writerow({k: "" if isinstance(v, float) and math.isnan(v) else v for k, v in record.items()})
+        return file.getvalue()
+
+
+def format_score(value: float) -> str:
+    """A raw score with the digits that matter: ``9.4``, ``312``, ``49,100``."""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.1f}"
+
+
+def format_interval(interval: Interval) -> str:
+    """``[low, high]`` as raw scores."""
+    return f"[{format_score(interval.low)}, {format_score(interval.high)}]"
+
+
+def score_table(analysis: Analysis) -> Table:
+    """One row a game, one column a policy."""
+    columns = analysis.policy_columns
+    rows: list[list[Cell]] = []
+    records: list[Record] = []
+    for game in analysis.data.games:
+        policies = analysis.policies(game)
+        best = max(policies[agent.label][0].point for agent in analysis.data.agents)
+        row = [Cell(game)]
+        for policy in columns:
+            if policy not in policies:
+                row.append(Cell("–"))
+                continue
+            interval, num_episodes, detail = policies[policy]
+            lines = [] if num_episodes is None else [format_interval(interval), f"n = {num_episodes:,}"]
+            lines += [detail] if detail else []
+            is_agent = policy in analysis.runs
+            row.append(Cell(format_score(interval.point), tuple(lines), is_agent and interval.point == best))
+            records.append(
+                {
+                    "game": game,
+                    "policy": policy,
+                    "detail": detail,
+                    "mean_return": interval.point,
+                    "low_95": interval.low,
+                    "high_95": interval.high,
+                    "num_episodes": num_episodes,
+                    "num_seeds": len(analysis.runs[policy].seeds) if is_agent else None,
+                    "human_normalised": _normalised_or_none(interval.point, game),
+                }
+            )
+        rows.append(row)
+    return Table(
+        name="score_table",
+        caption="Mean raw return an episode with its 95% interval and number of episodes. The best agent is in bold.",
+        header=("Game", *columns),
+        rows=rows,
+        records=records,
+    )
+
+
+def _normalised_or_none(score: float, game: str) -> float | None:
+    return normalised_score(score, game, "human") if split_by_reference([game], "human")[0] else None
+
+
+def aggregate_table(analysis: Analysis, reference: Reference) -> Table | None:
+    """One row an agent (and the data's behaviour), one column an aggregate; None if no game can be normalised."""
+    games, _ = analysis.split(reference)
+    estimates = dict(analysis.aggregates(reference))
+    if not estimates:
+        return None
+    behaviours = [analysis.policies(game).get(BEHAVIOUR) for game in games]
+    means = [behaviour[0].point for behaviour in behaviours if behaviour is not None]
+    if len(means) == len(games):
+        scores = np.array([[normalised_score(m, game, reference) for m, game in zip(means, games, strict=True)]])
+        estimates[BEHAVIOUR] = {
+            name: Interval(float(function(scores)), math.nan, math.nan) for name, function in AGGREGATES.items()
+        }
+    rows: list[list[Cell]] = []
+    records: list[Record] = []
+    for label, found in estimates.items():
+        row = [Cell(label)]
+        for name, interval in found.items():
+            shown = ("no interval",) if math.isnan(interval.low) else (f"[{interval.low:.2f}, {interval.high:.2f}]",)
+            row.append(Cell(f"{interval.point:.2f}", shown))
+            records.append(
+                {
+                    "policy": label,
+                    "aggregate": name,
+                    "point": interval.point,
+                    "low_95": interval.low,
+                    "high_95": interval.high,
+                    "num_games": len(games),
+                    "num_seeds": len(analysis.runs[label].seeds) if label in analysis.runs else None,
+                }
+            )
+        rows.append(row)
+    label = REFERENCE_LABELS[reference]
+    return Table(
+        name=f"aggregate_{reference}_normalised",
+        caption=f"{label[0].upper()}{label[1:]}-normalised score with 95% intervals: 0 is the published random score, "
+        f"1 the published {label} score. Higher is better, except for the optimality gap.",
+        header=("Policy", "IQM", "Median", "Mean", "Optimality gap"),
+        rows=rows,
+        records=records,
+    )
+
+
+def seed_table(analysis: Analysis) -> Table | None:
+    """One row a seed and game, and one a seed over all games; None if no agent has more than one seed."""
+    seeds = sorted({seed for runs in analysis.runs.values() for seed in runs.seeds})
+    if len(seeds) < 2:
+        return None
+    human_games, _ = analysis.split("human")
+    rows: list[list[Cell]] = []
+    records: list[Record] = []
+    for game in (*analysis.data.games, *(["Human-normalised IQM"] if human_games else [])):
+        for seed in seeds:
+            row = [Cell(f"{game}, seed {seed}")]
+            for label, runs in analysis.runs.items():
+                if seed not in runs.seeds:
+                    row.append(Cell("–"))
+                    continue
+                s = runs.seeds.index(seed)
+                if game in runs.games:
+                    g = runs.games.index(game)
+                    value, count = float(runs.run_scores()[s, g]), int(runs.counts[s, g])
+                    row.append(Cell(format_score(value), (f"n = {count}",)))
+                else:
+                    scores = runs.select(human_games).normalised("human").run_scores()[s : s + 1]
+                    value, count = float(interquartile_mean(scores)), None
+                    row.append(Cell(f"{value:.2f}"))
+                records.append({"game": game, "seed": seed, "policy": label, "mean": value, "num_episodes": count})
+            rows.append(row)
+    return Table(
+        name="seeds",
+        caption="Each training seed by itself: mean raw return, and the interquartile mean over games.",
+        header=("Game and seed", *analysis.runs),
+        rows=rows,
+        records=records,
+    )
+
+
+def protocol_table(analysis: Analysis) -> Table:
+    """One row an agent: how its episodes were played."""
+    rows: list[list[Cell]] = []
+    records: list[Record] = []
+    for agent in analysis.data.agents:
+        episode = analysis.episodes[agent.label][0]
+        counts = analysis.runs[agent.label].counts
+        record: dict[str, str | int | float | None] = {
+            "agent": agent.label,
+            "decoding": agent.decoding,
+            "epsilon": episode.epsilon,
+            "sticky": episode.sticky,
+            "gradient_step": episode.gradient_step,
+            "num_seeds": len(counts),
+            "min_episodes_a_run": int(counts.min()),
+            "max_episodes_a_run": int(counts.max()),
+        }
+        rows.append(
+            [
+                Cell(agent.label),
+                Cell(agent.decoding),
+                Cell(f"{episode.epsilon:g}"),
+                Cell(f"{episode.sticky:g}"),
+                Cell(f"{episode.gradient_step:,}"),
+                Cell(f"{len(counts)}"),
+                Cell(f"{counts.min()}" if counts.min() == counts.max() else f"{counts.min()}–{counts.max()}"),
+            ]
+        )
+        records.append(record)
+    return Table(
+        name="protocol",
+        caption="How each agent's episodes were played.",
+        header=("Agent", "Decoding", "Epsilon", "Sticky", "Gradient steps", "Seeds", "Episodes a game and seed"),
+        rows=rows,
+        records=records,
+    )
+
+
+def data_table(analysis: Analysis) -> Table | None:
+    """One row a game: how much data, how good, how large."""
+    rows: list[list[Cell]] = []
+    records: list[Record] = []
+    for data in analysis.data.game_data:
+        clipped = ("clipped rewards",) if data.rewards == "clipped" else ()
+        row = [
+            Cell(data.game),
+            Cell(f"{data.num_transitions:,}"),
+            Cell(f"{data.num_episodes:,}"),
+            Cell(f"{format_score(data.behaviour.mean)} ± {format_score(data.behaviour.std)}", clipped),
+            Cell(f"{data.bytes_per_transition:,.0f}"),
+        ]
+        record: dict[str, str | int | float | None] = {
+            "game": data.game,
+            "num_transitions": data.num_transitions,
+            "num_episodes": data.num_episodes,
+            "bytes_per_transition": data.bytes_per_transition,
+            "rewards": data.rewards,
+            "behaviour_mean": data.behaviour.mean,
+            "behaviour_std": data.behaviour.std,
+        }
+        shares = [
+            f"{name}: {format_score(summary.mean)} ± {format_score(summary.std)}, n = {summary.num_episodes:,}"
+            for name, summary in data.components.items()
+        ]
+        row.append(Cell(shares[0] if shares else "–", tuple(shares[1:])))
+        record |= {f"action_{name}": int(n) for name, n in zip(ACTION_NAMES, data.action_counts, strict=True)}
+        rows.append(row)
+        records.append(record)
+    if not rows:
+        return None
+    return Table(
+        name="data",
+        caption="The training data. Returns are mean ± standard deviation over episodes; bytes are on disk.",
+        header=("Game", "Transitions", "Episodes", "Behaviour return", "Bytes a transition", "By component"),
+        rows=rows,
+        records=records,
+    )
+
+
+def published_table(analysis: Analysis) -> Table | None:
+    """Published agents beside the method on the games both have; None if there are no such games."""
+    agents = published_scores()
+    games = [game for game in analysis.data.games if all(game in scores for scores in agents.values())]
+    if not games:
+        return None
+    label = analysis.method.label
+    ours = {game: analysis.game_means[label][game].point for game in games}
+    columns = {label: ours} | {f"{name.replace('_', ' ')}": scores for name, scores in agents.items()}
+    rows = [
+        [Cell(game), *(Cell(format_score(scores[game]), strong=name == label) for name, scores in columns.items())]
+        for game in games
+    ]
+    records: list[Record] = [
+        {
+            "game": game,
+            "agent": name,
+            "score": scores[game],
+            "human_normalised": _normalised_or_none(scores[game], game),
+        }
+        for game in games
+        for name, scores in columns.items()
+    ]
+    human_games, _ = split_by_reference(games, "human")
+    if human_games:
+        row = [Cell(f"Human-normalised IQM ({len(human_games)})")]
+        for name, scores in columns.items():
+            value = float(
+                interquartile_mean(np.array([[normalised_score(scores[g], g, "human") for g in human_games]]))
+            )
+            row.append(Cell(f"{value:.2f}", strong=name == label))
+            records.append({"game": "human-normalised IQM", "agent": name, "score": None, "human_normalised": value})
+        rows.append(row)
+    return Table(
+        name="published_agents",
+        caption="Mean raw return on the games that published multi-game agents share with this report.",
+        header=("Game", *columns),
+        rows=rows,
+        records=records,
+    )
+
+
+def settings_tables(analysis: Analysis) -> list[Table]:
+    """The resolved settings, one table a group, nested names joined with dots; and the versions."""
+    groups = dict(analysis.data.settings) | ({"Versions": analysis.data.versions} if analysis.data.versions else {})
+    tables = []
+    for title, values in groups.items():
+        items = _flatten(values)
+        tables.append(
+            Table(
+                name="settings_" + "".join(c if c.isalnum() else "_" for c in title.lower()),
+                caption=title,
+                header=("Setting", "Value"),
+                rows=[[Cell(key), Cell(value)] for key, value in items],
+                records=[{"setting": key, "value": value} for key, value in items],
+            )
+        )
+    return [table for table in tables if table.records]
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    items: list[tuple[str, str]] = []
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            items += _flatten(value, f"{prefix}{key}.")
+        else:
+            items.append((f"{prefix}{key}", str(value)))
+    return items
+
+
+def to_text(table: Table) -> str:
+    """A table for the terminal: columns aligned, details on lines of their own below their cell."""
+    grid = [[[name] for name in table.header]]
+    grid += [[[cell.text + ("*" if cell.strong else ""), *cell.detail] for cell in row] for row in table.rows]
+    widths = [max(len(line) for row in grid for line in row[column]) for column in range(len(table.header))]
+    lines = []
+    for number, row in enumerate(grid):
+        for level in range(max(len(cell) for cell in row)):
+            texts = [cell[level] if level < len(cell) else "" for cell in row]
+            first, *rest = (
+                f"{t:{'<' if i == 0 else '>'}{w}}" for i, (t, w) in enumerate(zip(texts, widths, strict=True))
+            )
+            lines.append("  ".join([first, *rest]).rstrip())
+        if number == 0:
+            lines.append("  ".join("-" * width for width in widths))
+    return "\n".join(lines)
