@@ -1,0 +1,292 @@
+"""The schema of a run's configuration. Values live in ``configs/*.yaml``; types, meaning and cross-field checks here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.errors import ConfigCompositionException, MissingConfigException
+from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from torchrl_sql.games import resolve_games
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be run; the message names key, expected and found."""
+
+
+@dataclass(kw_only=True)
+class CollectionConfig:
+    """How ``torchrl-sql collect`` makes a store of emulator data; null where the data comes from elsewhere."""
+
+    mixture: str = MISSING
+    """Behaviour policies: a name of :data:`torchrl_sql.envs.MIXTURES`."""
+    num_agent_steps_per_game: int = MISSING
+    sticky_action_probability: float = MISSING
+    max_env_frames_per_episode: int = MISSING
+    """Emulator frames (four an agent step) after which a collected episode is truncated."""
+    seed: int = MISSING
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    """What is sampled."""
+
+    store: str = MISSING
+    """Path of the store."""
+    games: Any = MISSING
+    """``train40``, ``heldout5``, ``all``, names separated by commas, or a list of names."""
+    mixture: str = MISSING
+    """``games`` (each game equally often) or ``transitions``."""
+    batch_size: int = MISSING
+    """Transitions of the global batch."""
+    n_steps: int = MISSING
+    """Agent steps a target looks ahead."""
+    prefetch: int = MISSING
+    """Batches read ahead in threads."""
+
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    """Arguments of :func:`torchrl_sql.modules.make_q_actor`."""
+
+    encoder: str = MISSING
+    num_atoms: int | None = MISSING
+    """Atoms of the return distribution; null for scalar heads (MSE targets, behavioural cloning)."""
+    v_min: float = MISSING
+    """Least return of the support, in clipped-reward units."""
+    v_max: float = MISSING
+    pooling: str = MISSING
+    """``spatial_embedding`` or ``average``."""
+    num_embeddings: int | None = MISSING
+    """Learned spatial embeddings; null for the encoder's default."""
+    feature_norm: bool = MISSING
+    """Divide the feature vector by its L2 norm."""
+    logit_scale: float = MISSING
+    """Initial value of the learned scale of the normalized features."""
+    value_prior_std: float | None = MISSING
+    """Standard deviation of the Gaussian that the initial return distribution resembles; null for uniform."""
+    center_input: bool = MISSING
+    """Subtract each game's mean frame (departs from the paper; helps small runs)."""
+
+
+@dataclass(kw_only=True)
+class ObjectiveConfig:
+    """What is minimised."""
+
+    name: str = MISSING
+    """``cql`` or ``bc`` (behavioural cloning)."""
+    target: str | None = MISSING
+    """``c51``, ``hl_gauss`` or ``mse``; null for bc."""
+    cql_alpha: float | None = MISSING
+    """Weight of the CQL penalty, dimensionless."""
+    double_q: bool | None = MISSING
+    gamma: float = MISSING
+    """Discount per agent step (four emulator frames)."""
+
+
+@dataclass(kw_only=True)
+class OptimConfig:
+    """Adam and its schedule."""
+
+    learning_rate: float = MISSING
+    eps: float = MISSING
+    warmup_gradient_steps: int = MISSING
+    """Linear warm-up from 0."""
+    final_learning_rate_fraction: float = MISSING
+    """Cosine decay to this fraction of the learning rate at the last step; 1 for a constant rate."""
+    max_grad_norm: float | None = MISSING
+    """Gradients are scaled down to this global L2 norm; null for no clipping."""
+
+
+@dataclass(kw_only=True)
+class TrainerConfig:
+    """The loop."""
+
+    num_gradient_steps: int = MISSING
+    target_update_interval_gradient_steps: int = MISSING
+    """Hard copy of the online network to the target network."""
+    checkpoint_interval_gradient_steps: int = MISSING
+    num_checkpoints_kept: int = MISSING
+    log_interval_gradient_steps: int = MISSING
+    loggers: list[str] = MISSING
+    """Any of ``csv``, ``tensorboard``, ``wandb``; csv is what reports read."""
+    device: str = MISSING
+    """``cpu``, ``cuda``, or ``auto`` for CUDA where there is one."""
+    precision: str = MISSING
+    """``fp32`` or ``bf16`` (autocast; distribution arithmetic stays float32)."""
+    compile: bool = MISSING
+
+
+@dataclass(kw_only=True)
+class EvaluationConfig:
+    """The evaluation protocol (every report states it)."""
+
+    num_episodes_per_game: int = MISSING
+    epsilon: float = MISSING
+    """Probability of a uniformly random legal action."""
+    sticky_action_probability: float = MISSING
+    max_env_frames_per_episode: int = MISSING
+    seed: int = MISSING
+
+
+@dataclass(kw_only=True)
+class RunConfig:
+    """One run: everything that decides what it computes."""
+
+    name: str = MISSING
+    run_dir: str = MISSING
+    """Folder of checkpoints, logs and reports."""
+    seed: int = MISSING
+    collection: CollectionConfig | None = None
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+    @property
+    def games(self) -> tuple[str, ...]:
+        """Names of the games; their order is the meaning of ``game_id``."""
+        return resolve_games(self.data.games)
+
+    def to_yaml(self) -> str:
+        """The resolved configuration, loadable by :func:`load_run_config`."""
+        return OmegaConf.to_yaml(OmegaConf.structured(self), resolve=True)
+
+
+def configs_dir() -> Path:
+    """The folder of YAML files: inside an installed package, beside it in a checkout."""
+    package = Path(__file__).resolve().parent
+    installed = package / "configs"
+    return installed if installed.is_dir() else package.parent / "configs"
+
+
+def list_experiments() -> list[str]:
+    """Names usable as ``experiment=NAME``."""
+    return sorted(path.stem for path in (configs_dir() / "experiment").glob("*.yaml"))
+
+
+def compose_run_config(overrides: Sequence[str]) -> RunConfig:
+    """Composes and checks a run's configuration.
+
+    Args:
+        overrides (sequence of str): Hydra overrides, e.g. ``["experiment=quickstart", "objective.cql_alpha=0.5"]``.
+
+    Raises:
+        ConfigError: for unknown keys or groups, values of a wrong type and combinations that cannot run.
+    """
+    ConfigStore.instance().store(name="run_schema", node=RunConfig)
+    try:
+        with initialize_config_dir(str(configs_dir()), version_base="1.3"):
+            config = compose("run", overrides=list(overrides))
+        run_config = OmegaConf.to_object(config)
+    except (ConfigCompositionException, MissingConfigException, OmegaConfBaseException) as error:
+        cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else None
+        raise ConfigError("\n".join(str(e) for e in (error, cause) if e)) from None
+    assert isinstance(run_config, RunConfig)
+    check(run_config)
+    return run_config
+
+
+def load_run_config(path: Path) -> RunConfig:
+    """Reads the YAML that :meth:`RunConfig.to_yaml` wrote.
+
+    Raises:
+        ConfigError: if the file is not such a configuration.
+    """
+    return run_config_from_yaml(path.read_text(encoding="utf-8"), source=str(path))
+
+
+def run_config_from_yaml(text: str, *, source: str) -> RunConfig:
+    """As :func:`load_run_config`, from the text itself; ``source`` names it in errors."""
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(RunConfig), yaml.safe_load(text))
+        run_config = OmegaConf.to_object(merged)
+    except (OmegaConfBaseException, yaml.YAMLError, TypeError) as error:
+        raise ConfigError(f"{source} must hold a run's configuration: {error}") from None
+    assert isinstance(run_config, RunConfig)
+    check(run_config)
+    return run_config
+
+
+def check(config: RunConfig) -> None:
+    """Checks the values and the constraints between them, before any data is opened.
+
+    Raises:
+        ConfigError: naming the key, what it must be and what it is.
+    """
+    for key in _missing(config):
+        raise ConfigError(f"{key} must be given, e.g. {key}=...")
+
+    def require(holds: bool, key: str, must: str) -> None:
+        if not holds:
+            value: Any = config
+            for part in key.split("."):
+                value = getattr(value, part)
+            raise ConfigError(f"{key} must be {must}, got {value!r}")
+
+    try:
+        config.games  # noqa: B018 - resolving is the check
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"data.games: {error}") from None
+    objective, model, optim, trainer = config.objective, config.model, config.optim, config.trainer
+    require(config.data.mixture in ("games", "transitions"), "data.mixture", "games or transitions")
+    for key in ("data.batch_size", "data.n_steps", "trainer.num_gradient_steps", "evaluation.num_episodes_per_game"):
+        section, name = key.split(".")
+        require(getattr(getattr(config, section), name) >= 1, key, "at least 1")
+    require(config.data.prefetch >= 0, "data.prefetch", "at least 0")
+    require(objective.name in ("cql", "bc"), "objective.name", "cql or bc")
+    require(0 < objective.gamma <= 1, "objective.gamma", "in (0, 1]")
+    if objective.name == "cql":
+        require(objective.target in ("c51", "hl_gauss", "mse"), "objective.target", "c51, hl_gauss or mse")
+        require(objective.cql_alpha is not None and objective.cql_alpha >= 0, "objective.cql_alpha", "at least 0")
+        require(objective.double_q is not None, "objective.double_q", "true or false")
+        if objective.target == "mse":
+            require(model.num_atoms is None, "model.num_atoms", "null (scalar heads) with objective.target=mse")
+        else:
+            must = f"at least 2 with objective.target={objective.target}"
+            require(model.num_atoms is not None and model.num_atoms >= 2, "model.num_atoms", must)
+    else:
+        require(model.num_atoms is None, "model.num_atoms", "null (scalar heads) with objective.name=bc")
+    require(model.v_min < model.v_max, "model.v_min", f"less than model.v_max={model.v_max}")
+    require(optim.learning_rate > 0, "optim.learning_rate", "greater than 0")
+    require(0 <= optim.final_learning_rate_fraction <= 1, "optim.final_learning_rate_fraction", "in [0, 1]")
+    require(
+        0 <= optim.warmup_gradient_steps < trainer.num_gradient_steps,
+        "optim.warmup_gradient_steps",
+        f"less than trainer.num_gradient_steps={trainer.num_gradient_steps}",
+    )
+    for name in ("target_update_interval", "checkpoint_interval", "log_interval"):
+        key = f"{name}_gradient_steps"
+        require(getattr(trainer, key) >= 1, f"trainer.{key}", "at least 1")
+    require(trainer.num_checkpoints_kept >= 1, "trainer.num_checkpoints_kept", "at least 1")
+    require(trainer.precision in ("fp32", "bf16"), "trainer.precision", "fp32 or bf16")
+    require(
+        "csv" in trainer.loggers and set(trainer.loggers) <= {"csv", "tensorboard", "wandb"},
+        "trainer.loggers",
+        "a list of csv (always), tensorboard, wandb",
+    )
+    for section in ("evaluation", "collection"):
+        if getattr(config, section) is not None:
+            key = f"{section}.sticky_action_probability"
+            require(0 <= getattr(config, section).sticky_action_probability <= 1, key, "in [0, 1]")
+    require(0 <= config.evaluation.epsilon <= 1, "evaluation.epsilon", "in [0, 1]")
+
+
+def _missing(node: Any, prefix: str = "") -> list[str]:
+    keys: list[str] = []
+    for entry in fields(node):
+        value, key = getattr(node, entry.name), prefix + entry.name
+        if is_dataclass(value):
+            keys += _missing(value, f"{key}.")
+        elif value == MISSING:
+            keys.append(key)
+    return keys

@@ -1,0 +1,178 @@
+"""The emulator: the one definition of Atari preprocessing, as arrays (:class:`AtariVector`) and for TorchRL (:class:`AtariEnv`).
+
+Preprocessing (Machado et al. 2018; Kumar et al. 2023): 84x84 grayscale, maximum over the last two of four skipped
+frames, a stack of four zero-padded at an episode's start, at most 108,000 emulator frames an episode, the full set of
+18 actions with a game's illegal ones acting as NOOP, no no-op starts, no automatic FIRE, raw rewards.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from ale_py import ALEInterface, LoggerMode
+from ale_py.vector_env import AtariVectorEnv
+from gymnasium.vector import AutoresetMode
+from tensordict import TensorDict, TensorDictBase
+from torchrl.data import Binary, Bounded, Categorical, Composite, Unbounded
+from torchrl.envs import EnvBase
+
+from torchrl_sql.games import GAMES, NUM_ACTIONS, legal_action_mask, resolve_games
+
+FRAME_SHAPE = (84, 84)
+FRAME_STACK = 4
+FRAME_SKIP = 4
+
+ALEInterface.setLoggerMode(LoggerMode.Error)
+
+
+class AtariVector:
+    """``N`` independent copies of one game, stepped by C++ threads.
+
+    A finished copy must be reset by the caller before its next step: there is no hidden automatic reset, so no junk
+    step. The same seed gives the same frames, whatever ``num_envs`` is.
+
+    Args:
+        game (str): a name from :data:`torchrl_sql.games.GAMES`.
+        num_envs (int): number of copies, ``N``.
+
+    Keyword Args:
+        sticky_action_probability (float): probability that an emulator frame repeats the previous action instead of
+            the given one; 0.25 in Machado et al. (2018) and in DQN-Replay.
+        max_env_frames_per_episode (int): emulator frames (four an agent step) after which an episode is truncated.
+        num_threads (int): emulator threads; 0 takes one a core.
+
+    Raises:
+        ValueError: for an unknown game or a probability outside [0, 1].
+    """
+
+    def __init__(
+        self,
+        game: str,
+        num_envs: int,
+        *,
+        sticky_action_probability: float = 0.25,
+        max_env_frames_per_episode: int = 108_000,
+        num_threads: int = 0,
+    ):
+        (self.game,) = resolve_games([game])
+        if not 0.0 <= sticky_action_probability <= 1.0:
+            raise ValueError(f"sticky_action_probability must be in [0, 1], got {sticky_action_probability}")
+        if num_envs < 1:
+            raise ValueError(f"num_envs must be at least 1, got {num_envs}")
+        self.num_envs = num_envs
+        self._env = AtariVectorEnv(
+            GAMES[game].rom,
+            num_envs,
+            num_threads=num_threads,
+            repeat_action_probability=sticky_action_probability,
+            max_num_frames_per_episode=max_env_frames_per_episode,
+            full_action_space=True,
+            img_height=FRAME_SHAPE[0],
+            img_width=FRAME_SHAPE[1],
+            stack_num=FRAME_STACK,
+            frameskip=FRAME_SKIP,
+            maxpool=True,
+            noop_max=0,
+            use_fire_reset=False,
+            reward_clipping=False,
+            # An explicit reset of a finished copy takes the place of the automatic one.
+            autoreset_mode=AutoresetMode.NEXT_STEP,
+        )
+        legal = legal_action_mask([game])[0].numpy()
+        self._emulated_action = np.where(legal, np.arange(NUM_ACTIONS), 0)
+
+    def reset(self, seeds: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
+        """Starts new episodes.
+
+        Args:
+            seeds (array): int ``[number of copies reset]``, one a copy in ascending order.
+            mask (array, optional): bool ``[N]``, the copies to reset; default all.
+
+        Returns:
+            uint8 ``[N, 4, 84, 84]``: the stacks of all copies, oldest frame first.
+        """
+        options = None if mask is None else {"reset_mask": np.asarray(mask, dtype=np.bool_)}
+        observation, _ = self._env.reset(seed=np.asarray(seeds, dtype=np.int64), options=options)
+        return observation
+
+    def send(self, actions: np.ndarray) -> None:
+        """Starts a step with full-set actions, int ``[N]`` in 0..17, without waiting; :meth:`recv` collects it."""
+        self._env.send(self._emulated_action[actions])
+
+    def recv(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Waits for the step started by :meth:`send`.
+
+        Returns:
+            observation uint8 ``[N, 4, 84, 84]``, raw reward int32 ``[N]``, terminated bool ``[N]``, truncated bool
+            ``[N]``. The observation of a finished copy is its episode's last.
+        """
+        observation, reward, terminated, truncated, _ = self._env.recv()
+        return observation, reward, terminated, truncated & ~terminated
+
+    def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """:meth:`send` followed by :meth:`recv`."""
+        self.send(actions)
+        return self.recv()
+
+
+class AtariEnv(EnvBase):
+    """``N`` copies of one Atari game as a batched TorchRL environment (batch size ``[N]``).
+
+    Writes ``observation`` uint8 ``[N, 4, 84, 84]``, ``game_id`` int64 ``[N]``, raw ``reward`` float32 ``[N, 1]``,
+    ``terminated`` (game over), ``truncated`` (108,000 frames) and ``done`` bool ``[N, 1]``; reads ``action`` int64
+    ``[N]`` in 0..17. ``set_seed`` makes every later episode reproducible.
+
+    Args:
+        game (str): a name from :data:`torchrl_sql.games.GAMES`.
+        num_envs (int): number of copies, ``N``.
+
+    Keyword Args:
+        game_id (int): what to write under ``game_id``: the game's place in the policy's list of games.
+        **vector_kwargs: further arguments of :class:`AtariVector`.
+
+    Examples:
+        >>> env = AtariEnv("Breakout", 2)
+        >>> env.rollout(3)["next", "observation"].shape
+        torch.Size([2, 3, 4, 84, 84])
+    """
+
+    def __init__(self, game: str, num_envs: int = 1, *, game_id: int = 0, **vector_kwargs):
+        super().__init__(device="cpu", batch_size=[num_envs])
+        self._vector = AtariVector(game, num_envs, **vector_kwargs)
+        self._rng = np.random.default_rng()
+        self._game_id = torch.full((num_envs,), game_id, dtype=torch.int64)
+        self.observation_spec = Composite(
+            observation=Bounded(0, 255, shape=(num_envs, FRAME_STACK, *FRAME_SHAPE), dtype=torch.uint8),
+            game_id=Unbounded(shape=(num_envs,), dtype=torch.int64),
+            shape=(num_envs,),
+        )
+        self.action_spec = Categorical(NUM_ACTIONS, shape=(num_envs,), dtype=torch.int64)
+        self.reward_spec = Unbounded(shape=(num_envs, 1), dtype=torch.float32)
+        self.done_spec = Composite(
+            {key: Binary(1, shape=(num_envs, 1), dtype=torch.bool) for key in ("done", "terminated", "truncated")},
+            shape=(num_envs,),
+        )
+
+    def _set_seed(self, seed: int | None) -> None:
+        self._rng = np.random.default_rng(seed)
+
+    def _observe(self, observation: np.ndarray, **entries: torch.Tensor) -> TensorDict:
+        return TensorDict(
+            observation=torch.from_numpy(observation), game_id=self._game_id.clone(), **entries, batch_size=self.batch_size
+        )
+
+    def _reset(self, tensordict: TensorDictBase | None = None, **kwargs) -> TensorDictBase:
+        mask = None if tensordict is None else tensordict.get("_reset", None)
+        mask = np.ones(self.batch_size, dtype=np.bool_) if mask is None else mask.reshape(self.batch_size).numpy()
+        seeds = self._rng.integers(0, 2**31 - 1, size=int(mask.sum()))
+        return self._observe(self._vector.reset(seeds, mask))
+
+    def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
+        observation, reward, terminated, truncated = self._vector.step(tensordict["action"].numpy())
+        return self._observe(
+            observation,
+            reward=torch.from_numpy(reward).float().unsqueeze(-1),
+            terminated=torch.from_numpy(terminated).unsqueeze(-1),
+            truncated=torch.from_numpy(truncated).unsqueeze(-1),
+            done=torch.from_numpy(terminated | truncated).unsqueeze(-1),
+        )

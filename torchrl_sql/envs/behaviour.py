@@ -1,0 +1,145 @@
+"""Sub-optimal behaviour policies: weak scripted skills mixed with noise, drawn anew for each episode.
+
+They stand in for the first 20% of a DQN's training run where that data set is not at hand: the data contains good
+decisions, but no good policy to copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from torchrl_sql.games import ACTION_NAMES, GAMES
+
+NOOP, FIRE, UP, RIGHT, LEFT, DOWN = (ACTION_NAMES.index(n) for n in ("NOOP", "FIRE", "UP", "RIGHT", "LEFT", "DOWN"))
+
+Skill = Callable[[np.ndarray], int]
+"""A script: newest frame, uint8 ``[84, 84]`` -> action in 0..17."""
+
+
+def _toward(target: float, position: float, *, below: int, above: int, dead_zone: float = 1.5) -> int:
+    if target < position - dead_zone:
+        return below
+    return above if target > position + dead_zone else NOOP
+
+
+def _breakout(frame: np.ndarray) -> int:
+    """Moves the paddle under the ball; serves when no ball is seen below the bricks."""
+    _, ball = np.nonzero(frame[38:75, 5:79])
+    (paddle,) = np.nonzero(frame[76, 5:79])
+    if len(ball) == 0:
+        return FIRE
+    return _toward(ball.mean(), paddle.mean(), below=LEFT, above=RIGHT) if len(paddle) else NOOP
+
+
+def _freeway(frame: np.ndarray) -> int:
+    """Walks up, whatever comes."""
+    return UP
+
+
+def _pong(frame: np.ndarray) -> int:
+    """Moves the right paddle to the ball's height, lagging behind by the dead zone."""
+    court = frame[14:77]
+    ball, columns = np.nonzero(court[:, 12:72] > 200)
+    paddle = np.flatnonzero(court[:, 74] > 100)
+    if len(ball) == 0 or len(paddle) == 0:
+        return NOOP
+    return _toward(ball.mean(), paddle.mean(), below=RIGHT, above=LEFT)
+
+
+SKILLS: dict[str, Skill] = {"Breakout": _breakout, "Freeway": _freeway, "Pong": _pong}
+"""The games that have a scripted skill."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Component:
+    """One kind of episode in a mixture.
+
+    Attributes:
+        name (str): label kept with each episode.
+        weight (float): share of episodes, relative to the other components.
+        skill_probability (tuple of float): range of the probability of following the script at a step; one value is
+            drawn uniformly for each episode.
+        noise (str): the other actions: ``"uniform"`` over the game's legal actions; ``"biased"``, a distribution drawn
+            for each episode from a Dirichlet(0.5); ``"idle"``, NOOP in 60% of them and uniform otherwise.
+        repeat_probability (tuple of float): range of the probability of repeating the last action, drawn likewise.
+    """
+
+    name: str
+    weight: float
+    skill_probability: tuple[float, float]
+    noise: Literal["uniform", "biased", "idle"]
+    repeat_probability: tuple[float, float]
+
+
+MIXTURES: dict[str, tuple[Component, ...]] = {
+    "mix": (
+        Component(name="skilled", weight=1, skill_probability=(0.3, 0.7), noise="uniform", repeat_probability=(0.0, 0.6)),
+        Component(name="weak", weight=1, skill_probability=(0.0, 0.3), noise="uniform", repeat_probability=(0.0, 0.6)),
+        Component(name="random", weight=1, skill_probability=(0.0, 0.0), noise="biased", repeat_probability=(0.0, 0.6)),
+    ),
+    "lazy": (
+        Component(name="skilled", weight=1, skill_probability=(0.5, 0.9), noise="idle", repeat_probability=(0.0, 0.5)),
+        Component(name="lazy", weight=2, skill_probability=(0.0, 0.2), noise="idle", repeat_probability=(0.0, 0.5)),
+    ),
+}
+
+
+class SkillMixture:
+    """A behaviour policy of one game: each episode draws a component of the mixture and its noise.
+
+    Args:
+        game (str): a game of :data:`SKILLS`.
+        components (sequence of Component): the mixture, e.g. ``MIXTURES["mix"]``.
+
+    Raises:
+        ValueError: if the game has no scripted skill.
+    """
+
+    def __init__(self, game: str, components: Sequence[Component]):
+        if game not in SKILLS:
+            raise ValueError(f"game must have a scripted skill ({', '.join(SKILLS)}), got {game!r}")
+        self._skill = SKILLS[game]
+        self._legal = np.array(GAMES[game].minimal_actions)
+        self._components = tuple(components)
+        self.component_names = tuple(component.name for component in components)
+
+    def start_episode(self, rng: np.random.Generator) -> tuple[int, Callable[[np.ndarray], int]]:
+        """Draws an episode's component and noise.
+
+        Args:
+            rng (numpy.random.Generator): the only source of randomness of the episode.
+
+        Returns:
+            The component's index, and the episode's policy: newest frame uint8 ``[84, 84]`` -> action in 0..17.
+        """
+        weights = np.array([component.weight for component in self._components], dtype=np.float64)
+        index = int(rng.choice(len(weights), p=weights / weights.sum()))
+        component = self._components[index]
+        skill_probability = rng.uniform(*component.skill_probability)
+        repeat_probability = rng.uniform(*component.repeat_probability)
+        num_actions = len(self._legal)
+        if component.noise == "biased":
+            noise = rng.dirichlet(np.full(num_actions, 0.5))
+        else:
+            noise = np.full(num_actions, 1.0 / num_actions)
+            if component.noise == "idle":
+                noise = 0.4 * noise + 0.6 * (self._legal == NOOP)
+        thresholds = noise.cumsum()
+        last_action = NOOP
+
+        def act(frame: np.ndarray) -> int:
+            nonlocal last_action
+            repeat, follow, draw = rng.random(3)
+            if repeat >= repeat_probability:
+                if follow < skill_probability:
+                    last_action = self._skill(frame)
+                else:
+                    position = min(int(np.searchsorted(thresholds, draw, side="right")), num_actions - 1)
+                    last_action = int(self._legal[position])
+            return last_action
+
+        return index, act
