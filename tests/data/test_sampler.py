@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from torchrl_sql.data import GameMixtureSampler
-from torchrl_sql.data.sampler import _scale_bits
+from torchrl_sql.data.sampler import _choose, _scale_bits
 
 
 def fake_storage(*sizes: int) -> SimpleNamespace:
@@ -28,6 +28,12 @@ def test_scaling_by_hand():
     bits = np.array([0, 2**63, 2**64 - 1, 2**62, 2**64 - 1], np.uint64)
     size = np.array([10, 10, 10, 4, 2**32 - 1])
     assert _scale_bits(bits, size).tolist() == [0, 5, 9, 1, 2**32 - 2]
+
+
+def test_choosing_by_hand():
+    bits = np.array([0, 2**63, 2**64 - 1], np.uint64)
+    assert _choose(bits, np.array([1.0, 1.0])).tolist() == [0, 1, 1]
+    assert _choose(bits, np.array([0.0, 0.1, 0.2, 0.0])).tolist() == [1, 2, 2]  # Never a game of weight 0.
 
 
 @settings(deadline=None)

@@ -353,6 +353,19 @@ def test_killed_at_any_write_leaves_a_commit_and_resumes_to_the_same_bytes(tmp_p
     assert set(found) == {0, 1, 2, 3, 4} and found == sorted(found)
 
 
+def test_long_remains_of_a_killed_writer_vanish(tmp_path, store, lab):
+    first, short, long = lab.make_episodes([(5, True, False), (2, True, False), (60, True, False)])
+    clean = FrameStore.create(tmp_path / "clean", chunk_frames=4, shard_frames=8)
+    lab.write(clean, "Pong", [first, short])
+    lab.write(store, "Pong", [first])
+    killed = store.writer("Pong", source="test")
+    lab.add(killed, [long])
+    killed.close(commit=False)
+    assert lab.tree(store.path) != lab.tree(clean.path)
+    lab.write(store, "Pong", [short])
+    assert lab.tree(store.path) == lab.tree(clean.path)
+
+
 KILLED = """
 import sys
 import numpy as np

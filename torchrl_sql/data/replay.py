@@ -110,17 +110,13 @@ class OfflineAtariReplay(TensorDictReplayBuffer):
         return batch.pin_memory() if self._pin_memory and not len(self._transform) else batch
 
     def _read_ahead(self, step: int) -> TensorDict:
-        if self._reads and self._reads[0][0] != step:  # The sampler was moved.
+        if self._reads and self._reads[0][0] != step:  # The sampler was moved, or the last read failed.
             self._drop_reads()
         if self._readers is None:
             self._readers = ThreadPoolExecutor(self._depth, thread_name_prefix="replay-reader")
         for ahead in range(step + len(self._reads), step + self._depth + 1):
             self._reads.append((ahead, self._readers.submit(self._read, self._batch_size, ahead)))
-        try:
-            return self._reads.popleft()[1].result()
-        except BaseException:
-            self._drop_reads()
-            raise
+        return self._reads.popleft()[1].result()
 
     def _drop_reads(self) -> None:
         for _, future in self._reads:

@@ -89,9 +89,7 @@ class GameMixtureSampler(Sampler):
         sizes = np.diff(offsets)
         key, counter = np.array([self.seed, 0], np.uint64), np.array([0, 0, step, 0], np.uint64)
         bits = np.random.Philox(key=key, counter=counter).random_raw(2 * batch_size)
-        cumulative = np.cumsum(self._weights(sizes))
-        uniform = (bits[:batch_size] >> np.uint64(11)) * 2.0**-53
-        game = np.searchsorted(cumulative / cumulative[-1], uniform, side="right")
+        game = _choose(bits[:batch_size], self._weights(sizes))
         return offsets[game] + _scale_bits(bits[batch_size:], sizes[game])
 
     def _weights(self, sizes: np.ndarray) -> np.ndarray:
@@ -133,6 +131,13 @@ class GameMixtureSampler(Sampler):
             f"GameMixtureSampler(mixture={self.mixture!r}, seed={self.seed}, rank={self.rank}, "
             f"world_size={self.world_size}, step={self.step})"
         )
+
+
+def _choose(bits: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Positions in ``weights`` with probabilities proportional to them, int64, from uniform uint64 bits."""
+    cumulative = np.cumsum(weights)
+    uniform = (bits >> np.uint64(11)) * 2.0**-53
+    return np.searchsorted(cumulative / cumulative[-1], uniform, side="right")
 
 
 def _scale_bits(bits: np.ndarray, size: np.ndarray) -> np.ndarray:
