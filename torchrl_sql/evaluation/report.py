@@ -28,7 +28,7 @@ from torchrl_sql.evaluation.report_plots import (
     Plot,
     action_plot,
     aggregate_plot,
-    all_games_plot,
+    all_games_plots,
     curve_plots,
     draw,
     game_plot,
@@ -37,6 +37,7 @@ from torchrl_sql.evaluation.report_plots import (
 )
 from torchrl_sql.evaluation.report_tables import (
     aggregate_table,
+    comparison_table,
     data_table,
     protocol_table,
     published_table,
@@ -85,6 +86,7 @@ def write_report(data: ReportData, out: str | os.PathLike[str]) -> Path:
     plots = _plots(analysis)
     tables = {
         "scores": score_table(analysis),
+        "comparison": comparison_table(analysis),
         "human": aggregate_table(analysis, "human"),
         "dqn": aggregate_table(analysis, "dqn"),
         "seeds": seed_table(analysis),
@@ -104,6 +106,7 @@ def write_report(data: ReportData, out: str | os.PathLike[str]) -> Path:
             plots=plots,
             tables=tables,
             settings=settings,
+            behaviours=_behaviours(data),
             clips=[(clip, _data_uri(clip.data, clip.mime), _still(clip)) for clip in data.clips],
             files=f"{out.stem}_files",
         )
@@ -144,11 +147,19 @@ def _plots(analysis: Analysis) -> dict[str, list[Plot]]:
     games = list(analysis.data.games)
     few = len(games) <= MAX_SINGLE_GAME_PLOTS
     return {
-        "games": draw(lambda: (game_plot(analysis, g) for g in games) if few else [all_games_plot(analysis)]),
+        "games": draw(lambda: [game_plot(analysis, g) for g in games] if few else all_games_plots(analysis)),
         "aggregates": draw(lambda: [aggregate_plot(analysis), profile_plot(analysis), scaling_plot(analysis)]),
         "curves": draw(lambda: curve_plots(analysis)),
         "actions": draw(lambda: (action_plot(data) for data in analysis.data.game_data)) if few else [],
     }
+
+
+def _behaviours(data: ReportData) -> list[tuple[str, str]]:
+    """What is said of the data, once for all games of which the same is said."""
+    games: dict[str, list[str]] = {}
+    for game in data.game_data:
+        games.setdefault(game.behaviour_text, []).append(game.game)
+    return [(", ".join(names), text) for text, names in games.items()]
 
 
 def _environment() -> jinja2.Environment:

@@ -16,6 +16,7 @@ from torchrl_sql.evaluation.scores import (
     RunReturns,
     aggregates,
     game_means,
+    probability_of_improvement,
     split_by_reference,
 )
 from torchrl_sql.games import ACTION_NAMES, GAMES, resolve_games
@@ -264,7 +265,7 @@ class Analysis:
             found[BEST_CONSTANT] = (summary.interval, summary.num_episodes, f"always {name}")
         for label, score in ((RANDOM, GAMES[game].random_score), (HUMAN, GAMES[game].human_score)):
             if score is not None:
-                found[label] = (Interval(score, math.nan, math.nan), None, "published")
+                found[label] = (Interval(score, math.nan, math.nan), None, "")
         return found
 
     @property
@@ -273,6 +274,15 @@ class Analysis:
         known = {policy for game in self.data.games for policy in self.policies(game)}
         order = [*(agent.label for agent in self.data.agents), BEHAVIOUR, BEST_COMPONENT, BEST_CONSTANT, RANDOM, HUMAN]
         return [policy for policy in order if policy in known]
+
+    def probability_of_improvement(self, other: str) -> Interval:
+        """Chance that a run of the method beats a run of another agent in the same game, by raw returns."""
+        return probability_of_improvement(
+            self.runs[self.method.label],
+            self.runs[other],
+            num_resamples=self.data.num_resamples,
+            seed=self.data.bootstrap_seed,
+        )
 
     def verdicts(self, other: str) -> dict[str, Verdict]:
         """How the method compares with another policy, game by game: by their 95% intervals, apart or overlapping."""

@@ -9,14 +9,13 @@ import numpy as np
 
 from torchrl_sql.evaluation.report_data import (
     BEHAVIOUR,
-    BEST_COMPONENT,
     BEST_CONSTANT,
     HUMAN,
     Analysis,
     Verdict,
+    compare,
 )
 from torchrl_sql.evaluation.report_tables import REFERENCE_LABELS, format_score, published_table
-from torchrl_sql.evaluation.scores import probability_of_improvement
 
 
 class Finding(NamedTuple):
@@ -34,50 +33,37 @@ _KINDS: dict[Verdict, Literal["for", "neutral", "against"]] = {
 
 
 def findings(analysis: Analysis) -> list[Finding]:
-    """Conclusions from the table alone; two scores differ where their 95% intervals are apart."""
+    """The conclusions a reader needs first; two scores differ where their 95% intervals are apart.
+
+    The comparison table has every policy and game; sentences are spent on the aggregate, on greedy behaviour cloning
+    and the behaviour itself (what offline RL must beat), on a constant action that does as well, on seeds and humans.
+    """
     label = analysis.method.label
     found = _aggregate_findings(analysis)
-    for agent in analysis.data.agents:
-        if agent.label != label:
-            found += _compare_on_games(
-                analysis,
-                agent.label,
-                above=f"{label} scores higher than {agent.label} on {{}}.",
-                overlap=f"{agent.label} is as good as {label} on {{}}: the 95% intervals overlap.",
-                below=f"{agent.label} scores higher than {label} on {{}}.",
-            )
-    for policy, name in (
-        (BEHAVIOUR, "the behaviour mean of the data"),
-        (BEST_COMPONENT, "the best behaviour component"),
-        (BEST_CONSTANT, "the best constant action"),
-    ):
-        found += _compare_on_games(
-            analysis,
-            policy,
-            above=f"{label} scores above {name} on {{}}.",
-            overlap=f"{label} cannot be told from {name} on {{}}: the 95% intervals overlap.",
-            below=f"{label} scores below {name} on {{}}.",
-        )
+    greedy = [(agent.label, agent.label) for agent in analysis.data.agents if agent.role == "bc_greedy"]
+    for policy, name in (*greedy, (BEHAVIOUR, "the behaviour mean of the data"), (BEST_CONSTANT, "always one action")):
+        verdicts = analysis.verdicts(policy)
+        for verdict, kind in _KINDS.items():
+            games = [game for game, v in verdicts.items() if v == verdict]
+            if not games or (policy == BEST_CONSTANT and verdict == "above"):
+                continue
+            where = name_games(games, len(verdicts))
+            text = {
+                "above": f"{label} scores higher than {name} on {where}.",
+                "overlap": f"{name[0].upper()}{name[1:]} is as good as {label} on {where}: the 95% intervals overlap.",
+                "below": f"{name[0].upper()}{name[1:]} scores higher than {label} on {where}.",
+            }[verdict]
+            found.append(Finding(kind, text))
     return found + _seed_findings(analysis) + _human_findings(analysis)
 
 
-def _compare_on_games(analysis: Analysis, policy: str, **sentences: str) -> list[Finding]:
-    verdicts = analysis.verdicts(policy)
-    found = []
-    for verdict, kind in _KINDS.items():
-        games = [game for game, v in verdicts.items() if v == verdict]
-        if games:
-            found.append(Finding(kind, sentences[verdict].format(name_games(games, len(verdicts)))))
-    return found
-
-
 def name_games(games: Sequence[str], total: int) -> str:
-    """``Breakout and Freeway``, or ``31 of 40 games (first, ..., last)`` where there are many."""
+    """``Breakout and Freeway``, ``all 40 games``, ``5 of 40 games (...)``, or only the count beyond eight."""
     if len(games) == total and total > 2:
         return f"all {total} games"
     if len(games) <= 3:
         return " and ".join([", ".join(games[:-1]), games[-1]] if len(games) > 1 else games)
-    return f"{len(games)} of {total} games ({', '.join(games)})"
+    return f"{len(games)} of {total} games" + (f" ({', '.join(games)})" if len(games) <= 8 else "")
 
 
 def _aggregate_findings(analysis: Analysis) -> list[Finding]:
@@ -92,23 +78,14 @@ def _aggregate_findings(analysis: Analysis) -> list[Finding]:
         if other == label:
             continue
         theirs = found_aggregates["IQM"]
-        verdict: Verdict = "above" if ours.low > theirs.high else "below" if ours.high < theirs.low else "overlap"
+        verdict = compare(ours, theirs)
         relation = {"above": "above", "below": "below", "overlap": "not separable from"}[verdict]
         text = (
             f"Human-normalised IQM over {len(games)} game{'s' * (len(games) > 1)}: {label} {ours.point:.2f} "
             f"[{ours.low:.2f}, {ours.high:.2f}] is {relation} {other} {theirs.point:.2f} "
-            f"[{theirs.low:.2f}, {theirs.high:.2f}]"
+            f"[{theirs.low:.2f}, {theirs.high:.2f}]."
         )
-        runs = analysis.runs[label], analysis.runs[other]
-        if all(len(run.seeds) > 1 for run in runs):
-            chance = probability_of_improvement(
-                *runs, num_resamples=analysis.data.num_resamples, seed=analysis.data.bootstrap_seed
-            )
-            text += (
-                f"; a seed of {label} beats a seed of {other} in the same game with probability {chance.point:.2f} "
-                f"[{chance.low:.2f}, {chance.high:.2f}]"
-            )
-        found.append(Finding(_KINDS[verdict], text + "."))
+        found.append(Finding(_KINDS[verdict], text))
     return found
 
 

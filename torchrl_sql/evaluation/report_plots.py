@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import Any
@@ -24,7 +24,10 @@ from torchrl_sql.evaluation.scores import AGGREGATES, normalised_score, performa
 from torchrl_sql.games import ACTION_NAMES, GAMES
 
 WIDTH = 4.8
-"""Of every plot, in inches: text of 9 points stays readable when a phone shows the plot 360 pixels wide."""
+"""Of a plot, in inches: text of 9 points stays readable when a phone shows the plot 360 pixels wide."""
+
+SMALL_WIDTH = 4.0
+"""Of small multiples, three of which stand side by side on a laptop."""
 
 COLOURS = {  # light theme, dark theme; told apart with every common colour vision deficiency, and in grey
     "ink": ("#1c2127", "#e6e8eb"),
@@ -70,6 +73,17 @@ _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "torchrl_sql",
 }
+
+GAMES_IN_ONE_PLOT = 20
+
+_MARK: dict[str, Any] = {
+    "marker": "D",
+    "markersize": 4.5,
+    "markerfacecolor": COLOURS["paper"][0],
+    "markeredgecolor": COLOURS["ink"][0],
+    "linestyle": "none",
+}
+_STEPS = [1, 2, 2.5, 5, 10]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,8 +190,8 @@ def game_plot(analysis: Analysis, game: str) -> Plot:
         axes.axvline(1, color=COLOURS["muted"][0], linewidth=0.8, dashes=(3, 2))
     axes.grid(axis="x")
     axes.spines["left"].set_visible(False)
-    axes.xaxis.set_major_locator(MaxNLocator(5))
-    axes.set_xlabel("human-normalised score (0 random, 1 human); bars end in raw scores" if normalised else "raw score")
+    axes.xaxis.set_major_locator(MaxNLocator(5, steps=_STEPS))
+    axes.set_xlabel("human-normalised score (numbers: raw)" if normalised else "raw score")
     axes.set_title(game, fontweight="bold")
     return Plot(
         name=f"scores_{game}",
@@ -188,57 +202,76 @@ def game_plot(analysis: Analysis, game: str) -> Plot:
     )
 
 
-def all_games_plot(analysis: Analysis) -> Plot | None:
-    """Many games in one plot: a row a game, agents and behaviour side by side, published Scaled QL as a mark."""
+def all_games_plots(analysis: Analysis) -> list[Plot]:
+    """Many games, a row each: agents and behaviour side by side, published Scaled QL as a mark; one scale for all."""
     games, _ = analysis.split("human")
-    if not games:
-        return None
-    policies = [*(agent.label for agent in analysis.data.agents), BEHAVIOUR]
+    scores = {
+        game: {
+            policy: [float(normalised_score(value, game, "human")) for value in known[policy][0]]
+            for policy in (*(agent.label for agent in analysis.data.agents), BEHAVIOUR)
+            if policy in (known := analysis.policies(game))
+        }
+        for game in games
+    }
+    marks = {
+        game: float(normalised_score(score, game, "human"))
+        for game, score in published_scores()["Scaled_QL_80M"].items()
+        if game in games
+    }
+    edges = [x for found in scores.values() for interval in found.values() for x in interval] + list(marks.values())
+    num_plots = -(-len(games) // GAMES_IN_ONE_PLOT)
+    size = -(-len(games) // max(num_plots, 1))
+    return [
+        _games_plot(analysis, number, games[number * size : (number + 1) * size], scores, marks, min(edges), max(edges))
+        for number in range(num_plots)
+    ]
+
+
+def _games_plot(
+    analysis: Analysis,
+    number: int,
+    games: Sequence[str],
+    scores: dict[str, dict[str, list[float]]],
+    marks: dict[str, float],
+    lowest: float,
+    highest: float,
+) -> Plot:
+    policies = [agent.label for agent in analysis.data.agents]
+    policies += [BEHAVIOUR] * any(BEHAVIOUR in scores[game] for game in scores)
+    figure, axes = _figure(0.075 * len(games) * (len(policies) + 1.2) + 1.0)
     height = 0.8 / len(policies)
-    figure, axes = _figure(0.1 * len(games) * (len(policies) + 1.2) + 1.1)
-    published = published_scores()["Scaled_QL_80M"]
-    furthest = 1.0
     for row, game in enumerate(games):
-        known = analysis.policies(game)
-        for number, policy in enumerate(policies):
-            if policy not in known:
-                continue
-            y = row - 0.4 + (number + 0.5) * height
-            x, low, high = (float(normalised_score(value, game, "human")) for value in known[policy][0])
-            axes.barh(y, x, height=height * 0.86, **_bar_style(policy, analysis))
-            axes.plot([low, high], [y, y], color=COLOURS["ink"][0], linewidth=0.9)
-            furthest = max(furthest, high)
-        if game in published:
-            x = float(normalised_score(published[game], game, "human"))
-            axes.plot(x, row, marker="D", markersize=4, color=COLOURS["other"][0], fillstyle="none", linestyle="none")
-            furthest = max(furthest, x)
-    if furthest > 3:
+        for place, policy in enumerate(policies):
+            if policy in scores[game]:
+                y = row - 0.4 + (place + 0.5) * height
+                x, low, high = scores[game][policy]
+                axes.barh(y, x, height=height * 0.86, **(_bar_style(policy, analysis) | {"linewidth": 0.8}))
+                axes.plot([low, high], [y, y], color=COLOURS["ink"][0], linewidth=0.9)
+        if game in marks:
+            axes.plot(marks[game], row, **_MARK)
+    if highest > 3:
         axes.set_xscale("symlog", linthresh=1, linscale=1.5)
-        axes.set_xticks([-1, 0, 1, *(v for v in (3, 10, 30, 100) if v < 2 * furthest)])
+        axes.set_xticks([v for v in (-10, -1, 0, 1, 3, 10, 30, 100) if lowest <= v <= highest])
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.set_xlim(min(0.0, 1.1 * lowest), 1.15 * highest)
+    else:
+        axes.set_xlim(min(0.0, 1.1 * lowest), 1.05 * max(highest, 1.0))
     axes.set_yticks(range(len(games)), games)
     axes.set_ylim(len(games) - 0.45, -0.55)
     axes.axvline(0, color=COLOURS["muted"][0], linewidth=0.8)
     axes.axvline(1, color=COLOURS["muted"][0], linewidth=0.8, dashes=(3, 2))
     axes.grid(axis="x")
     axes.spines["left"].set_visible(False)
-    axes.set_xlabel("human-normalised score" + (", logarithmic beyond 1" if furthest > 3 else ""))
+    axes.set_xlabel("human-normalised score" + (", logarithmic beyond 1" if highest > 3 else ""))
     handles: list[Artist] = [Patch(label=policy, **_bar_style(policy, analysis)) for policy in policies]
-    if any(game in published for game in games):
-        mark: dict[str, Any] = {
-            "marker": "D",
-            "markersize": 4,
-            "color": COLOURS["other"][0],
-            "fillstyle": "none",
-            "linestyle": "none",
-        }
-        handles.append(Line2D([], [], label="Scaled QL 80M, published", **mark))
+    if marks:
+        handles.append(Line2D([], [], label="Scaled QL 80M, published", **_MARK))
     figure.legend(handles=handles, loc="outside upper left", ncols=2)
     return Plot(
-        name="scores_by_game",
-        caption="Mean human-normalised score in each game (0 random, 1 human) with 95% intervals.",
-        description=f"Bars of human-normalised score in {len(games)} games for {', '.join(policies)}; the numbers are "
-        "in the score table.",
+        name=f"scores_by_game_{number + 1}",
+        caption=f"Human-normalised score (0 random, 1 human) with 95% intervals, {games[0]} to {games[-1]}.",
+        description=f"Bars of human-normalised score in {len(games)} games, {games[0]} to {games[-1]}, for "
+        f"{', '.join(policies)}; the numbers are in the score table.",
         figure=figure,
     )
 
@@ -268,7 +301,7 @@ def aggregate_plot(analysis: Analysis) -> Plot | None:
         axes.set_xlabel(better)
         axes.set_ylim(len(agents) - 0.4, -0.6)
         axes.set_yticks(range(len(agents)), [agent.label for agent in agents])
-        axes.xaxis.set_major_locator(MaxNLocator(4))
+        axes.xaxis.set_major_locator(MaxNLocator(4, steps=_STEPS))
         axes.margins(x=0.12)
         axes.grid(axis="x")
         axes.spines["left"].set_visible(False)
@@ -341,6 +374,7 @@ def scaling_plot(analysis: Analysis) -> Plot | None:
             )
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.set_xticks(sorted({agent.num_parameters or 0 for agents in series.values() for agent in agents}))
     axes.minorticks_off()
     axes.margins(x=0.15, y=0.15)
     axes.grid()
@@ -364,7 +398,7 @@ def curve_plots(analysis: Analysis) -> list[Plot]:
     plots = []
     for number, metric in enumerate(metrics):
         curves = [curve for curve in analysis.data.curves if curve.metric == metric]
-        figure, axes = _figure(2.3, width=4.2)
+        figure, axes = _figure(2.1, width=SMALL_WIDTH)
         labelled: set[str] = set()
         for curve in curves:
             agent = next((agent for agent in analysis.data.agents if agent.agent == curve.agent), None)
@@ -377,11 +411,14 @@ def curve_plots(analysis: Analysis) -> list[Plot]:
         axes.set_title(metric)
         axes.set_xlabel("gradient steps")
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-        axes.xaxis.set_major_locator(MaxNLocator(5))
-        axes.yaxis.set_major_locator(MaxNLocator(5))
+        axes.xaxis.set_major_locator(MaxNLocator(5, steps=_STEPS))
+        axes.yaxis.set_major_locator(MaxNLocator(5, steps=_STEPS))
         axes.tick_params(axis="y", labelsize=8.5, labelcolor=COLOURS["muted"][0])
         axes.grid()
-        figure.legend(loc="outside lower left", ncols=3)
+        if len(labelled) > 1:
+            axes.legend()
+        else:
+            axes.set_title(curves[0].label, loc="right", color=COLOURS["muted"][0], fontsize=8.5)
         plots.append(
             Plot(
                 name=f"curve_{number}_" + "".join(c if c.isalnum() else "_" for c in metric.lower()).strip("_"),
@@ -399,19 +436,19 @@ def action_plot(data: GameData) -> Plot:
     counts = np.asarray(data.action_counts, dtype=np.float64)
     shares = counts / max(counts.sum(), 1.0)
     legal = set(GAMES[data.game].minimal_actions)
-    figure, axes = _figure(2.0, width=4.2)
+    figure, axes = _figure(3.1, width=SMALL_WIDTH)
     colours = [COLOURS["method" if action in legal else "data"][0] for action in range(len(ACTION_NAMES))]
-    axes.bar(range(len(ACTION_NAMES)), shares, color=colours, width=0.75)
-    axes.set_xticks(range(len(ACTION_NAMES)), ACTION_NAMES, rotation=90, fontsize=6.5)
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.0f}%"))
-    axes.yaxis.set_major_locator(MaxNLocator(4))
-    axes.tick_params(axis="y", labelsize=8.5, labelcolor=COLOURS["muted"][0])
-    axes.margins(x=0.01)
-    axes.grid(axis="y")
-    axes.set_title(f"{data.game}: actions in the data")
+    axes.barh(range(len(ACTION_NAMES)), shares, color=colours, height=0.7)
+    axes.set_yticks(range(len(ACTION_NAMES)), ACTION_NAMES, fontsize=7.5)
+    axes.set_ylim(len(ACTION_NAMES) - 0.4, -0.6)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.0f}%"))
+    axes.xaxis.set_major_locator(MaxNLocator(4, steps=_STEPS))
+    axes.grid(axis="x")
+    axes.spines["left"].set_visible(False)
+    axes.set_title(data.game, fontweight="bold")
     return Plot(
         name=f"actions_{data.game}",
-        caption=f"{data.game}: share of each action. Blue actions are legal there; grey ones act as NOOP.",
+        caption=f"{data.game}: share of each action in the data. Blue actions are legal; grey ones act as NOOP.",
         description=f"Share of actions in the data of {data.game}: "
         + ", ".join(f"{name} {share:.0%}" for name, share in zip(ACTION_NAMES, shares, strict=True) if share >= 0.01),
         figure=figure,

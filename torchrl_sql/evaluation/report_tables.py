@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from torchrl_sql.evaluation.report_data import BEHAVIOUR, Analysis
+from torchrl_sql.evaluation.report_data import BEHAVIOUR, HUMAN, RANDOM, Analysis
 from torchrl_sql.evaluation.scores import (
     AGGREGATES,
     Interval,
@@ -100,7 +100,8 @@ def score_table(analysis: Analysis) -> Table:
         rows.append(row)
     return Table(
         name="score_table",
-        caption="Mean raw return an episode with its 95% interval and number of episodes. The best agent is in bold.",
+        caption="Mean raw return an episode, its 95% interval and number of episodes; random and human are published "
+        "scores. The best agent is in bold.",
         header=("Game", *columns),
         rows=rows,
         records=records,
@@ -154,6 +155,52 @@ def aggregate_table(analysis: Analysis, reference: Reference) -> Table | None:
     )
 
 
+def comparison_table(analysis: Analysis) -> Table:
+    """One row a policy the method is compared with: in which games it scores higher, as much, or lower."""
+    method = analysis.method.label
+    rows: list[list[Cell]] = []
+    records: list[Record] = []
+    for policy in analysis.policy_columns:
+        if policy in (method, RANDOM, HUMAN):
+            continue
+        verdicts = analysis.verdicts(policy)
+        games = {
+            kind: [game for game, verdict in verdicts.items() if verdict == kind]
+            for kind in ("above", "overlap", "below")
+        }
+        record: dict[str, str | int | float | None] = {"policy": policy}
+        record |= {kind: " ".join(names) for kind, names in games.items()}
+        cells = [Cell(_games_cell(names, len(verdicts))) for names in games.values()]
+        if policy in analysis.runs:
+            chance = analysis.probability_of_improvement(policy)
+            cells.append(Cell(f"{chance.point:.2f}", (f"[{chance.low:.2f}, {chance.high:.2f}]",)))
+            record |= {
+                "improvement": chance.point,
+                "improvement_low_95": chance.low,
+                "improvement_high_95": chance.high,
+            }
+        else:
+            cells.append(Cell("–"))
+            record |= {"improvement": None, "improvement_low_95": None, "improvement_high_95": None}
+        rows.append([Cell(policy), *cells])
+        records.append(record)
+    return Table(
+        name="comparison",
+        caption=f"{method} against each policy, game by game. Two scores differ where their 95% intervals are apart; "
+        "where they overlap, the episodes played cannot tell the two apart. P(improvement): the chance that a run of "
+        f"{method} beats a run of the other agent in the same game.",
+        header=("Compared with", f"{method} higher", "Intervals overlap", f"{method} lower", "P(improvement)"),
+        rows=rows,
+        records=records,
+    )
+
+
+def _games_cell(games: Sequence[str], total: int) -> str:
+    if not games:
+        return "–"
+    return f"all {total}" if len(games) == total > 3 else ", ".join(games) if total <= 6 else f"{len(games)} of {total}"
+
+
 def seed_table(analysis: Analysis) -> Table | None:
     """One row a seed and game, and one a seed over all games; None if no agent has more than one seed."""
     seeds = sorted({seed for runs in analysis.runs.values() for seed in runs.seeds})
@@ -162,7 +209,7 @@ def seed_table(analysis: Analysis) -> Table | None:
     human_games, _ = analysis.split("human")
     rows: list[list[Cell]] = []
     records: list[Record] = []
-    for game in (*analysis.data.games, *(["Human-normalised IQM"] if human_games else [])):
+    for game in (*analysis.data.games, *(["IQM"] if human_games else [])):
         for seed in seeds:
             row = [Cell(f"{game}, seed {seed}")]
             for label, runs in analysis.runs.items():
@@ -173,7 +220,7 @@ def seed_table(analysis: Analysis) -> Table | None:
                 if game in runs.games:
                     g = runs.games.index(game)
                     value, count = float(runs.run_scores()[s, g]), int(runs.counts[s, g])
-                    row.append(Cell(format_score(value), (f"n = {count}",)))
+                    row.append(Cell(format_score(value)))
                 else:
                     scores = runs.select(human_games).normalised("human").run_scores()[s : s + 1]
                     value, count = float(interquartile_mean(scores)), None
@@ -182,7 +229,7 @@ def seed_table(analysis: Analysis) -> Table | None:
             rows.append(row)
     return Table(
         name="seeds",
-        caption="Each training seed by itself: mean raw return, and the interquartile mean over games.",
+        caption="Each training seed by itself: mean raw return by game, and human-normalised IQM over games.",
         header=("Game and seed", *analysis.runs),
         rows=rows,
         records=records,
