@@ -267,6 +267,11 @@ def check(config: RunConfig) -> None:
     for name in ("target_update_interval", "checkpoint_interval", "log_interval"):
         key = f"{name}_gradient_steps"
         require(getattr(trainer, key) >= 1, f"trainer.{key}", "at least 1")
+    require(
+        trainer.checkpoint_interval_gradient_steps % trainer.log_interval_gradient_steps == 0,
+        "trainer.checkpoint_interval_gradient_steps",
+        f"a multiple of trainer.log_interval_gradient_steps={trainer.log_interval_gradient_steps}",
+    )
     require(trainer.num_checkpoints_kept >= 1, "trainer.num_checkpoints_kept", "at least 1")
     require(trainer.precision in ("fp32", "bf16"), "trainer.precision", "fp32 or bf16")
     require(

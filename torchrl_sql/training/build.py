@@ -1,0 +1,160 @@
+"""From a configuration to the parts of a run: the only place where configs meet components."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torchrl.modules import DistributionalQValueActor, QValueActor
+from torchrl.objectives import HardUpdate, LossModule
+
+from torchrl_sql.config import ModelConfig, OptimConfig, RunConfig, run_config_from_yaml
+from torchrl_sql.data import FrameStore, OfflineAtariReplay
+from torchrl_sql.modules import make_q_actor
+from torchrl_sql.objectives import DiscreteBCLoss, DistributionalCQLLoss
+from torchrl_sql.training.checkpoint import list_checkpoints, load_checkpoint
+from torchrl_sql.training.trainer import Trainer
+
+FRAME_SHAPE = (84, 84)
+
+
+def resolve_device(name: str) -> torch.device:
+    """``auto`` is CUDA where there is one, else the CPU."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def build_actor(
+    model: ModelConfig, games: tuple[str, ...], *, store: FrameStore | None = None
+) -> DistributionalQValueActor | QValueActor:
+    """The Q-network.
+
+    Args:
+        model (ModelConfig): its settings.
+        games (tuple of str): one head each.
+
+    Keyword Args:
+        store (FrameStore, optional): where the mean frames of ``center_input`` come from. Without one they are zeros,
+            to be loaded with the weights.
+    """
+    input_mean = None
+    if model.center_input and store is not None:
+        input_mean = torch.stack([torch.from_numpy(store.mean_frame(game)) / 255 for game in games])
+    elif model.center_input:
+        input_mean = torch.zeros(len(games), *FRAME_SHAPE)
+    return make_q_actor(
+        games,
+        encoder=model.encoder,  # type: ignore[arg-type]
+        num_atoms=model.num_atoms,
+        v_min=model.v_min,
+        v_max=model.v_max,
+        pooling=model.pooling,  # type: ignore[arg-type]
+        num_embeddings=model.num_embeddings,
+        feature_norm=model.feature_norm,
+        logit_scale=model.logit_scale,
+        value_prior_std=model.value_prior_std,
+        input_mean=input_mean,
+        memory_format=torch.channels_last,
+    )
+
+
+def build_loss(config: RunConfig, actor: DistributionalQValueActor | QValueActor) -> LossModule:
+    """The objective over ``actor``'s parameters."""
+    objective = config.objective
+    if objective.name == "bc":
+        return DiscreteBCLoss(actor)
+    return DistributionalCQLLoss(
+        actor,
+        gamma=objective.gamma,
+        cql_alpha=objective.cql_alpha,  # type: ignore[arg-type]
+        double_q=objective.double_q,  # type: ignore[arg-type]
+        target=objective.target,  # type: ignore[arg-type]
+    )
+
+
+def learning_rate_factor(optim: OptimConfig, num_gradient_steps: int) -> Callable[[int], float]:
+    """Linear warm-up, then a cosine from 1 to ``final_learning_rate_fraction``; the argument is the step, from 0."""
+
+    def factor(step: int) -> float:
+        warmup = min(1.0, (step + 1) / (optim.warmup_gradient_steps + 1))
+        cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, step / num_gradient_steps)))
+        final = optim.final_learning_rate_fraction
+        return warmup * (final + (1 - final) * cosine)
+
+    return factor
+
+
+def build_trainer(config: RunConfig) -> Trainer:
+    """Everything a run needs, from its configuration.
+
+    Raises:
+        ValueError, FileNotFoundError: if the store does not hold the games asked for.
+    """
+    torch.manual_seed(config.seed)
+    device = resolve_device(config.trainer.device)
+    store = FrameStore.open(config.data.store)
+    replay = OfflineAtariReplay(
+        store,
+        batch_size=config.data.batch_size,
+        games=config.games,
+        n_steps=config.data.n_steps,
+        gamma=config.objective.gamma,
+        mixture=config.data.mixture,  # type: ignore[arg-type]
+        seed=config.seed,
+        prefetch=config.data.prefetch,
+        pin_memory=device.type == "cuda",
+    )
+    actor = build_actor(config.model, config.games, store=store)
+    loss = build_loss(config, actor).to(device)
+    optim = config.optim
+    optimizer = torch.optim.Adam(loss.parameters(), lr=optim.learning_rate, eps=optim.eps, fused=True)
+    factor = learning_rate_factor(optim, config.trainer.num_gradient_steps)
+    return Trainer(
+        loss,
+        replay,
+        optimizer,
+        scheduler=torch.optim.lr_scheduler.LambdaLR(optimizer, factor),
+        # Interval 0 copies at each call; the trainer calls it when it is due.
+        target_updater=HardUpdate(loss, value_network_update_interval=0) if config.objective.name == "cql" else None,
+        target_update_interval=config.trainer.target_update_interval_gradient_steps,
+        max_grad_norm=optim.max_grad_norm,
+        device=device,
+        precision=config.trainer.precision,  # type: ignore[arg-type]
+        compile=config.trainer.compile,
+    )
+
+
+def find_checkpoint(path: Path) -> Path:
+    """A checkpoint file itself, or the newest one of a run's folder.
+
+    Raises:
+        FileNotFoundError: if there is none.
+    """
+    if path.is_file():
+        return path
+    checkpoints = list_checkpoints(path / "checkpoints")
+    if not checkpoints:
+        raise FileNotFoundError(f"{path} must be a checkpoint or the folder of a trained run, but holds no checkpoint")
+    return checkpoints[-1]
+
+
+def load_actor(path: Path) -> tuple[DistributionalQValueActor | QValueActor, RunConfig, int]:
+    """Loads a trained network for acting.
+
+    Args:
+        path (Path): a checkpoint, or a run's folder (its newest checkpoint is taken).
+
+    Returns:
+        The actor on the CPU in evaluation mode, the run's configuration, and the gradient step of the checkpoint.
+    """
+    path = find_checkpoint(path)
+    content: dict[str, Any] = load_checkpoint(path)
+    config = run_config_from_yaml(content["config"], source=f"the configuration in {path}")
+    actor = build_actor(config.model, config.games)
+    # The loss holds the actor's own parameters: loading it loads them.
+    build_loss(config, actor).load_state_dict(content["trainer"]["loss"])
+    return actor.eval(), config, content["step"]

@@ -1,0 +1,186 @@
+"""A training run in its folder: configuration, logs, checkpoints, resumption."""
+
+from __future__ import annotations
+
+import logging
+import platform
+import signal
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from torchrl.record.loggers import CSVLogger, Logger, TensorboardLogger, WandbLogger
+from tqdm import tqdm
+
+from torchrl_sql.config import ConfigError, RunConfig, run_config_from_yaml
+from torchrl_sql.training.build import build_trainer
+from torchrl_sql.training.checkpoint import load_latest_checkpoint, save_checkpoint
+
+logger = logging.getLogger(__name__)
+
+_RESULT_SECTIONS = ("seed", "data", "model", "objective", "optim")
+_RESULT_TRAINER_KEYS = ("num_gradient_steps", "target_update_interval_gradient_steps", "precision")
+
+
+class Interrupted(Exception):
+    """Training stopped at the user's wish, after saving a checkpoint."""
+
+
+def train(config: RunConfig) -> Path:
+    """Trains a run, or continues it from its newest checkpoint; a finished run returns at once.
+
+    The folder ``config.run_dir`` holds ``config.yaml``, ``checkpoints/`` and ``logs/``. A run that is interrupted and
+    continued takes the same gradient steps as one that ran through.
+
+    Args:
+        config (RunConfig): the run.
+
+    Returns:
+        The run's folder.
+
+    Raises:
+        ConfigError: if the folder holds a run with other settings.
+        Interrupted: after Ctrl-C, with everything saved.
+    """
+    folder = Path(config.run_dir)
+    found = load_latest_checkpoint(folder / "checkpoints", warn=logger.warning)
+    num_steps = config.trainer.num_gradient_steps
+    if found is not None:
+        path, content = found
+        _check_same_run(config, run_config_from_yaml(content["config"], source=f"the configuration in {path}"), folder)
+        if content["step"] >= num_steps:
+            logger.info("%s is trained already (%d gradient steps)", folder, content["step"])
+            return folder
+    trainer = build_trainer(config)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
+    if found is not None:
+        trainer.load_state_dict(content["trainer"])
+        logger.info("continuing %s at gradient step %d", folder, trainer.step)
+    _trim_scalars(folder / "logs", last_step=trainer.step)
+    loggers = _make_loggers(config, folder)
+
+    def save() -> None:
+        content = {
+            "step": trainer.step,
+            "config": config.to_yaml(),
+            "games": list(config.games),
+            "versions": software_versions(),
+            "trainer": trainer.state_dict(),
+        }
+        save_checkpoint(folder / "checkpoints", trainer.step, content, num_kept=config.trainer.num_checkpoints_kept)
+
+    bar = tqdm(
+        total=num_steps,
+        initial=trainer.step,
+        desc=f"train {config.objective.name}",
+        unit="step",
+        mininterval=0.5 if sys.stderr.isatty() else 10,
+        dynamic_ncols=True,
+    )
+    with bar, _stop_request() as stop_requested:
+        for metrics in trainer.train(num_steps, log_interval=config.trainer.log_interval_gradient_steps):
+            for run_logger in loggers:
+                for name, value in metrics.items():
+                    run_logger.log_scalar(f"train/{name}", value, step=trainer.step)
+            bar.set_postfix_str(f"objective {metrics['objective']:.3f}, {metrics['samples_per_second']:.0f} samples/s")
+            bar.update(trainer.step - bar.n)
+            stopping = bool(stop_requested)
+            if (
+                stopping
+                or trainer.step >= num_steps
+                or trainer.step % config.trainer.checkpoint_interval_gradient_steps == 0
+            ):
+                save()
+            if stopping and trainer.step < num_steps:
+                raise Interrupted(f"stopped at gradient step {trainer.step} of {num_steps}; the same command continues")
+    return folder
+
+
+def software_versions() -> dict[str, str]:
+    """Versions of what computes the results."""
+    names = ("torchrl_sql", "torch", "torchrl", "tensordict", "ale-py", "numpy", "tensorstore")
+    return {"python": platform.python_version()} | {name: version(name) for name in names}
+
+
+def read_scalars(run_dir: Path) -> dict[str, list[tuple[int, float]]]:
+    """The logged metrics of a run: name -> ``[(gradient step, value), ...]``."""
+    folder = run_dir / "logs" / "csv" / "scalars" / "train"
+    return {
+        path.stem: [(int(step), float(value)) for step, value in _rows(path)] for path in sorted(folder.glob("*.csv"))
+    }
+
+
+def _rows(path: Path) -> Iterator[list[str]]:
+    for line in path.read_text(encoding="utf-8").splitlines():
+        yield line.split(",")
+
+
+def _trim_scalars(logs: Path, *, last_step: int) -> None:
+    """Drops what was logged after the checkpoint that a run continues from: it will be logged again."""
+    for path in logs.glob("csv/scalars/**/*.csv"):
+        kept = [row for row in _rows(path) if len(row) == 2 and int(row[0]) <= last_step]
+        path.write_text("".join(f"{step},{value}\n" for step, value in kept), encoding="utf-8")
+
+
+def _make_loggers(config: RunConfig, folder: Path) -> list[Logger]:
+    makers: Mapping[str, Any] = {
+        "csv": lambda: CSVLogger("csv", log_dir=str(folder / "logs")),
+        "tensorboard": lambda: TensorboardLogger("tensorboard", log_dir=str(folder / "logs")),
+        "wandb": lambda: WandbLogger(exp_name=config.name, save_dir=str(folder / "logs")),
+    }
+    return [makers[name]() for name in config.trainer.loggers]
+
+
+def _check_same_run(new: RunConfig, old: RunConfig, folder: Path) -> None:
+    """Refuses to continue a run whose results would be a mixture of two configurations."""
+
+    def relevant(config: RunConfig) -> dict[str, Any]:
+        values = OmegaConf.to_container(OmegaConf.structured(config))
+        assert isinstance(values, dict)
+        flat = {
+            f"{section}.{key}" if key else section: value
+            for section in _RESULT_SECTIONS
+            for key, value in (values[section].items() if isinstance(values[section], dict) else [("", values[section])])
+        }
+        flat |= {f"trainer.{key}": values["trainer"][key] for key in _RESULT_TRAINER_KEYS}
+        flat["data.games"] = list(config.games)
+        del flat["data.store"], flat["data.prefetch"]  # the same data may have moved; its content is compared on loading
+        return flat
+
+    before, now = relevant(old), relevant(new)
+    changed = [f"{key}: {before[key]} there, {now[key]} now" for key in now if before[key] != now[key]]
+    if changed:
+        raise ConfigError(
+            f"{folder} holds a run with other settings ({'; '.join(changed)}); choose another run_dir or delete it"
+        )
+
+
+class _Flag:
+    def __init__(self) -> None:
+        self.raised = False
+
+    def __bool__(self) -> bool:
+        return self.raised
+
+
+@contextmanager
+def _stop_request() -> Iterator[_Flag]:
+    """Turns the first Ctrl-C into a flag, so that training stops between two steps; a second one interrupts at once."""
+    flag = _Flag()
+
+    def handle(signum: int, frame: object) -> None:
+        if flag.raised:
+            raise KeyboardInterrupt
+        flag.raised = True
+        tqdm.write("stopping after this logging interval; press Ctrl-C again to stop without saving", file=sys.stderr)
+
+    previous = signal.signal(signal.SIGINT, handle)
+    try:
+        yield flag
+    finally:
+        signal.signal(signal.SIGINT, previous)
