@@ -6,6 +6,7 @@ import io
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from html import escape
 from typing import Any
 
@@ -64,6 +65,7 @@ _STYLE: dict[Any, Any] = {
     "xtick.labelsize": 8.5,
     "ytick.labelsize": 9,
     "ytick.major.size": 0,
+    "text.parse_math": False,  # labels come from outside: a dollar sign is a dollar sign
     "text.color": COLOURS["ink"][0],
     "legend.frameon": False,
     "legend.fontsize": 8.5,
@@ -101,6 +103,10 @@ class Plot:
 
     def svg(self) -> bytes:
         """The light theme's drawing, a file that stands by itself."""
+        return self._svg
+
+    @cached_property
+    def _svg(self) -> bytes:
         return self._save("svg")
 
     def _save(self, file_format: str) -> bytes:

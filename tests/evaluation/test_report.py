@@ -1,0 +1,355 @@
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import re
+import xml.etree.ElementTree as ElementTree
+from html.parser import HTMLParser
+
+import pytest
+from PIL import Image
+
+from torchrl_sql.evaluation.episodes import EpisodeResult
+from torchrl_sql.evaluation.report import (
+    Agent,
+    Clip,
+    Curve,
+    GameData,
+    ReportData,
+    ReturnSummary,
+    format_score_table,
+    write_report,
+)
+from torchrl_sql.evaluation.report_data import Analysis, compare
+from torchrl_sql.evaluation.report_findings import findings, name_games, notes
+from torchrl_sql.evaluation.report_tables import (
+    aggregate_table,
+    comparison_table,
+    format_score,
+    published_table,
+    score_table,
+    seed_table,
+    to_text,
+)
+from torchrl_sql.evaluation.scores import Interval
+from torchrl_sql.games import TRAIN_40
+
+OURS = Agent(agent="ours", label="Ours", role="method")
+BC = Agent(agent="bc", label="BC greedy", role="bc_greedy")
+
+
+def episodes(agent, game, returns, *, seed=0, decoding="greedy", step=100, sticky=0.25, cut=False):
+    return [
+        EpisodeResult(
+            agent=agent, seed=seed, game=game, episode=number, episode_seed=number, episode_return=float(value),
+            length_agent_steps=9, terminated=not cut, truncated=cut, gradient_step=step, epsilon=0.001, sticky=sticky,
+            decoding=decoding,
+        )
+        for number, value in enumerate(returns)
+    ]  # fmt: skip
+
+
+def summary(mean, std=0.0, num_episodes=16):
+    return ReturnSummary(mean=mean, std=std, num_episodes=num_episodes)
+
+
+def game_data(game, behaviour, **changes):
+    fields = {
+        "behaviour_text": f"How {game} was played.", "num_transitions": 1000, "num_episodes": 16,
+        "bytes_per_transition": 150.0, "components": {}, "action_counts": [10] * 18,
+    }  # fmt: skip
+    return GameData(game=game, behaviour=behaviour, **(fields | changes))
+
+
+def gif():
+    file = io.BytesIO()
+    first, *rest = (Image.new("P", (8, 10), color) for color in (0, 1, 2))
+    first.save(file, "GIF", save_all=True, append_images=rest)
+    return file.getvalue()
+
+
+def make(**changes):
+    """Two games, two seeds: BC is as good in Breakout, always UP is better in Freeway."""
+    rows = []
+    for seed in (0, 1):
+        rows += episodes("ours", "Breakout", [8, 10, 12], seed=seed) + episodes("ours", "Freeway", [20, 21], seed=seed)
+        rows += episodes("bc", "Breakout", [7, 10, 13], seed=seed) + episodes("bc", "Freeway", [0, 1], seed=seed)
+    fields = {
+        "title": "Two games",
+        "introduction": ["What was run."],
+        "games": ["Breakout", "Freeway"],
+        "agents": [OURS, BC],
+        "episodes": rows,
+        "game_data": [
+            game_data("Breakout", summary(4.0, 2.0), components={"good": summary(7.0), "lazy": summary(1.0)}),
+            game_data("Freeway", summary(7.0), constant_actions={"UP": summary(23.0), "DOWN": summary(0.0)}),
+        ],
+        "curves": [
+            Curve(agent=a, label=a, metric="TD loss (nats)", seed=0, gradient_steps=[0, 50, 100], values=[3, 2, 1.5])
+            for a in ("ours", "bc")
+        ],
+        "clips": [Clip(game="Breakout", caption="Seed 0.", data=gif())],
+        "settings": {"Objective": {"gamma": 0.99, "optim": {"lr": 1e-3}}},
+        "caveats": ["One data set."],
+        "versions": {"torch": "2.13.0"},
+        "num_resamples": 50,
+    }
+    return ReportData(**(fields | changes))
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    return write_report(make(), tmp_path_factory.mktemp("run") / "deep" / "report.html")
+
+
+# Numbers computed by hand
+
+
+def test_score_table_by_hand():
+    table = score_table(Analysis(make()))
+    assert table.header == (
+        "Game", "Ours", "BC greedy", "Behaviour mean", "Best component", "Best constant", "Random", "Human"
+    )  # fmt: skip
+    breakout, freeway = ({name: cell for name, cell in zip(table.header, row, strict=True)} for row in table.rows)
+    assert [cell.text for cell in breakout.values()] == ["Breakout", "10.0", "10.0", "4.0", "7.0", "–", "1.7", "30.5"]
+    assert [cell.text for cell in freeway.values()] == ["Freeway", "20.5", "0.5", "7.0", "–", "23.0", "0.0", "29.6"]
+    assert breakout["Ours"].detail[1] == "n = 6"
+    assert breakout["Behaviour mean"].detail == ("[3.0, 5.0]", "n = 16")  # 4 +- 1.96 * 2 / 4
+    assert breakout["Best component"].detail == ("[7.0, 7.0]", "n = 16", "good")
+    assert freeway["Best constant"].detail[-1] == "always UP"
+    assert (freeway["Ours"].strong, freeway["BC greedy"].strong, freeway["Best constant"].strong) == (
+        True,
+        False,
+        False,
+    )
+    record = next(r for r in table.records if r["policy"] == "Ours" and r["game"] == "Breakout")
+    assert record["human_normalised"] == pytest.approx((10 - 1.7) / (30.5 - 1.7))
+    assert (record["num_episodes"], record["num_seeds"]) == (6, 2)
+
+
+def test_aggregate_and_seed_tables_by_hand():
+    analysis = Analysis(make())
+    human = aggregate_table(analysis, "human")
+    assert [row[0].text for row in human.rows] == ["Ours", "BC greedy", "Behaviour mean"]
+    ours = ((10 - 1.7) / 28.8 + 20.5 / 29.6) / 2
+    behaviour = ((4 - 1.7) / 28.8 + 7 / 29.6) / 2
+    assert [cell.text for cell in human.rows[0][1:]] == [f"{ours:.2f}"] * 3 + [f"{1 - ours:.2f}"]
+    assert human.rows[2][1] == (f"{behaviour:.2f}", ("no interval",), False)
+    seeds = seed_table(analysis)
+    assert [row[0].text for row in seeds.rows][::2] == ["Breakout, seed 0", "Freeway, seed 0", "IQM, seed 0"]
+    assert seeds.rows[0][1].text == "10.0"
+    assert seeds.rows[4][1].text == f"{ours:.2f}"
+
+
+def test_comparison_and_findings_concede_where_others_are_as_good_or_better():
+    analysis = Analysis(make())
+    rows = {row[0].text: [cell.text for cell in row[1:4]] for row in comparison_table(analysis).rows}
+    assert rows == {
+        "BC greedy": ["Freeway", "Breakout", "–"],
+        "Behaviour mean": ["Breakout, Freeway", "–", "–"],
+        "Best component": ["Breakout", "–", "–"],
+        "Best constant": ["–", "–", "Freeway"],
+    }
+    found = {text: kind for kind, text in findings(analysis)}
+    assert found["BC greedy is as good as Ours on Breakout: the 95% intervals overlap."] == "neutral"
+    assert found["Always one action scores higher than Ours on Freeway."] == "against"
+    assert found["Ours scores higher than BC greedy on Freeway."] == "for"
+    assert found["Each of the 2 seeds of Ours is above the behaviour mean in every game."] == "for"
+    assert found["Ours reaches the published human score on none of the games."] == "neutral"
+
+
+def test_a_seed_below_the_behaviour_is_named():
+    rows = [r for r in make().episodes if not (r.agent == "ours" and r.game == "Freeway" and r.seed == 1)]
+    rows += episodes("ours", "Freeway", [6, 6], seed=1)
+    found = [text for kind, text in findings(Analysis(make(episodes=rows))) if kind == "against"]
+    assert "Not every seed of Ours is above the behaviour mean: Freeway (seed 1: 6.0 against 7.0)." in found
+
+
+def test_compare():
+    assert compare(Interval(2, 1.5, 3), Interval(1, 0, 1.4)) == "above"
+    assert compare(Interval(1, 0, 1.5), Interval(2, 1.5, 3)) == "overlap"
+    assert compare(Interval(1, 0, 1.4), Interval(2, 1.5, 3)) == "below"
+
+
+def test_scores_and_lists_read_well():
+    assert [format_score(v) for v in (9.44, -20.96, 312.4, 49100.0)] == ["9.4", "-21.0", "312", "49,100"]
+    assert name_games(["A", "B"], 5) == "A and B"
+    assert name_games(["A", "B", "C"], 5) == "A, B and C"
+    assert name_games(list("ABCD"), 5) == "4 of 5 games (A, B, C, D)"
+    assert name_games(list("ABCD"), 4) == "all 4 games"
+    assert name_games(list("ABCDEFGHI"), 40) == "9 of 40 games"
+
+
+# What limits the numbers is said
+
+
+def single_seed(games, **changes):
+    rows = [r for game in games for r in episodes("ours", game, [1, 2]) + episodes("bc", game, [1, 2])]
+    return make(**({"games": games, "episodes": rows, "game_data": (), "curves": (), "clips": ()} | changes))
+
+
+def test_notes_name_the_games_without_reference_scores():
+    found = " ".join(notes(Analysis(single_seed(list(TRAIN_40)))))
+    assert "Human-normalised aggregates cover 38 of the 40 games shown: Carnival and Pooyan have no published" in found
+    assert "DQN-normalised aggregates cover all 40 games shown." in found
+    assert "do not cover the variation between training runs" in found
+
+
+def test_notes_state_unequal_protocols_and_counts():
+    rows = episodes("ours", "Breakout", [1, 2, 3], cut=True) + episodes("bc", "Breakout", [1], sticky=0.0, step=7)
+    clipped = game_data("Breakout", summary(4.0), rewards="clipped")
+    data = single_seed(["Breakout"], episodes=rows, game_data=[clipped])
+    found = " ".join(notes(Analysis(data)))
+    assert "between 1 and 3 episodes" in found
+    assert "3 of 4 episodes were cut at the frame limit" in found
+    assert "sticky-action probabilities [0.0, 0.25]" in found
+    assert "different numbers of gradient steps: 7, 100" in found
+    assert "The data of Breakout holds clipped rewards" in found
+    assert "With 1 run scores" in found
+    assert "Behaviour mean" not in score_table(Analysis(data)).header
+
+
+def test_games_without_human_score_are_shown_but_not_aggregated(tmp_path):
+    data = single_seed(["Carnival"])
+    assert aggregate_table(Analysis(data), "human") is None
+    assert aggregate_table(Analysis(data), "dqn") is not None
+    assert "Carnival" in write_report(data, tmp_path / "report.html").read_text()
+
+
+def test_published_agents_only_where_games_overlap():
+    assert published_table(Analysis(make())) is None
+    assert any("published multi-game agents" in note for note in notes(Analysis(make())))
+    table = published_table(Analysis(single_seed(["Assault", "Pong", "Zaxxon"])))
+    assert [row[0].text for row in table.rows] == ["Assault", "Zaxxon", "Human-normalised IQM (2)"]
+    assert table.rows[0][table.header.index("Scaled QL 80M")].text == "2,292"
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"episodes": []}, "no episode of agent 'ours'"),
+        ({"games": ["Breakout", "Pong"], "game_data": ()}, "no episode at gradient step 100 for seed 0 in Pong"),
+        ({"games": ["Breakut"], "game_data": ()}, "got 'Breakut'; did you mean Breakout"),
+        ({"agents": [BC]}, "one agent must have the role 'method'"),
+        ({"agents": [OURS, dataclasses.replace(BC, label="Ours")]}, "distinct labels"),
+        ({"games": ["Freeway"]}, r"game_data names \['Breakout'\]"),
+        ({"game_data": [game_data("Freeway", summary(1.0))] * 2}, "one a game"),
+    ],
+)
+def test_bad_input_is_refused_and_writes_nothing(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        write_report(make(**changes), tmp_path / "report.html")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bad_parts_are_refused():
+    with pytest.raises(ValueError, match="finite mean"):
+        summary(float("nan"))
+    with pytest.raises(ValueError, match="18 entries, got 4"):
+        game_data("Pong", summary(1.0), action_counts=[1] * 4)
+    with pytest.raises(ValueError, match="as many values as gradient steps, got 1 and 2"):
+        Curve(agent="a", label="a", metric="loss", seed=0, gradient_steps=[0, 1], values=[1])
+
+
+# The files
+
+
+def test_every_plot_and_table_is_a_file(written):
+    page = written
+    files = {path.name for path in (page.parent / "report_files").iterdir()}
+    names = ["scores_Breakout", "scores_Freeway", "aggregates", "curve_0_td_loss__nats", "actions_Breakout"]
+    assert {f"{name}.{kind}" for name in names for kind in ("png", "svg")} <= files
+    tables = ["score_table", "comparison", "aggregate_human_normalised", "aggregate_dqn_normalised", "seeds", "data"]
+    assert {f"{name}.csv" for name in [*tables, "protocol", "settings_objective", "settings_versions"]} <= files
+    for path in (page.parent / "report_files").glob("*.svg"):
+        assert ElementTree.parse(path).getroot().tag.endswith("svg")
+    with (page.parent / "report_files" / "score_table.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    best = next(row for row in rows if row["policy"] == "Best constant")
+    assert (best["game"], float(best["mean_return"]), best["detail"]) == ("Freeway", 23.0, "always UP")
+    assert next(row for row in rows if row["policy"] == "Random")["low_95"] == ""
+    assert sorted(path.name for path in page.parent.iterdir()) == ["report.html", "report_files"]
+
+
+def test_page_is_self_contained_and_its_references_resolve(written):
+    text = written.read_text()
+    references = re.findall(r"""(?:src|srcset|href)="([^"]*)\"""", text)
+    assert all(reference.startswith(("data:", "#")) for reference in references)
+    assert all(target.startswith("#") for target in re.findall(r"url\(([^)]*)\)", text))
+    assert "<script" not in text and "@import" not in text
+    ids = re.findall(r'\bid="([^"]*)"', text)
+    assert len(ids) == len(set(ids))
+    targets = {reference[1:] for reference in references if reference.startswith("#")}
+    targets |= {target[1:] for target in re.findall(r"url\(([^)]*)\)", text)}
+    assert targets <= set(ids)
+
+
+def test_page_says_what_it_was_given(written):
+    text = written.read_text()
+    for expected in ("What was run.", "How Freeway was played.", "One data set.", "optim.lr", "2.13.0", "Seed 0."):
+        assert expected in text
+    assert len(re.findall(r'<svg [^>]*role="img" aria-label="[^"]+"', text)) == 6
+    assert all("alt=" in image for image in re.findall(r"<img [^>]*>", text))
+    assert text.count("<th scope=") == text.count("<th ")
+
+
+def test_text_from_outside_is_escaped(tmp_path):
+    evil = "<script>alert(1)</script>\" onload='x' $\\frac{"
+    data = single_seed(
+        ["Breakout"], title=evil, introduction=[evil], settings={evil: {evil: evil}}, caveats=[evil],
+        agents=[dataclasses.replace(OURS, label=evil), BC], clips=[Clip(game="Breakout", caption=evil, data=gif())],
+    )  # fmt: skip
+    page = write_report(data, tmp_path / "report.html").read_text()
+    seen = set()
+
+    class Parser(HTMLParser):
+        def handle_starttag(self, tag, attrs):
+            seen.update([tag, *(name for name, _ in attrs)])
+
+    Parser().feed(page)
+    assert "svg" in seen
+    assert not seen & {"script", "onload"}
+    assert page.count("&lt;script&gt;") >= 8
+
+
+def test_report_is_reproducible(written, tmp_path):
+    again = write_report(make(), tmp_path / "report.html")
+    assert again.read_bytes() == written.read_bytes()
+    for path in (written.parent / "report_files").iterdir():
+        assert path.read_bytes() == (tmp_path / "report_files" / path.name).read_bytes(), path.name
+
+
+def test_many_games_sizes_and_seeds(tmp_path):
+    agents = [
+        dataclasses.replace(OURS, agent=name, label=name, num_parameters=size)
+        for name, size in (("S", 10**6), ("L", 10**7))
+    ]
+    games = list(TRAIN_40)
+    rows = [r for agent in agents for game in games for r in episodes(agent.agent, game, [900, 1000])]
+    data = single_seed(games, agents=agents, episodes=rows)
+    page = write_report(data, tmp_path / "report.html")
+    files = {path.stem for path in (tmp_path / "report_files").glob("*.svg")}
+    assert files == {"scores_by_game_1", "scores_by_game_2", "aggregates", "performance_profile", "scaling"}
+    assert "Scaled QL 80M" in page.read_text()
+
+
+# The terminal
+
+
+def test_text_table_aligns_columns_and_details():
+    text = to_text(score_table(Analysis(make())))
+    lines = text.splitlines()
+    assert len({len(line) for line in lines if line.startswith("-")}) == 1
+    assert re.match(r"Breakout +10\.0\* +10\.0\* +4\.0 +7\.0 +– +1\.7 +30\.5$", lines[2])
+    assert "[3.0, 5.0]" in lines[3]
+
+
+def test_terminal_summary_has_tables_and_findings():
+    text = format_score_table(make())
+    for expected in ("marked *", "IQM, seed 1", "no interval", "= BC greedy is as good as Ours on Breakout"):
+        assert expected in text
+    assert "- Always one action scores higher than Ours on Freeway." in text
