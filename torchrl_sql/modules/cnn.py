@@ -1,4 +1,4 @@
-"""Small convolutional encoders from earlier Atari agents, as capacity baselines (method.md section 4)."""
+"""Small convolutional encoders from earlier Atari agents, as capacity baselines."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class _ImpalaBlock(nn.Module):
 
 
 class ImpalaCNN(nn.Sequential):
-    """The residual encoder of IMPALA (Espeholt et al. 2018): three convolve-and-pool stages of two residual blocks each.
+    """The residual encoder of IMPALA (Espeholt et al. 2018): three convolve-and-pool stages of two residual blocks.
 
     Keyword Args:
         in_channels (int): stacked frames ``K``.

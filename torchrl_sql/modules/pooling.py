@@ -1,4 +1,4 @@
-"""From a feature map to a feature vector (method.md section 3)."""
+"""From a feature map to a feature vector (arXiv:2211.15144, section 4)."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ class LearnedSpatialEmbedding(nn.Module):
         self.weight = nn.Parameter(torch.randn(num_embeddings, channels, height, width) * (height * width) ** -0.5)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Pools ``x``, see :class:`LearnedSpatialEmbedding`."""
         return torch.einsum("bchw,echw->bce", x, self.weight).flatten(1)
 
 
@@ -39,4 +40,5 @@ class GlobalAveragePooling(nn.Module):
     """
 
     def forward(self, x: Tensor) -> Tensor:
+        """Averages ``x``, see :class:`GlobalAveragePooling`."""
         return x.mean((-2, -1))

@@ -1,4 +1,4 @@
-"""The multi-game Q-network and the TorchRL actor around it (method.md section 3).
+"""The multi-game Q-network and the TorchRL actor around it (arXiv:2211.15144, section 4).
 
 Legend: B batch, K stacked frames, D features, A actions, N atoms, G games.
 """
@@ -143,6 +143,7 @@ class MultiGameQNetwork(nn.Module):
         self.register_buffer("legal_actions", legal_actions)
 
     def forward(self, observation: Tensor, game_id: Tensor) -> tuple[Tensor, ...]:
+        """Evaluates each observation by its game's head, see :class:`MultiGameQNetwork`."""
         batch_shape = observation.shape[: observation.ndim - len(self.input_shape)]
         if observation.shape[len(batch_shape) :] != self.input_shape or game_id.shape != batch_shape:
             raise ValueError(
@@ -184,6 +185,7 @@ class LegalDistributionalQValueModule(DistributionalQValueModule):
         self.in_keys = ["action_value", "action_mask"]
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Writes ``action``, see :class:`LegalDistributionalQValueModule`."""
         q = (tensordict["action_value"].exp() * self.support.unsqueeze(-1)).sum(-2)
         tensordict["action"] = q.masked_fill(~tensordict["action_mask"], -torch.inf).argmax(-1)
         return tensordict
@@ -219,7 +221,8 @@ def make_q_actor(
         num_actions (int): actions of every head.
         num_atoms (int or None): atoms of the return distribution; ``None`` gives scalar heads (for MSE TD targets and
             behavioural cloning) and a plain :class:`~torchrl.modules.QValueActor`.
-        v_min, v_max (float): first and last atom, in units of clipped discounted reward.
+        v_min (float): first atom, in units of clipped discounted reward.
+        v_max (float): last atom.
         pooling (str): ``"spatial_embedding"``, ``"average"`` or ``"flatten"``, see :class:`MultiGameQNetwork`.
         num_embeddings (int or None): learned maps per channel of the spatial embedding; ``None`` takes the encoder's
             default (1 for ResNet-50 and -101, 4 for ResNet-18 and -34, 8 for the others), which fits the published
@@ -249,10 +252,8 @@ def make_q_actor(
         >>> import torch
         >>> from tensordict import TensorDict
         >>> actor = make_q_actor(["Breakout", "Freeway"], encoder="resnet_small")
-        >>> state = TensorDict(
-        ...     {"observation": torch.zeros(5, 4, 84, 84, dtype=torch.uint8), "game_id": torch.zeros(5, dtype=torch.long)},
-        ...     batch_size=[5],
-        ... )
+        >>> frames = torch.zeros(5, 4, 84, 84, dtype=torch.uint8)
+        >>> state = TensorDict({"observation": frames, "game_id": torch.tensor([0, 1, 1, 0, 1])}, batch_size=[5])
         >>> actor(state)["action_value"].shape
         torch.Size([5, 51, 18])
     """
@@ -286,7 +287,8 @@ def make_q_actor(
         logit_scale=logit_scale,
         input_mean=input_mean,
         legal_actions=legal_actions,
-    ).to(memory_format=memory_format)
+    )
+    network.to(memory_format=memory_format)  # type: ignore[call-overload]  # not in torch's annotations of Module.to
     mask_keys = ["action_mask"] if mask_illegal_actions else []
     module = TensorDictModule(
         network, in_keys=["observation", "game_id"], out_keys=["action_value", "feature_norm", *mask_keys]

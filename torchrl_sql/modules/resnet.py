@@ -1,4 +1,4 @@
-"""ResNet encoders with GroupNorm (He et al. 2016; Wu & He 2018; method.md section 3).
+"""ResNet encoders with GroupNorm (He et al. 2016; Wu & He 2018).
 
 Group normalization replaces batch normalization because a batch mixes games: statistics over the batch would leak from
 one game into another, and differ between the mixed training batch and a single game's evaluation batch.
@@ -82,9 +82,7 @@ class ResNet(nn.Sequential):
         - output: ``[B, 512, 3, 3]``, or ``[B, 2048, 3, 3]`` with bottleneck blocks
     """
 
-    def __init__(
-        self, depths: Sequence[int], *, bottleneck: bool, in_channels: int = 4, num_groups: int = 32
-    ) -> None:
+    def __init__(self, depths: Sequence[int], *, bottleneck: bool, in_channels: int = 4, num_groups: int = 32) -> None:
         block, expansion = (_bottleneck_block, 4) if bottleneck else (_basic_block, 1)
         layers: list[nn.Module] = [
             nn.Conv2d(in_channels, 64, 7, 2, padding=3, bias=False),

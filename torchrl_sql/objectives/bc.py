@@ -1,4 +1,4 @@
-"""Behavioural cloning with the Q-network's architecture, as the baseline that the method must beat (method.md section 6)."""
+"""Behavioural cloning with the Q-network's architecture: the baseline that the method must beat."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class DiscreteBCLoss(LossModule):
     the usual choice) or the expectations of a distributional one, which the support bounds.
 
     Args:
-        actor_network (QValueActor or DistributionalQValueActor): any of TorchRL's, with a categorical or one-hot action.
+        actor_network (QValueActor or DistributionalQValueActor): any of TorchRL's with a categorical or one-hot action.
 
     Keyword Args:
         reduction (str): ``"mean"``, ``"sum"`` or ``"none"`` (a loss of shape ``[*B]``).
@@ -88,9 +88,7 @@ class DiscreteBCLoss(LossModule):
         if self.distributional:
             logits = expected_value(logits, self.actor_network_params["support"].to(logits.dtype))
         batch_shape = logits.shape[:-1]
-        action = action_index(
-            tensordict[keys.action], logits.shape[-1], batch_shape, self.actor_network.action_space
-        )
+        action = action_index(tensordict[keys.action], logits.shape[-1], batch_shape, self.actor_network.action_space)
         log_probs = logits.log_softmax(-1)
         loss = -log_probs.gather(-1, action.unsqueeze(-1)).squeeze(-1)
         weights = self._maybe_get_priority_weight(tensordict)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 
 import torch
-from tensordict import NestedKey, TensorDict, TensorDictBase, TensorDictParams
+from tensordict import NestedKey, TensorDict, TensorDictParams
 from torch import Tensor
 from torchrl.modules import DistributionalQValueActor, QValueActor
 
@@ -65,12 +65,14 @@ def action_index(action: Tensor, num_actions: int, batch_shape: torch.Size, acti
     if action_space == "categorical" and action.shape == (*batch_shape, 1):
         return action.squeeze(-1).long()
     expected = f"[*B, {num_actions}]" if action_space == "one_hot" else "[*B] or [*B, 1]"
-    raise ValueError(f"{action_space} action must be {expected} with *B={tuple(batch_shape)}, got {tuple(action.shape)}")
+    raise ValueError(
+        f"{action_space} action must be {expected} with *B={tuple(batch_shape)}, got {tuple(action.shape)}"
+    )
 
 
-def check_finite(tensordict: TensorDictBase, keys: Iterable[NestedKey]) -> None:
+def check_finite(entries: Mapping[NestedKey, Tensor]) -> None:
     """Raises ``ValueError`` naming the first entry with a value that is not finite. Reads it back to the host."""
-    for key in keys:
-        bad = ~torch.isfinite(tensordict[key])
-        if bool(bad.any()):
-            raise ValueError(f"{key!r} must be finite, got {int(bad.sum())} non-finite of {bad.numel()} values")
+    for key, value in entries.items():
+        num_bad = int((~torch.isfinite(value)).sum())
+        if num_bad:
+            raise ValueError(f"{key!r} must be finite, got {num_bad} non-finite of {value.numel()} values")

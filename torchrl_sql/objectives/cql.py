@@ -1,4 +1,4 @@
-"""Conservative Q-learning on a categorical return distribution: the loss of Scaled Q-learning (method.md section 4)."""
+"""Conservative Q-learning on a categorical return distribution: the loss of Scaled Q-learning (arXiv:2211.15144)."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ class DistributionalCQLLoss(LossModule):
 
     A call runs the online network once on the observation and the target network once on the next one; ``double_q``
     adds a forward of the online network, without gradient, on the next one. Nothing is read back to the host, and
-    ``torch.compile(loss, fullgraph=True)`` works. Under autocast the networks run in the lower precision, the arithmetic
-    of distributions in float32.
+    ``torch.compile(loss, fullgraph=True)`` works. Under autocast the networks run in the lower precision, the
+    arithmetic of distributions in float32.
 
     Args:
         value_network (DistributionalQValueActor or QValueActor): any of TorchRL's, with a categorical or one-hot action
@@ -59,15 +59,15 @@ class DistributionalCQLLoss(LossModule):
     Reads: ``value_network.in_keys`` and the same under ``"next"`` (those that are not there, such as ``game_id``, are
     taken from the root, as in :func:`torchrl.envs.utils.step_mdp`); ``action`` ``[*B]`` or ``[*B, 1]`` indices, or
     ``[*B, A]`` one-hot; ``("next", "reward")`` ``[*B, 1]`` float (with n steps the discounted sum);
-    ``("next", "terminated")`` ``[*B, 1]`` bool; optional ``steps_to_next_obs`` ``[*B, 1]`` integers (1 if absent);
-    optional ``priority_weight`` ``[*B]``.
+    ``("next", "terminated")`` ``[*B, 1]`` bool; optional ``steps_to_next_obs`` ``[*B, 1]`` or ``[*B]`` integers
+    (1 if absent); optional ``priority_weight`` ``[*B]``.
 
     Writes: ``td_error`` ``[*B, 1]`` into its input, each sample's TD loss (squared error with ``"mse"``), as priority.
 
     Returns:
         ``loss_qvalue`` and ``loss_cql`` (already weighted: the objective is their sum), and detached batch means:
-        ``td_error``, ``cql_gap`` (the penalty before its weight), ``q_data`` (Q of the data's actions), ``q_max`` (of the
-        greedy ones), ``q_target`` (of the targets) and, where the network writes it, ``feature_norm``.
+        ``td_error``, ``cql_gap`` (the penalty before its weight), ``q_data`` (Q of the data's actions), ``q_max`` (of
+        the greedy ones), ``q_target`` (of the targets) and, where the network writes it, ``feature_norm``.
 
     Raises:
         TypeError, ValueError: if ``value_network`` does not fit, its support is unusable, or a value is out of range.
@@ -199,10 +199,7 @@ class DistributionalCQLLoss(LossModule):
     def forward(self, tensordict: TensorDictBase) -> TensorDict:
         """Computes the loss of a batch, see :class:`DistributionalCQLLoss`."""
         keys = self.tensor_keys
-        reward = tensordict[unravel_key(("next", keys.reward))]
-        terminated = tensordict[unravel_key(("next", keys.terminated))]
-        steps = tensordict.get(keys.steps_to_next_obs, None)
-        self._check_shapes(reward, terminated, steps)
+        reward, terminated, steps = self._read_transition(tensordict)
         # Not the batch size of the tensordict, which dispatch can only guess.
         batch_shape = reward.shape[:-1]
         inputs = TensorDict({key: tensordict[key] for key in self.value_network.in_keys}, batch_shape)
@@ -210,11 +207,9 @@ class DistributionalCQLLoss(LossModule):
         with torch.no_grad():
             next_values, next_action = self._next_values(tensordict, batch_shape)
         if self.check_finite:
-            check_finite(tensordict, [unravel_key(("next", keys.reward))])
-            check_finite(TensorDict({keys.action_value: values, ("next", keys.action_value): next_values}, batch_shape))
-        action = action_index(
-            tensordict[keys.action], values.shape[-1], batch_shape, self.value_network.action_space
-        )
+            next_key = unravel_key(("next", keys.action_value))
+            check_finite({("next", keys.reward): reward, keys.action_value: values, next_key: next_values})
+        action = action_index(tensordict[keys.action], values.shape[-1], batch_shape, self.value_network.action_space)
         discount = self.gamma if steps is None else self.gamma**steps
         discount = discount * terminated.logical_not().to(values.dtype)
         reward = reward.to(values.dtype)
@@ -253,13 +248,21 @@ class DistributionalCQLLoss(LossModule):
         self._clear_weakrefs(tensordict, out, "value_network_params", "target_value_network_params")
         return out
 
-    def _check_shapes(self, reward: Tensor, terminated: Tensor, steps: Tensor | None) -> None:
+    def _read_transition(self, tensordict: TensorDictBase) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Reward, ``terminated`` and, if there, ``steps_to_next_obs``, each ``[*B, 1]``."""
+        keys = self.tensor_keys
+        reward = tensordict[unravel_key(("next", keys.reward))]
+        terminated = tensordict[unravel_key(("next", keys.terminated))]
+        steps = tensordict.get(keys.steps_to_next_obs, None)
         # Any other shape would broadcast into a loss between samples.
         if reward.shape[-1:] != (1,):
-            raise ValueError(f"('next', {self.tensor_keys.reward!r}) must be [*B, 1], got {tuple(reward.shape)}")
-        for key, value in (("next", self.tensor_keys.terminated), terminated), (self.tensor_keys.steps_to_next_obs, steps):
+            raise ValueError(f"('next', {keys.reward!r}) must be [*B, 1], got {tuple(reward.shape)}")
+        if steps is not None and steps.shape == reward.shape[:-1]:
+            steps = steps.unsqueeze(-1)  # as TorchRL's MultiStep writes it
+        for key, value in ((("next", keys.terminated), terminated), (keys.steps_to_next_obs, steps)):
             if value is not None and value.shape != reward.shape:
-                raise ValueError(f"{key!r} must be {tuple(reward.shape)} as the reward, got {tuple(value.shape)}")
+                raise ValueError(f"{key!r} must be {tuple(reward.shape)} like the reward, got {tuple(value.shape)}")
+        return reward, terminated, steps
 
     def _next_values(self, tensordict: TensorDictBase, batch_shape: torch.Size) -> tuple[Tensor, Tensor]:
         """The target network's values of the next observation, and the ``[*B]`` index of the action to evaluate."""

@@ -1,7 +1,7 @@
 """Arithmetic of categorical return distributions: pure functions of tensors, compiled and differentiated as they are.
 
-Legend: ``*B`` any batch dimensions, N atoms, A actions. Everything stays on the device of its inputs and in their dtype;
-callers pass float32 or wider.
+Legend: ``*B`` any batch dimensions, N atoms, A actions. Everything stays on the device of its inputs and in their
+dtype; callers pass float32 or wider.
 """
 
 from __future__ import annotations
