@@ -21,16 +21,16 @@ from torchrl_sql.evaluation.report import (
     format_score_table,
     write_report,
 )
-from torchrl_sql.evaluation.report_data import Analysis, compare
-from torchrl_sql.evaluation.report_findings import findings, name_games, notes
-from torchrl_sql.evaluation.report_tables import (
+from torchrl_sql.evaluation.report.data import Analysis, compare
+from torchrl_sql.evaluation.report.findings import findings, name_games, notes
+from torchrl_sql.evaluation.report.table import to_text
+from torchrl_sql.evaluation.report.tables import (
     aggregate_table,
     comparison_table,
     format_score,
     published_table,
     score_table,
     seed_table,
-    to_text,
 )
 from torchrl_sql.evaluation.scores import Interval
 from torchrl_sql.games import TRAIN_40

@@ -1,4 +1,4 @@
-"""Reports: one self-contained HTML page, with every plot as PNG and SVG and every table as CSV beside it."""
+"""Writes a report: the page, and its plots and tables as files beside it; and its summary for a terminal."""
 
 from __future__ import annotations
 
@@ -13,29 +13,24 @@ import jinja2
 from markupsafe import Markup
 from PIL import Image
 
-from torchrl_sql.evaluation.report_data import (
-    Agent,
+from torchrl_sql.evaluation.report.data import (
     Analysis,
     Clip,
-    Curve,
-    GameData,
     ReportData,
-    ReturnSummary,
 )
-from torchrl_sql.evaluation.report_findings import Finding, findings, notes
-from torchrl_sql.evaluation.report_plots import (
-    COLOURS,
-    Plot,
+from torchrl_sql.evaluation.report.findings import findings, notes
+from torchrl_sql.evaluation.report.plots import (
     action_plot,
     aggregate_plot,
     all_games_plots,
     curve_plots,
-    draw,
     game_plot,
     profile_plot,
     scaling_plot,
 )
-from torchrl_sql.evaluation.report_tables import (
+from torchrl_sql.evaluation.report.style import COLOURS, Plot, draw
+from torchrl_sql.evaluation.report.table import to_text
+from torchrl_sql.evaluation.report.tables import (
     aggregate_table,
     comparison_table,
     data_table,
@@ -44,20 +39,7 @@ from torchrl_sql.evaluation.report_tables import (
     score_table,
     seed_table,
     settings_tables,
-    to_text,
 )
-
-__all__ = [
-    "Agent",
-    "Clip",
-    "Curve",
-    "Finding",
-    "GameData",
-    "ReportData",
-    "ReturnSummary",
-    "format_score_table",
-    "write_report",
-]
 
 logger = logging.getLogger(__name__)
 
@@ -164,7 +146,7 @@ def _behaviours(data: ReportData) -> list[tuple[str, str]]:
 
 def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("torchrl_sql.evaluation"),
+        loader=jinja2.PackageLoader("torchrl_sql.evaluation.report"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,

@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from torchrl_sql.evaluation.report_data import (
+from torchrl_sql.evaluation.report.data import (
     BEHAVIOUR,
     BEST_CONSTANT,
     HUMAN,
@@ -15,7 +15,7 @@ from torchrl_sql.evaluation.report_data import (
     Verdict,
     compare,
 )
-from torchrl_sql.evaluation.report_tables import REFERENCE_LABELS, format_score, published_table
+from torchrl_sql.evaluation.report.tables import REFERENCE_LABELS, format_score, published_table
 
 
 class Finding(NamedTuple):

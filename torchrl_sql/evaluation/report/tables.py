@@ -1,17 +1,15 @@
-"""The report's tables as plain data, which the page, the CSV files and the terminal share."""
+"""The report's tables, from the analysis of its data."""
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from torchrl_sql.evaluation.report_data import BEHAVIOUR, HUMAN, RANDOM, Analysis
+from torchrl_sql.evaluation.report.data import BEHAVIOUR, HUMAN, RANDOM, Analysis
+from torchrl_sql.evaluation.report.table import Cell, Record, Table
 from torchrl_sql.evaluation.scores import (
     AGGREGATES,
     Interval,
@@ -23,37 +21,7 @@ from torchrl_sql.evaluation.scores import (
 )
 from torchrl_sql.games import ACTION_NAMES
 
-Record = Mapping[str, str | int | float | None]
-
 REFERENCE_LABELS: dict[Reference, str] = {"human": "human", "dqn": "DQN"}
-
-
-class Cell(NamedTuple):
-    """A table cell: its text, smaller lines below it, and whether it stands out."""
-
-    text: str
-    detail: tuple[str, ...] = ()
-    strong: bool = False
-
-
-@dataclass(frozen=True, kw_only=True)
-class Table:
-    """A table as shown (``header``, ``rows``; the first cell of a row heads it) and as data (``records``, for CSV)."""
-
-    name: str
-    caption: str
-    header: Sequence[str]
-    rows: Sequence[Sequence[Cell]]
-    records: Sequence[Record]
-
-    def to_csv(self) -> str:
-        """The records as CSV text; unknown values are empty."""
-        file = io.StringIO()
-        writer = csv.DictWriter(file, fieldnames=list(self.records[0]), lineterminator="\n")
-        writer.writeheader()
-        for record in self.records:
-            writer.writerow({k: "" if isinstance(v, float) and math.isnan(v) else v for k, v in record.items()})
-        return file.getvalue()
 
 
 def format_score(value: float) -> str:
@@ -383,21 +351,3 @@ def _flatten(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str
         else:
             items.append((f"{prefix}{key}", str(value)))
     return items
-
-
-def to_text(table: Table) -> str:
-    """A table for the terminal: columns aligned, details on lines of their own below their cell."""
-    grid = [[[name] for name in table.header]]
-    grid += [[[cell.text + ("*" if cell.strong else ""), *cell.detail] for cell in row] for row in table.rows]
-    widths = [max(len(line) for row in grid for line in row[column]) for column in range(len(table.header))]
-    lines = []
-    for number, row in enumerate(grid):
-        for level in range(max(len(cell) for cell in row)):
-            texts = [cell[level] if level < len(cell) else "" for cell in row]
-            first, *rest = (
-                f"{t:{'<' if i == 0 else '>'}{w}}" for i, (t, w) in enumerate(zip(texts, widths, strict=True))
-            )
-            lines.append("  ".join([first, *rest]).rstrip())
-        if number == 0:
-            lines.append("  ".join("-" * width for width in widths))
-    return "\n".join(lines)

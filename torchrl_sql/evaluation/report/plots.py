@@ -1,80 +1,22 @@
-"""The report's plots: drawn once with matplotlib, shown as PNG, SVG and as inline SVG that follows the page's theme."""
+"""The report's plots, from the analysis of its data."""
 
 from __future__ import annotations
 
-import io
-import re
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from html import escape
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import matplotlib
 import numpy as np
 from matplotlib.artist import Artist
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator
 
-from torchrl_sql.evaluation.report_data import BEHAVIOUR, BEST_COMPONENT, BEST_CONSTANT, Agent, Analysis, GameData
-from torchrl_sql.evaluation.report_tables import format_score
+from torchrl_sql.evaluation.report.data import BEHAVIOUR, BEST_COMPONENT, BEST_CONSTANT, Agent, Analysis, GameData
+from torchrl_sql.evaluation.report.style import COLOURS, SMALL_WIDTH, WIDTH, Plot, new_figure
+from torchrl_sql.evaluation.report.tables import format_score
 from torchrl_sql.evaluation.scores import AGGREGATES, normalised_score, performance_profile, published_scores
 from torchrl_sql.games import ACTION_NAMES, GAMES
-
-WIDTH = 4.8
-"""Of a plot, in inches: text of 9 points stays readable when a phone shows the plot 360 pixels wide."""
-
-SMALL_WIDTH = 4.0
-"""Of small multiples, three of which stand side by side on a laptop."""
-
-COLOURS = {  # light theme, dark theme; told apart with every common colour vision deficiency, and in grey
-    "ink": ("#1c2127", "#e6e8eb"),
-    "muted": ("#666e79", "#9aa3af"),
-    "rule": ("#dde0e4", "#343a42"),
-    "paper": ("#fefefe", "#15181c"),
-    "method": ("#0a5da6", "#63b1f2"),
-    "method2": ("#3c9a8b", "#5cc9b7"),
-    "bc": ("#c2520a", "#f2964f"),
-    "other": ("#8a4a9e", "#cb92dd"),
-    "data": ("#8b929c", "#808893"),
-}
-"""Theme colours: the light one is drawn, and becomes the CSS variable ``--<name>`` in inline SVG."""
-
-_STYLE: dict[Any, Any] = {
-    "font.size": 9,
-    "font.family": "DejaVu Sans",
-    "axes.titlesize": 9.5,
-    "axes.labelsize": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": COLOURS["rule"][0],
-    "axes.labelcolor": COLOURS["muted"][0],
-    "axes.titlecolor": COLOURS["ink"][0],
-    "axes.titlelocation": "left",
-    "axes.facecolor": "none",
-    "axes.axisbelow": True,
-    "grid.color": COLOURS["rule"][0],
-    "grid.linewidth": 0.7,
-    "xtick.color": COLOURS["rule"][0],
-    "ytick.color": COLOURS["rule"][0],
-    "xtick.labelcolor": COLOURS["muted"][0],
-    "ytick.labelcolor": COLOURS["ink"][0],
-    "xtick.labelsize": 8.5,
-    "ytick.labelsize": 9,
-    "ytick.major.size": 0,
-    "text.parse_math": False,  # labels come from outside: a dollar sign is a dollar sign
-    "text.color": COLOURS["ink"][0],
-    "legend.frameon": False,
-    "legend.fontsize": 8.5,
-    "figure.facecolor": COLOURS["paper"][0],
-    "figure.dpi": 100,
-    "savefig.dpi": 200,
-    "svg.fonttype": "none",
-    "svg.hashsalt": "torchrl_sql",
-}
 
 GAMES_IN_ONE_PLOT = 20
 
@@ -86,52 +28,6 @@ _MARK: dict[str, Any] = {
     "linestyle": "none",
 }
 _STEPS = [1, 2, 2.5, 5, 10]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plot:
-    """A drawn figure with its file name, caption, and a description for those who cannot see it."""
-
-    name: str
-    caption: str
-    description: str
-    figure: Figure
-
-    def png(self) -> bytes:
-        """The light theme's picture."""
-        return self._save("png")
-
-    def svg(self) -> bytes:
-        """The light theme's drawing, a file that stands by itself."""
-        return self._svg
-
-    @cached_property
-    def _svg(self) -> bytes:
-        return self._save("svg")
-
-    def _save(self, file_format: str) -> bytes:
-        file = io.BytesIO()
-        metadata = {"Date": None} if file_format == "svg" else {"Software": None}
-        with matplotlib.rc_context(_STYLE):
-            self.figure.savefig(file, format=file_format, metadata=metadata)
-        return file.getvalue()
-
-    def inline(self) -> str:
-        """SVG for inside a page: theme colours as CSS variables, ids that no other plot has, nothing loaded."""
-        text = self.svg().decode()
-        view_box = re.search(r'viewBox="[^"]*"', text)
-        body = text[text.index("</metadata>") + len("</metadata>") :] if "</metadata>" in text else text
-        assert view_box is not None, "matplotlib writes a viewBox"
-        body = re.sub(r'(id="|xlink:href="#|url\(#)', rf"\g<1>{self.name}-", body)
-        for name, (light, _) in COLOURS.items():
-            body = body.replace(light, f"var(--{name})")
-        label = escape(self.description, quote=True)
-        return f'<svg {view_box[0]} role="img" aria-label="{label}" xmlns:xlink="http://www.w3.org/1999/xlink">{body}'
-
-
-def _figure(height: float, width: float = WIDTH) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, figure.add_subplot()
 
 
 def _colour(agent: Agent | None, analysis: Analysis) -> str:
@@ -171,7 +67,7 @@ def game_plot(analysis: Analysis, game: str) -> Plot:
     shown = _shown_policies(analysis, game)
     to_x = _scale(game)
     normalised = GAMES[game].human_score is not None
-    figure, axes = _figure(0.27 * len(shown) + 0.75)
+    figure, axes = new_figure(0.27 * len(shown) + 0.75)
     reach = [0.0]
     for row, policy in enumerate(shown):
         interval = policies[policy][0]
@@ -244,7 +140,7 @@ def _games_plot(
 ) -> Plot:
     policies = [agent.label for agent in analysis.data.agents]
     policies += [BEHAVIOUR] * any(BEHAVIOUR in scores[game] for game in scores)
-    figure, axes = _figure(0.075 * len(games) * (len(policies) + 1.2) + 1.0)
+    figure, axes = new_figure(0.075 * len(games) * (len(policies) + 1.2) + 1.0)
     height = 0.8 / len(policies)
     for row, game in enumerate(games):
         for place, policy in enumerate(policies):
@@ -331,7 +227,7 @@ def profile_plot(analysis: Analysis) -> Plot | None:
     runs = {label: runs.select(games).normalised("human") for label, runs in analysis.runs.items()}
     top = float(np.quantile(np.concatenate([run.run_scores().ravel() for run in runs.values()]), 0.98))
     thresholds = np.linspace(0, max(1.2, min(top, 8.0)), 121)
-    figure, axes = _figure(2.7)
+    figure, axes = new_figure(2.7)
     for agent in analysis.data.agents:
         fraction, low, high = performance_profile(
             runs[agent.label], thresholds, num_resamples=analysis.data.num_resamples, seed=analysis.data.bootstrap_seed
@@ -366,7 +262,7 @@ def scaling_plot(analysis: Analysis) -> Plot | None:
     series = {role: agents for role, agents in series.items() if len({a.num_parameters for a in agents}) > 1}
     if not estimates or not series:
         return None
-    figure, axes = _figure(2.7)
+    figure, axes = new_figure(2.7)
     for role, agents in series.items():
         agents = sorted(agents, key=lambda agent: agent.num_parameters or 0)
         sizes = [agent.num_parameters or 0 for agent in agents]
@@ -404,7 +300,7 @@ def curve_plots(analysis: Analysis) -> list[Plot]:
     plots = []
     for number, metric in enumerate(metrics):
         curves = [curve for curve in analysis.data.curves if curve.metric == metric]
-        figure, axes = _figure(2.1, width=SMALL_WIDTH)
+        figure, axes = new_figure(2.1, width=SMALL_WIDTH)
         labelled: set[str] = set()
         for curve in curves:
             agent = next((agent for agent in analysis.data.agents if agent.agent == curve.agent), None)
@@ -442,7 +338,7 @@ def action_plot(data: GameData) -> Plot:
     counts = np.asarray(data.action_counts, dtype=np.float64)
     shares = counts / max(counts.sum(), 1.0)
     legal = set(GAMES[data.game].minimal_actions)
-    figure, axes = _figure(3.1, width=SMALL_WIDTH)
+    figure, axes = new_figure(3.1, width=SMALL_WIDTH)
     colours = [COLOURS["method" if action in legal else "data"][0] for action in range(len(ACTION_NAMES))]
     axes.barh(range(len(ACTION_NAMES)), shares, color=colours, height=0.7)
     axes.set_yticks(range(len(ACTION_NAMES)), ACTION_NAMES, fontsize=7.5)
@@ -459,9 +355,3 @@ def action_plot(data: GameData) -> Plot:
         + ", ".join(f"{name} {share:.0%}" for name, share in zip(ACTION_NAMES, shares, strict=True) if share >= 0.01),
         figure=figure,
     )
-
-
-def draw(plots: Callable[[], Iterable[Plot | None]]) -> list[Plot]:
-    """Calls a maker of plots in the report's style and drops those that had nothing to show."""
-    with matplotlib.rc_context(_STYLE):
-        return [plot for plot in plots() if plot is not None]

@@ -1,0 +1,18 @@
+"""Reports: one self-contained HTML page, with every plot as PNG and SVG and every table as CSV beside it.
+
+The composition layer fills a :class:`ReportData`; :func:`write_report` computes every statistic from its episodes.
+"""
+
+from torchrl_sql.evaluation.report.data import Agent, Clip, Curve, GameData, ReportData, ReturnSummary
+from torchrl_sql.evaluation.report.page import format_score_table, write_report
+
+__all__ = [
+    "Agent",
+    "Clip",
+    "Curve",
+    "GameData",
+    "ReportData",
+    "ReturnSummary",
+    "format_score_table",
+    "write_report",
+]
