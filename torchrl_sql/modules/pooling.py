@@ -1,4 +1,4 @@
-"""From a feature map to a feature vector (arXiv:2211.15144, section 4)."""
+"""From a feature map to a feature vector (arXiv:2211.15144)."""
 
 from __future__ import annotations
 

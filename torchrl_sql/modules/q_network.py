@@ -1,4 +1,4 @@
-"""The multi-game Q-network and the TorchRL actor around it (arXiv:2211.15144, section 4).
+"""The multi-game Q-network and the TorchRL actor around it (arXiv:2211.15144).
 
 Legend: B batch, K stacked frames, D features, A actions, N atoms, G games.
 """
