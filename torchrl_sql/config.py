@@ -187,10 +187,12 @@ def compose_run_config(overrides: Sequence[str]) -> RunConfig:
     try:
         with initialize_config_dir(str(configs_dir()), version_base="1.3"):
             config = compose("run", overrides=list(overrides))
+        for key in sorted(OmegaConf.missing_keys(config)):
+            raise ConfigError(f"{key} must be given, e.g. {key}=...")
         run_config = OmegaConf.to_object(config)
     except (ConfigCompositionException, MissingConfigException, OmegaConfBaseException) as error:
         cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else None
-        raise ConfigError("\n".join(str(e) for e in (error, cause) if e)) from None
+        raise ConfigError("; ".join(_first_line(e) for e in (error, cause) if e)) from None
     assert isinstance(run_config, RunConfig)
     check(run_config)
     return run_config
@@ -215,6 +217,29 @@ def run_config_from_yaml(text: str, *, source: str) -> RunConfig:
     assert isinstance(run_config, RunConfig)
     check(run_config)
     return run_config
+
+
+def override_run_config(config: RunConfig, overrides: Sequence[str], *, section: str) -> RunConfig:
+    """A copy of ``config`` with ``key=value`` changes within one section, e.g. ``evaluation.epsilon=0.01``.
+
+    Raises:
+        ConfigError: for keys of another section, unknown keys and values that do not fit.
+    """
+    for override in overrides:
+        if not override.startswith(f"{section}.") or "=" not in override:
+            raise ConfigError(f"overrides here must be {section}.KEY=VALUE, got {override!r}")
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(config), OmegaConf.from_dotlist(list(overrides)))
+        changed = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        raise ConfigError(_first_line(error)) from None
+    assert isinstance(changed, RunConfig)
+    check(changed)
+    return changed
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0]
 
 
 def check(config: RunConfig) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -11,7 +11,7 @@ import numpy as np
 
 from torchrl_sql.data.frames import FRAME_SHAPE
 from torchrl_sql.data.store import FrameStore
-from torchrl_sql.games import NUM_ACTIONS
+from torchrl_sql.games import ACTION_NAMES, NUM_ACTIONS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +88,32 @@ def summarise(store: FrameStore) -> Iterator[GameSummary]:
             rewards=rewards.pop() if len(rewards) == 1 else "mixed",
             sources=tuple(dict.fromkeys(run.manifest.source for run in runs)),
         )
+
+
+def format_summaries(summaries: Sequence[GameSummary]) -> str:
+    """The summaries as a table for a terminal, with the behaviour policies and actions of each game."""
+    header = f"{'game':<16} {'transitions':>12} {'episodes':>9} {'return':>16} {'length':>8} {'bytes/tr.':>9} {'of raw':>8}"
+    lines = [header, "-" * len(header)]
+    for s in summaries:
+        returns = f"{s.returns.mean():.2f} ± {s.returns.std():.2f}" if len(s.returns) else "-"
+        length = f"{s.lengths.mean():.0f}" if len(s.lengths) else "-"
+        lines.append(
+            f"{s.game:<16} {s.num_transitions:>12,} {len(s.returns):>9,} {returns:>16} {length:>8} "
+            f"{s.bytes_per_transition:>9.1f} {f'1/{s.ratio_to_raw:.0f}':>8}"
+        )
+        for index, name in enumerate(s.component_names):
+            own = s.returns[s.components == index]
+            if len(own):
+                lines.append(f"  {name:<14} {'':>12} {len(own):>9,} {f'{own.mean():.2f} ± {own.std():.2f}':>16}")
+        share = s.action_counts / max(s.action_counts.sum(), 1)
+        actions = ", ".join(f"{ACTION_NAMES[a]} {share[a]:.0%}" for a in np.argsort(-share) if share[a] > 0)
+        lines.append(f"  actions: {actions}")
+        lines.append(f"  rewards: {s.rewards}; source: {'; '.join(s.sources)}")
+        if s.num_unsampleable:
+            lines.append(f"  {s.num_unsampleable:,} transitions cannot be sampled: the frame after them is not stored")
+    total = sum(s.num_transitions for s in summaries)
+    lines.append(f"{len(summaries)} games, {total:,} transitions, {sum(s.num_bytes for s in summaries) / 1e6:,.1f} MB")
+    return "\n".join(lines)
 
 
 def _folder_bytes(folder: Path) -> int:

@@ -88,6 +88,24 @@ MIXTURES: dict[str, tuple[Component, ...]] = {
 }
 
 
+def describe(components: Sequence[Component]) -> str:
+    """A mixture in words, for the record of a data set."""
+    total = sum(component.weight for component in components)
+    noises = {
+        "uniform": "actions uniform over the legal ones",
+        "biased": "actions from a distribution over the legal ones drawn for each episode (Dirichlet 0.5)",
+        "idle": "NOOP in 60% of them and uniform legal actions otherwise",
+    }
+
+    def one(component: Component) -> str:
+        low, high = component.skill_probability
+        skill = f"follows the game's script at {low:.0%} to {high:.0%} of the steps, else " if high > 0 else "plays "
+        repeat = f"the last action is repeated with a probability of up to {component.repeat_probability[1]:.0%}"
+        return f"{component.weight / total:.0%} of episodes ({component.name}): {skill}{noises[component.noise]}; {repeat}"
+
+    return ". ".join(one(component) for component in components) + "."
+
+
 class SkillMixture:
     """A behaviour policy of one game: each episode draws a component of the mixture and its noise.
 

@@ -21,6 +21,7 @@ def evaluate(
     seed: int,
     gradient_step: int,
     num_episodes: int,
+    evaluated_games: Sequence[str] | None = None,
     decoding: Decoding = "greedy",
     epsilon: float = 0.001,
     sticky_action_probability: float = 0.25,
@@ -38,6 +39,7 @@ def evaluate(
     Keyword Args:
         agent (str), seed (int), gradient_step (int): whose episodes these are: name, training seed, training length.
         num_episodes (int): wanted for each game, those in the table included.
+        evaluated_games (sequence of str, optional): which of the games to play; default all.
         decoding, epsilon, sticky_action_probability, max_env_frames_per_episode: see :func:`rollout`.
         evaluation_seed (int): decides emulator and exploration noise.
         record_first (bool): keep the frames of each game's first episode (and play it again if it was not recorded now).
@@ -58,7 +60,7 @@ def evaluate(
                 f"wanted {now}; choose another table or delete it"
             )
     finished = {(row.game, row.episode) for row in same}
-    wanted = [(game, episode) for episode in range(num_episodes) for game in games]
+    wanted = [(game, episode) for episode in range(num_episodes) for game in evaluated_games or games]
     missing = [key for key in wanted if key not in finished or (record_first and key[1] == 0)]
     recorded = []
     bar = tqdm(

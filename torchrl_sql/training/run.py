@@ -87,7 +87,7 @@ def train(config: RunConfig) -> Path:
             for run_logger in loggers:
                 for name, value in metrics.items():
                     run_logger.log_scalar(f"train/{name}", value, step=trainer.step)
-            bar.set_postfix_str(f"objective {metrics['objective']:.3f}, {metrics['samples_per_second']:.0f} samples/s")
+            bar.set_postfix_str(f"objective {metrics['objective']:.3f}", refresh=False)
             bar.update(trainer.step - bar.n)
             stopping = bool(stop_requested)
             if (

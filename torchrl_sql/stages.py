@@ -1,0 +1,150 @@
+"""The stages of a run beside training: collecting its data, evaluating its checkpoints."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from torchrl.modules import DistributionalQValueActor
+from tqdm import tqdm
+
+from torchrl_sql.config import ConfigError, EvaluationConfig, RunConfig
+from torchrl_sql.data import FrameStore
+from torchrl_sql.envs import MIXTURES, SkillMixture, collect
+from torchrl_sql.envs.behaviour import describe
+from torchrl_sql.evaluation.clips import to_gif
+from torchrl_sql.evaluation.episodes import Decoding
+from torchrl_sql.evaluation.evaluate import evaluate
+from torchrl_sql.evaluation.rollout import ActorPolicy, constant_policy
+from torchrl_sql.games import ACTION_NAMES, GAMES
+from torchrl_sql.training import load_actor
+
+CONSTANT_AGENT = "constant_"
+"""Prefix of the names of agents that always take one action, e.g. ``constant_UP``."""
+
+
+def collect_data(config: RunConfig) -> FrameStore:
+    """Fills ``config.data.store`` as ``config.collection`` says; continues an interrupted collection.
+
+    Raises:
+        ConfigError: if the configuration has no ``collection``, its mixture is unknown, or the store was collected in
+            another way.
+    """
+    collection = config.collection
+    if collection is None:
+        raise ConfigError(f"experiment {config.name!r} has no collection settings: its data comes from elsewhere")
+    if collection.mixture not in MIXTURES:
+        raise ConfigError(f"collection.mixture must be one of {', '.join(MIXTURES)}, got {collection.mixture!r}")
+    components = MIXTURES[collection.mixture]
+    how = {
+        "mixture": collection.mixture,
+        "seed": collection.seed,
+        "sticky_action_probability": collection.sticky_action_probability,
+        "max_env_frames_per_episode": collection.max_env_frames_per_episode,
+    }
+    store = FrameStore.create(config.data.store, exist_ok=True)
+    for game in config.games:
+        policy = SkillMixture(game, components)
+        with store.writer(
+            game, source=describe(components), components=policy.component_names, metadata=how
+        ) as writer:
+            if dict(writer.metadata) != how:
+                raise ConfigError(
+                    f"the store {config.data.store} holds {game} collected with {dict(writer.metadata)}, wanted {how}; "
+                    "choose another data.store or delete it"
+                )
+            bar = tqdm(
+                total=collection.num_agent_steps_per_game,
+                initial=writer.num_steps,
+                desc=f"collect {game}",
+                unit="step",
+                mininterval=0.5 if sys.stderr.isatty() else 10,
+                dynamic_ncols=True,
+            )
+            with bar:
+                collect(
+                    writer,
+                    policy,
+                    game,
+                    collection.num_agent_steps_per_game,
+                    seed=collection.seed,
+                    sticky_action_probability=collection.sticky_action_probability,
+                    max_env_frames_per_episode=collection.max_env_frames_per_episode,
+                    progress=lambda num_steps, bar=bar: bar.update(num_steps - bar.n),  # type: ignore[misc]
+                )
+    return store
+
+
+def evaluate_checkpoint(
+    path: Path,
+    evaluation: EvaluationConfig,
+    table: Path,
+    *,
+    games: tuple[str, ...] | None = None,
+    decoding: Decoding = "greedy",
+    clips: Path | None = None,
+) -> None:
+    """Evaluates a trained network; the agent's name in the table is its run's.
+
+    Args:
+        path (Path): a checkpoint or a run's folder.
+        evaluation (EvaluationConfig): the protocol.
+        table (Path): CSV of episodes to add to.
+
+    Keyword Args:
+        games (tuple of str, optional): some of the network's games; default all.
+        decoding ("greedy" or "sampled"): how actions follow from its outputs.
+        clips (Path, optional): folder for a GIF of each game's first episode; existing ones stay.
+
+    Raises:
+        ValueError: if the network does not know a game.
+    """
+    actor, config, gradient_step = load_actor(path)
+    distributional = isinstance(actor, DistributionalQValueActor)
+    games = config.games if games is None else games
+    recording = clips is not None and not all((clips / f"{game}.gif").is_file() for game in games)
+    recorded = evaluate(
+        ActorPolicy(actor, support=actor.support if distributional else None),
+        config.games,
+        table,
+        agent=config.name,
+        seed=config.seed,
+        gradient_step=gradient_step,
+        evaluated_games=games,
+        decoding=decoding,
+        record_first=recording,
+        **protocol(evaluation),
+    )
+    if clips is not None:
+        clips.mkdir(parents=True, exist_ok=True)
+        for episode in recorded:
+            (clips / f"{episode.game}.gif").write_bytes(to_gif(episode))
+
+
+def evaluate_constant_actions(
+    games: tuple[str, ...], evaluation: EvaluationConfig, table: Path, *, seed: int, num_episodes: int
+) -> None:
+    """Evaluates each game's legal actions, always the same one: a bar that learning must clear."""
+    settings = protocol(evaluation) | {"num_episodes": num_episodes}
+    for game in games:
+        for action in GAMES[game].minimal_actions:
+            evaluate(
+                constant_policy(action),
+                [game],
+                table,
+                agent=CONSTANT_AGENT + ACTION_NAMES[action],
+                seed=seed,
+                gradient_step=0,
+                **settings,
+            )
+
+
+def protocol(evaluation: EvaluationConfig) -> dict[str, float]:
+    """The arguments of :func:`~torchrl_sql.evaluation.evaluate.evaluate` that an evaluation's settings decide."""
+    return {
+        "num_episodes": evaluation.num_episodes_per_game,
+        "epsilon": evaluation.epsilon,
+        "sticky_action_probability": evaluation.sticky_action_probability,
+        "max_env_frames_per_episode": evaluation.max_env_frames_per_episode,
+        "evaluation_seed": evaluation.seed,
+    }
