@@ -46,6 +46,9 @@ logger = logging.getLogger(__name__)
 MAX_SINGLE_GAME_PLOTS = 6
 """Up to so many games get a plot of their own with every policy; more share one plot."""
 
+MAX_OPEN_SETTINGS = 40
+"""Up to so many settings are shown at once; more are folded by group."""
+
 
 def write_report(data: ReportData, out: str | os.PathLike[str]) -> Path:
     """Writes the page ``out`` and, in ``<stem>_files/`` beside it, its plots (PNG, SVG) and tables (CSV).
@@ -88,6 +91,7 @@ def write_report(data: ReportData, out: str | os.PathLike[str]) -> Path:
             plots=plots,
             tables=tables,
             settings=settings,
+            open_settings=sum(len(table.rows) for table in settings) <= MAX_OPEN_SETTINGS,
             behaviours=_behaviours(data),
             clips=[(clip, _data_uri(clip.data, clip.mime), _still(clip)) for clip in data.clips],
             files=f"{out.stem}_files",

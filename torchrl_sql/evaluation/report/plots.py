@@ -73,7 +73,8 @@ def game_plot(analysis: Analysis, game: str) -> Plot:
         interval = policies[policy][0]
         x, low, high = (to_x(value) for value in interval)
         axes.barh(row, x, height=0.62, **_bar_style(policy, analysis))
-        axes.plot([low, high], [row, row], color=COLOURS["ink"][0], linewidth=1.1, solid_capstyle="butt")
+        for colour, width in (("paper", 2.6), ("ink", 1.1)):  # a light rim keeps the line visible on a dark bar
+            axes.plot([low, high], [row, row], color=COLOURS[colour][0], linewidth=width, solid_capstyle="butt")
         reach += [x, low, high]
         axes.annotate(
             format_score(interval.point),
