@@ -168,7 +168,8 @@ def test_a_seed_below_the_behaviour_is_named():
 
 def test_compare():
     assert compare(Interval(2, 1.5, 3), Interval(1, 0, 1.4)) == "above"
-    assert compare(Interval(1, 0, 1.5), Interval(2, 1.5, 3)) == "overlap"
+    assert compare(Interval(1, 0, 1.5), Interval(2, 1.5, 3)) == "overlap"  # touching is not apart
+    assert compare(Interval(2, 1.5, 3), Interval(1, 0, 1.5)) == "overlap"
     assert compare(Interval(1, 0, 1.4), Interval(2, 1.5, 3)) == "below"
 
 
