@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -187,15 +187,10 @@ def compose_run_config(overrides: Sequence[str]) -> RunConfig:
     try:
         with initialize_config_dir(str(configs_dir()), version_base="1.3"):
             config = compose("run", overrides=list(overrides))
-        for key in sorted(OmegaConf.missing_keys(config)):
-            raise ConfigError(f"{key} must be given, e.g. {key}=...")
-        run_config = OmegaConf.to_object(config)
+        return _checked(config)
     except (ConfigCompositionException, MissingConfigException, OmegaConfBaseException) as error:
         cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else None
         raise ConfigError("; ".join(_first_line(e) for e in (error, cause) if e)) from None
-    assert isinstance(run_config, RunConfig)
-    check(run_config)
-    return run_config
 
 
 def load_run_config(path: Path) -> RunConfig:
@@ -210,13 +205,9 @@ def load_run_config(path: Path) -> RunConfig:
 def run_config_from_yaml(text: str, *, source: str) -> RunConfig:
     """As :func:`load_run_config`, from the text itself; ``source`` names it in errors."""
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(RunConfig), yaml.safe_load(text))
-        run_config = OmegaConf.to_object(merged)
-    except (OmegaConfBaseException, yaml.YAMLError, TypeError) as error:
+        return _checked(OmegaConf.merge(OmegaConf.structured(RunConfig), yaml.safe_load(text)))
+    except (OmegaConfBaseException, yaml.YAMLError, TypeError, ConfigError) as error:
         raise ConfigError(f"{source} must hold a run's configuration: {error}") from None
-    assert isinstance(run_config, RunConfig)
-    check(run_config)
-    return run_config
 
 
 def override_run_config(config: RunConfig, overrides: Sequence[str], *, section: str) -> RunConfig:
@@ -229,13 +220,18 @@ def override_run_config(config: RunConfig, overrides: Sequence[str], *, section:
         if not override.startswith(f"{section}.") or "=" not in override:
             raise ConfigError(f"overrides here must be {section}.KEY=VALUE, got {override!r}")
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(config), OmegaConf.from_dotlist(list(overrides)))
-        changed = OmegaConf.to_object(merged)
+        return _checked(OmegaConf.merge(OmegaConf.structured(config), OmegaConf.from_dotlist(list(overrides))))
     except OmegaConfBaseException as error:
         raise ConfigError(_first_line(error)) from None
-    assert isinstance(changed, RunConfig)
-    check(changed)
-    return changed
+
+
+def _checked(config: Any) -> RunConfig:
+    for key in sorted(OmegaConf.missing_keys(config)):
+        raise ConfigError(f"{key} must be given, e.g. {key}=...")
+    run_config = OmegaConf.to_object(config)
+    assert isinstance(run_config, RunConfig)
+    check(run_config)
+    return run_config
 
 
 def _first_line(error: Exception) -> str:
@@ -248,9 +244,6 @@ def check(config: RunConfig) -> None:
     Raises:
         ConfigError: naming the key, what it must be and what it is.
     """
-    for key in _missing(config):
-        raise ConfigError(f"{key} must be given, e.g. {key}=...")
-
     def require(holds: bool, key: str, must: str) -> None:
         if not holds:
             value: Any = config
@@ -309,14 +302,3 @@ def check(config: RunConfig) -> None:
             key = f"{section}.sticky_action_probability"
             require(0 <= getattr(config, section).sticky_action_probability <= 1, key, "in [0, 1]")
     require(0 <= config.evaluation.epsilon <= 1, "evaluation.epsilon", "in [0, 1]")
-
-
-def _missing(node: Any, prefix: str = "") -> list[str]:
-    keys: list[str] = []
-    for entry in fields(node):
-        value, key = getattr(node, entry.name), prefix + entry.name
-        if is_dataclass(value):
-            keys += _missing(value, f"{key}.")
-        elif value == MISSING:
-            keys.append(key)
-    return keys

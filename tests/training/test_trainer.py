@@ -1,0 +1,136 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from tensordict import TensorDict
+from torch import nn
+from torchrl.data import Categorical
+from torchrl.modules import MLP, DistributionalQValueActor
+from torchrl.objectives import HardUpdate
+
+from torchrl_sql.objectives import DistributionalCQLLoss
+from torchrl_sql.training import Trainer
+
+
+class ListReplay:
+    """Delivers given batches in turn."""
+
+    def __init__(self, batches):
+        self.batches = batches
+        self.position = 0
+
+    def sample(self):
+        batch = self.batches[self.position % len(self.batches)]
+        self.position += 1
+        return batch.clone()
+
+    def state_dict(self):
+        return {"position": self.position}
+
+    def load_state_dict(self, state):
+        self.position = state["position"]
+
+
+def make_batch(seed, reward=None):
+    generator = torch.Generator().manual_seed(seed)
+    return TensorDict(
+        observation=torch.randn(6, 4, generator=generator),
+        action=torch.randint(3, (6,), generator=generator),
+        next=TensorDict(
+            observation=torch.randn(6, 4, generator=generator),
+            reward=torch.randn(6, 1, generator=generator) if reward is None else torch.full((6, 1), reward),
+            terminated=torch.zeros(6, 1, dtype=torch.bool),
+            batch_size=6,
+        ),
+        batch_size=6,
+    )
+
+
+def make_trainer(batches=None, *, lr=0.1, **kwargs):
+    torch.manual_seed(0)
+    network = MLP(in_features=4, out_features=(11, 3), num_cells=[16], activation_class=nn.ReLU)
+    actor = DistributionalQValueActor(network, spec=Categorical(3), support=torch.linspace(-5, 5, 11))
+    loss = DistributionalCQLLoss(actor)
+    return Trainer(
+        loss,
+        ListReplay(batches or [make_batch(s) for s in range(5)]),
+        torch.optim.SGD(loss.parameters(), lr=lr),
+        target_updater=HardUpdate(loss, value_network_update_interval=0),
+        **kwargs,
+    )
+
+
+def weights(trainer, which="value_network_params"):
+    return getattr(trainer.loss, which).data.flatten_keys().to_dict()
+
+
+def test_update_is_sgd_on_the_sum_of_losses():
+    trainer = make_trainer(lr=0.1)
+    batch = make_batch(0)
+    losses = trainer.loss(batch.clone())
+    (losses["loss_qvalue"] + losses["loss_cql"]).backward()
+    name, parameter = next((n, p) for n, p in trainer.loss.named_parameters() if p.grad is not None and p.ndim == 2)
+    expected = (parameter - 0.1 * parameter.grad).detach().clone()
+    trainer.optimizer.zero_grad()
+    metrics = trainer.update(batch)
+    torch.testing.assert_close(dict(trainer.loss.named_parameters())[name], expected)
+    assert metrics["objective"].item() == pytest.approx((losses["loss_qvalue"] + losses["loss_cql"]).item())
+
+
+def test_target_is_copied_at_exactly_every_interval():
+    trainer = make_trainer(target_update_interval=3)
+    history = []
+    for seed in range(6):
+        trainer.update(make_batch(seed))
+        online, target = weights(trainer), weights(trainer, "target_value_network_params")
+        history.append(all(torch.equal(online[key], target[key]) for key in online))
+    assert history == [False, False, True, False, False, True]
+
+
+def test_gradients_are_clipped_and_their_norm_reported_before():
+    free, clipped = make_trainer(), make_trainer(max_grad_norm=1e-3)
+    metrics = [trainer.update(make_batch(0)) for trainer in (free, clipped)]
+    torch.testing.assert_close(metrics[0]["grad_norm"], metrics[1]["grad_norm"])
+    norm = torch.stack([p.grad.norm() for p in clipped.loss.parameters() if p.grad is not None]).norm()
+    assert metrics[0]["grad_norm"] > 1e-2 and norm.item() == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_train_reports_means_of_each_interval_and_stops_where_told():
+    stepped, looped = make_trainer(), make_trainer()
+    single = [stepped.update(make_batch(s % 5))["loss_qvalue"].item() for s in range(7)]
+    results = list(looped.train(7, log_interval=3))
+    expected = [sum(single[:3]) / 3, sum(single[3:6]) / 3, single[6]]
+    assert [r["loss_qvalue"] for r in results] == pytest.approx(expected, rel=1e-5)
+    assert looped.step == 7 and list(looped.train(7, log_interval=3)) == []
+
+
+def test_resuming_from_a_state_is_exact():
+    whole = make_trainer(target_update_interval=4)
+    list(whole.train(11, log_interval=1))
+    first = make_trainer(target_update_interval=4)
+    list(first.train(6, log_interval=1))
+    second = make_trainer(target_update_interval=4)
+    second.load_state_dict(first.state_dict())
+    list(second.train(11, log_interval=1))
+    for which in ("value_network_params", "target_value_network_params"):
+        ours, theirs = weights(second, which), weights(whole, which)
+        assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+def test_non_finite_rewards_are_named_in_the_first_steps():
+    trainer = make_trainer([make_batch(0, reward=float("nan"))])
+    with pytest.raises(ValueError, match="reward"):
+        list(trainer.train(1, log_interval=1))
+
+
+def test_a_diverged_objective_stops_training():
+    trainer = make_trainer([*(make_batch(s) for s in range(4)), make_batch(0, reward=float("nan"))])
+    with pytest.raises(FloatingPointError, match=r"gradient steps 5 to 6 had: .*objective=nan"):
+        list(trainer.train(10, log_interval=2))
+
+
+def test_bf16_stays_close_to_fp32():
+    full, half = make_trainer(), make_trainer(precision="bf16")
+    losses = [trainer.update(make_batch(0))["loss_qvalue"] for trainer in (full, half)]
+    assert losses[1].dtype == torch.float32
+    torch.testing.assert_close(losses[0], losses[1], rtol=0.02, atol=0.02)
