@@ -26,7 +26,13 @@ OVERRIDES_HELP = (
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
-    args = _parser().parse_args(arguments)
+    parser = _parser()
+    # Settings may stand before and after options, which argparse's subcommands do not allow by themselves.
+    args, rest = parser.parse_known_args(arguments)
+    if unknown := [word for word in rest if word.startswith("-") or "=" not in word or "overrides" not in args]:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if rest:
+        args.overrides += rest
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     os.environ.setdefault("RL_WARNINGS", "False")  # the trainer steps its own target updater
     # Imported here: `--help` and mistyped commands answer at once.

@@ -16,6 +16,7 @@ from torchrl_sql.data.inspect import GameSummary, summarise
 from torchrl_sql.evaluation.episodes import EpisodeResult, read_episodes
 from torchrl_sql.evaluation.report import Agent, Clip, Curve, GameData, ReportData, ReturnSummary
 from torchrl_sql.stages import CONSTANT_AGENT
+from torchrl_sql.training.build import build_actor
 from torchrl_sql.training.run import read_scalars, software_versions
 
 _METRICS = {
@@ -65,18 +66,23 @@ def gather(paths: Sequence[Path], *, title: str | None = None, introduction: Seq
 
     kinds = {config.name: config.objective.name for _, config in runs}
     labels = {name: _LABELS[kind] if list(kinds.values()).count(kind) == 1 else name for name, kind in kinds.items()}
+    methods = [name for name, kind in kinds.items() if kind == "cql"] or list(kinds)
+    num_parameters = {
+        config.name: sum(p.numel() for p in build_actor(config.model, config.games).parameters()) for _, config in runs
+    }
     agents = [
         Agent(
             agent=name,
             decoding=decoding,
             label=labels[name] if decoding == "greedy" and kinds[name] == "cql" else f"{labels[name]} {decoding}",
-            role="method" if kinds[name] == "cql" else "bc_greedy" if decoding == "greedy" else "bc_sampled",
+            role="method" if name in methods else "bc_greedy" if decoding == "greedy" else "bc_sampled",
+            num_parameters=num_parameters[name],
         )
-        for name in sorted(kinds, key=lambda name: kinds[name] != "cql")
+        for name in sorted(kinds, key=lambda name: name not in methods)
         for decoding in ("greedy", "sampled")
         if any(episode.agent == name and episode.decoding == decoding for episode in episodes)
     ]
-    method = next((config for _, config in runs if config.objective.name == "cql"), runs[0][1])
+    method = next(config for _, config in runs if config.name in methods)
     return ReportData(
         title=title or ", ".join(kinds),
         introduction=introduction,
@@ -140,7 +146,8 @@ def _game_data(
 
 
 def _summary(returns: np.ndarray) -> ReturnSummary:
-    return ReturnSummary(mean=float(returns.mean()), std=float(returns.std()), num_episodes=len(returns))
+    std = float(returns.std(ddof=1)) if len(returns) > 1 else 0.0
+    return ReturnSummary(mean=float(returns.mean()), std=std, num_episodes=len(returns))
 
 
 def _curves(folder: Path, config: RunConfig, label: str) -> list[Curve]:

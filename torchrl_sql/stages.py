@@ -45,14 +45,15 @@ def collect_data(config: RunConfig) -> FrameStore:
     store = FrameStore.create(config.data.store, exist_ok=True)
     for game in config.games:
         policy = SkillMixture(game, components)
+        found = dict(store.run(game).manifest.metadata) if game in store.games else how
+        if found != how:
+            raise ConfigError(
+                f"the store {config.data.store} holds {game} collected with {found}, wanted {how}; choose another "
+                "data.store or delete it"
+            )
         with store.writer(
             game, source=describe(components), components=policy.component_names, metadata=how
         ) as writer:
-            if dict(writer.metadata) != how:
-                raise ConfigError(
-                    f"the store {config.data.store} holds {game} collected with {dict(writer.metadata)}, wanted {how}; "
-                    "choose another data.store or delete it"
-                )
             bar = tqdm(
                 total=collection.num_agent_steps_per_game,
                 initial=writer.num_steps,

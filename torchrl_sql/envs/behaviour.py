@@ -14,16 +14,18 @@ import numpy as np
 
 from torchrl_sql.games import ACTION_NAMES, GAMES
 
-NOOP, FIRE, UP, RIGHT, LEFT, DOWN = (ACTION_NAMES.index(n) for n in ("NOOP", "FIRE", "UP", "RIGHT", "LEFT", "DOWN"))
+NOOP, FIRE, UP, RIGHT, LEFT, DOWN, RIGHTFIRE, LEFTFIRE = (
+    ACTION_NAMES.index(name) for name in ("NOOP", "FIRE", "UP", "RIGHT", "LEFT", "DOWN", "RIGHTFIRE", "LEFTFIRE")
+)
 
 Skill = Callable[[np.ndarray], int]
 """A script: newest frame, uint8 ``[84, 84]`` -> action in 0..17."""
 
 
-def _toward(target: float, position: float, *, below: int, above: int, dead_zone: float = 1.5) -> int:
+def _toward(target: float, position: float, *, below: int, there: int = NOOP, above: int, dead_zone: float = 1.5) -> int:
     if target < position - dead_zone:
         return below
-    return above if target > position + dead_zone else NOOP
+    return above if target > position + dead_zone else there
 
 
 def _breakout(frame: np.ndarray) -> int:
@@ -50,7 +52,23 @@ def _pong(frame: np.ndarray) -> int:
     return _toward(ball.mean(), paddle.mean(), below=RIGHT, above=LEFT)
 
 
-SKILLS: dict[str, Skill] = {"Breakout": _breakout, "Freeway": _freeway, "Pong": _pong}
+def _shoot_lowest(enemies: np.ndarray, ship: np.ndarray) -> int:
+    """Moves under the lowest enemy, firing all the time."""
+    rows, columns = np.nonzero(enemies)
+    ship_columns = np.nonzero(ship)[1]
+    if len(rows) == 0 or len(ship_columns) == 0:
+        return FIRE
+    lowest = columns[rows >= rows.max() - 2]
+    nearest = lowest[np.abs(lowest - ship_columns.mean()).argmin()]
+    return _toward(float(nearest), ship_columns.mean(), below=LEFTFIRE, there=FIRE, above=RIGHTFIRE)
+
+
+def _space_invaders(frame: np.ndarray) -> int:
+    """Fires from under the lowest invader, through the shields if need be."""
+    return _shoot_lowest(frame[12:60] > 60, frame[75:78] > 60)
+
+
+SKILLS: dict[str, Skill] = {"Breakout": _breakout, "Freeway": _freeway, "Pong": _pong, "SpaceInvaders": _space_invaders}
 """The games that have a scripted skill."""
 
 
@@ -79,6 +97,11 @@ MIXTURES: dict[str, tuple[Component, ...]] = {
     "mix": (
         Component(name="skilled", weight=1, skill_probability=(0.3, 0.7), noise="uniform", repeat_probability=(0.0, 0.6)),
         Component(name="weak", weight=1, skill_probability=(0.0, 0.3), noise="uniform", repeat_probability=(0.0, 0.6)),
+        Component(name="random", weight=1, skill_probability=(0.0, 0.0), noise="biased", repeat_probability=(0.0, 0.6)),
+    ),
+    "norep": (
+        Component(name="skilled", weight=1, skill_probability=(0.3, 0.7), noise="uniform", repeat_probability=(0.0, 0.0)),
+        Component(name="weak", weight=1, skill_probability=(0.0, 0.3), noise="uniform", repeat_probability=(0.0, 0.0)),
         Component(name="random", weight=1, skill_probability=(0.0, 0.0), noise="biased", repeat_probability=(0.0, 0.6)),
     ),
     "lazy": (

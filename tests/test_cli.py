@@ -1,0 +1,136 @@
+"""One tiny run of each command on real emulator data."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+
+import pytest
+
+from torchrl_sql.cli import main
+from torchrl_sql.data import FrameStore
+from torchrl_sql.evaluation.episodes import read_episodes
+from torchrl_sql.training.checkpoint import list_checkpoints
+
+TINY = [
+    "collection.num_agent_steps_per_game=400",
+    "collection.max_env_frames_per_episode=600",
+    "data.batch_size=8",
+    "trainer.num_gradient_steps=6",
+    "trainer.log_interval_gradient_steps=3",
+    "trainer.checkpoint_interval_gradient_steps=3",
+    "optim.warmup_gradient_steps=2",
+    "evaluation.num_episodes_per_game=2",
+    "evaluation.max_env_frames_per_episode=400",
+]
+
+
+@pytest.fixture(scope="module")
+def quickstart(tmp_path_factory):
+    """The folder of a finished tiny quickstart."""
+    folder = tmp_path_factory.mktemp("runs") / "quick start"  # a blank in the path must not matter
+    assert main(["quickstart", "--out", str(folder), "--seed", "3", *TINY]) == 0
+    return folder
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
+
+
+def test_quickstart_makes_what_it_promises(quickstart):
+    page = (quickstart / "report.html").read_text()
+    assert "Breakout" in page and "Freeway" in page and "data:image/gif;base64," in page
+    assert not re.search(r'(src|href)="https?://', page.replace('href="https://arxiv.org', ""))
+    store = FrameStore.open(quickstart / "store")
+    assert store.games == ("Breakout", "Freeway")
+    assert all(store.run(game).num_steps >= 400 for game in store.games)
+    for name in ("scaled_ql", "bc"):
+        assert (quickstart / name / "config.yaml").is_file()
+        assert list_checkpoints(quickstart / name / "checkpoints")
+    rows = read_episodes(quickstart / "scores.csv")
+    counted = {}
+    for row in rows:
+        counted[row.agent, row.decoding, row.game] = counted.get((row.agent, row.decoding, row.game), 0) + 1
+        assert row.seed == 3 and row.sticky == 0.25 and row.epsilon == 0.001
+    assert all(number == 2 for number in counted.values())
+    agents = {(agent, decoding) for agent, decoding, _ in counted}
+    assert {("scaled_ql", "greedy"), ("bc", "greedy"), ("bc", "sampled"), ("constant_UP", "greedy")} <= agents
+    assert {path.name for path in (quickstart / "clips").iterdir()} == {"Breakout.gif", "Freeway.gif"}
+
+
+def test_quickstart_again_only_writes_the_report_again(quickstart, capsys):
+    before = contents(quickstart)
+    assert main(["quickstart", "--out", str(quickstart), "--seed", "3", *TINY]) == 0
+    after = contents(quickstart)
+    assert {path for path in after if after[path] != before.get(path)} <= {
+        path for path in after if path.name == "report.html" or path.parent.name == "report_files"
+    }
+    out = capsys.readouterr().out
+    assert "Scaled QL" in out and "BC sampled" in out and f"Report: {quickstart / 'report.html'}" in out
+
+
+def test_quickstart_of_other_settings_is_refused_and_fresh_starts_over(quickstart, tmp_path, capsys):
+    assert main(["quickstart", "--out", str(quickstart), "--seed", "4", *TINY]) == 1
+    assert "holds Breakout collected with" in capsys.readouterr().err
+    (tmp_path / "store").mkdir()
+    (tmp_path / "mine.txt").write_text("keep")
+    assert main(["quickstart", "--out", str(tmp_path), "--fresh", "data.games=[Breakout]", *TINY]) == 0
+    assert (tmp_path / "mine.txt").read_text() == "keep"
+
+
+def test_collect_train_evaluate_report_inspect(tmp_path, capsys):
+    store, run = tmp_path / "store", tmp_path / "run"
+    common = ["experiment=quickstart", f"data.store={store}", "data.games=[Freeway]", *TINY]
+    assert main(["collect", *common]) == 0
+    assert main(["inspect", str(store)]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"Freeway +\d+", out) and "skilled" in out and "rewards: raw" in out
+
+    assert main(["train", *common, f"run_dir={run}", "name=small", "objective.cql_alpha=0.5"]) == 0
+    assert main(["evaluate", str(run), "evaluation.num_episodes_per_game=1"]) == 0
+    assert main(["evaluate", str(run), "--decoding", "sampled", "evaluation.num_episodes_per_game=1"]) == 0
+    assert [(row.agent, row.decoding, row.gradient_step) for row in read_episodes(run / "scores.csv")] == [
+        ("small", "greedy", 6),
+        ("small", "sampled", 6),
+    ]
+    assert main(["report", str(run)]) == 0
+    assert "Scaled QL" in (run / "report.html").read_text()
+
+
+def test_train_prints_its_configuration(capsys):
+    assert main(["train", "--print-config", "experiment=scaled_ql_resnet101", "data.store=/data/dqn"]) == 0
+    out = capsys.readouterr().out
+    assert "encoder: resnet101" in out and "store: /data/dqn" in out and "batch_size: 512" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "experiment=quickstart", "objective.alhpa=1"], "Key 'alhpa' not in 'ObjectiveConfig'"),
+        (["train", "experiment=quickstart", "data.store=/nowhere"], "/nowhere"),
+        (["collect", "experiment=scaled_ql_resnet34", "data.store=x"], "no collection settings"),
+        (["evaluate", "/nowhere"], "/nowhere must be a checkpoint or the folder of a trained run"),
+        (["report", "/nowhere"], "/nowhere must hold scores.csv"),
+        (["inspect", "/nowhere"], "/nowhere is not a store"),
+    ],
+)
+def test_bad_input_is_one_clear_line(arguments, message, capsys):
+    assert main(arguments) == 1
+    err = capsys.readouterr().err
+    assert err.startswith(f"torchrl-sql {arguments[0]}: ") and message in err and "Traceback" not in err
+
+
+@pytest.mark.parametrize("command", ["quickstart", "collect", "train", "evaluate", "report", "inspect"])
+def test_help_explains_each_command(command, capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        main([command, "--help"])
+    assert exit_info.value.code == 0
+    out = capsys.readouterr().out
+    assert f"torchrl-sql {command}" in out and len(out.splitlines()) > 6
+
+
+def test_console_command_answers_help_without_loading_torch():
+    code = "import sys\nfrom torchrl_sql import cli\ntry: cli.main(['--help'])\nexcept SystemExit: print('torch' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "quickstart" in result.stdout and result.stdout.rstrip().endswith("False")
