@@ -1,0 +1,189 @@
+"""A logging replay buffer that writes what Dopamine's writes, and keeps what really happened."""
+
+from __future__ import annotations
+
+import gzip
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from torchrl_sql.data import AtariFrameStorage, FrameStore
+from torchrl_sql.games import GAMES
+
+GARBAGE = 173
+
+
+@dataclass
+class Played:
+    """One episode as it was played; ``first_row`` counts all rows the buffer ever got, padding included."""
+
+    frames: np.ndarray
+    actions: np.ndarray
+    rewards: np.ndarray
+    first_row: int
+
+
+@dataclass
+class DopamineLog:
+    """Writes a row at a time and logs when the cursor stands one row before the end, as the original does."""
+
+    folder: Path
+    capacity: int
+    num_actions: int
+    seed: int = 0
+    add_count: int = 0
+    logged: list[tuple[int, int]] = field(default_factory=list)  # Rows of each checkpoint, counted from the start.
+    episodes: list[Played] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.rng = np.random.default_rng(self.seed)
+        n = self.capacity
+        self.rows = {  # Memory that nobody initialised.
+            "observation": np.full((n, 84, 84), GARBAGE, np.uint8),
+            "action": np.full(n, GARBAGE << 8, np.int32),
+            "reward": np.full(n, np.nan, np.float32),
+            "terminal": np.full(n, GARBAGE, np.uint8),
+        }
+
+    def play(self, num_steps: int, *, black_frames: Sequence[int] = ()) -> None:
+        """Plays one episode; frame k of the log carries k + 1 in its pixels."""
+        first = self.add_count + 3
+        frames = np.zeros((num_steps, 84, 84), np.uint8)
+        frames[:, 0, :4] = (first + 1 + np.arange(num_steps)).astype("<u4").view(np.uint8).reshape(-1, 4)
+        frames[list(black_frames)] = 0
+        actions = self.rng.integers(0, self.num_actions, num_steps)
+        rewards = self.rng.integers(-1, 2, num_steps).astype(np.float32)
+        self.episodes.append(Played(frames, actions, rewards, first))
+        for step in range(num_steps):
+            self._add(frames[step], actions[step], rewards[step], step == num_steps - 1, begins=step == 0)
+
+    def _add(self, *row: object, begins: bool) -> None:
+        for values in [(0, 0, 0, 0)] * 3 * begins + [row]:
+            for name, value in zip(self.rows, values, strict=True):
+                self.rows[name][self.add_count % self.capacity] = value
+            self.add_count += 1
+        if self.add_count % self.capacity == self.capacity - 1:
+            self.log(self.add_count)
+
+    def log(self, add_count: int) -> None:
+        cursor, k = self.add_count % self.capacity, len(self.logged)
+        for name, array in self.rows.items():
+            self.save(f"$store$_{name}_ckpt.{k}.gz", array)
+        self.save(f"add_count_ckpt.{k}.gz", np.array(add_count))
+        self.save(f"invalid_range_ckpt.{k}.gz", np.arange(cursor - 1, cursor + 4) % self.capacity)
+        self.logged.append((max(self.add_count - cursor - 1, 0), self.add_count))
+
+    def log_final(self) -> None:
+        self.log(self.add_count % self.capacity)
+
+    def save(self, name: str, array: np.ndarray) -> None:
+        with gzip.open(self.folder / name, "wb", compresslevel=1) as file:
+            np.save(file, array, allow_pickle=False)
+
+
+@dataclass
+class Expected:
+    frames: np.ndarray
+    actions: np.ndarray
+    rewards: np.ndarray
+    terminated: bool
+    component: int = 0
+
+
+def covered(log: DopamineLog, checkpoints: Sequence[int]) -> list[tuple[int, int]]:
+    """Stretches of rows [a, b) that the checkpoints hold together."""
+    stretches: list[tuple[int, int]] = []
+    for k in checkpoints:
+        begin, end = log.logged[k]
+        if stretches and stretches[-1][1] == begin:
+            stretches[-1] = (stretches[-1][0], end)
+        else:
+            stretches.append((begin, end))
+    return stretches
+
+
+def expected_episodes(
+    log: DopamineLog, game: str, checkpoints: Sequence[int], *, limit: int = 27_000
+) -> list[Expected]:
+    """What an import must find, in time order.
+
+    An episode whose start is not covered is lost (that it starts shows only in the row before); one whose end is not
+    is cut.
+    """
+    full = np.array(GAMES[game].minimal_actions)
+    found = []
+    for e in log.episodes:
+        for begin, end in covered(log, checkpoints):
+            first_padding = e.first_row - 3
+            if (begin < first_padding or begin == first_padding == 0) and e.first_row < end:
+                n = min(len(e.frames), end - e.first_row)
+                ended = n == len(e.frames) and n != limit
+                found.append(Expected(e.frames[:n], full[e.actions[:n]], e.rewards[:n], ended))
+    return found
+
+
+def stored_episodes(store: FrameStore, game: str, run: str = "1") -> list[Expected]:
+    """Episodes of the store, in time order, told by the numbers in their frames."""
+    data = store.run(game, run)
+    frames = data.open_frames()[: data.num_frames].read().result()
+    episodes = []
+    first_steps = data.first_steps()
+    for record, step in zip(data.episodes, first_steps, strict=True):
+        first, n = int(record["first_frame"]), int(record["num_steps"])
+        assert not record["has_final_frame"]
+        episodes.append(
+            Expected(
+                frames[first : first + n],
+                data.actions[step : step + n],
+                data.rewards[step : step + n],
+                bool(record["terminated"]),
+            )
+        )
+    return sorted(episodes, key=number)
+
+
+def number(episode: Expected) -> int:
+    return int(episode.frames[0, 0, :4].copy().view("<u4")[0])
+
+
+def check_same(found: Sequence[Expected], expected: Sequence[Expected]) -> None:
+    assert [(number(e), len(e.actions), e.terminated) for e in found] == [
+        (number(e), len(e.actions), e.terminated) for e in expected
+    ]
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(a.frames, b.frames)
+        np.testing.assert_array_equal(a.actions, b.actions)
+        np.testing.assert_array_equal(a.rewards, b.rewards)
+
+
+def check_transitions(store: FrameStore, game: str, expected: Sequence[Expected], lab: SimpleNamespace) -> None:
+    """Every transition that can be sampled, one by one, against the plainest definition."""
+    batch = AtariFrameStorage(store, game)[:]
+    order = np.argsort(batch["observation"][:, -1, 0, :4].contiguous().numpy().view("<u4")[:, 0], kind="stable")
+    naive = list(lab.reference(expected, 1, 0.99))
+    assert len(naive) == len(batch)
+    for row, transition in zip(order.tolist(), naive, strict=True):
+        np.testing.assert_array_equal(batch[row]["observation"].numpy(), transition["observation"])
+        assert batch[row]["action"].item() == transition["action"]
+        assert batch[row]["next", "reward"].item() == transition["reward"]
+        assert batch[row]["next", "terminated"].item() == transition["terminated"]
+        if not transition["terminated"]:
+            np.testing.assert_array_equal(batch[row]["next", "observation"].numpy(), transition["next_observation"])
+
+
+@pytest.fixture(scope="session")
+def dopamine() -> SimpleNamespace:
+    """The helpers of this file (test folders are not importable)."""
+    return SimpleNamespace(
+        Log=DopamineLog,
+        expected=expected_episodes,
+        stored=stored_episodes,
+        check_same=check_same,
+        check_transitions=check_transitions,
+        number=number,
+    )

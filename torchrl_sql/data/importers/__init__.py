@@ -1,0 +1,7 @@
+"""Reads data sets of others into a store: DQN-Replay, TorchRL's Atari DQN folders, Minari."""
+
+from torchrl_sql.data.importers.dqn_replay import import_dqn_replay
+from torchrl_sql.data.importers.job import ImportSummary, summary_table
+from torchrl_sql.data.importers.pool import ImportFailedError
+
+__all__ = ["ImportFailedError", "ImportSummary", "import_dqn_replay", "summary_table"]

@@ -1,0 +1,328 @@
+"""Imports DQN-Replay (Agarwal et al., 2020): gzipped NumPy files of Dopamine's replay buffer.
+
+Layout: ``<root>/<Game>/<run 1..5>/replay_logs/`` with, for each checkpoint ``k``, ``$store$_observation_ckpt.<k>.gz``,
+the same for ``action``, ``reward`` and ``terminal``, ``add_count_ckpt.<k>.gz`` and ``invalid_range_ckpt.<k>.gz``: a
+gzipped ``numpy.save`` of an array. The public copy is ``gs://atari-replay-datasets/dqn``: 1,000,000 rows and about
+0.2 GB a checkpoint. :mod:`torchrl_sql.data.importers.dopamine_buffer` says what the rows mean.
+"""
+
+from __future__ import annotations
+
+import gzip
+import os
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+from typing import IO, Any, cast
+
+import numpy as np
+
+from torchrl_sql.data.frames import FRAME_SHAPE
+from torchrl_sql.data.importers.dopamine_buffer import (
+    MAX_EPISODE_STEPS,
+    BufferState,
+    PlacedCheckpoint,
+    place_checkpoints,
+)
+from torchrl_sql.data.importers.dopamine_episodes import read_episodes
+from torchrl_sql.data.importers.job import Episode, EpisodeSource, ImportJob, ImportSummary, Position
+from torchrl_sql.data.importers.pool import run_imports
+from torchrl_sql.games import resolve_games
+
+try:
+    import fsspec
+except ImportError:
+    fsspec = None
+
+STORE_MEMBERS: dict[str, tuple[np.dtype, tuple[int, ...]]] = {
+    "observation": (np.dtype("u1"), FRAME_SHAPE),
+    "action": (np.dtype("<i4"), ()),
+    "reward": (np.dtype("<f4"), ()),
+    "terminal": (np.dtype("u1"), ()),
+}
+"""Arrays of the buffer: type and shape of one row."""
+
+_SKIP_FRAMES = 512
+
+
+def import_dqn_replay(
+    source: str | os.PathLike[str],
+    store_path: str | os.PathLike[str],
+    *,
+    games: str | Sequence[str],
+    run: int = 1,
+    checkpoints: str | Sequence[int] = "0-9",
+    workers: int = 1,
+    max_episode_steps: int = MAX_EPISODE_STEPS,
+    progress: bool = False,
+) -> list[ImportSummary]:
+    """Imports games of DQN-Replay into a store; run ``r`` becomes the run named ``"r"`` of each game.
+
+    The default checkpoints are the first 20% of a run: the sub-optimal set of Kumar et al. (2023). A game appears in
+    the store when it is complete. Called again with the same arguments, an import that was stopped at any instant
+    continues, from the checkpoint it was in, and ends in the same files byte for byte. Needs less than 2 GB of
+    memory a worker, whatever the size.
+
+    With ``workers > 1`` a script must guard its top level with ``if __name__ == "__main__":``.
+
+    Args:
+        source (path or URL): the folder that holds the games. URLs (``gs://...``) are read through fsspec.
+        store_path (path): the store; made if absent.
+
+    Keyword Args:
+        games (str or sequence): as :func:`torchrl_sql.games.resolve_games` takes them.
+        run (int): which of the runs, 1 to 5.
+        checkpoints (str or sequence of int): ascending, e.g. ``"0-9"`` or ``"0-3,5"``. An episode that continues in a
+            checkpoint that is not among them is cut.
+        workers (int): processes, each working on one game at a time.
+        max_episode_steps (int): agent steps after which the data's runner ended an episode.
+        progress (bool): show a bar with rate and time left on standard error.
+
+    Returns:
+        One summary a game, in the order of ``games``.
+
+    Raises:
+        ImportFailedError: after the other games, if files are missing or damaged; it names them and says why.
+        ValueError, OSError: for bad arguments, or if the store cannot be opened or created.
+    """
+    numbers = parse_checkpoints(checkpoints)
+    if run < 1:
+        raise ValueError(f"run must be >= 1, got {run}")
+    if max_episode_steps < 1:
+        raise ValueError(f"max_episode_steps must be >= 1, got {max_episode_steps}")
+    names = resolve_games(games)
+    root = _Folder(os.fspath(source))
+    root.names()
+    sources = [
+        DQNReplaySource(root.location, game, run=run, checkpoints=numbers, max_episode_steps=max_episode_steps)
+        for game in names
+    ]
+    jobs = [ImportJob(source, Path(store_path), str(run)) for source in sources]
+    return run_imports(jobs, workers=workers, progress=progress)
+
+
+def parse_checkpoints(checkpoints: str | Sequence[int]) -> tuple[int, ...]:
+    """Checkpoint numbers from ``"0-9"``, ``"0-3,5"``, a range or a sequence.
+
+    Raises:
+        ValueError: if they are not ascending numbers.
+    """
+    if isinstance(checkpoints, str):
+        numbers: list[int] = []
+        for part in checkpoints.split(","):
+            first, dash, last = part.strip().partition("-")
+            if not first.isdecimal() or (dash and not last.isdecimal()):
+                raise ValueError(f"checkpoints must be like '0-9' or '0-3,5', got {checkpoints!r}")
+            numbers += range(int(first), int(last if dash else first) + 1)
+    else:
+        numbers = [int(number) for number in checkpoints]
+    if not numbers or numbers[0] < 0 or any(a >= b for a, b in pairwise(numbers)):
+        raise ValueError(f"checkpoints must be ascending numbers from 0 on, got {checkpoints!r}")
+    return tuple(numbers)
+
+
+class DQNReplaySource(EpisodeSource):
+    """Checkpoints of one game and run.
+
+    Args:
+        root (str): the folder that holds the games, a path or a URL.
+        game (str): name of the game.
+
+    Keyword Args:
+        run (int): which of its runs.
+        checkpoints (sequence of int): ascending.
+        max_episode_steps (int): agent steps after which the data's runner ended an episode.
+    """
+
+    def __init__(
+        self, root: str, game: str, *, run: int, checkpoints: Sequence[int], max_episode_steps: int = MAX_EPISODE_STEPS
+    ) -> None:
+        self.game = game
+        self.description = f"DQN-Replay, {game} run {run}, checkpoints {_shortened(checkpoints)}"
+        self.rewards = "clipped"
+        self.request = {
+            "format": "dqn-replay",
+            "run": run,
+            "checkpoints": list(checkpoints),
+            "max_episode_steps": max_episode_steps,
+        }
+        self._folder = _Folder(root, game, str(run), "replay_logs")
+        self._checkpoints = tuple(checkpoints)
+        self._max_episode_steps = max_episode_steps
+
+    def count_rows(self) -> int:
+        """See :class:`EpisodeSource`."""
+        return sum(checkpoint.num_rows for checkpoint in self._placed)
+
+    def read(self, state: Mapping[str, Any] | None) -> Iterator[Episode | Position]:
+        """See :class:`EpisodeSource`."""
+        return read_episodes(
+            self._placed, self._open, game=self.game, max_episode_steps=self._max_episode_steps, state=state
+        )
+
+    @cached_property
+    def _placed(self) -> tuple[PlacedCheckpoint, ...]:
+        found = self._folder.names()
+        names = [_file_name(member, k) for k in self._checkpoints for member in (*STORE_MEMBERS, *_STATE_MEMBERS)]
+        missing = [name for name in names if name not in found]
+        if missing:
+            more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+            raise FileNotFoundError(f"{self._folder.location} lacks {', '.join(missing[:3])}{more}")
+        with _open_array(self._folder, _file_name("terminal", self._checkpoints[0])) as array:
+            num_rows = array.expect("terminal", None)  # All have as many, or place_checkpoints() would be wrong.
+        return place_checkpoints([self._state(k, num_rows) for k in self._checkpoints])
+
+    def _state(self, number: int, num_rows: int) -> BufferState:
+        values = {}
+        for member, (rank, meaning) in _STATE_MEMBERS.items():
+            with _open_array(self._folder, _file_name(member, number)) as array:
+                if array.dtype.kind not in "iu" or len(array.shape) != rank:
+                    raise ValueError(f"{array.path} must be {meaning}, got {array.dtype} {list(array.shape)}")
+                values[member] = array.read_all().astype(np.int64)
+        name = f"{self._folder.location}/*_ckpt.{number}.gz"
+        return BufferState(number, name, num_rows, int(values["add_count"]), values["invalid_range"])
+
+    @contextmanager
+    def _open(self, number: int) -> Iterator[_Reader]:
+        with ExitStack() as stack:
+            arrays = {
+                member: stack.enter_context(_open_array(self._folder, _file_name(member, number)))
+                for member in STORE_MEMBERS
+            }
+            for member, array in arrays.items():
+                array.expect(member, self._placed[0].num_rows)
+            yield _Reader(arrays)
+
+
+_STATE_MEMBERS = {"add_count": (0, "one integer"), "invalid_range": (1, "integers [horizon + 4]")}
+"""The other files of a checkpoint: rank, and what they are."""
+
+
+class _Reader:
+    """The rows of one checkpoint, as ``dopamine_episodes.CheckpointReader`` describes."""
+
+    def __init__(self, arrays: Mapping[str, _Array]) -> None:
+        self._arrays = arrays
+        self.action, self.reward, self.terminal = (arrays[m].read_all() for m in ("action", "reward", "terminal"))
+
+    def path(self, member: str) -> str:
+        return self._arrays[member].path
+
+    def read_frames(self, out: np.ndarray) -> None:
+        self._arrays["observation"].read_into(out)
+
+    def skip_frames(self, num_frames: int) -> None:
+        scratch = np.empty((min(num_frames, _SKIP_FRAMES), *FRAME_SHAPE), np.uint8)
+        for first in range(0, num_frames, _SKIP_FRAMES):
+            self.read_frames(scratch[: num_frames - first])
+
+    def finish(self) -> None:
+        self._arrays["observation"].finish()
+
+
+class _Array:
+    """One gzipped ``.npy`` file, read from front to back and checked."""
+
+    def __init__(self, path: str, stream: gzip.GzipFile) -> None:
+        self.path = path
+        self._stream = stream
+        with self._named():
+            version = np.lib.format.read_magic(stream)
+            read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+            if version not in read_header:
+                raise ValueError(f"it has .npy version {version}")
+            self.shape, is_fortran, self.dtype = read_header[version](stream)
+            if is_fortran and len(self.shape) > 1:
+                raise ValueError("its array is in Fortran order")
+            if self.dtype.hasobject:
+                raise ValueError("it holds Python objects")
+
+    def expect(self, member: str, num_rows: int | None) -> int:
+        """Checks type and shape of a member of the buffer; returns the number of rows."""
+        dtype, row_shape = STORE_MEMBERS[member]
+        is_shape = len(self.shape) == 1 + len(row_shape) and self.shape[1:] == row_shape
+        if self.dtype != dtype or not is_shape or self.shape[0] != (num_rows or self.shape[0]) or not self.shape[0]:
+            sizes = ", ".join(map(str, (num_rows or "N", *row_shape)))
+            raise ValueError(f"{self.path} must be {dtype} [{sizes}], got {self.dtype} {list(self.shape)}")
+        return self.shape[0]
+
+    def read_into(self, out: np.ndarray) -> None:
+        """Fills ``out`` with the next bytes."""
+        view, num_filled = memoryview(cast(Any, out.reshape(-1).view(np.uint8))), 0
+        with self._named():
+            while num_filled < len(view):
+                num_read = self._stream.readinto(view[num_filled:])
+                if not num_read:
+                    raise ValueError(f"it ends before the array {list(self.shape)} that its header announces")
+                num_filled += num_read
+
+    def read_all(self) -> np.ndarray:
+        """The whole array; checks that nothing follows."""
+        out = np.empty(self.shape, self.dtype)
+        self.read_into(out)
+        self.finish()
+        return out
+
+    def finish(self) -> None:
+        """Checks that the file ends here; this is also when gzip compares its checksum."""
+        with self._named():
+            if self._stream.read(1):
+                raise ValueError(f"it goes on after the array {list(self.shape)} that its header announces")
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        """Says which file it was."""
+        try:
+            yield
+        except EOFError as error:
+            raise ValueError(f"{self.path} is truncated: {error}") from error
+        except (ValueError, zlib.error, gzip.BadGzipFile) as error:
+            raise ValueError(f"{self.path} is damaged: {error}") from error
+
+
+@contextmanager
+def _open_array(folder: _Folder, name: str) -> Iterator[_Array]:
+    with folder.open(name) as file, gzip.GzipFile(fileobj=file, mode="rb") as stream:
+        yield _Array(f"{folder.location}/{name}", stream)
+
+
+class _Folder:
+    """A folder on disk or in an object store."""
+
+    def __init__(self, *parts: str) -> None:
+        self.location = "/".join((parts[0].rstrip("/"), *parts[1:])) if len(parts) > 1 else parts[0]
+        self._is_url = "://" in parts[0]
+        if self._is_url and fsspec is None:
+            raise ValueError(f"{parts[0]}: URLs need fsspec, which is not installed: pip install 'torchrl-sql[fsspec]'")
+
+    def names(self) -> set[str]:
+        """Names of the files and folders in it."""
+        if not self._is_url:
+            return set(os.listdir(self.location))
+        system, path = fsspec.core.url_to_fs(self.location)
+        return {entry.rstrip("/").rpartition("/")[2] for entry in system.ls(path, detail=False)}
+
+    def open(self, name: str) -> IO[bytes]:
+        path = f"{self.location}/{name}"
+        if not self._is_url:
+            return open(path, "rb")
+        return cast("IO[bytes]", fsspec.open(path, "rb").open())
+
+
+def _file_name(member: str, checkpoint: int) -> str:
+    prefix = "$store$_" if member in STORE_MEMBERS else ""
+    return f"{prefix}{member}_ckpt.{checkpoint}.gz"
+
+
+def _shortened(numbers: Sequence[int]) -> str:
+    """``(0, 1, 2, 5)`` as ``"0-2,5"``."""
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and number == parts[-1][-1] + 1:
+            parts[-1][1:] = [number]
+        else:
+            parts.append([number])
+    return ",".join("-".join(map(str, part)) for part in parts)
