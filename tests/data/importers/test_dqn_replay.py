@@ -433,7 +433,7 @@ if __name__ == "__main__":
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2])
 def test_sigkill_and_again(dopamine, lab, tmp_path, workers):
-    """A real kill of the parent at an arbitrary instant; its workers must not outlive it, or they would hold the runs."""
+    """A real kill of the parent at some instant; its workers must not outlive it, or they would hold the runs."""
     for seed, game in enumerate(("Pong", "Breakout")):
         log = new_log(dopamine, tmp_path / "dqn", game=game, capacity=4000, seed=seed)
         while len(log.logged) < 4:

@@ -141,7 +141,7 @@ class DQNReplaySource(EpisodeSource):
         self, root: str, game: str, *, run: int, checkpoints: Sequence[int], max_episode_steps: int = MAX_EPISODE_STEPS
     ) -> None:
         self.game = game
-        self.description = f"DQN-Replay, {game} run {run}, checkpoints {_shortened(checkpoints)}"
+        self.description = f"DQN-Replay, {game} run {run}, checkpoints {shortened(checkpoints)}"
         self.rewards = "clipped"
         self.request = {
             "format": "dqn-replay",
@@ -317,7 +317,7 @@ def _file_name(member: str, checkpoint: int) -> str:
     return f"{prefix}{member}_ckpt.{checkpoint}.gz"
 
 
-def _shortened(numbers: Sequence[int]) -> str:
+def shortened(numbers: Sequence[int]) -> str:
     """``(0, 1, 2, 5)`` as ``"0-2,5"``."""
     parts: list[list[int]] = []
     for number in numbers:
