@@ -131,6 +131,10 @@ def test_help_explains_each_command(command, capsys):
 
 
 def test_console_command_answers_help_without_loading_torch():
-    code = "import sys\nfrom torchrl_sql import cli\ntry: cli.main(['--help'])\nexcept SystemExit: print('torch' in sys.modules)"
+    code = (
+        "import sys; from torchrl_sql import cli\n"
+        "try: cli.main(['--help'])\n"
+        "except SystemExit: print('torch' in sys.modules)"
+    )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "quickstart" in result.stdout and result.stdout.rstrip().endswith("False")

@@ -57,7 +57,9 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     quickstart = commands.add_parser(
-        "quickstart", help="collect, train, evaluate and report, at small scale, in one go", description=_quickstart.__doc__
+        "quickstart",
+        help="collect, train, evaluate and report, at small scale, in one go",
+        description=_quickstart.__doc__,
     )
     quickstart.add_argument("--out", type=Path, default=Path("runs/quickstart"), help="folder (default: %(default)s)")
     quickstart.add_argument("--seed", type=int, default=0, help="of data, training and evaluation (default: 0)")
@@ -82,13 +84,13 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("run_or_checkpoint", type=Path, help="a run's folder (its newest checkpoint) or a checkpoint")
     evaluate.add_argument("--games", help="some of the network's games, separated by commas (default: all)")
     evaluate.add_argument("--decoding", choices=("greedy", "sampled"), default="greedy", help="default: greedy")
-    evaluate.add_argument("--scores", type=Path, help="CSV to add episodes to (default: scores.csv in the run's folder)")
+    evaluate.add_argument(
+        "--scores", type=Path, help="CSV to add episodes to (default: scores.csv in the run's folder)"
+    )
     evaluate.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. evaluation.num_episodes_per_game=16")
     evaluate.set_defaults(run=_evaluate)
 
-    report = commands.add_parser(
-        "report", help="write one HTML page about evaluated runs", description=_report.__doc__
-    )
+    report = commands.add_parser("report", help="write one HTML page about evaluated runs", description=_report.__doc__)
     report.add_argument("runs", nargs="+", type=Path, help="folders that hold scores.csv; same-named runs are seeds")
     report.add_argument("--out", type=Path, help="the page (default: report.html in the first folder)")
     report.set_defaults(run=_report)
@@ -102,11 +104,15 @@ def _parser() -> argparse.ArgumentParser:
 def _quickstart(args: argparse.Namespace) -> None:
     """Runs the method end to end on two games: collects emulator data, trains one network for both with CQL + C51 and
     one by behavioural cloning, evaluates them in the emulator and writes report.html and scores.csv. Continues an
-    interrupted run."""
+    interrupted run.
+    """
     from torchrl_sql.quickstart import quickstart
 
     page = quickstart(
-        args.out, overrides=[*args.overrides, f"seed={args.seed}"], fresh=args.fresh, say=lambda line: print(line, flush=True)
+        args.out,
+        overrides=[*args.overrides, f"seed={args.seed}"],
+        fresh=args.fresh,
+        say=lambda line: print(line, flush=True),
     )
     print(f"\nReport: {page.resolve()}")
 
@@ -135,7 +141,8 @@ def _train(args: argparse.Namespace) -> None:
 
 def _evaluate(args: argparse.Namespace) -> None:
     """Plays a trained network in the emulator and adds each finished episode to a CSV table; episodes that the table
-    has already are not played again."""
+    has already are not played again.
+    """
     from torchrl_sql.config import override_run_config
     from torchrl_sql.games import resolve_games
     from torchrl_sql.stages import evaluate_checkpoint

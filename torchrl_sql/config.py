@@ -1,4 +1,4 @@
-"""The schema of a run's configuration. Values live in ``configs/*.yaml``; types, meaning and cross-field checks here."""
+"""The schema of a run's configuration: types, meaning and checks. The values live in ``configs/``."""
 
 from __future__ import annotations
 
@@ -244,6 +244,7 @@ def check(config: RunConfig) -> None:
     Raises:
         ConfigError: naming the key, what it must be and what it is.
     """
+
     def require(holds: bool, key: str, must: str) -> None:
         if not holds:
             value: Any = config

@@ -56,7 +56,7 @@ def _read_games() -> dict[str, Game]:
         return float(text) if text else None
 
     path = resources.files("torchrl_sql") / "reference" / "games.csv"
-    with path.open(newline="", encoding="utf-8") as file:
+    with path.open(encoding="utf-8") as file:
         return {
             row["game"]: Game(
                 name=row["game"],

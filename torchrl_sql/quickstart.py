@@ -53,7 +53,10 @@ def quickstart(
 
     say(f"1/4  Collecting {method.collection.num_agent_steps_per_game:,} transitions of {', '.join(method.games)}")
     collect_data(method)
-    say(f"2/4  Training one network for all games: CQL + C51, then behavioural cloning ({method.trainer.num_gradient_steps:,} gradient steps each)")
+    say(
+        f"2/4  Training one network for all games: CQL + C51, then behavioural cloning "
+        f"({method.trainer.num_gradient_steps:,} gradient steps each)"
+    )
     train(method)
     train(bc)
     episodes = method.evaluation.num_episodes_per_game
@@ -62,10 +65,16 @@ def quickstart(
     evaluate_checkpoint(Path(bc.run_dir), bc.evaluation, table)
     evaluate_checkpoint(Path(bc.run_dir), bc.evaluation, table, decoding="sampled")
     evaluate_constant_actions(
-        method.games, method.evaluation, table, seed=method.seed, num_episodes=min(episodes, NUM_CONSTANT_ACTION_EPISODES)
+        method.games,
+        method.evaluation,
+        table,
+        seed=method.seed,
+        num_episodes=min(episodes, NUM_CONSTANT_ACTION_EPISODES),
     )
     say("4/4  Writing the report")
-    data = gather([folder], title="Quickstart: one offline Q-network, several games", introduction=_introduction(method))
+    data = gather(
+        [folder], title="Quickstart: one offline Q-network, several games", introduction=_introduction(method)
+    )
     write_report(data, page)
     say("")
     say(format_score_table(data))
@@ -79,13 +88,14 @@ def _introduction(config: RunConfig) -> list[str]:
         "(CQL with C51, learned spatial embeddings, feature normalization, one head a game), without ever acting in "
         "the games, and then played them. A second network of the same encoder was trained on the same data, for as "
         "many gradient steps, by behavioural cloning (BC).",
-        "The data was made for this run by deliberately weak policies: simple scripts (in Breakout the paddle follows "
-        "the ball, in Freeway the chicken walks up), followed at only some steps and mixed with noise. Nothing in the data is "
-        "close to a good policy, but good decisions are in it: the setting in which the paper claims that offline "
-        "Q-learning can end above its data and cloning cannot. How much of the gap remains depends on how the noise "
-        "was made; the mixture is stated under Data, and where greedy cloning does as well, the findings say so.",
+        "The data was made for this run by deliberately weak policies: a simple script for each game, followed at only "
+        "some steps and mixed with noise (the mixture is stated under Data). No policy in the data is close to a good "
+        "one, but good decisions are in it: the setting in which the paper claims that offline Q-learning can end above "
+        "its data. How well cloning does depends on the noise: where the scripted action is the most frequent one in "
+        "every state, greedy cloning recovers the script. Where it does as well as Q-learning, the findings say so.",
         f"A quickstart is small: {config.collection.num_agent_steps_per_game:,} transitions a game, a small ResNet, "
-        f"{config.trainer.num_gradient_steps:,} gradient steps of batch {config.data.batch_size}. Its scores are not comparable with the paper's.",
+        f"{config.trainer.num_gradient_steps:,} gradient steps of batch {config.data.batch_size}. Its scores are not "
+        "comparable with the paper's.",
     ]
 
 

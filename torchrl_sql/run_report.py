@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
-from omegaconf import OmegaConf
 
 from torchrl_sql.config import RunConfig, load_run_config
 from torchrl_sql.data import FrameStore
@@ -92,10 +92,7 @@ def gather(paths: Sequence[Path], *, title: str | None = None, introduction: Seq
         game_data=_game_data(runs, games, episodes),
         curves=[curve for folder, config in runs for curve in _curves(folder, config, labels[config.name])],
         clips=[clip for path in paths[:1] for clip in _clips(path, games, method, episodes)],
-        settings={
-            f"{labels[config.name]}, seed {config.seed}": OmegaConf.to_container(OmegaConf.structured(config))  # type: ignore[dict-item]
-            for _, config in runs
-        },
+        settings={f"{labels[config.name]}, seed {config.seed}": asdict(config) for _, config in runs},
         versions=software_versions() | {"machine": f"{platform.machine()}, {os.cpu_count()} cores"},
     )
 
@@ -166,9 +163,7 @@ def _curves(folder: Path, config: RunConfig, label: str) -> list[Curve]:
     ]
 
 
-def _clips(
-    path: Path, games: Sequence[str], method: RunConfig, episodes: Sequence[EpisodeResult]
-) -> list[Clip]:
+def _clips(path: Path, games: Sequence[str], method: RunConfig, episodes: Sequence[EpisodeResult]) -> list[Clip]:
     clips = []
     for game in games:
         file = path / "clips" / f"{game}.gif"
@@ -179,6 +174,6 @@ def _clips(
             == (method.name, method.seed, game, 0, "greedy")
         ]
         if file.is_file() and first:
-            caption = f"{game}: first evaluation episode of seed {method.seed} (final score {first[0]:g}), not selected"
+            caption = f"First evaluation episode of seed {method.seed} (final score {first[0]:g}), not selected"
             clips.append(Clip(game=game, caption=caption, data=file.read_bytes()))
     return clips

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from torchrl.modules import DistributionalQValueActor
@@ -52,7 +53,7 @@ def collect_data(config: RunConfig) -> FrameStore:
                 "data.store or delete it"
             )
         with store.writer(
-            game, source=describe(components), components=policy.component_names, metadata=how
+            game, source=describe(game, components), components=policy.component_names, metadata=how
         ) as writer:
             bar = tqdm(
                 total=collection.num_agent_steps_per_game,
@@ -107,6 +108,7 @@ def evaluate_checkpoint(
     recorded = evaluate(
         ActorPolicy(actor, support=actor.support if distributional else None),
         config.games,
+        evaluation,
         table,
         agent=config.name,
         seed=config.seed,
@@ -114,7 +116,6 @@ def evaluate_checkpoint(
         evaluated_games=games,
         decoding=decoding,
         record_first=recording,
-        **protocol(evaluation),
     )
     if clips is not None:
         clips.mkdir(parents=True, exist_ok=True)
@@ -126,26 +127,15 @@ def evaluate_constant_actions(
     games: tuple[str, ...], evaluation: EvaluationConfig, table: Path, *, seed: int, num_episodes: int
 ) -> None:
     """Evaluates each game's legal actions, always the same one: a bar that learning must clear."""
-    settings = protocol(evaluation) | {"num_episodes": num_episodes}
+    evaluation = replace(evaluation, num_episodes_per_game=num_episodes)
     for game in games:
         for action in GAMES[game].minimal_actions:
             evaluate(
                 constant_policy(action),
                 [game],
+                evaluation,
                 table,
                 agent=CONSTANT_AGENT + ACTION_NAMES[action],
                 seed=seed,
                 gradient_step=0,
-                **settings,
             )
-
-
-def protocol(evaluation: EvaluationConfig) -> dict[str, float]:
-    """The arguments of :func:`~torchrl_sql.evaluation.evaluate.evaluate` that an evaluation's settings decide."""
-    return {
-        "num_episodes": evaluation.num_episodes_per_game,
-        "epsilon": evaluation.epsilon,
-        "sticky_action_probability": evaluation.sticky_action_probability,
-        "max_env_frames_per_episode": evaluation.max_env_frames_per_episode,
-        "evaluation_seed": evaluation.seed,
-    }

@@ -16,7 +16,13 @@ def make_store(path, *, num_steps, calls=1, game="Breakout", num_envs=3):
     for call in range(1, calls + 1):
         with store.writer(game, source="test", components=policy.component_names) as writer:
             collect(
-                writer, policy, game, num_steps * call // calls, seed=1, num_envs=num_envs, max_env_frames_per_episode=400
+                writer,
+                policy,
+                game,
+                num_steps * call // calls,
+                seed=1,
+                num_envs=num_envs,
+                max_env_frames_per_episode=400,
             )
     return store
 
@@ -116,7 +122,8 @@ def test_components_have_their_weights():
 
 
 def test_description_states_weights_and_ranges():
-    text = describe(MIXTURES["lazy"])
+    text = describe("Freeway", MIXTURES["lazy"])
+    assert text.startswith("The script: Walks up, whatever comes. 33%")
     assert "33% of episodes (skilled): follows the game's script at 50% to 90% of the steps" in text
     assert "67% of episodes (lazy)" in text and "NOOP in 60%" in text
 

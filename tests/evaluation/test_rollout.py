@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from torchrl_sql.config import EvaluationConfig
 from torchrl_sql.envs import AtariVector
 from torchrl_sql.evaluation.episodes import read_episodes
 from torchrl_sql.evaluation.evaluate import evaluate
@@ -18,7 +19,9 @@ def key(result):
 
 
 def test_constant_policy_plays_as_the_emulator_does_alone():
-    (result,) = rollout(constant_policy(2), ["Freeway"], [("Freeway", 3)], epsilon=0.0, seed=5, record=lambda *_: True, **SHORT)
+    (result,) = rollout(
+        constant_policy(2), ["Freeway"], [("Freeway", 3)], epsilon=0.0, seed=5, record=lambda *_: True, **SHORT
+    )
     vector = AtariVector("Freeway", 1, **SHORT)
     observation = vector.reset(np.array([episode_seed(5, "Freeway", 3)]))
     total, frames = 0.0, []
@@ -39,7 +42,12 @@ def test_an_episode_does_not_depend_on_what_else_is_played():
     episodes = [(game, episode) for episode in range(3) for game in games]
 
     def play(**settings):
-        return {key(r) for r in rollout(random_policy, games, settings.pop("episodes", episodes), decoding="sampled", **settings, **SHORT)}
+        return {
+            key(r)
+            for r in rollout(
+                random_policy, games, settings.pop("episodes", episodes), decoding="sampled", **settings, **SHORT
+            )
+        }
 
     parallel = play()
     assert len(parallel) == 6
@@ -75,16 +83,24 @@ def test_bad_settings_are_refused_before_playing():
         next(rollout(random_policy, ["Pong"], [("Pong", 0)], decoding="best"))
 
 
-def test_an_interrupted_evaluation_continues(tmp_path, monkeypatch):
-    settings = {"agent": "a", "seed": 0, "gradient_step": 7, "decoding": "sampled", **SHORT}
-    evaluate(random_policy, ["Breakout"], tmp_path / "whole.csv", num_episodes=4, **settings)
-    evaluate(random_policy, ["Breakout"], tmp_path / "parts.csv", num_episodes=2, **settings)
-    evaluate(random_policy, ["Breakout"], tmp_path / "parts.csv", num_episodes=4, **settings)
-    order = lambda row: row.episode  # noqa: E731
-    whole, parts = (sorted(read_episodes(tmp_path / f"{name}.csv"), key=order) for name in ("whole", "parts"))
-    assert whole == parts and [row.episode for row in whole] == [0, 1, 2, 3]
+def test_an_interrupted_evaluation_continues(tmp_path):
+    def run(name, num_episodes, epsilon=0.001):
+        protocol = EvaluationConfig(
+            num_episodes_per_game=num_episodes,
+            epsilon=epsilon,
+            sticky_action_probability=0.25,
+            max_env_frames_per_episode=240,
+            seed=0,
+        )
+        table = tmp_path / f"{name}.csv"
+        evaluate(random_policy, ["Breakout"], protocol, table, agent="a", seed=0, gradient_step=7, decoding="sampled")
+        return sorted(read_episodes(table), key=lambda row: row.episode)
+
+    whole = run("whole", 4)
+    run("parts", 2)
+    assert run("parts", 4) == whole and [row.episode for row in whole] == [0, 1, 2, 3]
     before = (tmp_path / "parts.csv").read_bytes()
-    evaluate(random_policy, ["Breakout"], tmp_path / "parts.csv", num_episodes=4, **settings)
+    run("parts", 4)
     assert (tmp_path / "parts.csv").read_bytes() == before
     with pytest.raises(ValueError, match=r"holds episodes of a \(sampled\) at"):
-        evaluate(random_policy, ["Breakout"], tmp_path / "parts.csv", num_episodes=4, **settings | {"epsilon": 0.5})
+        run("parts", 4, epsilon=0.5)

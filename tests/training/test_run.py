@@ -117,7 +117,16 @@ def test_a_loaded_actor_is_the_trained_one(make_config):
 
 def test_metrics_that_matter_are_logged(make_config):
     folder = train(make_config("trainer.loggers=[csv,tensorboard]"))
-    wanted = {"loss_qvalue", "loss_cql", "q_data", "q_max", "feature_norm", "grad_norm", "samples_per_second", "learning_rate"}
+    wanted = {
+        "loss_qvalue",
+        "loss_cql",
+        "q_data",
+        "q_max",
+        "feature_norm",
+        "grad_norm",
+        "samples_per_second",
+        "learning_rate",
+    }
     assert wanted <= read_scalars(folder).keys()
     assert list((folder / "logs" / "tensorboard").glob("events*"))
 

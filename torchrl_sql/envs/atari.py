@@ -1,4 +1,4 @@
-"""The emulator: the one definition of Atari preprocessing, as arrays (:class:`AtariVector`) and for TorchRL (:class:`AtariEnv`).
+"""The emulator as arrays (:class:`AtariVector`) and for TorchRL (:class:`AtariEnv`): the one definition of preprocessing.
 
 Preprocessing (Machado et al. 2018; Kumar et al. 2023): 84x84 grayscale, maximum over the last two of four skipped
 frames, a stack of four zero-padded at an episode's start, at most 108,000 emulator frames an episode, the full set of
@@ -158,7 +158,10 @@ class AtariEnv(EnvBase):
 
     def _observe(self, observation: np.ndarray, **entries: torch.Tensor) -> TensorDict:
         return TensorDict(
-            observation=torch.from_numpy(observation), game_id=self._game_id.clone(), **entries, batch_size=self.batch_size
+            observation=torch.from_numpy(observation),
+            game_id=self._game_id.clone(),
+            **entries,
+            batch_size=self.batch_size,
         )
 
     def _reset(self, tensordict: TensorDictBase | None = None, **kwargs) -> TensorDictBase:

@@ -6,6 +6,7 @@ decisions, but no good policy to copy.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -22,7 +23,9 @@ Skill = Callable[[np.ndarray], int]
 """A script: newest frame, uint8 ``[84, 84]`` -> action in 0..17."""
 
 
-def _toward(target: float, position: float, *, below: int, there: int = NOOP, above: int, dead_zone: float = 1.5) -> int:
+def _toward(
+    target: float, position: float, *, below: int, there: int = NOOP, above: int, dead_zone: float = 1.5
+) -> int:
     if target < position - dead_zone:
         return below
     return above if target > position + dead_zone else there
@@ -42,10 +45,20 @@ def _freeway(frame: np.ndarray) -> int:
     return UP
 
 
+def _assault(frame: np.ndarray) -> int:
+    """Fires straight up, whatever comes."""
+    return UP
+
+
+def _enduro(frame: np.ndarray) -> int:
+    """Accelerates straight ahead, whatever comes."""
+    return FIRE
+
+
 def _pong(frame: np.ndarray) -> int:
     """Moves the right paddle to the ball's height, lagging behind by the dead zone."""
     court = frame[14:77]
-    ball, columns = np.nonzero(court[:, 12:72] > 200)
+    ball = np.nonzero(court[:, 12:72] > 200)[0]
     paddle = np.flatnonzero(court[:, 74] > 100)
     if len(ball) == 0 or len(paddle) == 0:
         return NOOP
@@ -68,7 +81,14 @@ def _space_invaders(frame: np.ndarray) -> int:
     return _shoot_lowest(frame[12:60] > 60, frame[75:78] > 60)
 
 
-SKILLS: dict[str, Skill] = {"Breakout": _breakout, "Freeway": _freeway, "Pong": _pong, "SpaceInvaders": _space_invaders}
+SKILLS: dict[str, Skill] = {
+    "Breakout": _breakout,
+    "Freeway": _freeway,
+    "Pong": _pong,
+    "SpaceInvaders": _space_invaders,
+    "Assault": _assault,
+    "Enduro": _enduro,
+}
 """The games that have a scripted skill."""
 
 
@@ -95,12 +115,16 @@ class Component:
 
 MIXTURES: dict[str, tuple[Component, ...]] = {
     "mix": (
-        Component(name="skilled", weight=1, skill_probability=(0.3, 0.7), noise="uniform", repeat_probability=(0.0, 0.6)),
+        Component(
+            name="skilled", weight=1, skill_probability=(0.3, 0.7), noise="uniform", repeat_probability=(0.0, 0.6)
+        ),
         Component(name="weak", weight=1, skill_probability=(0.0, 0.3), noise="uniform", repeat_probability=(0.0, 0.6)),
         Component(name="random", weight=1, skill_probability=(0.0, 0.0), noise="biased", repeat_probability=(0.0, 0.6)),
     ),
     "norep": (
-        Component(name="skilled", weight=1, skill_probability=(0.3, 0.7), noise="uniform", repeat_probability=(0.0, 0.0)),
+        Component(
+            name="skilled", weight=1, skill_probability=(0.3, 0.7), noise="uniform", repeat_probability=(0.0, 0.0)
+        ),
         Component(name="weak", weight=1, skill_probability=(0.0, 0.3), noise="uniform", repeat_probability=(0.0, 0.0)),
         Component(name="random", weight=1, skill_probability=(0.0, 0.0), noise="biased", repeat_probability=(0.0, 0.6)),
     ),
@@ -111,8 +135,8 @@ MIXTURES: dict[str, tuple[Component, ...]] = {
 }
 
 
-def describe(components: Sequence[Component]) -> str:
-    """A mixture in words, for the record of a data set."""
+def describe(game: str, components: Sequence[Component]) -> str:
+    """A game's script and mixture in words, for the record of a data set."""
     total = sum(component.weight for component in components)
     noises = {
         "uniform": "actions uniform over the legal ones",
@@ -124,9 +148,12 @@ def describe(components: Sequence[Component]) -> str:
         low, high = component.skill_probability
         skill = f"follows the game's script at {low:.0%} to {high:.0%} of the steps, else " if high > 0 else "plays "
         repeat = f"the last action is repeated with a probability of up to {component.repeat_probability[1]:.0%}"
-        return f"{component.weight / total:.0%} of episodes ({component.name}): {skill}{noises[component.noise]}; {repeat}"
+        return (
+            f"{component.weight / total:.0%} of episodes ({component.name}): {skill}{noises[component.noise]}; {repeat}"
+        )
 
-    return ". ".join(one(component) for component in components) + "."
+    script = inspect.cleandoc(SKILLS[game].__doc__ or "")
+    return f"The script: {script} " + ". ".join(one(component) for component in components) + "."
 
 
 class SkillMixture:

@@ -17,7 +17,9 @@ _COMMIT_INTERVAL_AGENT_STEPS = 10_000
 class BehaviourPolicy(Protocol):
     """What :func:`collect` plays, e.g. :class:`torchrl_sql.envs.behaviour.SkillMixture`."""
 
-    component_names: tuple[str, ...]
+    @property
+    def component_names(self) -> tuple[str, ...]:
+        """Labels of the kinds of episodes."""
 
     def start_episode(self, rng: np.random.Generator) -> tuple[int, Callable[[np.ndarray], int]]:
         """Returns a component index and the policy of one episode: newest frame ``[84, 84]`` -> action in 0..17."""
@@ -26,8 +28,13 @@ class BehaviourPolicy(Protocol):
 class EpisodeWriter(Protocol):
     """Where episodes go; the writer of :class:`torchrl_sql.data.FrameStore` is one."""
 
-    num_episodes: int
-    num_steps: int
+    @property
+    def num_episodes(self) -> int:
+        """Episodes held, those just added included."""
+
+    @property
+    def num_steps(self) -> int:
+        """Agent steps held, those just added included."""
 
     def add_episode(
         self, frames: np.ndarray, actions: np.ndarray, rewards: np.ndarray, *, terminated: bool, component: int
@@ -64,7 +71,8 @@ def collect(
     """Appends whole episodes until the writer holds at least ``num_agent_steps`` steps.
 
     Episode ``i`` is a function of (``seed``, ``game``, ``i``) and is written in order, so an interrupted collection
-    that is called again ends in the same store as one that ran through. Truncated episodes are stored with their final frame.
+    that is called again ends in the same store as one that ran through. Truncated episodes are stored with their
+    final frame.
 
     Args:
         writer (EpisodeWriter): where episodes go; those it already holds are not played again.
@@ -89,14 +97,14 @@ def collect(
     )
     game_index = list(GAMES).index(game)
     next_index = first_index = writer.num_episodes
-    slots: list[_Episode | None] = [None] * num_envs
+    slots: dict[int, _Episode] = {}
     finished: dict[int, _Episode] = {}
     starting = np.ones(num_envs, dtype=np.bool_)
     num_committed = writer.num_steps
 
     while True:
         seeds = []
-        for slot in np.flatnonzero(starting):
+        for slot in np.flatnonzero(starting).tolist():
             rng = np.random.default_rng([seed, game_index, next_index])
             seeds.append(int(rng.integers(2**31 - 1)))
             component, act = policy.start_episode(rng)
@@ -104,13 +112,13 @@ def collect(
             next_index += 1
         if seeds:
             observation = vector.reset(np.array(seeds), starting)
-            for slot in np.flatnonzero(starting):
+            for slot in np.flatnonzero(starting).tolist():
                 slots[slot].frames.append(observation[slot, -1].copy())
 
-        actions = np.array([episode.act(episode.frames[-1]) for episode in slots])
+        actions = np.array([slots[slot].act(slots[slot].frames[-1]) for slot in range(num_envs)])
         observation, reward, terminated, truncated = vector.step(actions)
         starting = terminated | truncated
-        for slot, episode in enumerate(slots):
+        for slot, episode in slots.items():
             episode.actions.append(int(actions[slot]))
             episode.rewards.append(float(reward[slot]))
             if not terminated[slot]:

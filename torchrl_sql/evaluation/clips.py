@@ -38,6 +38,12 @@ def to_gif(episode: Rollout, *, max_agent_steps: int = 300) -> bytes:
         images.append(image.quantize(32))
     buffer = io.BytesIO()
     images[0].save(
-        buffer, format="GIF", save_all=True, append_images=images[1:], duration=_FRAME_MILLISECONDS, loop=0, optimize=True
+        buffer,
+        format="GIF",
+        save_all=True,
+        append_images=images[1:],
+        duration=_FRAME_MILLISECONDS,
+        loop=0,
+        optimize=True,
     )
     return buffer.getvalue()

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from torchrl_sql.config import EvaluationConfig
 from torchrl_sql.evaluation.episodes import Decoding, EpisodeResult, read_episodes, write_episodes
 from torchrl_sql.evaluation.rollout import Policy, Rollout, rollout
 
@@ -15,18 +16,14 @@ from torchrl_sql.evaluation.rollout import Policy, Rollout, rollout
 def evaluate(
     policy: Policy,
     games: Sequence[str],
+    protocol: EvaluationConfig,
     table: Path,
     *,
     agent: str,
     seed: int,
     gradient_step: int,
-    num_episodes: int,
     evaluated_games: Sequence[str] | None = None,
     decoding: Decoding = "greedy",
-    epsilon: float = 0.001,
-    sticky_action_probability: float = 0.25,
-    max_env_frames_per_episode: int = 108_000,
-    evaluation_seed: int = 0,
     record_first: bool = False,
 ) -> list[Rollout]:
     """Plays the episodes that a table lacks and adds each to it as it ends.
@@ -34,15 +31,16 @@ def evaluate(
     Args:
         policy (Policy): what is evaluated.
         games (sequence of str): its games, in the order of its ``game_id``.
+        protocol (EvaluationConfig): episodes a game (those in the table included), exploration, emulator, seed.
         table (Path): CSV of :class:`EpisodeResult` rows, created if absent; rows of other agents stay.
 
     Keyword Args:
-        agent (str), seed (int), gradient_step (int): whose episodes these are: name, training seed, training length.
-        num_episodes (int): wanted for each game, those in the table included.
+        agent (str): name in the table.
+        seed (int): training seed.
+        gradient_step (int): gradient steps the policy was trained for.
         evaluated_games (sequence of str, optional): which of the games to play; default all.
-        decoding, epsilon, sticky_action_probability, max_env_frames_per_episode: see :func:`rollout`.
-        evaluation_seed (int): decides emulator and exploration noise.
-        record_first (bool): keep the frames of each game's first episode (and play it again if it was not recorded now).
+        decoding ("greedy" or "sampled"): how actions follow from the policy's preferences.
+        record_first (bool): keep the frames of each game's first episode, playing it again if it is in the table.
 
     Returns:
         The recorded episodes.
@@ -53,14 +51,15 @@ def evaluate(
     rows = read_episodes(table) if table.is_file() else []
     same = [row for row in rows if (row.agent, row.seed, row.decoding) == (agent, seed, decoding)]
     for row in same:
-        before, now = (row.gradient_step, row.epsilon, row.sticky), (gradient_step, epsilon, sticky_action_probability)
+        before = (row.gradient_step, row.epsilon, row.sticky)
+        now = (gradient_step, protocol.epsilon, protocol.sticky_action_probability)
         if before != now:
             raise ValueError(
                 f"{table} holds episodes of {agent} ({decoding}) at (gradient step, epsilon, sticky) {before}, "
                 f"wanted {now}; choose another table or delete it"
             )
     finished = {(row.game, row.episode) for row in same}
-    wanted = [(game, episode) for episode in range(num_episodes) for game in evaluated_games or games]
+    wanted = [(game, episode) for episode in range(protocol.num_episodes_per_game) for game in evaluated_games or games]
     missing = [key for key in wanted if key not in finished or (record_first and key[1] == 0)]
     recorded = []
     bar = tqdm(
@@ -76,10 +75,10 @@ def evaluate(
             games,
             missing,
             decoding=decoding,
-            epsilon=epsilon,
-            sticky_action_probability=sticky_action_probability,
-            max_env_frames_per_episode=max_env_frames_per_episode,
-            seed=evaluation_seed,
+            epsilon=protocol.epsilon,
+            sticky_action_probability=protocol.sticky_action_probability,
+            max_env_frames_per_episode=protocol.max_env_frames_per_episode,
+            seed=protocol.seed,
             record=lambda game, episode: record_first and episode == 0,
         ):
             if result.frames:
@@ -97,8 +96,8 @@ def evaluate(
                         terminated=result.terminated,
                         truncated=result.truncated,
                         gradient_step=gradient_step,
-                        epsilon=epsilon,
-                        sticky=sticky_action_probability,
+                        epsilon=protocol.epsilon,
+                        sticky=protocol.sticky_action_probability,
                         decoding=decoding,
                     )
                 )

@@ -27,6 +27,9 @@ def save_checkpoint(folder: Path, step: int, content: dict[str, Any], *, num_kep
         folder (Path): created if absent.
         step (int): gradient step, part of the name.
         content (dict): tensors, numbers, strings, lists and dicts only.
+
+    Keyword Args:
+        num_kept (int): how many checkpoints stay.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step_{step:09d}.pt"
@@ -60,7 +63,9 @@ def load_checkpoint(path: Path, *, map_location: torch.device | str = "cpu") -> 
     except CheckpointError:
         raise
     except Exception as error:
-        raise CheckpointError(f"{path} must be a checkpoint of torchrl_sql, got a file that fails to load: {error}") from error
+        raise CheckpointError(
+            f"{path} must be a checkpoint of torchrl_sql, got a file that fails to load: {error}"
+        ) from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         found = content.get("format") if isinstance(content, dict) else type(content).__name__
         raise CheckpointError(f"{path} must be of format {FORMAT!r}, got {found!r}")

@@ -8,11 +8,11 @@ import signal
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
 from torchrl.record.loggers import CSVLogger, Logger, TensorboardLogger, WandbLogger
 from tqdm import tqdm
 
@@ -22,7 +22,7 @@ from torchrl_sql.training.checkpoint import load_latest_checkpoint, save_checkpo
 
 logger = logging.getLogger(__name__)
 
-_RESULT_SECTIONS = ("seed", "data", "model", "objective", "optim")
+_RESULT_SECTIONS = ("model", "objective", "optim")
 _RESULT_TRAINER_KEYS = ("num_gradient_steps", "target_update_interval_gradient_steps", "precision")
 
 
@@ -140,16 +140,11 @@ def _check_same_run(new: RunConfig, old: RunConfig, folder: Path) -> None:
     """Refuses to continue a run whose results would be a mixture of two configurations."""
 
     def relevant(config: RunConfig) -> dict[str, Any]:
-        values = OmegaConf.to_container(OmegaConf.structured(config))
-        assert isinstance(values, dict)
-        flat = {
-            f"{section}.{key}" if key else section: value
-            for section in _RESULT_SECTIONS
-            for key, value in (values[section].items() if isinstance(values[section], dict) else [("", values[section])])
-        }
+        values = asdict(config)
+        flat = {"seed": config.seed, "data.games": list(config.games)}
+        flat |= {f"{section}.{key}": value for section in _RESULT_SECTIONS for key, value in values[section].items()}
+        flat |= {f"data.{key}": values["data"][key] for key in ("mixture", "batch_size", "n_steps")}
         flat |= {f"trainer.{key}": values["trainer"][key] for key in _RESULT_TRAINER_KEYS}
-        flat["data.games"] = list(config.games)
-        del flat["data.store"], flat["data.prefetch"]  # the same data may have moved; its content is compared on loading
         return flat
 
     before, now = relevant(old), relevant(new)
