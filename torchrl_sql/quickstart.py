@@ -88,8 +88,8 @@ def _introduction(config: RunConfig) -> list[str]:
         "(CQL with C51, learned spatial embeddings, feature normalization, one head a game), without ever acting in "
         "the games, and then played them. A second network of the same encoder was trained on the same data, for as "
         "many gradient steps, by behavioural cloning (BC).",
-        "The data was made for this run by deliberately weak policies: a simple script for each game, followed at only "
-        "some steps and mixed with noise (the mixture is stated under Data). No policy in the data is close to a good "
+        "The data was made for this run by deliberately weak policies: a simple script for each game, followed at "
+        "only some steps and mixed with noise (the mixture is stated under Data). No policy in the data is close to a good "
         "one, but good decisions are in it: the setting in which the paper claims that offline Q-learning can end above "
         "its data. How well cloning does depends on the noise: where the scripted action is the most frequent one in "
         "every state, greedy cloning recovers the script. Where it does as well as Q-learning, the findings say so.",

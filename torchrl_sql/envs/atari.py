@@ -1,4 +1,4 @@
-"""The emulator as arrays (:class:`AtariVector`) and for TorchRL (:class:`AtariEnv`): the one definition of preprocessing.
+"""The emulator, with the one definition of preprocessing: arrays (:class:`AtariVector`), TorchRL (:class:`AtariEnv`).
 
 Preprocessing (Machado et al. 2018; Kumar et al. 2023): 84x84 grayscale, maximum over the last two of four skipped
 frames, a stack of four zero-padded at an episode's start, at most 108,000 emulator frames an episode, the full set of
