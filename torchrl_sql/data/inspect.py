@@ -76,7 +76,9 @@ def summarise(store: FrameStore) -> Iterator[GameSummary]:
         yield GameSummary(
             game=game,
             num_transitions=sum(run.num_steps for run in runs),
-            num_unsampleable=int((~episodes["terminated"].astype(bool) & ~episodes["has_final_frame"].astype(bool)).sum()),
+            num_unsampleable=int(
+                (~episodes["terminated"].astype(bool) & ~episodes["has_final_frame"].astype(bool)).sum()
+            ),
             num_bytes=sum(_folder_bytes(run.path) for run in runs),
             returns=np.concatenate([run.episode_returns() for run in runs]),
             lengths=episodes["num_steps"].astype(np.int64),
@@ -92,7 +94,9 @@ def summarise(store: FrameStore) -> Iterator[GameSummary]:
 
 def format_summaries(summaries: Sequence[GameSummary]) -> str:
     """The summaries as a table for a terminal, with the behaviour policies and actions of each game."""
-    header = f"{'game':<16} {'transitions':>12} {'episodes':>9} {'return':>16} {'length':>8} {'bytes/tr.':>9} {'of raw':>8}"
+    header = (
+        f"{'game':<16} {'transitions':>12} {'episodes':>9} {'return':>16} {'length':>8} {'bytes/tr.':>9} {'of raw':>8}"
+    )
     lines = [header, "-" * len(header)]
     for s in summaries:
         returns = f"{s.returns.mean():.2f} ± {s.returns.std():.2f}" if len(s.returns) else "-"

@@ -1,6 +1,6 @@
 """Stored frames as TorchRL transitions.
 
-Legend: B batch, K stacked frames, R runs, E episodes, G games, n steps of the return.
+Legend: B batch, R runs, G games.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ import torch
 from tensordict import TensorDict
 from torchrl.data.replay_buffers import Storage
 
-from torchrl_sql.data.frames import WindowReader, reader_context
+from torchrl_sql.data.episodes import EpisodeIndex, Part
 from torchrl_sql.data.run import Manifest, Run, fingerprint
+from torchrl_sql.data.shards import FrameReader
 from torchrl_sql.data.store import FrameStore
 from torchrl_sql.games import resolve_games
 
@@ -35,8 +37,8 @@ class AtariFrameStorage(Storage):
     ``terminated`` nothing bootstraps from it, and transitions of episodes cut without it that would need it are not
     sampleable (:attr:`num_unsampleable`).
 
-    The storage shows the runs as they were committed when it was made, also after pickling. A process that inherited
-    it by ``fork`` must not read from it (TensorStore's threads do not survive): use ``spawn``.
+    The storage shows the runs as they were committed when it was made, also after pickling. Several threads may read at
+    a time, and so may processes that inherited it.
 
     Args:
         store (FrameStore or path): where the episodes are.
@@ -46,6 +48,7 @@ class AtariFrameStorage(Storage):
     Keyword Args:
         n_steps (int): steps of the return, >= 1.
         gamma (float): discount per agent step in [0, 1].
+        first_fraction, every_kth_episode, transitions_per_game: show only a part of the data, see :class:`Part`.
 
     Batch of :meth:`get`:
         - ``observation``, ``("next", "observation")``: uint8 ``[B, 4, 84, 84]``, oldest frame first. With
@@ -58,7 +61,8 @@ class AtariFrameStorage(Storage):
         - ``steps_to_next_obs``: int64 ``[B, 1]``, ``m``.
 
     Raises:
-        ValueError: for unknown or absent games, bad ``n_steps`` or ``gamma``, or a damaged store.
+        ValueError: for unknown or absent games, options out of range, or a damaged store. Reading a damaged chunk of
+            frames raises :class:`~torchrl_sql.data.shards.DamagedFramesError`, which names game, file and transitions.
 
     Examples:
         >>> storage = AtariFrameStorage("store", games=["Breakout", "Freeway"], n_steps=3)  # doctest: +SKIP
@@ -72,7 +76,15 @@ class AtariFrameStorage(Storage):
         *,
         n_steps: int = 1,
         gamma: float = 0.99,
+        first_fraction: float = 1.0,
+        every_kth_episode: int = 1,
+        transitions_per_game: int | None = None,
     ) -> None:
+        part = Part(
+            first_fraction=first_fraction,
+            every_kth_episode=every_kth_episode,
+            transitions_per_game=transitions_per_game,
+        )
         if not isinstance(store, FrameStore):
             store = FrameStore.open(store)
         if isinstance(n_steps, bool) or not isinstance(n_steps, int) or n_steps < 1:
@@ -83,55 +95,36 @@ class AtariFrameStorage(Storage):
         if not names:
             raise ValueError(f"the store {store.path} holds no games yet")
         runs = [run for name in names for run in store.runs_of(name)]
-        self._init_from_runs(store.path.absolute(), names, runs, n_steps=n_steps, gamma=float(gamma))
+        self._init_from_runs(store.path.absolute(), names, runs, n_steps=n_steps, gamma=float(gamma), part=part)
 
     def _init_from_runs(
-        self, path: Path, games: tuple[str, ...], runs: list[Run], *, n_steps: int, gamma: float
+        self, path: Path, games: tuple[str, ...], runs: list[Run], *, n_steps: int, gamma: float, part: Part
     ) -> None:
         self._path = path
         self.games = games
         """Names of the games; ``game_id`` indexes them."""
         self.n_steps = n_steps
         self.gamma = gamma
+        self.part = part
+        """Which transitions of the runs this storage shows."""
         self._runs = runs
         self._discounts = gamma ** np.arange(n_steps)
-        self._index_episodes()
-        context = reader_context()
-        self._reader = WindowReader(
-            [run.open_frames(context=context) for run in runs], [run.num_frames for run in runs], window=STACK + 1
-        )
-        self._reader_pid = os.getpid()
-        super().__init__(max_size=int(self.game_offsets[-1]))
+        self._episodes = EpisodeIndex(games, runs, n_steps=n_steps, part=part)
+        self._reader = FrameReader(runs)
+        super().__init__(max_size=len(self._episodes))
 
-    def _index_episodes(self) -> None:
-        """Joins the episode tables of all runs: some 40 bytes an episode, nothing a transition."""
-        tables = [run.episodes for run in self._runs]
-        num_episodes = np.array([len(table) for table in tables])
-
-        def join(columns: list[np.ndarray], dtype: type) -> np.ndarray:
-            return np.concatenate([np.asarray(column, dtype) for column in columns])
-
-        self._episode_run = np.repeat(np.arange(len(tables), dtype=np.int32), num_episodes)
-        self._first_frame = join([table["first_frame"] for table in tables], np.int64)
-        self._first_step = join([run.first_steps() for run in self._runs], np.int64)
-        self._num_steps = join([table["num_steps"] for table in tables], np.int64)
-        self._terminated = join([table["terminated"] for table in tables], np.bool_)
-        self._has_final_frame = join([table["has_final_frame"] for table in tables], np.bool_)
-        # A window that reaches the end of an episode needs the final frame, unless the episode terminated there.
-        end_usable = self._terminated | self._has_final_frame
-        sampleable = np.where(end_usable, self._num_steps, np.maximum(self._num_steps - self.n_steps, 0))
-        self._episode_end = np.cumsum(sampleable)  # Index one past the last transition of each episode.
-        self._sampleable = sampleable
-        self.num_unsampleable = int(self._num_steps.sum() - sampleable.sum())
-        """Stored steps that cannot be sampled because the frame they would bootstrap from was never recorded."""
-        run_game = np.array([self.games.index(run.game) for run in self._runs])
-        per_game = np.bincount(run_game[self._episode_run], weights=sampleable, minlength=len(self.games))
-        self._run_game = run_game
-        self.game_offsets = np.concatenate([[0], np.cumsum(per_game.astype(np.int64))])
+    @property
+    def game_offsets(self) -> np.ndarray:
         """int64 ``[G + 1]``: game ``g`` has the indices ``game_offsets[g]`` to ``game_offsets[g + 1] - 1``."""
+        return self._episodes.game_offsets
+
+    @property
+    def num_unsampleable(self) -> int:
+        """Stored steps that cannot be sampled because the frame they would bootstrap from was never recorded."""
+        return self._episodes.num_unsampleable
 
     def __len__(self) -> int:
-        return int(self.game_offsets[-1])
+        return len(self._episodes)
 
     @property
     def path(self) -> Path:
@@ -159,22 +152,17 @@ class AtariFrameStorage(Storage):
         return self._read(array.astype(np.int64))
 
     def _read(self, index: np.ndarray) -> TensorDict:
-        if os.getpid() != self._reader_pid:
-            raise RuntimeError(
-                "AtariFrameStorage was inherited through fork, which its reader threads do not survive: "
-                "start workers with the 'spawn' method"
-            )
         if index.size and not (index.min() >= 0 and index.max() < len(self)):
             wrong = index[(index < 0) | (index >= len(self))][0]
             raise IndexError(f"index must lie in 0..{len(self) - 1}, got {wrong}")
-        episode = np.searchsorted(self._episode_end, index, side="right")
-        step = index - (self._episode_end[episode] - self._sampleable[episode])
-        run = self._episode_run[episode]
-        left = self._num_steps[episode] - step
+        episodes = self._episodes
+        episode, step = episodes.locate(index)
+        run = episodes.run[episode]
+        left = episodes.num_steps[episode] - step
         span = np.minimum(self.n_steps, left)
         at_end = left <= self.n_steps
-        terminated = at_end & self._terminated[episode]
-        action, reward = self._read_scalars(run, self._first_step[episode] + step, span)
+        terminated = at_end & episodes.terminated[episode]
+        action, reward = self._read_scalars(run, episodes.first_step[episode] + step, span)
         observation, next_observation = self._read_stacks(episode, step, span)
         next_ = {
             "observation": next_observation,
@@ -186,7 +174,7 @@ class AtariFrameStorage(Storage):
         source = {
             "observation": observation,
             "action": torch.from_numpy(action),
-            "game_id": torch.from_numpy(self._run_game[run]),
+            "game_id": torch.from_numpy(episodes.run_game[run]),
             "steps_to_next_obs": torch.from_numpy(span).unsqueeze(-1),
             "next": TensorDict(next_, batch_size=[len(index)]),
         }
@@ -211,20 +199,17 @@ class AtariFrameStorage(Storage):
         if not len(step):
             empty = torch.zeros(0, STACK, 84, 84, dtype=torch.uint8)
             return empty, empty
-        run, first = self._episode_run[episode], self._first_frame[episode]
-        stop = first + self._num_steps[episode] + self._has_final_frame[episode]
+        run, first = self._episodes.run[episode], self._episodes.first_frame[episode]
+        stop = self._episodes.stop_frame[episode]
         start = first + step - (STACK - 1)
         if self.n_steps == 1:
             frames = torch.from_numpy(self._reader.read(run, start, first, stop, length=STACK + 1))
             return frames[:, :STACK], frames[:, 1:]
-        windows = self._reader.read(
-            np.concatenate([run, run]),
-            np.concatenate([start, start + span]),
-            np.concatenate([first, first]),
-            np.concatenate([stop, stop]),
-            length=STACK,
-        )
-        return torch.from_numpy(windows).chunk(2)
+        # Both stacks of a transition side by side: they often lie in the same chunk, which is then decoded once.
+        run, first, stop = (np.repeat(array, 2) for array in (run, first, stop))
+        starts = np.stack([start, start + span], axis=1).ravel()
+        frames = torch.from_numpy(self._reader.read(run, starts, first, stop, length=STACK))
+        return frames[::2], frames[1::2]
 
     def fingerprint(self) -> str:
         """SHA-256 of the manifests behind this storage: the same transitions at the same indices."""
@@ -245,7 +230,7 @@ class AtariFrameStorage(Storage):
 
     def state_dict(self) -> dict[str, Any]:
         """What identifies the data; the data itself stays in the store."""
-        return {"fingerprint": self.fingerprint(), "num_transitions": len(self)}
+        return {"fingerprint": self.fingerprint(), "num_transitions": len(self), **asdict(self.part)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Checks that this storage holds the same data.
@@ -254,8 +239,10 @@ class AtariFrameStorage(Storage):
             ValueError: if it does not, so that a resumed run would see other batches.
         """
         for key, own in self.state_dict().items():
-            if state_dict[key] != own:
-                raise ValueError(f"{self._path} is not the data of the checkpoint: {key} {own} != {state_dict[key]}")
+            if state_dict.get(key) != own:
+                raise ValueError(
+                    f"{self._path} is not the data of the checkpoint: {key} {own} != {state_dict.get(key)}"
+                )
 
     def dumps(self, path: str | os.PathLike[str]) -> None:
         """Writes :meth:`state_dict` as JSON into the folder ``path``."""
@@ -280,14 +267,13 @@ class AtariFrameStorage(Storage):
             "path": self._path,
             "games": self.games,
             "manifests": manifests,
-            "n_steps": self.n_steps,
-            "gamma": self.gamma,
+            "options": {"n_steps": self.n_steps, "gamma": self.gamma, "part": self.part},
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         manifests: list[Manifest] = state["manifests"]
         runs = [Run(state["path"] / manifest.game / manifest.run, manifest) for manifest in manifests]
-        self._init_from_runs(state["path"], state["games"], runs, n_steps=state["n_steps"], gamma=state["gamma"])
+        self._init_from_runs(state["path"], state["games"], runs, **state["options"])
 
     def __repr__(self) -> str:
         return f"AtariFrameStorage({str(self._path)!r}, games={list(self.games)}, num_transitions={len(self)})"

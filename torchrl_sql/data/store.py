@@ -62,9 +62,9 @@ class FrameStore:
         cls,
         path: str | os.PathLike[str],
         *,
-        chunk_frames: int = 16,
-        shard_frames: int = 16384,
-        zstd_level: int = 3,
+        chunk_frames: int = 24,
+        shard_frames: int = 15360,
+        zstd_level: int = 5,
         exist_ok: bool = False,
     ) -> FrameStore:
         """Creates an empty store.
