@@ -89,10 +89,11 @@ def _introduction(config: RunConfig) -> list[str]:
         "the games, and then played them. A second network of the same encoder was trained on the same data, for as "
         "many gradient steps, by behavioural cloning (BC).",
         "The data was made for this run by deliberately weak policies: a simple script for each game, followed at "
-        "only some steps and mixed with noise (the mixture is stated under Data). No policy in the data is close to a good "
-        "one, but good decisions are in it: the setting in which the paper claims that offline Q-learning can end above "
-        "its data. How well cloning does depends on the noise: where the scripted action is the most frequent one in "
-        "every state, greedy cloning recovers the script. Where it does as well as Q-learning, the findings say so.",
+        "only some steps and mixed with noise (the mixture is stated under Data). No policy in the data is close to a "
+        "good one, but good decisions are in it: the setting in which the paper claims that offline Q-learning can end "
+        "above its data. How well cloning does depends on the noise: where the scripted action is the most frequent "
+        "one in every state, greedy cloning recovers the script. Where it does as well as Q-learning, the findings "
+        "say so.",
         f"A quickstart is small: {config.collection.num_agent_steps_per_game:,} transitions a game, a small ResNet, "
         f"{config.trainer.num_gradient_steps:,} gradient steps of batch {config.data.batch_size}. Its scores are not "
         "comparable with the paper's.",
