@@ -39,12 +39,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from torchrl_sql.training.run import Interrupted
 
     try:
-        args.run(args)
+        args.run_command(args)
     except (KeyboardInterrupt, Interrupted) as interruption:
         message = str(interruption) or "stopped; the same command continues where it was"
         print(f"\n{message}", file=sys.stderr)
         return 130
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError, ImportError) as error:
         print(f"torchrl-sql {args.command}: {error}", file=sys.stderr)
         return 1
     return 0
@@ -65,18 +65,18 @@ def _parser() -> argparse.ArgumentParser:
     quickstart.add_argument("--seed", type=int, default=0, help="of data, training and evaluation (default: 0)")
     quickstart.add_argument("--fresh", action="store_true", help="start over instead of continuing")
     quickstart.add_argument("overrides", nargs="*", metavar="key=value", help=OVERRIDES_HELP)
-    quickstart.set_defaults(run=_quickstart)
+    quickstart.set_defaults(run_command=_quickstart)
 
     collect = commands.add_parser(
         "collect", help="make a store of emulator data with behaviour policies", description=_collect.__doc__
     )
     collect.add_argument("overrides", nargs="+", metavar="key=value", help=OVERRIDES_HELP)
-    collect.set_defaults(run=_collect)
+    collect.set_defaults(run_command=_collect)
 
     train = commands.add_parser("train", help="train a network offline, from a store", description=_train.__doc__)
     train.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
     train.add_argument("overrides", nargs="*", metavar="key=value", help=OVERRIDES_HELP)
-    train.set_defaults(run=_train)
+    train.set_defaults(run_command=_train)
 
     evaluate = commands.add_parser(
         "evaluate", help="play a trained network in the emulator", description=_evaluate.__doc__
@@ -88,16 +88,30 @@ def _parser() -> argparse.ArgumentParser:
         "--scores", type=Path, help="CSV to add episodes to (default: scores.csv in the run's folder)"
     )
     evaluate.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. evaluation.num_episodes_per_game=16")
-    evaluate.set_defaults(run=_evaluate)
+    evaluate.set_defaults(run_command=_evaluate)
 
     report = commands.add_parser("report", help="write one HTML page about evaluated runs", description=_report.__doc__)
     report.add_argument("runs", nargs="+", type=Path, help="folders that hold scores.csv; same-named runs are seeds")
     report.add_argument("--out", type=Path, help="the page (default: report.html in the first folder)")
-    report.set_defaults(run=_report)
+    report.set_defaults(run_command=_report)
+
+    importer = commands.add_parser("import", help="read a data set of others into a store", description=_import.__doc__)
+    importer.add_argument("format", choices=("dqn-replay", "torchrl-memmap", "minari"), help="what SOURCE is")
+    importer.add_argument("source", metavar="SOURCE", help="its folder (dqn-replay: or a URL, with fsspec installed)")
+    importer.add_argument("--out", type=Path, required=True, help="the store; made if absent")
+    importer.add_argument("--games", help="e.g. train40, or names separated by commas (minari: one name, if unclear)")
+    importer.add_argument("--run", help="dqn-replay, torchrl-memmap: 1 to 5 (default: 1); minari: name in the store")
+    importer.add_argument("--checkpoints", help="e.g. 0-9, the paper's sub-optimal set (default for dqn-replay)")
+    importer.add_argument("--workers", type=int, default=1, help="processes, each on one game at a time (default: 1)")
+    importer.set_defaults(run_command=_import)
+
+    verify = commands.add_parser("verify", help="compare every checksum of a store", description=_verify.__doc__)
+    verify.add_argument("store", type=Path, help="folder of the store")
+    verify.set_defaults(run_command=_verify)
 
     inspect = commands.add_parser("inspect", help="show what a store holds", description=_inspect.__doc__)
     inspect.add_argument("store", type=Path, help="folder of the store")
-    inspect.set_defaults(run=_inspect)
+    inspect.set_defaults(run_command=_inspect)
     return parser
 
 
@@ -171,6 +185,46 @@ def _report(args: argparse.Namespace) -> None:
 def _inspect(args: argparse.Namespace) -> None:
     """Shows transitions, episodes, returns, actions and bytes of each game in a store."""
     _print_store(args.store)
+
+
+def _import(args: argparse.Namespace) -> None:
+    """Reads DQN-Replay, TorchRL's AtariDQNExperienceReplay folders or a Minari data set into a store. The same command
+    continues an import that was stopped.
+    """
+    from torchrl_sql.data import importers
+
+    if args.format == "minari":
+        summaries = importers.import_minari(args.source, args.out, game=args.games, run=args.run, progress=True)
+    else:
+        if args.games is None:
+            raise ValueError("--games must be given, e.g. --games train40")
+        read = importers.import_dqn_replay if args.format == "dqn-replay" else importers.import_torchrl_memmap
+        given = {} if args.checkpoints is None else {"checkpoints": args.checkpoints}
+        run = int(args.run or 1)
+        summaries = read(args.source, args.out, games=args.games, run=run, workers=args.workers, progress=True, **given)
+    print(importers.summary_table(summaries))
+
+
+def _verify(args: argparse.Namespace) -> None:
+    """Reads a whole store once, compares every checksum and names each damaged part."""
+    from tqdm import tqdm
+
+    from torchrl_sql.data import FrameStore
+    from torchrl_sql.data.verify import verify
+
+    store = FrameStore.open(args.store)
+    with tqdm(desc="verify", unit="file", dynamic_ncols=True) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        damages = list(verify(store, progress=progress))
+    for damage in damages:
+        print(damage)
+    if damages:
+        raise ValueError(f"{len(damages)} damaged parts in {args.store}")
+    print(f"{args.store} is intact")
 
 
 def _print_store(path: Path) -> None:
