@@ -82,12 +82,19 @@ def breakout_frame(*, ball: int | None, paddle: int) -> np.ndarray:
     return frame
 
 
-def test_breakout_skill_follows_the_ball_and_serves():
+def test_breakout_skill_follows_the_ball():
     skill = SKILLS["Breakout"]
     assert skill(breakout_frame(ball=60, paddle=20)) == RIGHT
     assert skill(breakout_frame(ball=10, paddle=40)) == LEFT
     assert skill(breakout_frame(ball=24, paddle=20)) == NOOP
-    assert skill(breakout_frame(ball=None, paddle=20)) == FIRE
+    assert skill(breakout_frame(ball=None, paddle=20)) == NOOP
+
+
+def test_every_breakout_policy_serves_when_no_ball_is_in_play():
+    for seed in range(3):
+        _, act = SkillMixture("Breakout", MIXTURES["mix"]).start_episode(np.random.default_rng(seed))
+        assert all(act(breakout_frame(ball=None, paddle=20)) == FIRE for _ in range(50))
+        assert len({act(breakout_frame(ball=40, paddle=39)) for _ in range(300)}) > 1
 
 
 def actions_of(component: Component, *, game="Freeway", num_steps=4000, seed=0) -> np.ndarray:

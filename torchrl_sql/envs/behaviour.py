@@ -23,6 +23,10 @@ Skill = Callable[[np.ndarray], int]
 """A script: newest frame, uint8 ``[84, 84]`` -> action in 0..17."""
 
 
+_BREAKOUT_AIR = np.s_[38:75, 5:79]
+"""Between bricks, paddle and walls."""
+
+
 def _toward(
     target: float, position: float, *, below: int, there: int = NOOP, above: int, dead_zone: float = 1.5
 ) -> int:
@@ -32,12 +36,17 @@ def _toward(
 
 
 def _breakout(frame: np.ndarray) -> int:
-    """Moves the paddle under the ball; serves when no ball is seen below the bricks."""
-    _, ball = np.nonzero(frame[38:75, 5:79])
+    """Moves the paddle under the ball."""
+    _, ball = np.nonzero(frame[_BREAKOUT_AIR])
     (paddle,) = np.nonzero(frame[76, 5:79])
-    if len(ball) == 0:
-        return FIRE
-    return _toward(ball.mean(), paddle.mean(), below=LEFT, above=RIGHT) if len(paddle) else NOOP
+    if len(ball) == 0 or len(paddle) == 0:
+        return NOOP
+    return _toward(ball.mean(), paddle.mean(), below=LEFT, above=RIGHT)
+
+
+def _breakout_serve(frame: np.ndarray) -> int | None:
+    """Fires when no ball is seen below the bricks: the game stands still until the player serves."""
+    return None if frame[_BREAKOUT_AIR].any() else FIRE
 
 
 def _freeway(frame: np.ndarray) -> int:
@@ -90,6 +99,9 @@ SKILLS: dict[str, Skill] = {
     "Enduro": _enduro,
 }
 """The games that have a scripted skill."""
+
+REFLEXES: dict[str, Callable[[np.ndarray], int | None]] = {"Breakout": _breakout_serve}
+"""What every policy of a game does, however weak: newest frame -> action, or None where it does not apply."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,6 +183,7 @@ class SkillMixture:
         if game not in SKILLS:
             raise ValueError(f"game must have a scripted skill ({', '.join(SKILLS)}), got {game!r}")
         self._skill = SKILLS[game]
+        self._reflex = REFLEXES.get(game, lambda frame: None)
         self._legal = np.array(GAMES[game].minimal_actions)
         self._components = tuple(components)
         self.component_names = tuple(component.name for component in components)
@@ -202,6 +215,9 @@ class SkillMixture:
         def act(frame: np.ndarray) -> int:
             nonlocal last_action
             repeat, follow, draw = rng.random(3)
+            forced = self._reflex(frame)
+            if forced is not None:
+                return forced
             if repeat >= repeat_probability:
                 if follow < skill_probability:
                     last_action = self._skill(frame)
