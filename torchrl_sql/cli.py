@@ -193,16 +193,24 @@ def _import(args: argparse.Namespace) -> None:
     """
     from torchrl_sql.data import importers
 
-    if args.format == "minari":
-        summaries = importers.import_minari(args.source, args.out, game=args.games, run=args.run, progress=True)
-    else:
-        if args.games is None:
-            raise ValueError("--games must be given, e.g. --games train40")
-        read = importers.import_dqn_replay if args.format == "dqn-replay" else importers.import_torchrl_memmap
-        given = {} if args.checkpoints is None else {"checkpoints": args.checkpoints}
-        run = int(args.run or 1)
-        summaries = read(args.source, args.out, games=args.games, run=run, workers=args.workers, progress=True, **given)
-    print(importers.summary_table(summaries))
+    failed: importers.ImportFailedError | None = None
+    try:
+        if args.format == "minari":
+            summaries = importers.import_minari(args.source, args.out, game=args.games, run=args.run, progress=True)
+        else:
+            if args.games is None:
+                raise ValueError("--games must be given, e.g. --games train40")
+            read = importers.import_dqn_replay if args.format == "dqn-replay" else importers.import_torchrl_memmap
+            settings = {"games": args.games, "run": int(args.run or 1), "workers": args.workers, "progress": True}
+            if args.checkpoints is not None:
+                settings["checkpoints"] = args.checkpoints
+            summaries = read(args.source, args.out, **settings)
+    except importers.ImportFailedError as error:
+        failed, summaries = error, list(error.summaries)
+    if summaries:
+        print(importers.summary_table(summaries))
+    if failed is not None:
+        raise ValueError(failed)
 
 
 def _verify(args: argparse.Namespace) -> None:
