@@ -24,8 +24,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from torchrl_sql.data.frames import FRAME_SHAPE, reader_context
+from torchrl_sql.data.frames import FRAME_SHAPE
 from torchrl_sql.data.run import VERSION, Run, fingerprint, json_field, read_json, write_atomically
+from torchrl_sql.data.shards import FrameReader
 from torchrl_sql.data.writer import RunWriter
 from torchrl_sql.games import resolve_games
 
@@ -192,15 +193,16 @@ class FrameStore:
             float32 ``[84, 84]`` in 0..255.
         """
         runs = self.runs_of(game)
-        ends = np.cumsum([run.num_frames for run in runs])
+        reader = FrameReader(runs)
+        num_frames = np.array([run.num_frames for run in runs])
+        ends = np.cumsum(num_frames)
         drawn = np.sort(np.random.default_rng(seed).integers(0, ends[-1], num_samples))
+        run = np.searchsorted(ends, drawn, side="right")
+        row = drawn - (ends - num_frames)[run]
         total = np.zeros(FRAME_SHAPE, np.int64)
-        context = reader_context()
-        for run, end in zip(runs, ends.tolist(), strict=True):
-            rows = drawn[(drawn >= end - run.num_frames) & (drawn < end)] - (end - run.num_frames)
-            frames = run.open_frames(context=context)
-            for some in np.array_split(rows, range(512, rows.size, 512)):
-                total += frames[some].read().result().sum(0, dtype=np.int64)
+        for some in np.array_split(np.arange(num_samples), range(512, num_samples, 512)):
+            frames = reader.read(run[some], row[some], row[some], row[some] + 1, length=1)
+            total += frames.sum((0, 1), dtype=np.int64)
         return (total / num_samples).astype(np.float32)
 
     def fingerprint(self, games: Sequence[str] | None = None) -> str:

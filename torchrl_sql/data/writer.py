@@ -7,7 +7,7 @@ import json
 import os
 import zlib
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -15,6 +15,7 @@ from typing import Any, BinaryIO, Literal
 
 import numpy as np
 import numpy.typing as npt
+import tensorstore as ts
 
 from torchrl_sql.data.frames import FRAME_SHAPE, create_frame_array, open_frame_array
 from torchrl_sql.data.run import EPISODE_DTYPE, MEMBERS, Manifest, Run, write_atomically
@@ -94,8 +95,12 @@ class RunWriter:
         self._num_frames = self._manifest.num_frames
         self._num_steps = self._manifest.num_steps
         self._num_episodes = self._manifest.num_episodes
-        self._pending = [tail] if len(tail) else []  # Frames from row self._num_flushed on: less than a shard.
+        self._shard = np.zeros((shard_frames, *FRAME_SHAPE), np.uint8)  # Frames from row self._num_flushed on.
+        self._shard[: len(tail)] = tail
+        self._num_held = len(tail)
         self._num_flushed = self._num_frames - len(tail)
+        self._other_shard = np.zeros((shard_frames, *FRAME_SHAPE), np.uint8)  # What self._writing, if any, is writing.
+        self._writing: ts.WriteFutures | None = None
         self._state: Literal["open", "failed", "closed"] = "open"
 
     @property
@@ -167,12 +172,10 @@ class RunWriter:
             self._append("actions", actions.astype(np.uint8))
             self._append("rewards", rewards.astype("<f4"))
             self._append("episodes", episode)
-            self._pending.append(frames.copy())
+            self._hold(frames)
             self._num_frames += len(frames)
             self._num_steps += num_steps
             self._num_episodes += 1
-            if self._num_frames - self._num_flushed >= self._shard_frames:
-                self._write_full_shards()
 
     def commit(self, *, metadata: Mapping[str, Any] | None = None) -> None:
         """Publishes everything added so far, atomically; all or nothing of it survives a crash.
@@ -207,6 +210,8 @@ class RunWriter:
                 self.commit()
         finally:
             self._state = "closed"
+            with suppress(ValueError, OSError):  # Of a writer that failed or does not commit: nobody needs it.
+                self._finish_write()
             self._open.close()
 
     def __enter__(self) -> RunWriter:
@@ -258,28 +263,40 @@ class RunWriter:
             self._array = self._array.resize(exclusive_max=[end, *FRAME_SHAPE]).result()
         return tail
 
-    def _write_full_shards(self) -> None:
-        frames = np.concatenate(self._pending)
-        rest = len(frames) % self._shard_frames
-        for first in range(0, len(frames) - rest, self._shard_frames):
-            self._write_shard(frames[first : first + self._shard_frames])
-            self._num_flushed += self._shard_frames
-        self._pending = [frames[len(frames) - rest :].copy()] if rest else []
+    def _hold(self, frames: np.ndarray) -> None:
+        """Copies frames into the shard in memory; a full one is written while the next one fills."""
+        while len(frames):
+            part = frames[: self._shard_frames - self._num_held]
+            self._shard[self._num_held : self._num_held + len(part)] = part
+            self._num_held += len(part)
+            frames = frames[len(part) :]
+            if self._num_held == self._shard_frames:
+                self._finish_write()
+                self._write_shard()
+                self._shard, self._other_shard = self._other_shard, self._shard
+                self._num_flushed += self._shard_frames
+                self._num_held = 0
 
     def _write_tail(self) -> None:
-        if self._pending:
-            tail = np.concatenate(self._pending)
-            self._pending = [tail]
-            padded = np.zeros((self._shard_frames, *FRAME_SHAPE), np.uint8)
-            padded[: len(tail)] = tail
-            self._write_shard(padded)
+        self._finish_write()
+        if self._num_held:
+            self._shard[self._num_held :] = 0
+            self._write_shard()
+            self._finish_write()
         self._set_rows(self._num_frames)
 
-    def _write_shard(self, frames: np.ndarray) -> None:
-        """Writes one whole shard: the file is replaced in one rename and never depends on what was there."""
+    def _write_shard(self) -> None:
+        """Starts to write the whole shard: the file is replaced in one rename and never depends on what was there."""
         end = self._num_flushed + self._shard_frames
         self._set_rows(end)
-        self._array[self._num_flushed : end].write(frames).result()
+        # Without a copy: nobody touches this memory before the write is finished, or reads it through TensorStore.
+        rows = self._array[self._num_flushed : end]
+        self._writing = rows.write(self._shard, can_reference_source_data_indefinitely=True)
+
+    def _finish_write(self) -> None:
+        if self._writing is not None:
+            writing, self._writing = self._writing, None
+            writing.result()
 
     def _set_rows(self, rows: int) -> None:
         if self._array.shape[0] != rows:
