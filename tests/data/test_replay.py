@@ -8,7 +8,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torchrl.envs.transforms import RewardScaling, ToTensorImage
 
-from torchrl_sql.data import AtariFrameStorage, GameMixtureSampler, OfflineAtariReplay
+from torchrl_sql.data import (
+    AtariFrameStorage,
+    GameMixtureSampler,
+    GameMixtureSamplerWithoutReplacement,
+    OfflineAtariReplay,
+)
 
 
 def indices(replay: OfflineAtariReplay, num_batches: int) -> list[list[int]]:
@@ -36,6 +41,18 @@ def test_three_lines(two_games):
 def test_iterates(two_games, expected):
     replay = OfflineAtariReplay(two_games, batch_size=12, seed=4)
     assert [batch["index"].tolist() for batch, _ in zip(replay, range(3), strict=False)] == expected[:3]
+
+
+def test_options_reach_storage_and_sampler(two_games):
+    options = {"n_steps": 2, "gamma": 0.5, "first_fraction": 0.5, "every_kth_episode": 2, "transitions_per_game": 9}
+    mixture = {"mixture": [1.0, 2.0], "temperature": 2.0, "seed": 3}
+    for replacement, sampler_class in ((True, GameMixtureSampler), (False, GameMixtureSamplerWithoutReplacement)):
+        replay = OfflineAtariReplay(two_games, batch_size=12, replacement=replacement, **options, **mixture)
+        storage, sampler = AtariFrameStorage(two_games, **options), sampler_class(**mixture)
+        batch = replay.sample()
+        assert batch["index"].tolist() == sampler.indices(storage, 12, 0).tolist()
+        assert (batch.exclude("index") == storage.get(batch["index"])).all()
+        assert len(replay) == 18
 
 
 @pytest.mark.parametrize("prefetch", [0, 1, 4])

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from torchrl_sql.data import GameMixtureSampler
+from torchrl_sql.data import GameMixtureSampler, GameMixtureSamplerWithoutReplacement
 from torchrl_sql.data.sampler import _choose, _scale_bits
 
 
@@ -43,6 +43,7 @@ def test_scaling_is_exact(bits, size):
 
 
 PINNED = [1479, 1479, 234, 1206, 733, 1351]
+PINNED_ORDER = [375, 1340, 933, 1238, 1019, 434]
 
 
 def test_stream_is_pinned():
@@ -85,6 +86,22 @@ def test_mixtures(mixture, expected):
     assert (found[np.array(expected) == 0] == 0).all()
 
 
+@pytest.mark.parametrize(
+    ("mixture", "temperature", "expected"),
+    [
+        ("transitions", 2.0, [1 / 6, 2 / 6, 3 / 6]),
+        ("transitions", float("inf"), [1 / 3, 1 / 3, 1 / 3]),
+        ("games", 5.0, [1 / 3, 1 / 3, 1 / 3]),
+        ([1, 0, 3], 0.5, [0.1, 0, 0.9]),
+    ],
+)
+@pytest.mark.parametrize("sampler_class", [GameMixtureSampler, GameMixtureSamplerWithoutReplacement])
+def test_temperature(sampler_class, mixture, temperature, expected):
+    storage = fake_storage(100, 400, 900)
+    found = shares(sampler_class(mixture=mixture, temperature=temperature, seed=5), storage)
+    np.testing.assert_allclose(found, expected, atol=0.005)
+
+
 def test_uniform_within_a_game():
     index = GameMixtureSampler(seed=2).indices(fake_storage(50, 8), 400_000, 9).numpy()
     counts = np.bincount(index[index >= 50] - 50, minlength=8)
@@ -107,6 +124,30 @@ def test_cost_does_not_grow_with_the_store():
     assert seconds(large) < 3 * seconds(small)
 
 
+def test_order_without_replacement_is_pinned():
+    """As for the other stream."""
+    sampler = GameMixtureSamplerWithoutReplacement(seed=7)
+    assert sampler.indices(fake_storage(1000, 500), 6, 3).tolist() == PINNED_ORDER
+
+
+def test_without_replacement_by_hand():
+    """Two games in turn: of 5 transitions the first, of 2 the second."""
+    storage, sampler = fake_storage(5, 2), GameMixtureSamplerWithoutReplacement(seed=1)
+    draws = torch.cat([sampler.sample(storage, 4)[0] for _ in range(5)]).tolist()
+    first, second = [i for i in draws if i < 5], [i for i in draws if i >= 5]
+    assert len(first) in (10, 11) and sorted(first[:5]) == sorted(first[5:10]) == [0, 1, 2, 3, 4]
+    assert all(sorted(second[i : i + 2]) == [5, 6] for i in range(0, len(second) - 1, 2))
+    assert sampler.state_dict() == {"step": 5}
+
+
+def test_share_too_small_without_replacement():
+    sampler = GameMixtureSamplerWithoutReplacement(mixture=[1.0, 1e-7])
+    with pytest.raises(
+        ValueError, match=r"game 1 has a share of 1\.0e-07 in the mixture, too small without replacement"
+    ):
+        sampler.sample(fake_storage(5, 5), 4)
+
+
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
@@ -114,6 +155,8 @@ def test_cost_does_not_grow_with_the_store():
         ({"mixture": [1, -1]}, "weights must be finite, >= 0"),
         ({"mixture": [0, 0]}, "not all 0"),
         ({"mixture": [1, float("nan")]}, "finite"),
+        ({"temperature": 0.0}, "temperature must be > 0, got 0.0"),
+        ({"temperature": float("nan")}, "temperature must be > 0"),
         ({"seed": -1}, "seed must lie in"),
         ({"seed": 2**64}, "seed must lie in"),
         ({"rank": 2, "world_size": 2}, "rank must lie in 0..world_size-1, got rank 2 of world_size 2"),
@@ -141,13 +184,16 @@ def test_bad_calls():
 sizes = st.lists(st.integers(1, 2**31), min_size=1, max_size=6)
 
 
+samplers = st.sampled_from([GameMixtureSampler, GameMixtureSamplerWithoutReplacement])
+
+
 @settings(deadline=None)
-@given(sizes, st.integers(0, 2**64 - 1), st.integers(0, 2**40), st.sampled_from([1, 2, 3, 4, 6]))
-def test_union_of_ranks_is_the_global_batch(sizes, seed, step, world_size):
+@given(samplers, sizes, st.integers(0, 2**64 - 1), st.integers(0, 2**40), st.sampled_from([1, 2, 3, 4, 6]))
+def test_union_of_ranks_is_the_global_batch(sampler_class, sizes, seed, step, world_size):
     storage = fake_storage(*sizes)
-    whole = GameMixtureSampler(seed=seed).indices(storage, 12, step)
+    whole = sampler_class(seed=seed).indices(storage, 12, step)
     parts = [
-        GameMixtureSampler(seed=seed, rank=rank, world_size=world_size).indices(storage, 12, step)
+        sampler_class(seed=seed, rank=rank, world_size=world_size).indices(storage, 12, step)
         for rank in range(world_size)
     ]
     assert torch.cat(parts).tolist() == whole.tolist()
@@ -155,10 +201,10 @@ def test_union_of_ranks_is_the_global_batch(sizes, seed, step, world_size):
 
 
 @settings(deadline=None)
-@given(st.integers(0, 2**64 - 1), st.integers(0, 20), st.integers(1, 20))
-def test_resume_equals_uninterrupted(seed, before, after):
+@given(samplers, st.integers(0, 2**64 - 1), st.integers(0, 20), st.integers(1, 20))
+def test_resume_equals_uninterrupted(sampler_class, seed, before, after):
     storage = fake_storage(1000, 2000)
-    straight, resumed = GameMixtureSampler(seed=seed), GameMixtureSampler(seed=seed)
+    straight, resumed = sampler_class(seed=seed), sampler_class(seed=seed)
     for _ in range(before):
         straight.sample(storage, 8)
     resumed.load_state_dict(straight.state_dict())
@@ -167,9 +213,30 @@ def test_resume_equals_uninterrupted(seed, before, after):
 
 
 @settings(deadline=None)
-@given(st.integers(0, 2**64 - 1), st.integers(0, 2**40))
-def test_steps_and_seeds_differ(seed, step):
+@given(samplers, st.integers(0, 2**64 - 1), st.integers(0, 2**40))
+def test_steps_and_seeds_differ(sampler_class, seed, step):
     storage = fake_storage(2**31)
-    batch = GameMixtureSampler(seed=seed).indices(storage, 16, step)
-    assert not set(batch.tolist()) & set(GameMixtureSampler(seed=seed).indices(storage, 16, step + 1).tolist())
-    assert batch.tolist() != GameMixtureSampler(seed=seed ^ 1).indices(storage, 16, step).tolist()
+    batch = sampler_class(seed=seed).indices(storage, 16, step)
+    assert not set(batch.tolist()) & set(sampler_class(seed=seed).indices(storage, 16, step + 1).tolist())
+    assert batch.tolist() != sampler_class(seed=seed ^ 1).indices(storage, 16, step).tolist()
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.integers(1, 40), min_size=1, max_size=4),
+    st.sampled_from(["games", "transitions", "weights"]),
+    st.integers(0, 2**64 - 1),
+    st.integers(1, 50),
+    st.integers(1, 12),
+)
+def test_every_transition_once_before_any_comes_again(sizes, mixture, seed, num_steps, batch_size):
+    """After any number of draws, the counts within a game differ by one at most."""
+    storage = fake_storage(*sizes)
+    weights = [1.0 + game for game in range(len(sizes))] if mixture == "weights" else mixture
+    sampler = GameMixtureSamplerWithoutReplacement(mixture=weights, seed=seed)
+    index = torch.cat([sampler.indices(storage, batch_size, step) for step in range(num_steps)])
+    counts = np.bincount(index.numpy(), minlength=sum(sizes))
+    for first, stop in zip(storage.game_offsets[:-1], storage.game_offsets[1:], strict=True):
+        assert np.ptp(counts[first:stop]) <= 1
+    if mixture == "transitions":
+        assert np.ptp(counts) <= 1

@@ -82,6 +82,43 @@ def test_episode_cut_without_its_final_frame(store, lab):
     assert (len(ten), ten.num_unsampleable) == (4, 4)
 
 
+def newest(storage: AtariFrameStorage) -> list[int]:
+    """Number of the newest frame of every transition, in order."""
+    return [tags(stack)[-1] for stack in storage[:]["observation"]]
+
+
+def test_parts_by_hand(store, lab):
+    """Run a: frames 0-3, 5-8, 10-13; run b: 100-104; each episode's last step is usable but for the second one's."""
+    shapes = [(4, True, False), (4, False, False), (4, True, False)]
+    lab.write(store, "Pong", lab.make_episodes(shapes), run="a")
+    lab.write(store, "Pong", lab.make_episodes([(5, True, False)], 100), run="b")
+
+    def part(**kwargs):
+        return newest(AtariFrameStorage(store, **kwargs))
+
+    assert part() == [0, 1, 2, 3, 5, 6, 7, 10, 11, 12, 13, 100, 101, 102, 103, 104]
+    assert part(first_fraction=0.5) == [0, 1, 2, 3, 5, 6, 100, 101]  # 6 of 12 steps, 2 of 5.
+    assert part(every_kth_episode=2) == [0, 1, 2, 3, 10, 11, 12, 13, 100, 101, 102, 103, 104]
+    assert part(transitions_per_game=8) == [0, 1, 2, 3, 5, 6, 7, 10]
+    assert part(first_fraction=0.75, every_kth_episode=2, transitions_per_game=6) == [0, 1, 2, 3, 10, 100]
+    storage = AtariFrameStorage(store, first_fraction=0.5)
+    assert storage.num_unsampleable == 1  # Of the whole store, as without the restriction.
+    # A transition at the edge of the part still has its true successor.
+    assert tags(storage[5]["next", "observation"]) == [-1, 5, 6, 7]
+
+
+def test_parts_of_each_game(two_games):
+    storage = AtariFrameStorage(two_games, transitions_per_game=7)
+    assert storage.game_offsets.tolist() == [0, 7, 14]
+    assert newest(storage) == list(range(1000, 1007)) + list(range(7))
+    storage = AtariFrameStorage(two_games, every_kth_episode=2)
+    assert storage.game_offsets.tolist() == [0, 20, 60]  # Both runs of Breakout have one episode each.
+    copy = pickle.loads(pickle.dumps(storage))
+    assert newest(copy) == newest(storage) and copy.part == storage.part
+    with pytest.raises(ValueError, match="not the data of the checkpoint: num_transitions 14 != 60"):
+        AtariFrameStorage(two_games, transitions_per_game=7).load_state_dict(storage.state_dict())
+
+
 def test_batch_contract(two_games):
     for n_steps in (1, 3):
         batch = AtariFrameStorage(two_games, n_steps=n_steps).get(torch.tensor([0, 5, 79]))
@@ -152,6 +189,12 @@ def test_read_only(two_games):
         ({"n_steps": 0}, "n_steps must be an integer >= 1, got 0"),
         ({"n_steps": 2.0}, "n_steps must be an integer >= 1, got 2.0"),
         ({"gamma": 1.5}, "gamma must lie in"),
+        ({"first_fraction": 0.0}, r"first_fraction must lie in \(0, 1\], got 0.0"),
+        ({"first_fraction": 1.1}, "first_fraction must lie in"),
+        ({"every_kth_episode": 0}, "every_kth_episode must be an integer >= 1, got 0"),
+        ({"transitions_per_game": 0}, "transitions_per_game must be an integer >= 1, got 0"),
+        ({"transitions_per_game": 1e3}, "transitions_per_game must be an integer >= 1, got 1000.0"),
+        ({"transitions_per_game": 21}, "transitions_per_game must be at most the 20 that Breakout has here, got 21"),
         ({"games": "Seaquest"}, "game 'Seaquest' is not in the store .* which holds Breakout, Pong"),
         ({"games": ["Pong", "Brekout"]}, "did you mean Breakout"),
         ({"games": []}, "at least one game"),
@@ -272,3 +315,36 @@ def test_equals_the_reference(lab, data, chunk, chunks_per_shard, n_steps, gamma
         np.testing.assert_allclose(
             batch["next", "reward"][:, 0].numpy(), [x["reward"] for _, x in rows], rtol=1e-6, atol=1e-6
         )
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    data=st.data(),
+    n_steps=st.integers(1, 4),
+    first_fraction=st.floats(0.01, 1.0),
+    every_kth_episode=st.integers(1, 3),
+)
+def test_part_equals_the_reference(lab, data, n_steps, first_fraction, every_kth_episode):
+    """For any episodes: the transitions of the whole, in the same order, without those that the conditions exclude."""
+    episodes = [lab.make_episodes(data.draw(lab.shapes), 1000 * run) for run in range(2)]
+    with tempfile.TemporaryDirectory() as folder:
+        store = FrameStore.create(Path(folder) / "s", chunk_frames=4, shard_frames=8)
+        for run in range(2):
+            lab.write(store, "Pong", episodes[run], run=str(run))
+        expected = []
+        for run in range(2):
+            limit = round(first_fraction * sum(len(e.actions) for e in episodes[run]))
+            before = 0
+            for number, episode in enumerate(episodes[run]):
+                steps = list(lab.reference([episode], n_steps, 1.0))
+                if number % every_kth_episode == 0:
+                    expected += [x["observation"] for t, x in enumerate(steps) if before + t < limit]
+                before += len(episode.actions)
+        options = {"n_steps": n_steps, "first_fraction": first_fraction, "every_kth_episode": every_kth_episode}
+        storage = AtariFrameStorage(store, **options)
+        assert len(storage) == len(expected)
+        if expected:
+            np.testing.assert_array_equal(storage[:]["observation"].numpy(), np.stack(expected))
+            count = data.draw(st.integers(1, len(expected)))
+            few = AtariFrameStorage(store, transitions_per_game=count, **options)
+            np.testing.assert_array_equal(few[:]["observation"].numpy(), np.stack(expected[:count]))

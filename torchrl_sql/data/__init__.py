@@ -2,9 +2,17 @@
 
 from torchrl_sql.data.replay import OfflineAtariReplay
 from torchrl_sql.data.run import Run
-from torchrl_sql.data.sampler import GameMixtureSampler
+from torchrl_sql.data.sampler import GameMixtureSampler, GameMixtureSamplerWithoutReplacement
 from torchrl_sql.data.storage import AtariFrameStorage
 from torchrl_sql.data.store import FrameStore
 from torchrl_sql.data.writer import RunWriter
 
-__all__ = ["AtariFrameStorage", "FrameStore", "GameMixtureSampler", "OfflineAtariReplay", "Run", "RunWriter"]
+__all__ = [
+    "AtariFrameStorage",
+    "FrameStore",
+    "GameMixtureSampler",
+    "GameMixtureSamplerWithoutReplacement",
+    "OfflineAtariReplay",
+    "Run",
+    "RunWriter",
+]

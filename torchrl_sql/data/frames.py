@@ -15,10 +15,6 @@ import tensorstore as ts
 FRAME_SHAPE = (84, 84)
 """Height and width of a frame in pixels; every source this package reads uses it."""
 
-_CACHE_BYTES = 64 << 20
-"""Decoded chunks and shard indices kept by a reader. Without a pool TensorStore re-reads the shard index for each
-chunk, which costs a factor of two."""
-
 
 def create_frame_array(path: Path, *, chunk_frames: int, shard_frames: int, zstd_level: int) -> ts.TensorStore:
     """Creates an empty frame array at ``path``, replacing what is there.
@@ -63,10 +59,8 @@ def create_frame_array(path: Path, *, chunk_frames: int, shard_frames: int, zstd
     return ts.open(spec, create=True).result()
 
 
-def open_frame_array(path: Path, *, context: ts.Context | None = None) -> ts.TensorStore:
+def open_frame_array(path: Path) -> ts.TensorStore:
     """Opens an existing frame array for reading and writing.
-
-    Metadata and shard indices are read once: committed rows never change, so they need no revalidation.
 
     Raises:
         FileNotFoundError: if there is no array.
@@ -78,18 +72,11 @@ def open_frame_array(path: Path, *, context: ts.Context | None = None) -> ts.Ten
         "driver": "zarr3",
         "kvstore": _kvstore(path),
         "store_data_equal_to_fill_value": True,  # Otherwise a lost file would read as black frames.
-        "recheck_cached_metadata": "open",
-        "recheck_cached_data": "open",
     }
-    array = ts.open(spec, open=True, context=context or ts.Context()).result()
+    array = ts.open(spec, open=True).result()
     if array.rank != 3 or array.shape[1:] != FRAME_SHAPE or array.dtype.name != "uint8":
         raise ValueError(f"{path} must be uint8 [N, 84, 84], got {array.dtype.name} {list(array.shape)}")
     return array
-
-
-def reader_context() -> ts.Context:
-    """A TensorStore context whose cache holds shard indices and recently decoded chunks."""
-    return ts.Context({"cache_pool": {"total_bytes_limit": _CACHE_BYTES}})
 
 
 @dataclass(frozen=True)

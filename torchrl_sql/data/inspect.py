@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from torchrl_sql.data.frames import FRAME_SHAPE
+from torchrl_sql.data.shards import FrameReader
 from torchrl_sql.data.store import FrameStore
 from torchrl_sql.games import ACTION_NAMES, NUM_ACTIONS
 
@@ -76,9 +77,7 @@ def summarise(store: FrameStore) -> Iterator[GameSummary]:
         yield GameSummary(
             game=game,
             num_transitions=sum(run.num_steps for run in runs),
-            num_unsampleable=int(
-                (~episodes["terminated"].astype(bool) & ~episodes["has_final_frame"].astype(bool)).sum()
-            ),
+            num_unsampleable=int((~episodes["terminated"] & ~episodes["has_final_frame"]).sum()),
             num_bytes=sum(_folder_bytes(run.path) for run in runs),
             returns=np.concatenate([run.episode_returns() for run in runs]),
             lengths=episodes["num_steps"].astype(np.int64),
@@ -118,6 +117,35 @@ def format_summaries(summaries: Sequence[GameSummary]) -> str:
     total = sum(s.num_transitions for s in summaries)
     lines.append(f"{len(summaries)} games, {total:,} transitions, {sum(s.num_bytes for s in summaries) / 1e6:,.1f} MB")
     return "\n".join(lines)
+
+
+def contact_sheet(store: FrameStore, game: str, *, num_columns: int = 12, num_rows: int = 8) -> np.ndarray:
+    """Frames of a game at equal distances through all its runs, in reading order.
+
+    Args:
+        store (FrameStore): where it is.
+        game (str): its name.
+
+    Keyword Args:
+        num_columns (int): frames side by side.
+        num_rows (int): frames above each other.
+
+    Returns:
+        uint8 ``[84 * num_rows, 84 * num_columns]``, for instance for ``PIL.Image.fromarray(sheet).save("sheet.png")``.
+
+    Raises:
+        ValueError: if the store holds none of the game.
+        DamagedFramesError: if a frame cannot be read.
+    """
+    runs = store.runs_of(game)
+    ends = np.cumsum([run.num_frames for run in runs])
+    position = np.arange(num_columns * num_rows) * ends[-1] // (num_columns * num_rows)
+    run = np.searchsorted(ends, position, side="right")
+    row = position - np.concatenate([[0], ends])[run]
+    frames = FrameReader(runs).read(run, row, row, row + 1, length=1)
+    height, width = FRAME_SHAPE
+    tiles = frames.reshape(num_rows, num_columns, height, width)
+    return tiles.transpose(0, 2, 1, 3).reshape(num_rows * height, num_columns * width)
 
 
 def _folder_bytes(folder: Path) -> int:

@@ -13,7 +13,7 @@ from tensordict import TensorDict
 from torchrl.data import TensorDictReplayBuffer
 from torchrl.data.replay_buffers.writers import ImmutableDatasetWriter
 
-from torchrl_sql.data.sampler import GameMixtureSampler
+from torchrl_sql.data.sampler import GameMixtureSampler, GameMixtureSamplerWithoutReplacement
 from torchrl_sql.data.storage import AtariFrameStorage
 from torchrl_sql.data.store import FrameStore
 
@@ -31,8 +31,9 @@ class OfflineAtariReplay(TensorDictReplayBuffer):
 
     Keyword Args:
         batch_size (int): transitions of the *global* batch; this rank gets ``batch_size / world_size`` of them.
-        games, n_steps, gamma: see :class:`AtariFrameStorage`.
-        mixture, seed, rank, world_size: see :class:`GameMixtureSampler`.
+        games, n_steps, gamma, first_fraction, every_kth_episode, transitions_per_game: see :class:`AtariFrameStorage`.
+        mixture, temperature, seed, rank, world_size: see :class:`GameMixtureSampler`.
+        replacement (bool): False for :class:`GameMixtureSamplerWithoutReplacement`.
         prefetch (int): batches read ahead, each in a thread of its own; 0 reads in the calling thread.
         pin_memory (bool): copy batches to page-locked memory, for asynchronous transfers to a GPU.
         transform (optional): as for TorchRL's buffers; runs in the calling thread, so that random ones reproduce.
@@ -53,7 +54,12 @@ class OfflineAtariReplay(TensorDictReplayBuffer):
         games: str | Sequence[str] | None = None,
         n_steps: int = 1,
         gamma: float = 0.99,
+        first_fraction: float = 1.0,
+        every_kth_episode: int = 1,
+        transitions_per_game: int | None = None,
         mixture: Literal["games", "transitions"] | Sequence[float] = "games",
+        temperature: float = 1.0,
+        replacement: bool = True,
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
@@ -69,8 +75,22 @@ class OfflineAtariReplay(TensorDictReplayBuffer):
         self._reads: deque[tuple[int, Future[TensorDict]]] = deque()
         self._readers: ThreadPoolExecutor | None = None
         super().__init__(
-            storage=AtariFrameStorage(store, games, n_steps=n_steps, gamma=gamma),
-            sampler=GameMixtureSampler(mixture=mixture, seed=seed, rank=rank, world_size=world_size),
+            storage=AtariFrameStorage(
+                store,
+                games,
+                n_steps=n_steps,
+                gamma=gamma,
+                first_fraction=first_fraction,
+                every_kth_episode=every_kth_episode,
+                transitions_per_game=transitions_per_game,
+            ),
+            sampler=(GameMixtureSampler if replacement else GameMixtureSamplerWithoutReplacement)(
+                mixture=mixture,
+                temperature=temperature,
+                seed=seed,
+                rank=rank,
+                world_size=world_size,
+            ),
             writer=ImmutableDatasetWriter(),
             batch_size=batch_size,
             pin_memory=pin_memory,

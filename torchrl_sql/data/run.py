@@ -149,13 +149,13 @@ class Run:
         """:data:`EPISODE_DTYPE` ``[num_episodes]``, memory-mapped."""
         return self._member("episodes")
 
-    def open_frames(self, *, context: ts.Context | None = None) -> ts.TensorStore:
+    def open_frames(self) -> ts.TensorStore:
         """Opens the frame array; only its first ``num_frames`` rows are committed.
 
         Raises:
             FileNotFoundError, ValueError: if the array is missing, malformed or shorter than the manifest says.
         """
-        array = open_frame_array(self.path / "frames", context=context)
+        array = open_frame_array(self.path / "frames")
         if array.shape[0] < self.num_frames:
             raise ValueError(
                 f"{self.path / 'frames'} must hold the {self.num_frames} committed frames, got {array.shape[0]}"

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torchrl.data.replay_buffers import Sampler, Storage
 
+from torchrl_sql.data.permutation import PATTERN_LENGTH, game_pattern, mix, permute
+
 
 class GameMixtureSampler(Sampler):
     """Draws each transition's game from a mixture, then a transition of that game uniformly, with replacement.
@@ -25,6 +27,8 @@ class GameMixtureSampler(Sampler):
     Keyword Args:
         mixture ("games", "transitions" or sequence of float): equal probability for each game, for each transition,
             or ``G`` given weights in the order of the storage's games (normalised to sum 1).
+        temperature (float): > 0; shares are raised to the power ``1 / temperature``. With ``"transitions"``, 1 keeps
+            them, larger values favour games with few transitions, and ``inf`` makes all games equal.
         seed (int): 0 to 2^64 - 1.
         rank (int): which slice of the global batch this process reads.
         world_size (int): number of slices.
@@ -37,6 +41,7 @@ class GameMixtureSampler(Sampler):
         self,
         *,
         mixture: Literal["games", "transitions"] | Sequence[float] = "games",
+        temperature: float = 1.0,
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
@@ -53,7 +58,10 @@ class GameMixtureSampler(Sampler):
             if weights.ndim != 1 or not np.all(np.isfinite(weights)) or (weights < 0).any() or not weights.sum() > 0:
                 raise ValueError(f"mixture weights must be finite, >= 0 and not all 0, got {mixture!r}")
             mixture = tuple(weights.tolist())
+        if not temperature > 0.0:
+            raise ValueError(f"temperature must be > 0, got {temperature!r}")
         self.mixture = mixture
+        self.temperature = float(temperature)
         self.seed = seed
         self.rank = rank
         self.world_size = world_size
@@ -79,13 +87,13 @@ class GameMixtureSampler(Sampler):
                 f"batch_size must be a positive multiple of world_size {self.world_size}, got {batch_size}"
             )
         share = batch_size // self.world_size
-        index = self._global_indices(storage, batch_size, step)
-        return torch.from_numpy(index[self.rank * share : (self.rank + 1) * share].copy())
-
-    def _global_indices(self, storage: Storage, batch_size: int, step: int) -> np.ndarray:
         offsets = getattr(storage, "game_offsets", None)
         if offsets is None:
-            raise TypeError(f"GameMixtureSampler needs a storage with game_offsets, got {type(storage).__name__}")
+            raise TypeError(f"{type(self).__name__} needs a storage with game_offsets, got {type(storage).__name__}")
+        index = self._global_indices(offsets, batch_size, step)
+        return torch.from_numpy(index[self.rank * share : (self.rank + 1) * share].copy())
+
+    def _global_indices(self, offsets: np.ndarray, batch_size: int, step: int) -> np.ndarray:
         sizes = np.diff(offsets)
         key, counter = np.array([self.seed, 0], np.uint64), np.array([0, 0, step, 0], np.uint64)
         bits = np.random.Philox(key=key, counter=counter).random_raw(2 * batch_size)
@@ -104,6 +112,9 @@ class GameMixtureSampler(Sampler):
         empty = (weights > 0) & (sizes == 0)
         if empty.any() or not weights.any():
             raise ValueError(f"game {int(empty.argmax())} of the storage has no sampleable transition")
+        if self.temperature != 1.0:
+            # Relative to the largest, so that no power overflows. 0 stays 0.
+            weights = np.where(weights > 0, (weights / weights.max()) ** (1.0 / self.temperature), 0.0)
         return weights
 
     def state_dict(self) -> dict[str, int]:
@@ -128,9 +139,37 @@ class GameMixtureSampler(Sampler):
 
     def __repr__(self) -> str:
         return (
-            f"GameMixtureSampler(mixture={self.mixture!r}, seed={self.seed}, rank={self.rank}, "
-            f"world_size={self.world_size}, step={self.step})"
+            f"{type(self).__name__}(mixture={self.mixture!r}, temperature={self.temperature}, seed={self.seed}, "
+            f"rank={self.rank}, world_size={self.world_size}, step={self.step})"
         )
+
+
+class GameMixtureSamplerWithoutReplacement(GameMixtureSampler):
+    """Goes through each game in random orders: none of its transitions comes twice before all have come once.
+
+    With ``mixture="transitions"`` and temperature 1 that holds for the storage as a whole. Takes the arguments of
+    :class:`GameMixtureSampler` and keeps its promises: the batch of step ``t`` follows from ``(seed, t)`` alone, and no
+    order is held in memory. Games take turns by a fixed pattern, so every batch has nearly the shares of the mixture,
+    and the long run has them to one part in 65,536. All batches must have the same size.
+    """
+
+    def _global_indices(self, offsets: np.ndarray, batch_size: int, step: int) -> np.ndarray:
+        weights = self._weights(np.diff(offsets))
+        if self.mixture == "transitions" and self.temperature == 1.0:
+            offsets, weights = offsets[[0, -1]], np.ones(1)
+        game_at, before, count = game_pattern(tuple(weights.tolist()))
+        if ((weights > 0) & (count == 0)).any():
+            game = int(((weights > 0) & (count == 0)).argmax())
+            share = weights[game] / weights.sum()
+            raise ValueError(f"game {game} has a share of {share:.1e} in the mixture, too small without replacement")
+        draw = np.uint64(step * batch_size) + np.arange(batch_size, dtype=np.uint64)
+        block, position = np.divmod(draw, np.uint64(PATTERN_LENGTH))
+        game = game_at[position]
+        # This is draw number `block * count + before` of its game.
+        size = np.diff(offsets).astype(np.uint64)[game]
+        epoch, position = np.divmod(block * count[game] + before[position], size)
+        key = mix(mix(mix(np.array([self.seed], np.uint64)) + game) + epoch)
+        return offsets[game] + permute(position, size, key).astype(np.int64)
 
 
 def _choose(bits: np.ndarray, weights: np.ndarray) -> np.ndarray:

@@ -13,9 +13,10 @@ from __future__ import annotations
 import os
 import resource
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 import google_crc32c
 import numpy as np
@@ -35,26 +36,16 @@ _MISSING = np.uint64(2**64 - 1)
 
 
 class DamagedFramesError(ValueError):
-    """Frames that were committed are missing, or are not what was written.
+    """Frames that were committed are missing, or are not what was written."""
 
-    Attributes:
-        path (Path): the file.
-        reason (str): what is wrong with it.
-        game, run (str): whose frames they are.
-        first_step, stop_step (int): transitions ``first_step..stop_step - 1`` of the run (its rows of actions and
-            rewards) are those whose newest frame is affected.
-    """
 
-    def __init__(self, run: Run, path: Path, reason: str, first_frame: int, stop_frame: int) -> None:
-        self.path = path
-        self.reason = reason
-        self.game = run.game
-        self.run = run.name
-        self.first_step, self.stop_step = run.steps_of_frames(first_frame, stop_frame)
-        super().__init__(
-            f"{path} is damaged: {reason}. It holds the frames of transitions {self.first_step} to "
-            f"{self.stop_step - 1} of {run.game}, run {run.name}"
-        )
+class FrameDamage(NamedTuple):
+    """Frames ``first_frame..stop_frame - 1`` of a run that cannot be read, why, and the file they should be in."""
+
+    path: Path
+    reason: str
+    first_frame: int
+    stop_frame: int
 
 
 class Shard:
@@ -166,7 +157,10 @@ class FrameReader:
         group = np.arange(len(run)) // _WINDOWS_AT_ONCE
         keys, position = np.unique(group[:, None] * num_chunks + chunk, return_inverse=True)
         group_start = np.searchsorted(keys, np.arange(num_groups + 1) * num_chunks).tolist()
-        source = self._fetch((keys % num_chunks).tolist())
+        try:
+            source = self._fetch((keys % num_chunks).tolist())
+        except _BadChunks as error:
+            raise self._damaged_frames_error(error) from error.__cause__
         decoded_row = position.reshape(row.shape) * self._chunk_frames + row_in_chunk
 
         out = np.empty((len(run), length, *FRAME_SHAPE), np.uint8)
@@ -180,23 +174,22 @@ class FrameReader:
             out[outside] = 0
         return out
 
-    def check_shard(self, number: int) -> list[DamagedFramesError]:
-        """What is wrong with the committed chunks of one shard, in ``0..num_shards - 1``."""
-        run = int(np.searchsorted(self._first_shard, number, side="right")) - 1
+    def check_shard(self, number: int) -> Iterator[FrameDamage]:
+        """Reads all committed chunks of a shard, in ``0..num_shards - 1``; yields what is wrong with them."""
+        run = self._run_of_shard(number)
         begin = number * self._chunks_per_shard
         committed = -(-self._runs[run].num_frames // self._chunk_frames)
         end = min(begin + self._chunks_per_shard, int(self._first_shard[run]) * self._chunks_per_shard + committed)
-        found: list[DamagedFramesError] = []
         try:
-            self._shards.get(number) or self._load_shard(number)
-        except DamagedFramesError as error:
-            return [error]
+            self._load_shard(number)
+        except _BadChunks as error:
+            yield self._describe(error)[1]
+            return
         for chunk in range(begin, end):
             try:
                 self._fetch([chunk])
-            except DamagedFramesError as error:
-                found.append(error)
-        return found
+            except _BadChunks as error:
+                yield self._describe(error)[1]
 
     def _fetch(self, chunks: list[int]) -> list[memoryview]:
         """The compressed bytes of chunks, checked, without their CRC32C."""
@@ -214,10 +207,10 @@ class FrameReader:
             try:
                 data = os.pread(file.descriptor, size, offset)
             except OSError as error:
-                raise self._damaged(chunk, chunk + 1, f"cannot read it ({error})") from error
+                raise _BadChunks(chunk, chunk + 1, str(error)) from error
             if google_crc32c.value(data) != _CRC32C_RESIDUE:
                 reason = "the CRC32C does not match" if size else "it was never written"
-                raise self._damaged(chunk, chunk + 1, reason)
+                raise _BadChunks(chunk, chunk + 1, reason)
             found.append(memoryview(data)[:-4])
         return found
 
@@ -241,9 +234,9 @@ class FrameReader:
         try:
             shard = Shard(self._shard_path(number), self._chunks_per_shard)
         except FileNotFoundError as error:
-            raise self._damaged(begin, begin + self._chunks_per_shard, "the file is missing") from error
+            raise _BadChunks(begin, begin + self._chunks_per_shard, "the file is missing") from error
         except (OSError, ValueError) as error:
-            raise self._damaged(begin, begin + self._chunks_per_shard, str(error)) from error
+            raise _BadChunks(begin, begin + self._chunks_per_shard, str(error)) from error
         self._shards[number] = shard
         return shard
 
@@ -253,19 +246,37 @@ class FrameReader:
         file = self._files[number] = _OpenFile(self._shards[number].path)
         return file
 
+    def _run_of_shard(self, number: int) -> int:
+        return int(np.searchsorted(self._first_shard, number, side="right")) - 1
+
     def _shard_path(self, number: int) -> Path:
-        run = int(np.searchsorted(self._first_shard, number, side="right")) - 1
+        run = self._run_of_shard(number)
         return shard_path(self._runs[run].path / "frames", number - int(self._first_shard[run]))
 
-    def _damaged(self, begin: int, end: int, reason: str) -> DamagedFramesError:
-        """The error for chunks ``begin..end - 1`` of one shard, as numbered through."""
-        number, local = divmod(begin, self._chunks_per_shard)
-        run = int(np.searchsorted(self._first_shard, number, side="right")) - 1
-        first = (begin - int(self._first_shard[run]) * self._chunks_per_shard) * self._chunk_frames
-        stop = min(first + (end - begin) * self._chunk_frames, self._runs[run].num_frames)
-        if end == begin + 1:
-            reason = f"chunk {local}: {reason}"
-        return DamagedFramesError(self._runs[run], self._shard_path(number), reason, first, stop)
+    def _describe(self, error: _BadChunks) -> tuple[Run, FrameDamage]:
+        number, local = divmod(error.begin, self._chunks_per_shard)
+        index = self._run_of_shard(number)
+        run = self._runs[index]
+        first = (error.begin - int(self._first_shard[index]) * self._chunks_per_shard) * self._chunk_frames
+        stop = min(first + (error.end - error.begin) * self._chunk_frames, run.num_frames)
+        reason = f"chunk {local}: {error.reason}" if error.end == error.begin + 1 else error.reason
+        return run, FrameDamage(self._shard_path(number), reason, first, stop)
+
+    def _damaged_frames_error(self, error: _BadChunks) -> DamagedFramesError:
+        run, damage = self._describe(error)
+        first, stop = run.steps_of_frames(damage.first_frame, damage.stop_frame)
+        return DamagedFramesError(
+            f"{damage.path} is damaged: {damage.reason}. It holds the frames of transitions {first} to {stop - 1} of "
+            f"{run.game}, run {run.name!r}"
+        )
+
+
+class _BadChunks(Exception):
+    """Chunks ``begin..end - 1`` of one shard, as numbered through, cannot be read."""
+
+    def __init__(self, begin: int, end: int, reason: str) -> None:
+        super().__init__(begin, end, reason)
+        self.begin, self.end, self.reason = begin, end, reason
 
 
 class _OpenFile:

@@ -1,0 +1,187 @@
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+
+import google_crc32c
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from torchrl_sql.data import AtariFrameStorage, FrameStore, OfflineAtariReplay
+from torchrl_sql.data import shards as shards_module
+from torchrl_sql.data.frames import shard_path
+from torchrl_sql.data.shards import DamagedFramesError, FrameReader, Shard
+
+
+@pytest.fixture
+def pong(store, lab):
+    """Episodes of 5, 13 and 9 steps; frames 0-5, 6-18 and 19-28; chunks of 4 and shards of 8 frames."""
+    lab.write(store, "Pong", lab.make_episodes([(5, False, True), (13, True, False), (9, True, True)]))
+    return store.run("Pong")
+
+
+@given(st.binary(max_size=100))
+def test_residue(data):
+    crc = google_crc32c.value(data)
+    assert google_crc32c.value(data + crc.to_bytes(4, "little")) == shards_module._CRC32C_RESIDUE
+
+
+def test_windows_by_hand(pong):
+    """Two windows of an episode that starts at frame 6 and ends before 19, one sticking out on either side."""
+    run, start = np.array([0, 0]), np.array([4, 16])
+    frames = FrameReader([pong]).read(run, start, np.array([6, 6]), np.array([19, 19]), length=4)
+    stored = pong.open_frames().read().result()
+    expected = np.zeros((2, 4, 84, 84), np.uint8)
+    expected[0, 2:], expected[1, :3] = stored[6:8], stored[16:19]
+    np.testing.assert_array_equal(frames, expected)
+
+
+def test_steps_of_frames_by_hand(pong):
+    assert pong.steps_of_frames(0, 4) == (0, 4)
+    assert pong.steps_of_frames(4, 8) == (4, 7)  # Frame 5 is the final one of the first episode.
+    assert pong.steps_of_frames(5, 6) == (4, 5)
+    assert pong.steps_of_frames(28, 29) == (26, 27)
+
+
+def test_few_open_files(pong, monkeypatch):
+    monkeypatch.setattr(shards_module.resource, "getrlimit", lambda which: (2, 2))
+    reader = FrameReader([pong])
+    row = np.random.default_rng(0).integers(0, 29, 60)
+    for some in np.split(row, 6):
+        frames = reader.read(np.zeros_like(some), some, some, some + 1, length=1)
+        np.testing.assert_array_equal(frames[:, 0], pong.open_frames().read().result()[some])
+        assert len(reader._files) == 1
+
+
+def test_threads_side_by_side(two_games):
+    storage = AtariFrameStorage(two_games)
+    whole = storage[:]["observation"]
+    order = np.random.default_rng(0).integers(0, len(storage), (40, 50))
+    with ThreadPoolExecutor(4) as threads:
+        for index, batch in zip(order, threads.map(storage.get, order), strict=True):
+            assert (batch["observation"] == whole[index]).all()
+
+
+# Damage
+
+
+def break_byte(path, position):
+    with open(path, "r+b") as file:
+        file.seek(position)
+        byte = file.read(1)
+        file.seek(position)
+        file.write(bytes([byte[0] ^ 0x10]))
+
+
+def damage_index(path):
+    break_byte(path, os.path.getsize(path) - 30)
+
+
+def damage_second_chunk(path):
+    break_byte(path, Shard(path, 2).offset[1] + 20)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message", "transitions"),
+    [
+        (damage_second_chunk, "chunk 1: the CRC32C does not match", "11 to 14"),
+        (damage_index, "the CRC32C of its index does not match", "7 to 14"),
+        (os.unlink, "the file is missing", "7 to 14"),
+        (lambda path: os.truncate(path, 12), "its 12 bytes cannot end in an index of 36", "7 to 14"),
+        (lambda path: os.truncate(path, 200), "the CRC32C of its index does not match", "7 to 14"),
+    ],
+)
+def test_damage_met_in_training_is_named(pong, damage, message, transitions):
+    """The second shard: frames 8-15, of which 8-15 are steps 2-9 of the second episode, transitions 7-14."""
+    path = shard_path(pong.path / "frames", 1)
+    damage(path)
+    storage = AtariFrameStorage(pong.path.parent.parent)
+    assert (storage[:3]["action"].numpy() == pong.actions[:3]).all()
+    expected = rf"{path} is damaged: {message}\. It holds the frames of transitions {transitions} of Pong, run '0'"
+    for _ in range(2):  # Also when asked again.
+        with pytest.raises(DamagedFramesError, match=expected):
+            storage.get([0, 13, 2])
+    replay = OfflineAtariReplay(storage.path, batch_size=64, prefetch=2)
+    with pytest.raises(DamagedFramesError, match=expected):
+        replay.sample()
+    replay.shutdown()
+
+
+def test_chunk_that_was_never_written(pong):
+    """As other writers leave out chunks of zeros, and as a lost one would look."""
+    path = shard_path(pong.path / "frames", 0)
+    data = bytearray(path.read_bytes())
+    index = np.frombuffer(data, "<u8", 4, len(data) - 36)
+    index[:2] = 2**64 - 1
+    data[-4:] = google_crc32c.value(bytes(data[-36:-4])).to_bytes(4, "little")
+    path.write_bytes(data)
+    with pytest.raises(DamagedFramesError, match=r"chunk 0: it was never written\. It holds the .* transitions 0 to 3"):
+        AtariFrameStorage(pong.path.parent.parent)[2]
+
+
+def test_index_that_points_outside(pong):
+    path = shard_path(pong.path / "frames", 0)
+    data = bytearray(path.read_bytes())
+    np.frombuffer(data, "<u8", 4, len(data) - 36)[3] = 10**6
+    data[-4:] = google_crc32c.value(bytes(data[-36:-4])).to_bytes(4, "little")
+    path.write_bytes(data)
+    with pytest.raises(DamagedFramesError, match="its index points beyond byte"):
+        AtariFrameStorage(pong.path.parent.parent)[2]
+
+
+def test_disk_error_is_named(pong, monkeypatch):
+    storage = AtariFrameStorage(pong.path.parent.parent)
+
+    def fail(*args):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, "pread", fail)
+    with pytest.raises(
+        DamagedFramesError, match=r"chunk 0: \[Errno 5\] Input/output error.* transitions 0 to 3 of Pong"
+    ):
+        storage[0]
+
+
+def test_chunks_of_black_frames_are_stored(store):
+    """So that a lost file cannot pass for them."""
+    with store.writer("Pong", source="test") as writer:
+        writer.add_episode(np.zeros((20, 84, 84), np.uint8), [0] * 20, [0.0] * 20, True)
+    assert not AtariFrameStorage(store)[:]["observation"].any()
+    shutil.rmtree(store.run("Pong").path / "frames" / "c" / "1")
+    with pytest.raises(DamagedFramesError, match="the file is missing"):
+        AtariFrameStorage(store)[10]
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (("data_type",), "uint16", "must describe uint8 .* got uint16"),
+        (("shape",), [29, 84, 80], r"got uint8 \[29, 84, 80\]"),
+        (("codecs", 0, "configuration", "codecs", 1, "name"), "blosc", "'blosc'"),
+        (("codecs", 0, "configuration", "index_location"), "start", "the index at the start"),
+        (("codecs", 0, "configuration"), {}, "does not describe an array of frames: KeyError"),
+        (("codecs",), [], "does not describe an array of frames"),
+    ],
+)
+def test_other_layouts_are_refused(pong, path, value, message):
+    file = pong.path / "frames" / "zarr.json"
+    found = json.loads(file.read_text())
+    place = found
+    for key in path[:-1]:
+        place = place[key]
+    place[path[-1]] = value
+    file.write_text(json.dumps(found))
+    with pytest.raises(ValueError, match=message) as error:
+        FrameReader([pong])
+    assert str(file) in str(error.value)
+
+
+def test_runs_of_other_chunking_are_refused(tmp_path, pong, lab):
+    other = FrameStore.create(tmp_path / "other", chunk_frames=2, shard_frames=8)
+    lab.write(other, "Pong", lab.make_episodes([(5, True, False)]))
+    with pytest.raises(ValueError, match=r"must have \(chunks, shards\) of \(4, 8\) frames .* got \(2, 8\)"):
+        FrameReader([pong, other.run("Pong")])

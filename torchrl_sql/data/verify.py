@@ -1,0 +1,103 @@
+"""Every checksum of a store."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from torchrl_sql.data.run import MEMBERS, Run
+from torchrl_sql.data.shards import FrameReader
+from torchrl_sql.data.store import FrameStore
+
+_READ_BYTES = 16 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Damage:
+    """Something in a store that is not what was written.
+
+    Attributes:
+        game, run (str): names of the folders.
+        file (Path): the damaged or missing file.
+        reason (str): what is wrong with it; for frames, which chunk.
+        transitions (tuple of int, optional): first and last transition of the run (rows of its actions and rewards)
+            whose frames are affected; None: any may be.
+    """
+
+    game: str
+    run: str
+    file: Path
+    reason: str
+    transitions: tuple[int, int] | None = None
+
+    def __str__(self) -> str:
+        span = "all transitions" if self.transitions is None else "transitions {} to {}".format(*self.transitions)
+        return f"{self.game}, run {self.run!r}, {span}: {self.file}: {self.reason}"
+
+
+def verify(store: FrameStore, *, progress: Callable[[int, int], None] = lambda done, total: None) -> Iterator[Damage]:
+    """Reads a whole store once and compares every checksum; goes on after each damage.
+
+    Checked is what is committed: CRC32 of the flat files, shard indices, and CRC32C of every chunk of frames. What a
+    killed writer left behind the committed rows is not looked at.
+
+    Args:
+        store (FrameStore): what to check.
+
+    Keyword Args:
+        progress (callable): is given the number of files done and of all files, after each one.
+
+    Yields:
+        Damage, run by run; nothing if the store is intact.
+    """
+    folders = [file.parent for file in sorted(store.path.glob("*/*/manifest.json"))]
+    checks: list[Callable[[], Iterator[Damage]]] = []
+    for folder in folders:
+        try:
+            run = Run(folder)
+            checks += [_member_check(run, key) for key in MEMBERS]
+            reader = FrameReader([run])
+            checks += [_shard_check(run, reader, number) for number in range(reader.num_shards)]
+        except (OSError, ValueError) as error:
+            yield Damage(game=folder.parent.name, run=folder.name, file=folder, reason=str(error))
+    for number, check in enumerate(checks):
+        yield from check()
+        progress(number + 1, len(checks))
+
+
+def _member_check(run: Run, key: str) -> Callable[[], Iterator[Damage]]:
+    name, dtype, count_field = MEMBERS[key]
+    file, size = run.path / name, getattr(run.manifest, count_field) * dtype.itemsize
+
+    def check() -> Iterator[Damage]:
+        crc32, left = 0, size
+        try:
+            with file.open("rb") as stream:
+                while left and (data := stream.read(min(left, _READ_BYTES))):
+                    crc32 = zlib.crc32(data, crc32)
+                    left -= len(data)
+        except OSError as error:
+            yield Damage(game=run.game, run=run.name, file=file, reason=str(error))
+            return
+        if left:
+            reason = f"must hold {size} committed bytes, got {size - left}"
+            yield Damage(game=run.game, run=run.name, file=file, reason=reason)
+        elif crc32 != run.manifest.crc32.get(key):
+            yield Damage(game=run.game, run=run.name, file=file, reason="the CRC32 does not match the manifest")
+
+    return check
+
+
+def _shard_check(run: Run, reader: FrameReader, number: int) -> Callable[[], Iterator[Damage]]:
+    def check() -> Iterator[Damage]:
+        for path, reason, first_frame, stop_frame in reader.check_shard(number):
+            try:
+                first, stop = run.steps_of_frames(first_frame, stop_frame)
+                transitions = (first, stop - 1)
+            except (OSError, ValueError, IndexError):  # The episode table is damaged too.
+                transitions = None
+            yield Damage(game=run.game, run=run.name, file=path, reason=reason, transitions=transitions)
+
+    return check
