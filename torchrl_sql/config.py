@@ -23,10 +23,8 @@ class ConfigError(ValueError):
 
 @dataclass(kw_only=True)
 class CollectionConfig:
-    """How ``torchrl-sql collect`` makes a store of emulator data; null where the data comes from elsewhere."""
+    """How ``torchrl-sql collect`` makes a store with :data:`torchrl_sql.envs.WEAK_SKILLS`; null if it comes from elsewhere."""
 
-    mixture: str = MISSING
-    """Behaviour policies: a name of :data:`torchrl_sql.envs.MIXTURES`."""
     num_agent_steps_per_game: int = MISSING
     sticky_action_probability: float = MISSING
     max_env_frames_per_episode: int = MISSING

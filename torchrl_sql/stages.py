@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from torchrl_sql.config import ConfigError, EvaluationConfig, RunConfig
 from torchrl_sql.data import FrameStore
-from torchrl_sql.envs import MIXTURES, SkillMixture, collect
+from torchrl_sql.envs import WEAK_SKILLS, SkillMixture, collect
 from torchrl_sql.envs.behaviour import describe
 from torchrl_sql.evaluation.clips import to_gif
 from torchrl_sql.evaluation.episodes import Decoding
@@ -28,24 +28,20 @@ def collect_data(config: RunConfig) -> FrameStore:
     """Fills ``config.data.store`` as ``config.collection`` says; continues an interrupted collection.
 
     Raises:
-        ConfigError: if the configuration has no ``collection``, its mixture is unknown, or the store was collected in
+        ConfigError: if the configuration has no ``collection``, or the store was collected in
             another way.
     """
     collection = config.collection
     if collection is None:
         raise ConfigError(f"experiment {config.name!r} has no collection settings: its data comes from elsewhere")
-    if collection.mixture not in MIXTURES:
-        raise ConfigError(f"collection.mixture must be one of {', '.join(MIXTURES)}, got {collection.mixture!r}")
-    components = MIXTURES[collection.mixture]
     how = {
-        "mixture": collection.mixture,
         "seed": collection.seed,
         "sticky_action_probability": collection.sticky_action_probability,
         "max_env_frames_per_episode": collection.max_env_frames_per_episode,
     }
     store = FrameStore.create(config.data.store, exist_ok=True)
     for game in config.games:
-        policy = SkillMixture(game, components)
+        policy = SkillMixture(game)
         found = dict(store.run(game).manifest.metadata) if game in store.games else how
         if found != how:
             raise ConfigError(
@@ -53,7 +49,7 @@ def collect_data(config: RunConfig) -> FrameStore:
                 "data.store or delete it"
             )
         with store.writer(
-            game, source=describe(game, components), components=policy.component_names, metadata=how
+            game, source=describe(game, WEAK_SKILLS), components=policy.component_names, metadata=how
         ) as writer:
             bar = tqdm(
                 total=collection.num_agent_steps_per_game,

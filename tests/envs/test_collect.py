@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from torchrl_sql.data import AtariFrameStorage, FrameStore
-from torchrl_sql.envs import MIXTURES, SKILLS, AtariVector, Component, SkillMixture, collect
+from torchrl_sql.envs import SKILLS, WEAK_SKILLS, AtariVector, Component, SkillMixture, collect
 from torchrl_sql.envs.behaviour import FIRE, LEFT, NOOP, RIGHT, UP, describe
 from torchrl_sql.games import GAMES
 
@@ -12,7 +12,7 @@ from torchrl_sql.games import GAMES
 def make_store(path, *, num_steps, calls=1, game="Breakout", num_envs=3):
     """Collects in ``calls`` calls of growing targets, re-opening the writer each time."""
     store = FrameStore.create(path)
-    policy = SkillMixture(game, MIXTURES["mix"])
+    policy = SkillMixture(game)
     for call in range(1, calls + 1):
         with store.writer(game, source="test", components=policy.component_names) as writer:
             collect(
@@ -67,7 +67,7 @@ def test_stored_transitions_equal_what_the_policy_saw(tmp_path):
 def test_enough_steps_means_nothing_is_played(tmp_path):
     store = make_store(tmp_path / "store", num_steps=300)
     before = files(store.path)
-    policy = SkillMixture("Breakout", MIXTURES["mix"])
+    policy = SkillMixture("Breakout")
     with store.writer("Breakout", source="test", components=policy.component_names) as writer:
         collect(writer, policy, "Breakout", 300, seed=1)
     assert files(store.path) == before
@@ -92,7 +92,7 @@ def test_breakout_skill_follows_the_ball():
 
 def test_every_breakout_policy_serves_when_no_ball_is_in_play():
     for seed in range(3):
-        _, act = SkillMixture("Breakout", MIXTURES["mix"]).start_episode(np.random.default_rng(seed))
+        _, act = SkillMixture("Breakout").start_episode(np.random.default_rng(seed))
         assert all(act(breakout_frame(ball=None, paddle=20)) == FIRE for _ in range(50))
         assert len({act(breakout_frame(ball=40, paddle=39)) for _ in range(300)}) > 1
 
@@ -106,35 +106,33 @@ def actions_of(component: Component, *, game="Freeway", num_steps=4000, seed=0) 
 def test_noise_has_the_stated_frequencies():
     def component(**changes):
         return Component(
-            **{"name": "c", "weight": 1, "skill_probability": (0, 0), "noise": "uniform", "repeat_probability": (0, 0)}
-            | changes
+            **{"name": "c", "skill_probability": (0, 0), "noise": "uniform", "repeat_probability": (0, 0)} | changes
         )
 
     uniform = actions_of(component())
     assert set(uniform) == {0, 2, 5}
     np.testing.assert_allclose([(uniform == a).mean() for a in (0, 2, 5)], 1 / 3, atol=0.03)
-    idle = actions_of(component(noise="idle"))
-    np.testing.assert_allclose([(idle == a).mean() for a in (0, 2, 5)], [0.6 + 0.4 / 3, 0.4 / 3, 0.4 / 3], atol=0.03)
     skilled = actions_of(component(skill_probability=(0.7, 0.7)))
     assert (skilled == UP).mean() == pytest.approx(0.7 + 0.1, abs=0.03)
     repeated = actions_of(component(repeat_probability=(0.5, 0.5)))
     assert (repeated[1:] == repeated[:-1]).mean() == pytest.approx(0.5 + 0.5 / 3, abs=0.03)
 
 
-def test_components_have_their_weights():
-    policy = SkillMixture("Pong", MIXTURES["lazy"])
-    drawn = [policy.start_episode(np.random.default_rng(seed))[0] for seed in range(1500)]
-    assert np.mean(np.array(drawn) == 0) == pytest.approx(1 / 3, abs=0.04)
-    assert policy.component_names == ("skilled", "lazy")
+def test_components_are_equally_likely():
+    policy = SkillMixture("Assault")
+    drawn = np.array([policy.start_episode(np.random.default_rng(seed))[0] for seed in range(1500)])
+    np.testing.assert_allclose(np.bincount(drawn) / 1500, 1 / 3, atol=0.04)
+    assert policy.component_names == ("skilled", "weak", "random")
 
 
-def test_description_states_weights_and_ranges():
-    text = describe("Freeway", MIXTURES["lazy"])
-    assert text.startswith("The script: Walks up, whatever comes. 33%")
-    assert "33% of episodes (skilled): follows the game's script at 50% to 90% of the steps" in text
-    assert "67% of episodes (lazy)" in text and "NOOP in 60%" in text
+def test_description_states_script_reflex_and_ranges():
+    text = describe("Breakout", WEAK_SKILLS)
+    assert text.startswith("The script: Moves the paddle under the ball. Always: Fires when no ball is seen")
+    assert "33% of episodes (skilled): follows the script at 30% to 70% of the steps" in text
+    assert "(random): plays actions from a distribution" in text
+    assert "Always" not in describe("Freeway", WEAK_SKILLS)
 
 
 def test_a_game_without_skill_is_refused():
-    with pytest.raises(ValueError, match=r"scripted skill \(Breakout, Freeway, Pong\), got 'Qbert'"):
-        SkillMixture("Qbert", MIXTURES["mix"])
+    with pytest.raises(ValueError, match=r"scripted skill \(.*Freeway.*\), got 'Qbert'"):
+        SkillMixture("Qbert")

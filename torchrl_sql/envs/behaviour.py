@@ -59,21 +59,6 @@ def _assault(frame: np.ndarray) -> int:
     return UP
 
 
-def _enduro(frame: np.ndarray) -> int:
-    """Accelerates straight ahead, whatever comes."""
-    return FIRE
-
-
-def _pong(frame: np.ndarray) -> int:
-    """Moves the right paddle to the ball's height, lagging behind by the dead zone."""
-    court = frame[14:77]
-    ball = np.nonzero(court[:, 12:72] > 200)[0]
-    paddle = np.flatnonzero(court[:, 74] > 100)
-    if len(ball) == 0 or len(paddle) == 0:
-        return NOOP
-    return _toward(ball.mean(), paddle.mean(), below=RIGHT, above=LEFT)
-
-
 def _shoot_lowest(enemies: np.ndarray, ship: np.ndarray) -> int:
     """Moves under the lowest enemy, firing all the time."""
     rows, columns = np.nonzero(enemies)
@@ -93,10 +78,8 @@ def _space_invaders(frame: np.ndarray) -> int:
 SKILLS: dict[str, Skill] = {
     "Breakout": _breakout,
     "Freeway": _freeway,
-    "Pong": _pong,
     "SpaceInvaders": _space_invaders,
     "Assault": _assault,
-    "Enduro": _enduro,
 }
 """The games that have a scripted skill."""
 
@@ -110,62 +93,43 @@ class Component:
 
     Attributes:
         name (str): label kept with each episode.
-        weight (float): share of episodes, relative to the other components.
         skill_probability (tuple of float): range of the probability of following the script at a step; one value is
             drawn uniformly for each episode.
-        noise (str): the other actions: ``"uniform"`` over the game's legal actions; ``"biased"``, a distribution drawn
-            for each episode from a Dirichlet(0.5); ``"idle"``, NOOP in 60% of them and uniform otherwise.
+        noise (str): the other actions: ``"uniform"`` over the game's legal actions, or ``"biased"``, a distribution
+            drawn for each episode from a Dirichlet(0.5).
         repeat_probability (tuple of float): range of the probability of repeating the last action, drawn likewise.
     """
 
     name: str
-    weight: float
     skill_probability: tuple[float, float]
-    noise: Literal["uniform", "biased", "idle"]
-    repeat_probability: tuple[float, float]
+    noise: Literal["uniform", "biased"]
+    repeat_probability: tuple[float, float] = (0.0, 0.6)
 
 
-MIXTURES: dict[str, tuple[Component, ...]] = {
-    "mix": (
-        Component(
-            name="skilled", weight=1, skill_probability=(0.3, 0.7), noise="uniform", repeat_probability=(0.0, 0.6)
-        ),
-        Component(name="weak", weight=1, skill_probability=(0.0, 0.3), noise="uniform", repeat_probability=(0.0, 0.6)),
-        Component(name="random", weight=1, skill_probability=(0.0, 0.0), noise="biased", repeat_probability=(0.0, 0.6)),
-    ),
-    "norep": (
-        Component(
-            name="skilled", weight=1, skill_probability=(0.3, 0.7), noise="uniform", repeat_probability=(0.0, 0.0)
-        ),
-        Component(name="weak", weight=1, skill_probability=(0.0, 0.3), noise="uniform", repeat_probability=(0.0, 0.0)),
-        Component(name="random", weight=1, skill_probability=(0.0, 0.0), noise="biased", repeat_probability=(0.0, 0.6)),
-    ),
-    "lazy": (
-        Component(name="skilled", weight=1, skill_probability=(0.5, 0.9), noise="idle", repeat_probability=(0.0, 0.5)),
-        Component(name="lazy", weight=2, skill_probability=(0.0, 0.2), noise="idle", repeat_probability=(0.0, 0.5)),
-    ),
-}
+WEAK_SKILLS = (
+    Component(name="skilled", skill_probability=(0.3, 0.7), noise="uniform"),
+    Component(name="weak", skill_probability=(0.0, 0.3), noise="uniform"),
+    Component(name="random", skill_probability=(0.0, 0.0), noise="biased"),
+)
+"""A third of the episodes each: half skilled, hardly skilled, not skilled at all."""
 
 
 def describe(game: str, components: Sequence[Component]) -> str:
     """A game's script and mixture in words, for the record of a data set."""
-    total = sum(component.weight for component in components)
     noises = {
         "uniform": "actions uniform over the legal ones",
         "biased": "actions from a distribution over the legal ones drawn for each episode (Dirichlet 0.5)",
-        "idle": "NOOP in 60% of them and uniform legal actions otherwise",
     }
 
     def one(component: Component) -> str:
         low, high = component.skill_probability
-        skill = f"follows the game's script at {low:.0%} to {high:.0%} of the steps, else " if high > 0 else "plays "
+        skill = f"follows the script at {low:.0%} to {high:.0%} of the steps, else " if high > 0 else "plays "
         repeat = f"the last action is repeated with a probability of up to {component.repeat_probability[1]:.0%}"
-        return (
-            f"{component.weight / total:.0%} of episodes ({component.name}): {skill}{noises[component.noise]}; {repeat}"
-        )
+        return f"{1 / len(components):.0%} of episodes ({component.name}): {skill}{noises[component.noise]}; {repeat}."
 
     script = inspect.cleandoc(SKILLS[game].__doc__ or "")
-    return f"The script: {script} " + ". ".join(one(component) for component in components) + "."
+    reflex = f"Always: {inspect.cleandoc(REFLEXES[game].__doc__ or '')}" if game in REFLEXES else ""
+    return " ".join([f"The script: {script}", *([reflex] if reflex else []), *map(one, components)])
 
 
 class SkillMixture:
@@ -173,13 +137,13 @@ class SkillMixture:
 
     Args:
         game (str): a game of :data:`SKILLS`.
-        components (sequence of Component): the mixture, e.g. ``MIXTURES["mix"]``.
+        components (sequence of Component): kinds of episodes, equally likely.
 
     Raises:
         ValueError: if the game has no scripted skill.
     """
 
-    def __init__(self, game: str, components: Sequence[Component]):
+    def __init__(self, game: str, components: Sequence[Component] = WEAK_SKILLS):
         if game not in SKILLS:
             raise ValueError(f"game must have a scripted skill ({', '.join(SKILLS)}), got {game!r}")
         self._skill = SKILLS[game]
@@ -197,8 +161,7 @@ class SkillMixture:
         Returns:
             The component's index, and the episode's policy: newest frame uint8 ``[84, 84]`` -> action in 0..17.
         """
-        weights = np.array([component.weight for component in self._components], dtype=np.float64)
-        index = int(rng.choice(len(weights), p=weights / weights.sum()))
+        index = int(rng.integers(len(self._components)))
         component = self._components[index]
         skill_probability = rng.uniform(*component.skill_probability)
         repeat_probability = rng.uniform(*component.repeat_probability)
@@ -207,8 +170,6 @@ class SkillMixture:
             noise = rng.dirichlet(np.full(num_actions, 0.5))
         else:
             noise = np.full(num_actions, 1.0 / num_actions)
-            if component.noise == "idle":
-                noise = 0.4 * noise + 0.6 * (self._legal == NOOP)
         thresholds = noise.cumsum()
         last_action = NOOP
 
