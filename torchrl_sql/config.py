@@ -23,7 +23,7 @@ class ConfigError(ValueError):
 
 @dataclass(kw_only=True)
 class CollectionConfig:
-    """How ``torchrl-sql collect`` makes a store with :data:`torchrl_sql.envs.WEAK_SKILLS`; null if it comes from elsewhere."""
+    """How ``torchrl-sql collect`` makes a store with weak skills; null where the data comes from elsewhere."""
 
     num_agent_steps_per_game: int = MISSING
     sticky_action_probability: float = MISSING

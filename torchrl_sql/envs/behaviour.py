@@ -59,27 +59,22 @@ def _assault(frame: np.ndarray) -> int:
     return UP
 
 
-def _shoot_lowest(enemies: np.ndarray, ship: np.ndarray) -> int:
-    """Moves under the lowest enemy, firing all the time."""
-    rows, columns = np.nonzero(enemies)
-    ship_columns = np.nonzero(ship)[1]
-    if len(rows) == 0 or len(ship_columns) == 0:
+def _space_invaders(frame: np.ndarray) -> int:
+    """Fires all the time from under the lowest invader, through the shields if need be."""
+    rows, columns = np.nonzero(frame[12:60] > 60)
+    ship = np.nonzero(frame[75:78] > 60)[1]
+    if len(rows) == 0 or len(ship) == 0:
         return FIRE
     lowest = columns[rows >= rows.max() - 2]
-    nearest = lowest[np.abs(lowest - ship_columns.mean()).argmin()]
-    return _toward(float(nearest), ship_columns.mean(), below=LEFTFIRE, there=FIRE, above=RIGHTFIRE)
-
-
-def _space_invaders(frame: np.ndarray) -> int:
-    """Fires from under the lowest invader, through the shields if need be."""
-    return _shoot_lowest(frame[12:60] > 60, frame[75:78] > 60)
+    nearest = lowest[np.abs(lowest - ship.mean()).argmin()]
+    return _toward(float(nearest), ship.mean(), below=LEFTFIRE, there=FIRE, above=RIGHTFIRE)
 
 
 SKILLS: dict[str, Skill] = {
     "Breakout": _breakout,
     "Freeway": _freeway,
-    "SpaceInvaders": _space_invaders,
     "Assault": _assault,
+    "SpaceInvaders": _space_invaders,
 }
 """The games that have a scripted skill."""
 
