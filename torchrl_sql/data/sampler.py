@@ -158,10 +158,12 @@ class GameMixtureSamplerWithoutReplacement(GameMixtureSampler):
         if self.mixture == "transitions" and self.temperature == 1.0:
             offsets, weights = offsets[[0, -1]], np.ones(1)
         game_at, before, count = game_pattern(tuple(weights.tolist()))
-        if ((weights > 0) & (count == 0)).any():
-            game = int(((weights > 0) & (count == 0)).argmax())
-            share = weights[game] / weights.sum()
-            raise ValueError(f"game {game} has a share of {share:.1e} in the mixture, too small without replacement")
+        never_drawn = (weights > 0) & (count == 0)
+        if never_drawn.any():
+            share = weights[never_drawn][0] / weights.sum()
+            raise ValueError(
+                f"game {never_drawn.argmax()} has a share of {share:.1e} in the mixture, too small without replacement"
+            )
         draw = np.uint64(step * batch_size) + np.arange(batch_size, dtype=np.uint64)
         block, position = np.divmod(draw, np.uint64(PATTERN_LENGTH))
         game = game_at[position]
