@@ -142,6 +142,8 @@ class RunConfig:
     run_dir: str = MISSING
     """Folder of checkpoints, logs and reports."""
     seed: int = MISSING
+    num_threads: int | None = MISSING
+    """CPU threads of torch in training and evaluation; null for torch's own choice."""
     collection: CollectionConfig | None = None
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -254,6 +256,7 @@ def check(config: RunConfig) -> None:
         config.games  # noqa: B018 - resolving is the check
     except (ValueError, TypeError) as error:
         raise ConfigError(f"data.games: {error}") from None
+    require(config.num_threads is None or config.num_threads >= 1, "num_threads", "at least 1, or null")
     objective, model, optim, trainer = config.objective, config.model, config.optim, config.trainer
     require(config.data.mixture in ("games", "transitions"), "data.mixture", "games or transitions")
     for key in ("data.batch_size", "data.n_steps", "trainer.num_gradient_steps", "evaluation.num_episodes_per_game"):

@@ -18,7 +18,7 @@ from torchrl_sql.evaluation.episodes import Decoding
 from torchrl_sql.evaluation.evaluate import evaluate
 from torchrl_sql.evaluation.rollout import ActorPolicy, constant_policy
 from torchrl_sql.games import ACTION_NAMES, GAMES
-from torchrl_sql.training import load_actor
+from torchrl_sql.training.build import load_actor, set_num_threads
 
 CONSTANT_AGENT = "constant_"
 """Prefix of the names of agents that always take one action, e.g. ``constant_UP``."""
@@ -98,6 +98,7 @@ def evaluate_checkpoint(
         ValueError: if the network does not know a game.
     """
     actor, config, gradient_step = load_actor(path)
+    set_num_threads(config)
     distributional = isinstance(actor, DistributionalQValueActor)
     games = config.games if games is None else games
     recording = clips is not None and not all((clips / f"{game}.gif").is_file() for game in games)

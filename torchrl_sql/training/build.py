@@ -21,6 +21,12 @@ from torchrl_sql.training.trainer import Trainer
 FRAME_SHAPE = (84, 84)
 
 
+def set_num_threads(config: RunConfig) -> None:
+    """Applies ``config.num_threads`` to this process."""
+    if config.num_threads is not None:
+        torch.set_num_threads(config.num_threads)
+
+
 def resolve_device(name: str) -> torch.device:
     """``auto`` is CUDA where there is one, else the CPU."""
     if name == "auto":
@@ -29,7 +35,11 @@ def resolve_device(name: str) -> torch.device:
 
 
 def build_actor(
-    model: ModelConfig, games: tuple[str, ...], *, store: FrameStore | None = None
+    model: ModelConfig,
+    games: tuple[str, ...],
+    *,
+    store: FrameStore | None = None,
+    memory_format: torch.memory_format = torch.contiguous_format,
 ) -> DistributionalQValueActor | QValueActor:
     """The Q-network.
 
@@ -40,6 +50,7 @@ def build_actor(
     Keyword Args:
         store (FrameStore, optional): where the mean frames of ``center_input`` come from. Without one they are zeros,
             to be loaded with the weights.
+        memory_format (torch.memory_format): layout of the convolutions.
     """
     input_mean = None
     if model.center_input and store is not None:
@@ -58,7 +69,7 @@ def build_actor(
         logit_scale=model.logit_scale,
         value_prior_std=model.value_prior_std,
         input_mean=input_mean,
-        memory_format=torch.channels_last,
+        memory_format=memory_format,
     )
 
 
@@ -94,6 +105,7 @@ def build_trainer(config: RunConfig) -> Trainer:
     Raises:
         ValueError, FileNotFoundError: if the store does not hold the games asked for.
     """
+    set_num_threads(config)
     torch.manual_seed(config.seed)
     device = resolve_device(config.trainer.device)
     store = FrameStore.open(config.data.store)
@@ -108,7 +120,9 @@ def build_trainer(config: RunConfig) -> Trainer:
         prefetch=config.data.prefetch,
         pin_memory=device.type == "cuda",
     )
-    actor = build_actor(config.model, config.games, store=store)
+    # What is faster where: on the CPU plain layout, by some 20% (benchmarks/update_step.py).
+    memory_format = torch.channels_last if device.type == "cuda" else torch.contiguous_format
+    actor = build_actor(config.model, config.games, store=store, memory_format=memory_format)
     loss = build_loss(config, actor).to(device)
     optim = config.optim
     optimizer = torch.optim.Adam(loss.parameters(), lr=optim.learning_rate, eps=optim.eps, fused=True)
