@@ -16,6 +16,7 @@ from torchrl_sql.training.checkpoint import list_checkpoints
 TINY = [
     "collection.num_agent_steps_per_game=400",
     "collection.max_env_frames_per_episode=600",
+    "data.games=[Breakout,Freeway]",
     "data.batch_size=8",
     "trainer.num_gradient_steps=6",
     "trainer.log_interval_gradient_steps=3",
@@ -73,15 +74,19 @@ def test_quickstart_again_only_writes_the_report_again(quickstart, capsys):
 def test_quickstart_of_other_settings_is_refused_and_fresh_starts_over(quickstart, tmp_path, capsys):
     assert main(["quickstart", "--out", str(quickstart), "--seed", "4", *TINY]) == 1
     assert "holds Breakout collected with" in capsys.readouterr().err
-    (tmp_path / "store").mkdir()
     (tmp_path / "mine.txt").write_text("keep")
-    assert main(["quickstart", "--out", str(tmp_path), "--fresh", "data.games=[Breakout]", *TINY]) == 0
-    assert (tmp_path / "mine.txt").read_text() == "keep"
+    (tmp_path / "bc").mkdir()
+    (tmp_path / "bc" / "mine.txt").write_text("keep, for no quickstart was here")
+    assert main(["quickstart", "--out", str(tmp_path), "--fresh", *TINY, "data.games=[Breakout]"]) == 0
+    assert (tmp_path / "mine.txt").read_text() == "keep" and (tmp_path / "bc" / "mine.txt").is_file()
+    before = contents(tmp_path)
+    assert main(["quickstart", "--out", str(tmp_path), "--fresh", *TINY, "objective.alhpa=1"]) == 1
+    assert contents(tmp_path) == before
 
 
 def test_collect_train_evaluate_report_inspect(tmp_path, capsys):
     store, run = tmp_path / "store", tmp_path / "run"
-    common = ["experiment=quickstart", f"data.store={store}", "data.games=[Freeway]", *TINY]
+    common = ["experiment=quickstart", *TINY, f"data.store={store}", "data.games=[Freeway]"]
     assert main(["collect", *common]) == 0
     assert main(["inspect", str(store)]) == 0
     out = capsys.readouterr().out
@@ -108,7 +113,9 @@ def test_train_prints_its_configuration(capsys):
     ("arguments", "message"),
     [
         (["train", "experiment=quickstart", "objective.alhpa=1"], "Key 'alhpa' not in 'ObjectiveConfig'"),
-        (["train", "experiment=quickstart", "data.store=/nowhere"], "/nowhere"),
+        (["train", "experiment=quickstart", "data.store=/nowhere", "run_dir=/nowhere"], "/nowhere"),
+        (["train", "experiment=quickstart", "data.games=[Breakout"], "data.games=[Breakout"),
+        (["quickstart", "run_dir=x"], "the quickstart decides run_dir itself"),
         (["collect", "experiment=scaled_ql_resnet34", "data.store=x"], "no collection settings"),
         (["evaluate", "/nowhere"], "/nowhere must be a checkpoint or the folder of a trained run"),
         (["report", "/nowhere"], "/nowhere must hold scores.csv"),

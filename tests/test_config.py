@@ -1,8 +1,12 @@
 from __future__ import annotations
 
+from typing import get_args
+
 import pytest
 
 from torchrl_sql.config import (
+    ENCODERS,
+    POOLINGS,
     ConfigError,
     compose_run_config,
     list_experiments,
@@ -11,6 +15,7 @@ from torchrl_sql.config import (
 )
 from torchrl_sql.games import TRAIN_40
 from torchrl_sql.modules import make_q_actor
+from torchrl_sql.modules.q_network import Encoder, Pooling
 
 
 def test_the_experiments_are_the_published_ones_and_the_quickstart():
@@ -64,6 +69,11 @@ def test_every_objective_composes(objective):
         (["experiment=quickstart", "trainer.log_interval_gradient_steps=7"], "must be a multiple of .*=7, got 1000"),
         (["experiment=quickstart", "trainer.loggers=[tensorboard]"], "trainer.loggers must be a list of csv"),
         (["experiment=quickstart", "evaluation.epsilon=2"], r"evaluation.epsilon must be in \[0, 1\], got 2.0"),
+        (["experiment=quickstart", "model.encoder=resnt"], "model.encoder must be one of .*, got 'resnt'"),
+        (["experiment=quickstart", "seed=-1"], "seed must be at least 0, got -1"),
+        (["experiment=quickstart", "trainer.device=tpu"], "trainer.device must be auto, cpu or cuda, got 'tpu'"),
+        (["experiment=quickstart", "optim.max_grad_norm=-1"], "optim.max_grad_norm must be greater than 0, or null"),
+        (["experiment=quickstart", "data.games=[Breakout"], r"settings must be key=value, got .data.games=\[Breakout"),
         (["experiment=quickstart", "data.mixture=all"], "data.mixture must be games or transitions, got 'all'"),
     ],
 )
@@ -72,11 +82,22 @@ def test_bad_configurations_name_the_key(overrides, message):
         compose_run_config(overrides)
 
 
+def test_encoders_and_poolings_are_those_of_the_networks():
+    assert set(ENCODERS) == set(get_args(Encoder)) and set(POOLINGS) == set(get_args(Pooling))
+
+
 def test_overrides_of_a_stored_configuration_stay_in_their_section():
     config = compose_run_config(["experiment=quickstart"])
     changed = override_run_config(config, ["evaluation.epsilon=0.05"], section="evaluation")
     assert (changed.evaluation.epsilon, config.evaluation.epsilon) == (0.05, 0.001)
-    with pytest.raises(ConfigError, match=r"must be evaluation.KEY=VALUE, got 'model.encoder=nature'"):
+    paper = compose_run_config(["experiment=quickstart", "evaluation=paper", "seed=3"])
+    changed = override_run_config(
+        paper, ["evaluation=sticky", "evaluation.epsilon=0.0"], section="evaluation"
+    ).evaluation
+    assert (changed.sticky_action_probability, changed.epsilon, changed.seed) == (0.25, 0.0, 3)
+    with pytest.raises(ConfigError, match="sticki"):
+        override_run_config(config, ["evaluation=sticki"], section="evaluation")
+    with pytest.raises(ConfigError, match=r"evaluation.KEY=VALUE, got 'model.encoder=nature'"):
         override_run_config(config, ["model.encoder=nature"], section="evaluation")
     with pytest.raises(ConfigError, match="epsilom"):
         override_run_config(config, ["evaluation.epsilom=0.05"], section="evaluation")

@@ -35,12 +35,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         args.overrides += rest
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     os.environ.setdefault("RL_WARNINGS", "False")  # the trainer steps its own target updater
-    # Imported here: `--help` and mistyped commands answer at once.
-    from torchrl_sql.training.run import Interrupted
-
     try:
         args.run_command(args)
-    except (KeyboardInterrupt, Interrupted) as interruption:
+    except KeyboardInterrupt as interruption:
         message = str(interruption) or "stopped; the same command continues where it was"
         print(f"\n{message}", file=sys.stderr)
         return 130
@@ -62,7 +59,7 @@ def _parser() -> argparse.ArgumentParser:
         description=_quickstart.__doc__,
     )
     quickstart.add_argument("--out", type=Path, default=Path("runs/quickstart"), help="folder (default: %(default)s)")
-    quickstart.add_argument("--seed", type=int, default=0, help="of data, training and evaluation (default: 0)")
+    quickstart.add_argument("--seed", type=int, help="of data, training and evaluation (default: 0)")
     quickstart.add_argument("--fresh", action="store_true", help="start over instead of continuing")
     quickstart.add_argument("overrides", nargs="*", metavar="key=value", help=OVERRIDES_HELP)
     quickstart.set_defaults(run_command=_quickstart)
@@ -116,15 +113,17 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _quickstart(args: argparse.Namespace) -> None:
-    """Runs the method end to end on two games: collects emulator data, trains one network for both with CQL + C51 and
-    one by behavioural cloning, evaluates them in the emulator and writes report.html and scores.csv. Continues an
-    interrupted run.
+    """Runs the method end to end at small scale.
+
+    Collects emulator data, trains one network for all games with CQL + C51 and one by behavioural cloning, evaluates
+    them in the emulator and writes report.html and scores.csv. Continues an interrupted run.
     """
     from torchrl_sql.quickstart import quickstart
 
+    seed = [] if args.seed is None else [f"seed={args.seed}"]
     page = quickstart(
         args.out,
-        overrides=[*args.overrides, f"seed={args.seed}"],
+        overrides=[*args.overrides, *seed],
         fresh=args.fresh,
         say=lambda line: print(line, flush=True),
     )
@@ -163,11 +162,14 @@ def _evaluate(args: argparse.Namespace) -> None:
     from torchrl_sql.training.build import find_checkpoint, load_actor
 
     checkpoint = find_checkpoint(args.run_or_checkpoint)
-    _, config, _ = load_actor(checkpoint)
+    if args.scores is None and not args.run_or_checkpoint.is_dir():
+        raise ValueError("--scores must be given with a checkpoint, e.g. --scores scores.csv")
+    trained = load_actor(checkpoint)
+    config = trained.config
     evaluation = override_run_config(config, args.overrides, section="evaluation").evaluation
-    scores = args.scores or checkpoint.parent.parent / "scores.csv"
+    scores = args.scores or args.run_or_checkpoint / "scores.csv"
     games = None if args.games is None else resolve_games(args.games)
-    evaluate_checkpoint(checkpoint, evaluation, scores, games=games, decoding=args.decoding)
+    evaluate_checkpoint(trained, evaluation, scores, games=games, decoding=args.decoding)
     print(f"Episodes: {scores}. Next: torchrl-sql report {scores.parent}")
 
 

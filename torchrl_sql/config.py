@@ -10,11 +10,14 @@ from typing import Any
 import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
-from hydra.errors import ConfigCompositionException, MissingConfigException
+from hydra.errors import HydraException, OverrideParseException
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from torchrl_sql.games import resolve_games
+
+ENCODERS = ("resnet_small", "resnet18", "resnet34", "resnet50", "resnet101", "nature", "impala")
+POOLINGS = ("spatial_embedding", "average", "flatten")
 
 
 class ConfigError(ValueError):
@@ -64,6 +67,8 @@ class ModelConfig:
     """``spatial_embedding`` or ``average``."""
     num_embeddings: int | None = MISSING
     """Learned spatial embeddings; null for the encoder's default."""
+    num_groups: int = MISSING
+    """Groups of the ResNets' GroupNorm."""
     feature_norm: bool = MISSING
     """Divide the feature vector by its L2 norm."""
     logit_scale: float = MISSING
@@ -188,7 +193,9 @@ def compose_run_config(overrides: Sequence[str]) -> RunConfig:
         with initialize_config_dir(str(configs_dir()), version_base="1.3"):
             config = compose("run", overrides=list(overrides))
         return _checked(config)
-    except (ConfigCompositionException, MissingConfigException, OmegaConfBaseException) as error:
+    except OverrideParseException as error:
+        raise ConfigError(f"settings must be key=value, got {error.override!r}: {_first_line(error)}") from None
+    except (HydraException, OmegaConfBaseException) as error:
         cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else None
         raise ConfigError("; ".join(_first_line(e) for e in (error, cause) if e)) from None
 
@@ -211,17 +218,24 @@ def run_config_from_yaml(text: str, *, source: str) -> RunConfig:
 
 
 def override_run_config(config: RunConfig, overrides: Sequence[str], *, section: str) -> RunConfig:
-    """A copy of ``config`` with ``key=value`` changes within one section, e.g. ``evaluation.epsilon=0.01``.
+    """A copy of ``config`` with changes within one section: ``evaluation=sticky``, ``evaluation.epsilon=0.01``.
 
     Raises:
         ConfigError: for keys of another section, unknown keys and values that do not fit.
     """
-    for override in overrides:
-        if not override.startswith(f"{section}.") or "=" not in override:
-            raise ConfigError(f"overrides here must be {section}.KEY=VALUE, got {override!r}")
+    changes: Any = OmegaConf.structured(config)
     try:
-        return _checked(OmegaConf.merge(OmegaConf.structured(config), OmegaConf.from_dotlist(list(overrides))))
-    except OmegaConfBaseException as error:
+        for override in overrides:
+            if override.startswith(f"{section}="):
+                with initialize_config_dir(str(configs_dir()), version_base="1.3"):
+                    change = compose(override.replace("=", "/", 1))
+            elif override.startswith(f"{section}.") and "=" in override:
+                change = OmegaConf.from_dotlist([override])
+            else:
+                raise ConfigError(f"overrides here must be {section}=NAME or {section}.KEY=VALUE, got {override!r}")
+            changes = OmegaConf.merge(changes, change)
+        return _checked(changes)
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
         raise ConfigError(_first_line(error)) from None
 
 
@@ -259,9 +273,14 @@ def check(config: RunConfig) -> None:
     require(config.num_threads is None or config.num_threads >= 1, "num_threads", "at least 1, or null")
     objective, model, optim, trainer = config.objective, config.model, config.optim, config.trainer
     require(config.data.mixture in ("games", "transitions"), "data.mixture", "games or transitions")
-    for key in ("data.batch_size", "data.n_steps", "trainer.num_gradient_steps", "evaluation.num_episodes_per_game"):
+    positive = ["data.batch_size", "data.n_steps", "model.num_groups", "trainer.num_gradient_steps"]
+    positive += ["evaluation.num_episodes_per_game", "evaluation.max_env_frames_per_episode"]
+    if config.collection is not None:
+        positive += ["collection.num_agent_steps_per_game", "collection.max_env_frames_per_episode"]
+    for key in positive:
         section, name = key.split(".")
         require(getattr(getattr(config, section), name) >= 1, key, "at least 1")
+    require(config.seed >= 0, "seed", "at least 0")
     require(config.data.prefetch >= 0, "data.prefetch", "at least 0")
     require(objective.name in ("cql", "bc"), "objective.name", "cql or bc")
     require(0 < objective.gamma <= 1, "objective.gamma", "in (0, 1]")
@@ -276,8 +295,16 @@ def check(config: RunConfig) -> None:
             require(model.num_atoms is not None and model.num_atoms >= 2, "model.num_atoms", must)
     else:
         require(model.num_atoms is None, "model.num_atoms", "null (scalar heads) with objective.name=bc")
+    require(model.encoder in ENCODERS, "model.encoder", f"one of {', '.join(ENCODERS)}")
+    require(model.pooling in POOLINGS, "model.pooling", f"one of {', '.join(POOLINGS)}")
+    require(model.num_embeddings is None or model.num_embeddings >= 1, "model.num_embeddings", "at least 1, or null")
+    require(model.logit_scale > 0, "model.logit_scale", "greater than 0")
+    if model.value_prior_std is not None:
+        require(model.num_atoms is not None, "model.value_prior_std", "null with model.num_atoms=null")
+        require(model.value_prior_std > 0, "model.value_prior_std", "greater than 0, or null")
     require(model.v_min < model.v_max, "model.v_min", f"less than model.v_max={model.v_max}")
     require(optim.learning_rate > 0, "optim.learning_rate", "greater than 0")
+    require(optim.max_grad_norm is None or optim.max_grad_norm > 0, "optim.max_grad_norm", "greater than 0, or null")
     require(0 <= optim.final_learning_rate_fraction <= 1, "optim.final_learning_rate_fraction", "in [0, 1]")
     require(
         0 <= optim.warmup_gradient_steps < trainer.num_gradient_steps,
@@ -293,6 +320,7 @@ def check(config: RunConfig) -> None:
         f"a multiple of trainer.log_interval_gradient_steps={trainer.log_interval_gradient_steps}",
     )
     require(trainer.num_checkpoints_kept >= 1, "trainer.num_checkpoints_kept", "at least 1")
+    require(trainer.device.split(":")[0] in ("auto", "cpu", "cuda"), "trainer.device", "auto, cpu or cuda")
     require(trainer.precision in ("fp32", "bf16"), "trainer.precision", "fp32 or bf16")
     require(
         "csv" in trainer.loggers and set(trainer.loggers) <= {"csv", "tensorboard", "wandb"},

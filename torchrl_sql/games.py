@@ -25,6 +25,11 @@ ACTION_NAMES = (
 
 NUM_ACTIONS = len(ACTION_NAMES)
 
+FRAME_SHAPE = (84, 84)
+"""Height and width of a preprocessed frame, uint8 grayscale."""
+FRAME_STACK = 4
+"""Frames in an observation, oldest first."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Game:

@@ -10,7 +10,7 @@ from torchrl_sql.config import ConfigError, RunConfig, compose_run_config
 from torchrl_sql.evaluation.report import format_score_table, write_report
 from torchrl_sql.run_report import gather
 from torchrl_sql.stages import collect_data, evaluate_checkpoint, evaluate_constant_actions
-from torchrl_sql.training import train
+from torchrl_sql.training import load_actor, train
 
 NUM_CONSTANT_ACTION_EPISODES = 5
 _MADE_HERE = ("store", "scaled_ql", "bc", "clips", "report_files", "scores.csv", "report.html")
@@ -39,16 +39,19 @@ def quickstart(
     Raises:
         ConfigError: for bad overrides, or if ``folder`` holds a quickstart of other settings.
     """
-    if fresh:
-        for name in _MADE_HERE:
-            path = folder / name
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    own = [
+        override for override in overrides if override.startswith(("experiment=", "name=", "run_dir=", "data.store="))
+    ]
+    if own:
+        raise ConfigError(f"the quickstart decides {own[0].split('=')[0]} itself, got {own[0]!r}")
     common = ["experiment=quickstart", *overrides, f"data.store={_quoted(folder / 'store')}"]
     method = compose_run_config([*common, "name=scaled_ql", f"run_dir={_quoted(folder / 'scaled_ql')}"])
     bc_changes = ["objective=bc", "model.num_atoms=null", "model.value_prior_std=null"]
     bc = compose_run_config([*common, *bc_changes, "name=bc", f"run_dir={_quoted(folder / 'bc')}"])
     if method.collection is None:
         raise ConfigError("collection must be given: the quickstart collects its data")
+    if fresh:
+        _delete_earlier(folder)
     table, page = folder / "scores.csv", folder / "report.html"
 
     say(f"1/4  Collecting {method.collection.num_agent_steps_per_game:,} transitions of {', '.join(method.games)}")
@@ -61,9 +64,10 @@ def quickstart(
     train(bc)
     episodes = method.evaluation.num_episodes_per_game
     say(f"3/4  Evaluating {episodes} episodes a game in the emulator")
-    evaluate_checkpoint(Path(method.run_dir), method.evaluation, table, clips=folder / "clips")
-    evaluate_checkpoint(Path(bc.run_dir), bc.evaluation, table)
-    evaluate_checkpoint(Path(bc.run_dir), bc.evaluation, table, decoding="sampled")
+    evaluate_checkpoint(load_actor(Path(method.run_dir)), method.evaluation, table, clips=folder / "clips")
+    trained_bc = load_actor(Path(bc.run_dir))
+    evaluate_checkpoint(trained_bc, bc.evaluation, table)
+    evaluate_checkpoint(trained_bc, bc.evaluation, table, decoding="sampled")
     evaluate_constant_actions(
         method.games,
         method.evaluation,
@@ -79,6 +83,18 @@ def quickstart(
     say("")
     say(format_score_table(data))
     return page
+
+
+def _delete_earlier(folder: Path) -> None:
+    """Deletes what an earlier quickstart made; a folder without its marks is left alone."""
+    if not (folder / "store" / "store.json").is_file():
+        return
+    for name in _MADE_HERE:
+        path = folder / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def _introduction(config: RunConfig) -> list[str]:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import platform
+import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -17,7 +16,7 @@ from torchrl_sql.evaluation.episodes import EpisodeResult, read_episodes
 from torchrl_sql.evaluation.report import Agent, Clip, Curve, GameData, ReportData, ReturnSummary
 from torchrl_sql.stages import CONSTANT_AGENT
 from torchrl_sql.training.build import build_actor
-from torchrl_sql.training.run import read_scalars, software_versions
+from torchrl_sql.training.run import read_scalars
 
 _METRICS = {
     "loss_qvalue": "TD loss (nats)",
@@ -61,6 +60,7 @@ def gather(paths: Sequence[Path], *, title: str | None = None, introduction: Seq
     for folder, config in runs:
         if config.games != games:
             raise ValueError(f"all runs must have the games {games}, {folder} has {config.games}")
+    _check_seeds_alike(runs)
     evaluated = {episode.game for episode in episodes}
     games = tuple(game for game in games if game in evaluated)
 
@@ -83,25 +83,61 @@ def gather(paths: Sequence[Path], *, title: str | None = None, introduction: Seq
         if any(episode.agent == name and episode.decoding == decoding for episode in episodes)
     ]
     method = next(config for _, config in runs if config.name in methods)
+    game_data, caveats = _game_data(runs, games, episodes)
     return ReportData(
         title=title or ", ".join(kinds),
         introduction=introduction,
         games=games,
         agents=agents,
         episodes=[episode for episode in episodes if episode.agent in kinds],
-        game_data=_game_data(runs, games, episodes),
+        game_data=game_data,
+        caveats=caveats,
         curves=[curve for folder, config in runs for curve in _curves(folder, config, labels[config.name])],
         clips=[clip for path in paths[:1] for clip in _clips(path, games, method, episodes)],
         settings={f"{labels[config.name]}, seed {config.seed}": asdict(config) for _, config in runs},
-        versions=software_versions() | {"machine": f"{platform.machine()}, {os.cpu_count()} cores"},
+        versions=_versions(runs),
     )
+
+
+def _check_seeds_alike(runs: Sequence[tuple[Path, RunConfig]]) -> None:
+    """Runs of one name are seeds of one agent only if they differ in nothing else that decides their results."""
+    first: dict[str, tuple[Path, RunConfig]] = {}
+    for folder, config in runs:
+        other_folder, other = first.setdefault(config.name, (folder, config))
+        for section in ("model", "objective", "optim", "trainer"):
+            if getattr(config, section) != getattr(other, section):
+                raise ValueError(
+                    f"runs named {config.name!r} must differ in their seeds only, but {folder} has {section} "
+                    f"{getattr(config, section)}, {other_folder} has {getattr(other, section)}"
+                )
+        if folder != other_folder and config.seed == other.seed:
+            raise ValueError(
+                f"runs named {config.name!r} must have different seeds, got {config.seed} in both "
+                f"{other_folder} and {folder}"
+            )
+
+
+def _versions(runs: Sequence[tuple[Path, RunConfig]]) -> dict[str, str]:
+    """Versions and machine of the first run's training."""
+    file = runs[0][0] / "versions.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
+def _find_store(folder: Path, store: str) -> Path | None:
+    """A run's store: where it was trained from, or beside the run if both have moved."""
+    places = (Path(store), folder.parent / Path(store).name)
+    return next((place for place in places if (place / "store.json").is_file()), None)
 
 
 def _game_data(
     runs: Sequence[tuple[Path, RunConfig]], games: Sequence[str], episodes: Sequence[EpisodeResult]
-) -> list[GameData]:
-    stores = sorted({config.data.store for _, config in runs})
-    present = [FrameStore.open(store) for store in stores if (Path(store) / "store.json").is_file()]
+) -> tuple[list[GameData], list[str]]:
+    """Statistics of the data of each game, and what could not be read."""
+    found = {(folder, config.data.store): _find_store(folder, config.data.store) for folder, config in runs}
+    missing = sorted({store for (_, store), path in found.items() if path is None})
+    caveats = [f"The store {store} was not found: the data's returns and statistics are missing." for store in missing]
+    stores = sorted({path.resolve() for path in found.values() if path is not None})
+    present = [FrameStore.open(store) for store in stores]
     summaries: dict[str, list[GameSummary]] = {game: [] for game in games}
     for store in present:
         for summary in summarise(store):
@@ -116,10 +152,11 @@ def _game_data(
             raise ValueError(f"the stores {stores} must have the same behaviour components of {game}")
         returns = np.concatenate([part.returns for part in parts])
         components = np.concatenate([part.components for part in parts])
-        constants: dict[str, list[float]] = {}
+        constants: dict[str, dict[int, float]] = {}  # by emulator seed: the same episode counts once
         for episode in episodes:
             if episode.game == game and episode.agent.startswith(CONSTANT_AGENT):
-                constants.setdefault(episode.agent.removeprefix(CONSTANT_AGENT), []).append(episode.episode_return)
+                action = episode.agent.removeprefix(CONSTANT_AGENT)
+                constants.setdefault(action, {})[episode.episode_seed] = episode.episode_return
         num_transitions = sum(part.num_transitions for part in parts)
         result.append(
             GameData(
@@ -135,11 +172,14 @@ def _game_data(
                     if (components == index).any()
                 },
                 action_counts=np.sum([part.action_counts for part in parts], axis=0).tolist(),
-                constant_actions={action: _summary(np.array(values)) for action, values in constants.items()},
+                constant_actions={
+                    action: _summary(np.array([*returns_by_seed.values()]))
+                    for action, returns_by_seed in constants.items()
+                },
                 rewards="raw" if all(part.rewards == "raw" for part in parts) else "clipped",
             )
         )
-    return result
+    return result, caveats
 
 
 def _summary(returns: np.ndarray) -> ReturnSummary:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
 
-from torchrl.modules import DistributionalQValueActor
 from tqdm import tqdm
 
 from torchrl_sql.config import ConfigError, EvaluationConfig, RunConfig
@@ -18,7 +18,7 @@ from torchrl_sql.evaluation.episodes import Decoding
 from torchrl_sql.evaluation.evaluate import evaluate
 from torchrl_sql.evaluation.rollout import ActorPolicy, constant_policy
 from torchrl_sql.games import ACTION_NAMES, GAMES
-from torchrl_sql.training.build import load_actor, set_num_threads
+from torchrl_sql.training.build import Trained, resolve_device, set_num_threads
 
 CONSTANT_AGENT = "constant_"
 """Prefix of the names of agents that always take one action, e.g. ``constant_UP``."""
@@ -36,12 +36,13 @@ def collect_data(config: RunConfig) -> FrameStore:
         raise ConfigError(f"experiment {config.name!r} has no collection settings: its data comes from elsewhere")
     how = {
         "seed": collection.seed,
+        "num_agent_steps_per_game": collection.num_agent_steps_per_game,
         "sticky_action_probability": collection.sticky_action_probability,
         "max_env_frames_per_episode": collection.max_env_frames_per_episode,
     }
+    policies = {game: SkillMixture(game) for game in config.games}
     store = FrameStore.create(config.data.store, exist_ok=True)
-    for game in config.games:
-        policy = SkillMixture(game)
+    for game, policy in policies.items():
         found = dict(store.run(game).manifest.metadata) if game in store.games else how
         if found != how:
             raise ConfigError(
@@ -74,7 +75,7 @@ def collect_data(config: RunConfig) -> FrameStore:
 
 
 def evaluate_checkpoint(
-    path: Path,
+    trained: Trained,
     evaluation: EvaluationConfig,
     table: Path,
     *,
@@ -85,7 +86,7 @@ def evaluate_checkpoint(
     """Evaluates a trained network; the agent's name in the table is its run's.
 
     Args:
-        path (Path): a checkpoint or a run's folder.
+        trained (Trained): what :func:`torchrl_sql.training.load_actor` loaded.
         evaluation (EvaluationConfig): the protocol.
         table (Path): CSV of episodes to add to.
 
@@ -97,13 +98,13 @@ def evaluate_checkpoint(
     Raises:
         ValueError: if the network does not know a game.
     """
-    actor, config, gradient_step = load_actor(path)
+    actor, config, gradient_step = trained
     set_num_threads(config)
-    distributional = isinstance(actor, DistributionalQValueActor)
+    actor.to(resolve_device(config.trainer.device))
     games = config.games if games is None else games
     recording = clips is not None and not all((clips / f"{game}.gif").is_file() for game in games)
     recorded = evaluate(
-        ActorPolicy(actor, support=actor.support if distributional else None),
+        ActorPolicy(actor),
         config.games,
         evaluation,
         table,
@@ -117,7 +118,10 @@ def evaluate_checkpoint(
     if clips is not None:
         clips.mkdir(parents=True, exist_ok=True)
         for episode in recorded:
-            (clips / f"{episode.game}.gif").write_bytes(to_gif(episode))
+            file = clips / f"{episode.game}.gif"
+            temporary = file.with_suffix(".tmp")
+            temporary.write_bytes(to_gif(episode))
+            os.replace(temporary, file)
 
 
 def evaluate_constant_actions(

@@ -83,7 +83,7 @@ def breakout_frame(*, ball: int | None, paddle: int) -> np.ndarray:
 
 
 def test_breakout_skill_follows_the_ball():
-    skill = SKILLS["Breakout"]
+    skill = SKILLS["Breakout"].act
     assert skill(breakout_frame(ball=60, paddle=20)) == RIGHT
     assert skill(breakout_frame(ball=10, paddle=40)) == LEFT
     assert skill(breakout_frame(ball=24, paddle=20)) == NOOP

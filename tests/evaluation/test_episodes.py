@@ -10,9 +10,10 @@ from torchrl_sql.evaluation.episodes import COLUMNS, EpisodeResult, read_episode
 
 EPISODE = EpisodeResult(
     agent="scaled_ql", seed=1, game="Breakout", episode=0, episode_seed=17, episode_return=12.5, length_agent_steps=310,
-    terminated=True, truncated=False, gradient_step=5000, epsilon=0.001, sticky=0.25, decoding="greedy",
+    terminated=True, truncated=False, gradient_step=5000, epsilon=0.001, sticky=0.25, max_env_frames=9000,
+    decoding="greedy",
 )  # fmt: skip
-LINE = "scaled_ql,1,Breakout,0,17,12.5,310,true,false,5000,0.001,0.25,greedy\n"
+LINE = "scaled_ql,1,Breakout,0,17,12.5,310,true,false,5000,0.001,0.25,9000,greedy\n"
 
 
 def test_file_is_plain_csv(tmp_path):
@@ -41,6 +42,7 @@ def episodes(draw):
         gradient_step=draw(st.integers(0)),
         epsilon=draw(probability),
         sticky=draw(probability),
+        max_env_frames=draw(st.integers(1)),
         decoding=draw(st.sampled_from(["greedy", "sampled"])),
     )
 
@@ -75,7 +77,7 @@ def test_failed_write_keeps_the_old_table(tmp_path):
         (LINE.replace("true", "false"), r"line 3: an episode must be terminated or truncated"),
         (LINE.replace("0.25", "25"), r"line 3: sticky must be a probability, got 25.0"),
         (LINE.replace("greedy", "argmax"), r"line 3: decoding must be 'greedy' or 'sampled', got 'argmax'"),
-        (LINE.replace(",310", ""), r"line 3: expected 13 values, got 12"),
+        (LINE.replace(",310", ""), r"line 3: expected 14 values, got 13"),
     ],
 )
 def test_bad_tables_are_refused_by_line(tmp_path, text, message):
@@ -86,7 +88,15 @@ def test_bad_tables_are_refused_by_line(tmp_path, text, message):
 
 
 @pytest.mark.parametrize(
-    "change", [{"agent": ""}, {"length_agent_steps": 0}, {"episode": -1}, {"gradient_step": -1}, {"epsilon": 1.5}]
+    "change",
+    [
+        {"agent": ""},
+        {"length_agent_steps": 0},
+        {"max_env_frames": 0},
+        {"episode": -1},
+        {"gradient_step": -1},
+        {"epsilon": 1.5},
+    ],
 )
 def test_impossible_episodes_are_refused(change):
     with pytest.raises(ValueError, match=next(iter(change))):

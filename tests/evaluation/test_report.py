@@ -44,6 +44,7 @@ def episodes(agent, game, returns, *, seed=0, decoding="greedy", step=100, stick
         EpisodeResult(
             agent=agent, seed=seed, game=game, episode=number, episode_seed=number, episode_return=float(value),
             length_agent_steps=9, terminated=not cut, truncated=cut, gradient_step=step, epsilon=0.001, sticky=sticky,
+            max_env_frames=108_000,
             decoding=decoding,
         )
         for number, value in enumerate(returns)

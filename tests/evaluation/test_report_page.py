@@ -135,7 +135,7 @@ def page(tmp_path_factory):
         EpisodeResult(
             agent=agent.agent, seed=seed, game=game, episode=number, episode_seed=number,
             episode_return=float(generator.poisson(20)), length_agent_steps=100, terminated=True, truncated=False,
-            gradient_step=5000, epsilon=0.001, sticky=0.25, decoding=agent.decoding,
+            gradient_step=5000, epsilon=0.001, sticky=0.25, max_env_frames=108_000, decoding=agent.decoding,
         )
         for agent in agents
         for seed in range(3)

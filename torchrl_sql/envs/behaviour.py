@@ -6,10 +6,9 @@ decisions, but no good policy to copy.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -19,8 +18,17 @@ NOOP, FIRE, UP, RIGHT, LEFT, DOWN, RIGHTFIRE, LEFTFIRE = (
     ACTION_NAMES.index(name) for name in ("NOOP", "FIRE", "UP", "RIGHT", "LEFT", "DOWN", "RIGHTFIRE", "LEFTFIRE")
 )
 
-Skill = Callable[[np.ndarray], int]
-"""A script: newest frame, uint8 ``[84, 84]`` -> action in 0..17."""
+
+class Skill(NamedTuple):
+    """A script for one game.
+
+    Attributes:
+        description (str): what it does, for the record of a data set; change it whenever the script changes.
+        act (callable): newest frame, uint8 ``[84, 84]`` -> action in 0..17.
+    """
+
+    description: str
+    act: Callable[[np.ndarray], int]
 
 
 _BREAKOUT_AIR = np.s_[38:75, 5:79]
@@ -36,7 +44,6 @@ def _toward(
 
 
 def _breakout(frame: np.ndarray) -> int:
-    """Moves the paddle under the ball."""
     _, ball = np.nonzero(frame[_BREAKOUT_AIR])
     (paddle,) = np.nonzero(frame[76, 5:79])
     if len(ball) == 0 or len(paddle) == 0:
@@ -45,22 +52,10 @@ def _breakout(frame: np.ndarray) -> int:
 
 
 def _breakout_serve(frame: np.ndarray) -> int | None:
-    """Fires when no ball is seen below the bricks: the game stands still until the player serves."""
     return None if frame[_BREAKOUT_AIR].any() else FIRE
 
 
-def _freeway(frame: np.ndarray) -> int:
-    """Walks up, whatever comes."""
-    return UP
-
-
-def _assault(frame: np.ndarray) -> int:
-    """Fires straight up, whatever comes."""
-    return UP
-
-
 def _space_invaders(frame: np.ndarray) -> int:
-    """Fires all the time from under the lowest invader, through the shields if need be."""
     rows, columns = np.nonzero(frame[12:60] > 60)
     ship = np.nonzero(frame[75:78] > 60)[1]
     if len(rows) == 0 or len(ship) == 0:
@@ -71,15 +66,20 @@ def _space_invaders(frame: np.ndarray) -> int:
 
 
 SKILLS: dict[str, Skill] = {
-    "Breakout": _breakout,
-    "Freeway": _freeway,
-    "Assault": _assault,
-    "SpaceInvaders": _space_invaders,
+    "Breakout": Skill("Moves the paddle under the ball.", _breakout),
+    "Freeway": Skill("Walks up, whatever comes.", lambda frame: UP),
+    "Assault": Skill("Fires straight up, whatever comes.", lambda frame: UP),
+    "SpaceInvaders": Skill("Fires from under the lowest invader, through the shields if need be.", _space_invaders),
 }
 """The games that have a scripted skill."""
 
-REFLEXES: dict[str, Callable[[np.ndarray], int | None]] = {"Breakout": _breakout_serve}
-"""What every policy of a game does, however weak: newest frame -> action, or None where it does not apply."""
+REFLEXES: dict[str, tuple[str, Callable[[np.ndarray], int | None]]] = {
+    "Breakout": (
+        "Fires when no ball is seen below the bricks: the game stands still until the player serves.",
+        _breakout_serve,
+    )
+}
+"""What every policy of a game does, however weak: description, and newest frame -> action (None: does not apply)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,9 +122,8 @@ def describe(game: str, components: Sequence[Component]) -> str:
         repeat = f"the last action is repeated with a probability of up to {component.repeat_probability[1]:.0%}"
         return f"{1 / len(components):.0%} of episodes ({component.name}): {skill}{noises[component.noise]}; {repeat}."
 
-    script = inspect.cleandoc(SKILLS[game].__doc__ or "")
-    reflex = f"Always: {inspect.cleandoc(REFLEXES[game].__doc__ or '')}" if game in REFLEXES else ""
-    return " ".join([f"The script: {script}", *([reflex] if reflex else []), *map(one, components)])
+    reflex = [f"Always: {REFLEXES[game][0]}"] if game in REFLEXES else []
+    return " ".join([f"The script: {SKILLS[game].description}", *reflex, *map(one, components)])
 
 
 class SkillMixture:
@@ -141,8 +140,8 @@ class SkillMixture:
     def __init__(self, game: str, components: Sequence[Component] = WEAK_SKILLS):
         if game not in SKILLS:
             raise ValueError(f"game must have a scripted skill ({', '.join(SKILLS)}), got {game!r}")
-        self._skill = SKILLS[game]
-        self._reflex = REFLEXES.get(game, lambda frame: None)
+        self._skill = SKILLS[game].act
+        self._reflex = REFLEXES[game][1] if game in REFLEXES else lambda frame: None
         self._legal = np.array(GAMES[game].minimal_actions)
         self._components = tuple(components)
         self.component_names = tuple(component.name for component in components)

@@ -31,6 +31,7 @@ class EpisodeResult:
         gradient_step (int): gradient steps the agent was trained for.
         epsilon (float): probability of a uniformly random action.
         sticky (float): probability that the emulator repeats the last action.
+        max_env_frames (int): emulator frames at which an episode is cut.
         decoding (str): ``"greedy"`` or ``"sampled"``.
 
     Raises:
@@ -49,6 +50,7 @@ class EpisodeResult:
     gradient_step: int
     epsilon: float
     sticky: float
+    max_env_frames: int
     decoding: Decoding
 
     def __post_init__(self) -> None:
@@ -56,8 +58,9 @@ class EpisodeResult:
             raise ValueError(f"agent and game must be named, got agent={self.agent!r}, game={self.game!r}")
         if not math.isfinite(self.episode_return):
             raise ValueError(f"episode_return must be finite, got {self.episode_return}")
-        if self.length_agent_steps < 1:
-            raise ValueError(f"length_agent_steps must be at least 1, got {self.length_agent_steps}")
+        for name in ("length_agent_steps", "max_env_frames"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not (self.terminated or self.truncated):
             raise ValueError("an episode must be terminated or truncated: an unfinished one has no return yet")
         for name in ("episode", "gradient_step"):

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from torchrl_sql.config import EvaluationConfig
 from torchrl_sql.evaluation.episodes import Decoding, EpisodeResult, read_episodes, write_episodes
-from torchrl_sql.evaluation.rollout import Policy, Rollout, rollout
+from torchrl_sql.evaluation.rollout import Policy, Rollout, episode_seed, rollout
 
 
 def evaluate(
@@ -50,13 +50,14 @@ def evaluate(
     """
     rows = read_episodes(table) if table.is_file() else []
     same = [row for row in rows if (row.agent, row.seed, row.decoding) == (agent, seed, decoding)]
+    now = (gradient_step, protocol.epsilon, protocol.sticky_action_probability, protocol.max_env_frames_per_episode)
     for row in same:
-        before = (row.gradient_step, row.epsilon, row.sticky)
-        now = (gradient_step, protocol.epsilon, protocol.sticky_action_probability)
-        if before != now:
+        before = (row.gradient_step, row.epsilon, row.sticky, row.max_env_frames)
+        seeds = (row.episode_seed, episode_seed(protocol.seed, row.game, row.episode))
+        if before != now or seeds[0] != seeds[1]:
             raise ValueError(
-                f"{table} holds episodes of {agent} ({decoding}) at (gradient step, epsilon, sticky) {before}, "
-                f"wanted {now}; choose another table or delete it"
+                f"{table} holds episodes of {agent} ({decoding}) at (gradient step, epsilon, sticky, frame limit) "
+                f"{before} and episode seed {seeds[0]}, wanted {now} and {seeds[1]}; choose another table or delete it"
             )
     finished = {(row.game, row.episode) for row in same}
     wanted = [(game, episode) for episode in range(protocol.num_episodes_per_game) for game in evaluated_games or games]
@@ -98,6 +99,7 @@ def evaluate(
                         gradient_step=gradient_step,
                         epsilon=protocol.epsilon,
                         sticky=protocol.sticky_action_probability,
+                        max_env_frames=protocol.max_env_frames_per_episode,
                         decoding=decoding,
                     )
                 )

@@ -8,17 +8,16 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
 from tensordict import TensorDict
-from tensordict.nn import TensorDictModuleBase
+from torchrl.modules import DistributionalQValueActor, QValueActor
 
 from torchrl_sql.envs import AtariVector
+from torchrl_sql.evaluation.episodes import Decoding
 from torchrl_sql.games import GAMES, NUM_ACTIONS, legal_action_mask
-
-Decoding = Literal["greedy", "sampled"]
 
 
 class Policy(Protocol):
@@ -29,24 +28,21 @@ class Policy(Protocol):
 
 
 class ActorPolicy:
-    """The preferences of a TorchRL Q-value actor.
+    """The preferences of a TorchRL Q-value actor: its Q-values, or the expectations of its return distributions.
 
     Args:
-        actor (TensorDictModuleBase): reads ``observation`` and ``game_id``, writes ``action_value``: ``[B, 18]``, or
-            log-probabilities ``[B, atoms, 18]`` where a ``support`` is given.
-
-    Keyword Args:
-        support (Tensor, optional): ``[atoms]``, the returns that the atoms stand for.
+        actor (QValueActor or DistributionalQValueActor): reads ``observation`` and ``game_id``, on any device.
     """
 
-    def __init__(self, actor: TensorDictModuleBase, *, support: torch.Tensor | None = None):
+    def __init__(self, actor: QValueActor):
         self.actor = actor
-        self.support = support
+        self.support = actor.support if isinstance(actor, DistributionalQValueActor) else None
+        self.device = next(actor.parameters()).device
 
     @torch.inference_mode()
     def __call__(self, observation: torch.Tensor, game_id: torch.Tensor) -> torch.Tensor:
         """See :class:`Policy`."""
-        batch = TensorDict(observation=observation, game_id=game_id, batch_size=game_id.shape)
+        batch = TensorDict(observation=observation, game_id=game_id, batch_size=game_id.shape).to(self.device)
         action_value = self.actor(batch)["action_value"]
         if self.support is None:
             return action_value
@@ -132,7 +128,6 @@ def rollout(
     seed: int = 0,
     max_parallel: int = 64,
     record: Callable[[str, int], bool] = lambda game, episode: False,
-    progress: Callable[[int], None] = lambda num_agent_steps: None,
 ) -> Iterator[Rollout]:
     """Plays episodes with a policy and yields each as it ends.
 
@@ -152,7 +147,6 @@ def rollout(
         seed (int): evaluation seed.
         max_parallel (int): episodes played at a time.
         record (callable): whether to keep the frames of (game, episode).
-        progress (callable): is given the number of agent steps just played.
 
     Raises:
         ValueError: if an episode's game is not one of ``games``, or a setting is out of range.
@@ -186,15 +180,14 @@ def rollout(
         observation = torch.from_numpy(np.stack([slot.observation for slot in half]))
         game_id = torch.tensor([slot.game_id for slot in half])
         noise = torch.from_numpy(np.stack([slot.noise.at(slot.rollout.length_agent_steps) for slot in half]))
-        preference = policy(observation, game_id)
-        actions = _choose(preference.double().cpu(), legal[game_id], noise, decoding=decoding, epsilon=epsilon)
-        for slot, action, best in zip(half, actions.numpy(), preference.amax(-1).tolist(), strict=True):
+        preference = policy(observation, game_id).double().cpu().masked_fill(~legal[game_id], -torch.inf)
+        actions = _choose(preference, legal[game_id], noise, decoding=decoding, epsilon=epsilon)
+        for row, (slot, action) in enumerate(zip(half, actions.numpy(), strict=True)):
             if record(slot.rollout.game, slot.rollout.episode):
                 slot.rollout.frames.append(slot.observation[-1].copy())
-                slot.rollout.values.append(best)
+                slot.rollout.values.append(float(preference[row].max()))
             assert slot.vector is not None
             slot.vector.send(np.array([action]))
-        progress(len(half))
 
     def receive(slot: _Slot) -> bool:
         assert slot.vector is not None
@@ -231,9 +224,11 @@ def rollout(
 def _choose(
     preference_BA: torch.Tensor, legal_BA: torch.Tensor, noise_B3: torch.Tensor, *, decoding: Decoding, epsilon: float
 ) -> torch.Tensor:
-    """Actions int64 ``[B]``; the noise decides whether to explore, where to, and which sample is drawn."""
+    """Actions int64 ``[B]``; preferences are minus infinity where illegal.
+
+    The noise decides whether to explore, where to, and which sample is drawn.
+    """
     explore_B, uniform_B, sample_B = noise_B3.unbind(-1)
-    preference_BA = preference_BA.masked_fill(~legal_BA, -torch.inf)
     chosen_B = preference_BA.argmax(-1) if decoding == "greedy" else _draw(preference_BA.softmax(-1), sample_B)
     random_B = _draw(legal_BA / legal_BA.sum(-1, keepdim=True), uniform_B)
     return torch.where(explore_B < epsilon, random_B, chosen_B)

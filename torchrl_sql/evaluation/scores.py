@@ -131,7 +131,7 @@ class RunReturns:
 
         Raises:
             ValueError: if there are no such rows, a (seed, game) pair has no episode, an episode is listed twice, or
-                epsilon or the sticky probability differ among the rows.
+                epsilon, the sticky probability or the frame limit differ among the rows.
         """
         rows = [row for row in episodes if row.agent == agent and row.decoding == decoding]
         if not rows:
@@ -143,9 +143,11 @@ class RunReturns:
             raise ValueError(f"games must be distinct and at least one, got {tuple(games)}")
         last_step = max(row.gradient_step for row in rows)
         rows = [row for row in rows if row.gradient_step == last_step and row.game in games]
-        protocols = sorted({(row.epsilon, row.sticky) for row in rows})
+        protocols = sorted({(row.epsilon, row.sticky, row.max_env_frames) for row in rows})
         if len(protocols) > 1:
-            raise ValueError(f"episodes of {agent!r} ({decoding}) mix protocols (epsilon, sticky): {protocols}")
+            raise ValueError(
+                f"episodes of {agent!r} ({decoding}) mix protocols (epsilon, sticky, frame limit): {protocols}"
+            )
         returns: dict[tuple[int, str], dict[int, float]] = defaultdict(dict)
         for row in rows:
             run = returns[row.seed, row.game]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torchrl.modules import DistributionalQValueActor, QValueActor
@@ -13,12 +13,11 @@ from torchrl.objectives import HardUpdate, LossModule
 
 from torchrl_sql.config import ModelConfig, OptimConfig, RunConfig, run_config_from_yaml
 from torchrl_sql.data import FrameStore, OfflineAtariReplay
+from torchrl_sql.games import FRAME_SHAPE
 from torchrl_sql.modules import make_q_actor
 from torchrl_sql.objectives import DiscreteBCLoss, DistributionalCQLLoss
 from torchrl_sql.training.checkpoint import list_checkpoints, load_checkpoint
 from torchrl_sql.training.trainer import Trainer
-
-FRAME_SHAPE = (84, 84)
 
 
 def set_num_threads(config: RunConfig) -> None:
@@ -65,6 +64,7 @@ def build_actor(
         v_max=model.v_max,
         pooling=model.pooling,  # type: ignore[arg-type]
         num_embeddings=model.num_embeddings,
+        num_groups=model.num_groups,
         feature_norm=model.feature_norm,
         logit_scale=model.logit_scale,
         value_prior_std=model.value_prior_std,
@@ -156,14 +156,22 @@ def find_checkpoint(path: Path) -> Path:
     return checkpoints[-1]
 
 
-def load_actor(path: Path) -> tuple[DistributionalQValueActor | QValueActor, RunConfig, int]:
+class Trained(NamedTuple):
+    """A trained network: the actor on the CPU in evaluation mode, its run's configuration, its gradient steps."""
+
+    actor: DistributionalQValueActor | QValueActor
+    config: RunConfig
+    gradient_step: int
+
+
+def load_actor(path: Path) -> Trained:
     """Loads a trained network for acting.
 
     Args:
         path (Path): a checkpoint, or a run's folder (its newest checkpoint is taken).
 
-    Returns:
-        The actor on the CPU in evaluation mode, the run's configuration, and the gradient step of the checkpoint.
+    Raises:
+        CheckpointError: if the checkpoint is damaged.
     """
     path = find_checkpoint(path)
     content: dict[str, Any] = load_checkpoint(path)
@@ -171,4 +179,4 @@ def load_actor(path: Path) -> tuple[DistributionalQValueActor | QValueActor, Run
     actor = build_actor(config.model, config.games)
     # The loss holds the actor's own parameters: loading it loads them.
     build_loss(config, actor).load_state_dict(content["trainer"]["loss"])
-    return actor.eval(), config, content["step"]
+    return Trained(actor.eval(), config, content["step"])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import os
 import platform
 import signal
 import sys
@@ -17,6 +19,8 @@ from torchrl.record.loggers import CSVLogger, Logger, TensorboardLogger, WandbLo
 from tqdm import tqdm
 
 from torchrl_sql.config import ConfigError, RunConfig, run_config_from_yaml
+from torchrl_sql.data import FrameStore
+from torchrl_sql.data.run import write_atomically
 from torchrl_sql.training.build import build_trainer
 from torchrl_sql.training.checkpoint import load_latest_checkpoint, save_checkpoint
 
@@ -26,7 +30,7 @@ _RESULT_SECTIONS = ("model", "objective", "optim")
 _RESULT_TRAINER_KEYS = ("num_gradient_steps", "target_update_interval_gradient_steps", "precision")
 
 
-class Interrupted(Exception):
+class Interrupted(KeyboardInterrupt):
     """Training stopped at the user's wish, after saving a checkpoint."""
 
 
@@ -47,20 +51,27 @@ def train(config: RunConfig) -> Path:
         Interrupted: after Ctrl-C, with everything saved.
     """
     folder = Path(config.run_dir)
-    found = load_latest_checkpoint(folder / "checkpoints", warn=logger.warning)
     num_steps = config.trainer.num_gradient_steps
+    fingerprint = FrameStore.open(config.data.store).fingerprint(config.games)
+    found = load_latest_checkpoint(folder / "checkpoints", warn=logger.warning)
     if found is not None:
         path, content = found
         _check_same_run(config, run_config_from_yaml(content["config"], source=f"the configuration in {path}"), folder)
+        if content["data_fingerprint"] != fingerprint:
+            raise ConfigError(
+                f"{folder} was trained on other data than {config.data.store} holds now; choose another run_dir"
+            )
         if content["step"] >= num_steps:
             logger.info("%s is trained already (%d gradient steps)", folder, content["step"])
             return folder
     trainer = build_trainer(config)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
     if found is not None:
         trainer.load_state_dict(content["trainer"])
         logger.info("continuing %s at gradient step %d", folder, trainer.step)
+        del found, content
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / "config.yaml", config.to_yaml())
+    write_atomically(folder / "versions.json", json.dumps(software_versions(), indent=1) + "\n")
     _trim_scalars(folder / "logs", last_step=trainer.step)
     loggers = _make_loggers(config, folder)
 
@@ -69,6 +80,7 @@ def train(config: RunConfig) -> Path:
             "step": trainer.step,
             "config": config.to_yaml(),
             "games": list(config.games),
+            "data_fingerprint": fingerprint,
             "versions": software_versions(),
             "trainer": trainer.state_dict(),
         }
@@ -82,29 +94,34 @@ def train(config: RunConfig) -> Path:
         mininterval=0.5 if sys.stderr.isatty() else 10,
         dynamic_ncols=True,
     )
-    with bar, _stop_request() as stop_requested:
-        for metrics in trainer.train(num_steps, log_interval=config.trainer.log_interval_gradient_steps):
-            for run_logger in loggers:
-                for name, value in metrics.items():
-                    run_logger.log_scalar(f"train/{name}", value, step=trainer.step)
-            bar.set_postfix_str(f"objective {metrics['objective']:.3f}", refresh=False)
-            bar.update(trainer.step - bar.n)
-            stopping = bool(stop_requested)
-            if (
-                stopping
-                or trainer.step >= num_steps
-                or trainer.step % config.trainer.checkpoint_interval_gradient_steps == 0
-            ):
-                save()
-            if stopping and trainer.step < num_steps:
-                raise Interrupted(f"stopped at gradient step {trainer.step} of {num_steps}; the same command continues")
+    try:
+        with bar, _stop_request() as stop_requested:
+            for metrics in trainer.train(num_steps, log_interval=config.trainer.log_interval_gradient_steps):
+                for run_logger in loggers:
+                    for name, value in metrics.items():
+                        run_logger.log_scalar(f"train/{name}", value, step=trainer.step)
+                bar.set_postfix_str(f"objective {metrics['objective']:.3f}", refresh=False)
+                bar.update(trainer.step - bar.n)
+                stopping = bool(stop_requested)
+                due = trainer.step % config.trainer.checkpoint_interval_gradient_steps == 0
+                if due or stopping or trainer.step >= num_steps:
+                    save()
+                if stopping:
+                    done = f"stopped at gradient step {trainer.step} of {num_steps}"
+                    raise Interrupted(f"{done}; the same command continues")
+    finally:
+        trainer.replay.shutdown()
+        for run_logger in loggers:
+            if isinstance(run_logger, TensorboardLogger):
+                run_logger.experiment.close()
     return folder
 
 
 def software_versions() -> dict[str, str]:
-    """Versions of what computes the results."""
+    """The machine, and versions of what computes the results."""
     names = ("torchrl_sql", "torch", "torchrl", "tensordict", "ale-py", "numpy", "tensorstore")
-    return {"python": platform.python_version()} | {name: version(name) for name in names}
+    machine = {"machine": f"{platform.machine()}, {os.cpu_count()} cores"}
+    return machine | {"python": platform.python_version()} | {name: version(name) for name in names}
 
 
 def read_scalars(run_dir: Path) -> dict[str, list[tuple[int, float]]]:
@@ -124,7 +141,7 @@ def _trim_scalars(logs: Path, *, last_step: int) -> None:
     """Drops what was logged after the checkpoint that a run continues from: it will be logged again."""
     for path in logs.glob("csv/scalars/**/*.csv"):
         kept = [row for row in _rows(path) if len(row) == 2 and int(row[0]) <= last_step]
-        path.write_text("".join(f"{step},{value}\n" for step, value in kept), encoding="utf-8")
+        write_atomically(path, "".join(f"{step},{value}\n" for step, value in kept))
 
 
 def _make_loggers(config: RunConfig, folder: Path) -> list[Logger]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, Literal, Protocol
 
 import torch
@@ -27,6 +27,9 @@ class Replay(Protocol):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continues after :meth:`state_dict`."""
+
+    def shutdown(self) -> None:
+        """Ends reader threads."""
 
 
 class Trainer:
@@ -77,7 +80,7 @@ class Trainer:
         self.step = 0
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self._compiled_loss = torch.compile(loss, fullgraph=True) if compile else loss
-        self._num_unchecked_steps = 0
+        self._num_checks_left = _NUM_CHECKED_STEPS if hasattr(loss, "check_finite") else 0
 
     def update(self, batch: TensorDictBase) -> TensorDict:
         """One gradient step; nothing is read back to the host.
@@ -89,7 +92,7 @@ class Trainer:
             Scalars: the loss's entries, ``objective`` (sum of its ``loss_*``) and ``grad_norm`` (before clipping).
         """
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16"):
-            losses = self._loss_of_step()(batch)
+            losses = self._compiled_loss(batch)
         objective = sum(value for key, value in losses.items() if key.startswith("loss_"))
         self.optimizer.zero_grad(set_to_none=True)
         objective.backward()
@@ -105,13 +108,14 @@ class Trainer:
         metrics["grad_norm"] = grad_norm.detach()
         return metrics
 
-    def _loss_of_step(self) -> Callable[[TensorDictBase], TensorDictBase]:
-        if self._num_unchecked_steps >= _NUM_CHECKED_STEPS or not hasattr(self.loss, "check_finite"):
-            return self._compiled_loss
-        # The check synchronises and does not compile: only the first steps run it.
-        self._num_unchecked_steps += 1
-        self.loss.check_finite = self._num_unchecked_steps < _NUM_CHECKED_STEPS
-        return self.loss
+    def _check_finite(self, batch: TensorDictBase) -> None:
+        """Runs the loss once more with its checks on. They synchronise and do not compile, hence not in the update."""
+        self.loss.check_finite = True
+        try:
+            with torch.no_grad():
+                self.loss(batch.clone())
+        finally:
+            self.loss.check_finite = False
 
     def train(self, num_gradient_steps: int, *, log_interval: int) -> Iterator[dict[str, float]]:
         """Takes gradient steps up to ``num_gradient_steps`` in all.
@@ -135,6 +139,9 @@ class Trainer:
             waiting = time.perf_counter()
             batch = self.replay.sample().to(self.device, non_blocking=True)
             data_seconds += time.perf_counter() - waiting
+            if self._num_checks_left:
+                self._check_finite(batch)
+                self._num_checks_left -= 1
             metrics = self.update(batch)
             sums = metrics if sums is None else sums + metrics
             num_steps += 1

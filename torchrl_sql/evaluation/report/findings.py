@@ -160,6 +160,9 @@ def notes(analysis: Analysis) -> list[str]:
     sticky = sorted({episode.sticky for episode in episodes})
     if len(sticky) > 1:
         found.append(f"The agents were not evaluated alike: sticky-action probabilities {sticky}. Compare with care.")
+    limits = sorted({episode.max_env_frames for episode in episodes})
+    if len(limits) > 1:
+        found.append(f"The agents were not evaluated alike: frame limits {limits}. Compare with care.")
     steps = sorted({rows[0].gradient_step for rows in analysis.episodes.values()})
     if len(steps) > 1:
         found.append(

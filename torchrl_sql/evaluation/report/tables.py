@@ -216,6 +216,7 @@ def protocol_table(analysis: Analysis) -> Table:
             "decoding": agent.decoding,
             "epsilon": episode.epsilon,
             "sticky": episode.sticky,
+            "max_env_frames": episode.max_env_frames,
             "gradient_step": episode.gradient_step,
             "num_seeds": len(counts),
             "min_episodes_a_run": int(counts.min()),
@@ -227,6 +228,7 @@ def protocol_table(analysis: Analysis) -> Table:
                 Cell(agent.decoding),
                 Cell(f"{episode.epsilon:g}"),
                 Cell(f"{episode.sticky:g}"),
+                Cell(f"{episode.max_env_frames:,}"),
                 Cell(f"{episode.gradient_step:,}"),
                 Cell(f"{len(counts)}"),
                 Cell(f"{counts.min()}" if counts.min() == counts.max() else f"{counts.min()}–{counts.max()}"),
@@ -236,7 +238,16 @@ def protocol_table(analysis: Analysis) -> Table:
     return Table(
         name="protocol",
         caption="How each agent's episodes were played.",
-        header=("Agent", "Decoding", "Epsilon", "Sticky", "Gradient steps", "Seeds", "Episodes a game and seed"),
+        header=(
+            "Agent",
+            "Decoding",
+            "Epsilon",
+            "Sticky",
+            "Frame limit",
+            "Gradient steps",
+            "Seeds",
+            "Episodes a game and seed",
+        ),
         rows=rows,
         records=records,
     )
