@@ -409,3 +409,9 @@ def test_manifest_text_is_stable(store, lab):
     lab.write(store, "Pong", lab.make_episodes([(5, True, False)]))
     file = store.path / "Pong" / "0" / "manifest.json"
     assert Manifest.read(file).to_json() == file.read_text()
+
+
+def test_creation_that_was_killed_can_be_repeated(tmp_path):
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / "store.json.tmp").write_text("{")
+    assert FrameStore.create(tmp_path / "store").games == ()

@@ -88,7 +88,7 @@ class FrameStore:
             if not exist_ok:
                 raise FileExistsError(f"{folder} is a store already; open it, or choose another path")
             return cls.open(folder)
-        if folder.exists() and any(folder.iterdir()):
+        if folder.exists() and any(not entry.name.endswith(".tmp") for entry in folder.iterdir()):
             raise FileExistsError(f"{folder} must be an empty or new folder to create a store in")
         if chunk_frames < 1 or shard_frames < chunk_frames or shard_frames % chunk_frames:
             raise ValueError(
