@@ -23,9 +23,9 @@ from torchrl_sql.data.importers import ImportFailedError, dqn_replay, import_dqn
 from torchrl_sql.games import GAMES
 
 
-def new_log(dopamine, root, *, game="Pong", run=1, capacity=10, seed=0):
+def new_log(dopamine, root, *, game="Pong", run=1, capacity=10, seed=0, **kwargs):
     folder = root / game / str(run) / "replay_logs"
-    return dopamine.Log(folder, capacity, len(GAMES[game].minimal_actions), seed)
+    return dopamine.Log(folder, capacity, len(GAMES[game].minimal_actions), seed, **kwargs)
 
 
 @pytest.fixture
@@ -77,6 +77,9 @@ def test_add_count_modulo_capacity(dopamine, log, tmp_path, small_store):
         rewrite(lambda a: a % 10)(log.folder / f"add_count_ckpt.{k}.gz")
     import_dqn_replay(tmp_path / "dqn", small_store.path, games="Pong", checkpoints="0-3")
     dopamine.check_same(dopamine.stored(small_store, "Pong"), dopamine.expected(log, "Pong", range(4)))
+    other = FrameStore.create(tmp_path / "other", chunk_frames=2, shard_frames=8)
+    import_dqn_replay(tmp_path / "dqn", other.path, games="Pong", checkpoints="0,2")
+    dopamine.check_same(dopamine.stored(other, "Pong"), dopamine.expected(log, "Pong", [0, 2]))
 
 
 def test_final_flush_alone_and_first_checkpoint_missing(dopamine, log, tmp_path, small_store):
@@ -339,6 +342,23 @@ def test_checkpoints_in_the_wrong_order(log, tmp_path, small_store):
         import_dqn_replay(tmp_path / "dqn", small_store.path, games="Pong", checkpoints="0-2")
 
 
+def test_padding_in_the_oldest_row(dopamine, tmp_path, small_store):
+    """B's first padding row is row 9 of checkpoint 1: its scalars are checked at once, its frame at the end."""
+    log = new_log(dopamine, tmp_path / "dqn")
+    log.play(6)
+    log.play(12)
+    assert log.logged == [(0, 9), (9, 19)]
+    for member in ("observation", "action"):
+        name = f"$store$_{member}_ckpt.1.gz"
+        good = (log.folder / name).read_bytes()
+        put(9, 1)(log.folder / name)
+        with pytest.raises(ImportFailedError, match=rf"{member}_ckpt\.1\.gz: row 9 must be padding"):
+            import_dqn_replay(tmp_path / "dqn", small_store.path, games="Pong", checkpoints="0-1")
+        (log.folder / name).write_bytes(good)
+    import_dqn_replay(tmp_path / "dqn", small_store.path, games="Pong", checkpoints="0-1")
+    dopamine.check_same(dopamine.stored(small_store, "Pong"), dopamine.expected(log, "Pong", [0, 1]))
+
+
 def test_no_pickle_is_ever_loaded(log, tmp_path, small_store):
     class Bomb:
         def __reduce__(self):
@@ -457,22 +477,34 @@ def test_sigkill_and_again(dopamine, lab, tmp_path, workers):
     part = FrameStore.create(tmp_path / "part", **settings)
     (tmp_path / "driver.py").write_text(DRIVER)
     command = [sys.executable, tmp_path / "driver.py", tmp_path / "dqn", part.path, str(workers)]
-    child = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-    while not list(part.path.glob(".importing/*/1/frames/zarr.json")) and child.poll() is None:
-        time.sleep(0.005)
-    time.sleep(0.1)
-    child.send_signal(signal.SIGKILL)
-    child.wait()
-    deadline = time.monotonic() + 20
-    while True:  # Workers notice within moments that their parent is gone.
-        try:
-            import_dqn_replay(tmp_path / "dqn", part.path, **arguments)
-            break
-        except ImportFailedError as error:
-            if "open in another writer" not in str(error) or time.monotonic() > deadline:
-                raise
-            time.sleep(0.1)
+    child = subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True)
+    try:
+        while not list(part.path.glob(".importing/*/1/frames/zarr.json")) and child.poll() is None:
+            time.sleep(0.005)
+        time.sleep(0.1)
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+        deadline = time.monotonic() + 20
+        while num_running(child.pid):
+            assert time.monotonic() < deadline, "workers outlive the process that started them"
+            time.sleep(0.05)
+    finally:
+        if num_running(child.pid):
+            os.killpg(child.pid, signal.SIGKILL)
+    import_dqn_replay(tmp_path / "dqn", part.path, **arguments)
     assert lab.tree(part.path) == lab.tree(whole.path)
+
+
+def num_running(process_group: int) -> int:
+    """Processes of a group that are not zombies."""
+    running = 0
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, group = path.read_text().rpartition(")")[2].split()[:3]
+        except OSError:  # It ended meanwhile.
+            continue
+        running += int(group) == process_group and state != "Z"
+    return running
 
 
 def test_memory_does_not_grow_with_the_checkpoint(dopamine, tmp_path):
@@ -493,36 +525,63 @@ def test_memory_does_not_grow_with_the_checkpoint(dopamine, tmp_path):
 # Properties
 
 
-@settings(max_examples=40, deadline=None)
-@given(
-    lengths=st.lists(st.integers(1, 30), min_size=2, max_size=12),
-    capacity=st.integers(8, 40),
-    limit=st.sampled_from([27_000, 30, 12]),
-    data=st.data(),
-)
-def test_any_episodes_across_any_borders(dopamine, lab, lengths, capacity, limit, data):
+@st.composite
+def logs(draw, dopamine, folder):
+    """A log of random episodes, and which of its checkpoints to import."""
+    capacity, limit = draw(st.integers(8, 40)), draw(st.sampled_from([27_000, 30, 12]))
+    log = new_log(dopamine, folder / "dqn", capacity=capacity, looks_at_every_row=draw(st.booleans()))
+    for num_steps in draw(st.lists(st.integers(1, 30), min_size=2, max_size=12)):
+        log.play(min(num_steps, limit))
+    laps = [(max(k * capacity - 1, 0), (k + 1) * capacity - 1) for k in range((log.add_count + 1) // capacity)]
+    # Final flushes of which add_count says too little: after a lost lap, and with no row since the last checkpoint.
+    if log.logged == laps and [log.add_count] != [end for _, end in laps[-1:]] and draw(st.booleans()):
+        log.log_final()
+    assume(log.logged)
+    numbers = range(len(log.logged))
+    chosen = draw(st.one_of(st.just(set(numbers)), st.sets(st.sampled_from(numbers), min_size=1)))
+    return log, {"games": "Pong", "checkpoints": sorted(chosen), "max_episode_steps": limit}
+
+
+@settings(max_examples=50, deadline=None)
+@given(data=st.data())
+def test_any_episodes_across_any_borders(dopamine, lab, data):
     """The store holds what was played, transition by transition, and every row is accounted for."""
-    with tempfile.TemporaryDirectory() as folder:
-        log = new_log(dopamine, Path(folder) / "dqn", capacity=capacity)
-        for num_steps in lengths:
-            log.play(min(num_steps, limit))
-        lap_is_lost = log.logged != [(max(k * capacity - 1, 0), (k + 1) * capacity - 1) for k in range(len(log.logged))]
-        if data.draw(st.booleans()) and not lap_is_lost and log.add_count // capacity == len(log.logged):
-            log.log_final()
-        assume(log.logged)
-        numbers = range(len(log.logged))
-        chosen = data.draw(st.one_of(st.just(list(numbers)), st.lists(st.sampled_from(numbers), min_size=1)))
-        checkpoints = sorted(set(chosen))
-        expected = dopamine.expected(log, "Pong", checkpoints, limit=limit)
-        store = FrameStore.create(Path(folder) / "store", chunk_frames=2, shard_frames=8)
-        arguments = {"games": "Pong", "checkpoints": checkpoints, "max_episode_steps": limit}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        log, arguments = data.draw(logs(dopamine, folder))
+        checkpoints = arguments["checkpoints"]
+        expected = dopamine.expected(log, "Pong", checkpoints, limit=arguments["max_episode_steps"])
+        store = FrameStore.create(folder / "store", chunk_frames=2, shard_frames=8)
         if not expected:
             with pytest.raises(ImportFailedError, match="there is no episode in it"):
-                import_dqn_replay(Path(folder) / "dqn", store.path, **arguments)
+                import_dqn_replay(folder / "dqn", store.path, **arguments)
             return
-        (summary,) = import_dqn_replay(Path(folder) / "dqn", store.path, **arguments)
+        (summary,) = import_dqn_replay(folder / "dqn", store.path, **arguments)
         dopamine.check_same(dopamine.stored(store, "Pong"), expected)
         dopamine.check_transitions(store, "Pong", expected, lab)
-        assert summary.num_rows_read == capacity * len(checkpoints)
+        assert summary.num_rows_read == log.capacity * len(checkpoints)
         assert summary.num_transitions == sum(len(e.actions) for e in expected)
         assert summary.num_truncated + summary.num_cut == sum(not e.terminated for e in expected)
+
+
+@settings(max_examples=30, deadline=None)
+@given(data=st.data())
+def test_any_import_stopped_anywhere_continues(dopamine, lab, data):
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        log, arguments = data.draw(logs(dopamine, folder))
+        checkpoints = arguments["checkpoints"]
+        assume(dopamine.expected(log, "Pong", checkpoints, limit=arguments["max_episode_steps"]))
+        whole, part = (
+            FrameStore.create(folder / name, chunk_frames=2, shard_frames=8).path for name in ("whole", "part")
+        )
+        summaries = import_dqn_replay(folder / "dqn", whole, **arguments)
+        for stop in sorted(data.draw(st.lists(st.sampled_from(checkpoints), min_size=1, max_size=3))):
+            file = log.folder / f"$store$_observation_ckpt.{stop}.gz"
+            good = file.read_bytes()
+            file.write_bytes(good[:-3])  # Everything can be read, but for the end of the checksum.
+            with pytest.raises(ImportFailedError, match="is truncated"):
+                import_dqn_replay(folder / "dqn", part, **arguments)
+            file.write_bytes(good)
+        assert repr(import_dqn_replay(folder / "dqn", part, **arguments)) == repr(summaries)  # NaN is not NaN.
+        assert lab.tree(part) == lab.tree(whole)

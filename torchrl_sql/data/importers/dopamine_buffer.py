@@ -15,7 +15,8 @@ lap it was never written. In time order, then, checkpoint 0 is rows ``0 .. N - 2
 ``N - 1``, then rows ``0 .. N - 2``: without a gap and without an overlap.
 
 **The final flush** (checkpoint 50) writes the buffer at whatever cursor the run ended, with ``add_count`` reduced
-modulo ``N``. Rows from the cursor on, except row ``N - 1``, repeat the checkpoint before.
+modulo ``N``. Rows from the cursor on, except row ``N - 1``, repeat the checkpoint before. (Some copies may have all
+their counts reduced: the checkpoint's number then stands for the laps.)
 
 **A lost lap.** ``add`` tests the cursor once a call, but a call that starts an episode writes four rows. If row
 ``N - 2`` is one of its first three, the cursor jumps over ``N - 1``, the test misses it, and the whole lap is
