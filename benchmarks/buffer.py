@@ -9,6 +9,8 @@ PyTorch's own set to one. Rounds of all contenders alternate; medians are shown.
 
 - ours: ``OfflineAtariReplay.sample``: stacks with zeros before an episode's start, actions, clipped rewards, flags;
   files in the page cache. Two threads: ``prefetch=2``.
+- TensorStore: 512 windows of five frames of the same files, joined by ``tensorstore.stack``, its threads limited to ``T``;
+  nothing but frames.
 - TorchRL memmap: ``TensorDictReplayBuffer(LazyMemmapStorage, SliceSampler(slice_len=5, cache_values=True))``: slices of
   five raw frames with action, reward and flags. A buffer a thread, as a buffer locks while it samples.
 - TorchRL compressed: the same sampler over ``CompressedListStorage``.
@@ -35,6 +37,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tensorstore as ts
 import torch
 from _episodes import EIGHT_GAMES, Episode, play
 from _machine import describe
@@ -136,6 +139,29 @@ def rate_ours(store: FrameStore, num_threads: int, seconds: float) -> float:
     return found
 
 
+def tensorstore_reader(store: FrameStore, num_threads: int) -> Callable[[], np.ndarray]:
+    limit = {"limit": num_threads}
+    cache = {"total_bytes_limit": 1 << 20}  # Shard indices, and no more than a few chunks.
+    context = ts.Context({"cache_pool": cache, "data_copy_concurrency": limit, "file_io_concurrency": limit})
+    spec = {"driver": "zarr3", "recheck_cached_metadata": "open", "recheck_cached_data": "open"}
+    arrays = [
+        ts.open({**spec, "kvstore": {"driver": "file", "path": f"{run.path}/frames/"}}, context=context).result()
+        for run in store.runs
+    ]
+    ends = np.cumsum([run.num_frames - NUM_FRAMES for run in store.runs])
+
+    def sample() -> np.ndarray:
+        start = np.random.default_rng().integers(0, ends[-1], BATCH_SIZE)
+        run = np.searchsorted(ends, start, side="right")
+        row = start - np.concatenate([[0], ends])[run]
+        windows = [
+            arrays[r][i : i + NUM_FRAMES].translate_to[0, 0, 0] for r, i in zip(run.tolist(), row.tolist(), strict=True)
+        ]
+        return ts.stack(windows).read().result()
+
+    return sample
+
+
 def in_memory(games: dict[str, list[Episode]], folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     """Rates by contender and number of threads, and bytes a transition."""
     store = write_ours(games, folder / "store")
@@ -166,6 +192,7 @@ def in_memory(games: dict[str, list[Episode]], folder: Path, args: argparse.Name
 
     contenders: dict[str, Callable[[int, float], float]] = {
         "ours": lambda threads, seconds: rate_ours(store, threads, seconds),
+        "tensorstore": lambda threads, seconds: rate([tensorstore_reader(store, threads)] * threads, seconds),
         "torchrl_memmap": lambda threads, seconds: rate(
             [buffer.sample for buffer in torchrl_buffers(memmap, trajectories, threads)], seconds
         ),
@@ -190,6 +217,7 @@ def in_memory(games: dict[str, list[Episode]], folder: Path, args: argparse.Name
         "rates": {f"{name}_{threads}": statistics.median(rates[1:]) for (name, threads), rates in found.items()},
         "bytes": {
             "ours": bytes_per_transition(store),
+            "tensorstore": bytes_per_transition(store),
             "torchrl_memmap": sum(f.stat().st_size for f in (folder / "memmap").rglob("*")) / len(frames),
             "torchrl_compressed": size_compressed / len(frames),
             "raw_gather": float(frames[0].numel()),
@@ -274,6 +302,7 @@ def measure_cold(name: str, path: Path, num_batches: int = 20) -> float:
 def table(found: dict[str, Any]) -> str:
     titles = {
         "ours": "ours",
+        "tensorstore": "TensorStore, our files",
         "torchrl_memmap": "TorchRL memmap",
         "torchrl_compressed": "TorchRL compressed",
         "raw_gather": "raw gather (torch)",

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import google_crc32c
 import numpy as np
 import pytest
+import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -47,14 +48,16 @@ def test_steps_of_frames_by_hand(pong):
     assert pong.steps_of_frames(28, 29) == (26, 27)
 
 
-def test_few_open_files(pong, monkeypatch):
-    monkeypatch.setattr(shards_module.resource, "getrlimit", lambda which: (2, 2))
+@pytest.mark.parametrize("limit", ["_MAX_SHARDS", "_MAX_MAPPED_BYTES"])
+def test_limits_of_mappings(pong, monkeypatch, limit):
+    """Files are unmapped and mapped again, and pages dropped, without harm."""
+    monkeypatch.setattr(shards_module, limit, 1)
     reader = FrameReader([pong])
-    row = np.random.default_rng(0).integers(0, 29, 60)
-    for some in np.split(row, 6):
+    stored = pong.open_frames().read().result()
+    for some in np.random.default_rng(0).integers(0, 29, (6, 10)):
         frames = reader.read(np.zeros_like(some), some, some, some + 1, length=1)
-        np.testing.assert_array_equal(frames[:, 0], pong.open_frames().read().result()[some])
-        assert len(reader._files) == 1
+        np.testing.assert_array_equal(frames[:, 0], stored[some])
+        assert len(reader._shards) == 1 or limit == "_MAX_MAPPED_BYTES"
 
 
 def test_threads_side_by_side(two_games):
@@ -82,7 +85,7 @@ def damage_index(path):
 
 
 def damage_second_chunk(path):
-    break_byte(path, Shard(path, 2).offset[1] + 20)
+    break_byte(path, Shard(path, 2).index[2] + 20)
 
 
 @pytest.mark.parametrize(
@@ -133,17 +136,30 @@ def test_index_that_points_outside(pong):
         AtariFrameStorage(pong.path.parent.parent)[2]
 
 
-def test_disk_error_is_named(pong, monkeypatch):
-    storage = AtariFrameStorage(pong.path.parent.parent)
-
-    def fail(*args):
-        raise OSError(5, "Input/output error")
-
-    monkeypatch.setattr(os, "pread", fail)
+def test_shard_that_cannot_be_opened(pong):
+    path = shard_path(pong.path / "frames", 0)
+    path.unlink()
+    path.mkdir()
     with pytest.raises(
-        DamagedFramesError, match=r"chunk 0: \[Errno 5\] Input/output error.* transitions 0 to 3 of Pong"
+        DamagedFramesError, match=r"c/0/0/0 is damaged: \[Errno 21\] Is a directory.* transitions 0 to 6 of"
     ):
-        storage[0]
+        AtariFrameStorage(pong.path.parent.parent)[0]
+
+
+def test_chunk_of_another_kind(pong):
+    """Intact, but not what the reader expects: half a chunk."""
+    path = shard_path(pong.path / "frames", 0)
+    data = bytearray(path.read_bytes())
+    index = np.frombuffer(data, "<u8", 4, len(data) - 36)
+    chunk = zstandard.compress(bytes(2 * 84 * 84))
+    chunk += google_crc32c.value(chunk).to_bytes(4, "little")
+    assert len(chunk) <= index[1]
+    data[index[0] : index[0] + len(chunk)] = chunk
+    index[1] = len(chunk)
+    data[-4:] = google_crc32c.value(bytes(data[-36:-4])).to_bytes(4, "little")
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match="chunks must hold 28224 bytes of zstd-compressed frames"):
+        AtariFrameStorage(pong.path.parent.parent)[0]
 
 
 def test_chunks_of_black_frames_are_stored(store):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import shutil
 import tempfile
 from pathlib import Path
@@ -35,6 +36,10 @@ def flip(file: Path, position: int, bit: int = 4) -> None:
     file.write_bytes(data)
 
 
+def chunk_offset(file: Path, chunk: int) -> int:
+    return Shard(file, 2).index[2 * chunk]
+
+
 def test_intact(intact):
     calls = []
     assert list(verify(intact, progress=lambda done, total: calls.append((done, total)))) == []
@@ -44,9 +49,9 @@ def test_intact(intact):
 def test_each_bad_chunk_is_named(copy):
     frames = copy.run("Pong").path / "frames"
     first, last = shard_path(frames, 0), shard_path(frames, 3)
-    flip(first, Shard(first, 2).offset[1])
-    flip(last, Shard(last, 2).offset[0] + 40)
-    flip(last, Shard(last, 2).offset[1] + 10)
+    flip(first, chunk_offset(first, 1))
+    flip(last, chunk_offset(last, 0) + 40)
+    flip(last, chunk_offset(last, 1) + 10)
     shutil.rmtree(shard_path(frames, 2).parent)
     expected = [
         (first, "chunk 1: the CRC32C does not match", (4, 6)),  # Frames 4-7, of which 5 is a final one.
@@ -57,6 +62,24 @@ def test_each_bad_chunk_is_named(copy):
     found = list(verify(copy))
     assert found == [Damage(game="Pong", run="0", file=f, reason=r, transitions=t) for f, r, t in expected]
     assert str(found[0]) == f"Pong, run '0', transitions 4 to 6: {first}: chunk 1: the CRC32C does not match"
+
+
+def test_disk_that_cannot_read_is_named(copy, monkeypatch):
+    bad = shard_path(copy.run("Pong").path / "frames", 1)
+
+    class Disk(io.FileIO):
+        def read(self, size=-1):
+            if self.name == str(bad) and self.tell() == chunk_offset_of_bad:
+                raise OSError(5, "Input/output error")
+            return super().read(size)
+
+    chunk_offset_of_bad = chunk_offset(bad, 1)
+    open_path = Path.open
+    monkeypatch.setattr(
+        Path, "open", lambda self, mode, **kw: Disk(str(self)) if mode == "rb" else open_path(self, mode, **kw)
+    )
+    (found,) = verify(copy)
+    assert (found.file, found.reason) == (bad, "chunk 1: [Errno 5] Input/output error")
 
 
 def test_damage_to_flat_files(copy):
@@ -108,11 +131,8 @@ def test_any_flipped_bit_is_found(intact, data):
             st.sampled_from([run.path / name for name in ("actions.u8", "rewards.f32", "episodes.bin")] + shards)
         )
         end = file.stat().st_size
-        if file == shards[-1] and run.num_frames % 8 <= 4:  # Its second chunk is padding.
-            padding = Shard(file, 2)
-            unused = range(padding.offset[1], padding.offset[1] + padding.size[1])
-        else:
-            unused = range(0)
+        padded = file == shards[-1] and run.num_frames % 8 <= 4  # Its second chunk is padding.
+        unused = range(chunk_offset(file, 1), end - 36) if padded else range(0)
         position = data.draw(st.integers(0, end - 1).filter(lambda p: p not in unused))
         flip(file, position, data.draw(st.integers(0, 7)))
         assert {damage.file for damage in verify(store)} == {file}

@@ -1,17 +1,21 @@
 """Batches of frames straight from the shards of many runs, for training.
 
 The files are plain Zarr v3 (see ``frames.py``, which writes them through TensorStore). This reader knows the one layout
-that the package writes: it looks chunks up in the shard indices, checks their CRC32C, lets zstd decode many chunks in
-one call into a buffer that stays in the cache, and gathers the wanted frames in another. Both calls run without the
-GIL, so that several threads read side by side; ``benchmarks/results/buffer.md`` has the comparison with TensorStore.
+that the package writes: it maps the shard files into memory, looks chunks up in their indices, lets zstd decode many in
+one call, compares their CRC32C, and copies the wanted frames. ``benchmarks/results/buffer.md`` has the comparison with
+TensorStore. Two things make threads scale:
 
-Legend: W windows, L frames of a window, K frames of a chunk.
+- The GIL is let go once for many chunks. Letting go of it at each system call and chunk, 1,800 times a batch, cost a
+  third of the speed beside a busy training thread, from which it must be asked back each time.
+- Decoded chunks, 169 KB each, are freed at once, into a heap that keeps its memory: see :func:`_keep_freed_memory`.
+
+Legend: W windows, L frames of a window, K frames of a chunk, P pieces (of windows, each within a chunk).
 """
 
 from __future__ import annotations
 
+import mmap
 import os
-import resource
 import threading
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
@@ -28,11 +32,25 @@ from torchrl_sql.data.run import Run
 _CRC32C_RESIDUE = 0x48674BC7
 """CRC32C of any bytes followed by their own CRC32C, little endian."""
 
-_WINDOWS_AT_ONCE = 32
-"""Windows decoded together: their chunks should fit the processor's cache, and amortise the calls."""
+_FRAME_BYTES = FRAME_SHAPE[0] * FRAME_SHAPE[1]
 
-_MISSING = np.uint64(2**64 - 1)
+_WINDOWS_AT_ONCE = 16
+"""Windows decoded together: their chunks should stay in the processor's cache, and make up for the cost of a call."""
+
+_MAX_SHARDS = 50_000
+"""Files mapped at a time; Linux allows a process 65,530 mappings."""
+
+_MAX_MAPPED_BYTES = 1 << 30
+"""Memory that mapped files may seem to take. Their pages belong to the page cache, but count as the process's."""
+
+_BYTES_A_TOUCH = 1 << 16
+"""Linux maps up to 64 KB around each byte that is read, as far as they are in the page cache."""
+
+_MISSING = 2**64 - 1
 """Offset and size of a chunk that was never written."""
+
+_NEVER_WRITTEN = "it was never written"
+_WRONG_CRC32C = "the CRC32C does not match"
 
 
 class DamagedFramesError(ValueError):
@@ -49,46 +67,46 @@ class FrameDamage(NamedTuple):
 
 
 class Shard:
-    """Where the chunks of one shard file lie.
+    """One shard file, mapped into memory.
 
     Args:
         path (Path): the file.
         num_chunks (int): chunks a shard has.
 
     Attributes:
-        offset, size (memoryview of uint32): of each chunk, its CRC32C included; size 0: never written.
+        data (mmap): its bytes.
+        view (memoryview of bytes): the same, for slices without copies.
+        index (memoryview of uint64): offset and size of each chunk in turn, its CRC32C included.
 
     Raises:
         ValueError: if the index is not intact.
         OSError: if the file cannot be read.
     """
 
-    __slots__ = ("offset", "path", "size")
+    __slots__ = ("data", "index", "view")
 
     def __init__(self, path: Path, num_chunks: int) -> None:
-        self.path = path
         index_bytes = 16 * num_chunks + 4
         with path.open("rb") as file:
             num_bytes = file.seek(0, os.SEEK_END)
             end = num_bytes - index_bytes
-            if not 0 <= end < 2**32:
+            if end < 0:
                 raise ValueError(f"its {num_bytes} bytes cannot end in an index of {index_bytes}")
-            file.seek(end)
-            data = file.read(index_bytes)
-        if google_crc32c.value(data) != _CRC32C_RESIDUE:
+            self.data = mmap.mmap(file.fileno(), num_bytes, access=mmap.ACCESS_READ)
+        self.data.madvise(mmap.MADV_RANDOM)
+        if google_crc32c.value(self.data[end:]) != _CRC32C_RESIDUE:
             raise ValueError("the CRC32C of its index does not match")
-        entries = np.frombuffer(data, "<u8", 2 * num_chunks).reshape(num_chunks, 2).copy()
-        entries[entries[:, 0] == _MISSING] = 0
-        if (entries > end).any() or (entries.sum(1) > end).any():
+        self.view = memoryview(self.data)
+        self.index = self.view[end:-4].cast("Q")
+        offset, size = np.array(self.index).reshape(num_chunks, 2).T
+        if ((offset != _MISSING) & ((offset > end) | (size > end) | (offset + size > end))).any():
             raise ValueError(f"its index points beyond byte {end}, where the chunks end")
-        self.offset, self.size = (memoryview(column) for column in np.ascontiguousarray(entries.T.astype(np.uint32)))
 
 
 class FrameReader:
     """Reads windows of consecutive frames from the frame arrays of several runs, in batches.
 
-    Several threads may read at a time, also after ``fork``. Shard indices stay in memory (8 bytes a chunk, a third of
-    a byte a frame), and files stay open, up to half the number that the process may open (``ulimit -n``).
+    Several threads may read at a time, also after ``fork``.
 
     Args:
         runs (sequence of Run): ``R`` runs of one store. Rows beyond their committed frames are never read.
@@ -111,15 +129,14 @@ class FrameReader:
                 )
         self._runs = list(runs)
         self._chunk_frames, shard_frames = layouts[0].chunking
-        self._chunk_bytes = self._chunk_frames * FRAME_SHAPE[0] * FRAME_SHAPE[1]
         self._chunks_per_shard = shard_frames // self._chunk_frames
         num_shards = [-(-run.num_frames // shard_frames) for run in runs]
         # The shards of all runs are numbered through, and so are their chunks.
         self._first_shard = np.cumsum([0, *num_shards])
         self._shards: dict[int, Shard] = {}
-        self._files: dict[int, _OpenFile] = {}
-        self._max_files = max(resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2, 1)
+        self._num_touches = 0
         self._thread = threading.local()
+        _keep_freed_memory()
 
     @property
     def num_shards(self) -> int:
@@ -129,7 +146,7 @@ class FrameReader:
     def read(
         self, run: np.ndarray, start: np.ndarray, first: np.ndarray, stop: np.ndarray, *, length: int
     ) -> np.ndarray:
-        """Reads ``W >= 1`` windows. Chunks that neighbouring windows share are decoded once.
+        """Reads ``W`` windows. Chunks that neighbouring windows share are decoded once.
 
         Args:
             run (int ``[W]``): which run.
@@ -146,88 +163,112 @@ class FrameReader:
         Raises:
             DamagedFramesError: if a chunk that is needed is not intact.
         """
-        frame = start[:, None] + np.arange(length)
-        row = np.clip(frame, first[:, None], stop[:, None] - 1)
-        chunk, row_in_chunk = np.divmod(row, self._chunk_frames)
+        begin, end = np.maximum(start, first), np.minimum(start + length, stop)
+        out = np.empty((len(run), length, *FRAME_SHAPE), np.uint8)
+        out[end - begin < length] = 0
+        target = out.data.cast("B")
+
+        # Pieces: what a window takes from one chunk.
+        window, number = np.indices((len(run), (length - 2) // self._chunk_frames + 2))
+        chunk = begin[:, None] // self._chunk_frames + number
+        piece_begin = np.maximum(chunk * self._chunk_frames, begin[:, None])
+        piece_end = np.minimum((chunk + 1) * self._chunk_frames, end[:, None])
+        some = piece_begin < piece_end
+        from_byte = (piece_begin - chunk * self._chunk_frames)[some] * _FRAME_BYTES
+        to_byte = (window * length + piece_begin - start[:, None])[some] * _FRAME_BYTES
+        num_bytes = (piece_end - piece_begin)[some] * _FRAME_BYTES
         chunk += (self._first_shard[run] * self._chunks_per_shard)[:, None]
 
-        # Each group of windows is decoded on its own: `keys` lists its distinct chunks, group by group.
-        num_groups = -(-len(run) // _WINDOWS_AT_ONCE)
-        num_chunks = self.num_shards * self._chunks_per_shard
-        group = np.arange(len(run)) // _WINDOWS_AT_ONCE
-        keys, position = np.unique(group[:, None] * num_chunks + chunk, return_inverse=True)
-        group_start = np.searchsorted(keys, np.arange(num_groups + 1) * num_chunks).tolist()
+        # Groups of windows are decoded one after the other: `keys` lists their distinct chunks, group by group.
+        group, num_chunks = window[some] // _WINDOWS_AT_ONCE, self.num_shards * self._chunks_per_shard
+        keys, position = np.unique(group * num_chunks + chunk[some], return_inverse=True)
+        groups = np.arange(-(-len(run) // _WINDOWS_AT_ONCE) + 1)
+        first_key = np.searchsorted(keys, groups * num_chunks)
+        first_piece = np.searchsorted(group, groups)
+        pieces = list(
+            zip(
+                (position - first_key[group]).tolist(),
+                from_byte.tolist(),
+                to_byte.tolist(),
+                num_bytes.tolist(),
+                strict=True,
+            )
+        )
         try:
-            source = self._fetch((keys % num_chunks).tolist())
+            chunks = self._find((keys % num_chunks).tolist())
+            for (a, b), (c, d) in zip(pairwise(first_key.tolist()), pairwise(first_piece.tolist()), strict=True):
+                decoded = self._decode(chunks[a:b])
+                for where, source_byte, target_byte, count in pieces[c:d]:
+                    target[target_byte : target_byte + count] = decoded[where][source_byte : source_byte + count]
         except _BadChunks as error:
             raise self._damaged_frames_error(error) from error.__cause__
-        decoded_row = position.reshape(row.shape) * self._chunk_frames + row_in_chunk
-
-        out = np.empty((len(run), length, *FRAME_SHAPE), np.uint8)
-        for number, (begin, end) in enumerate(pairwise(group_start)):
-            windows = slice(number * _WINDOWS_AT_ONCE, (number + 1) * _WINDOWS_AT_ONCE)
-            decoded = self._decode(source[begin:end])
-            # mode="clip": the default mode would gather into a copy of `out`.
-            decoded.take(decoded_row[windows] - begin * self._chunk_frames, 0, out=out[windows], mode="clip")
-        outside = frame != row
-        if outside.any():
-            out[outside] = 0
         return out
 
     def check_shard(self, number: int) -> Iterator[FrameDamage]:
         """Reads all committed chunks of a shard, in ``0..num_shards - 1``; yields what is wrong with them."""
         run = self._run_of_shard(number)
         begin = number * self._chunks_per_shard
-        committed = -(-self._runs[run].num_frames // self._chunk_frames)
-        end = min(begin + self._chunks_per_shard, int(self._first_shard[run]) * self._chunks_per_shard + committed)
+        num_chunks = -(-self._runs[run].num_frames // self._chunk_frames)
+        end = min(begin + self._chunks_per_shard, int(self._first_shard[run]) * self._chunks_per_shard + num_chunks)
         try:
-            self._load_shard(number)
+            index = self._load_shard(number).index
         except _BadChunks as error:
             yield self._describe(error)[1]
             return
-        for chunk in range(begin, end):
-            try:
-                self._fetch([chunk])
-            except _BadChunks as error:
-                yield self._describe(error)[1]
+        # Not through the mapping: where a disk cannot read, that would end the process instead of raising an error.
+        with self._shard_path(number).open("rb") as file:
+            for local in range(end - begin):
+                offset, size = index[2 * local], index[2 * local + 1]
+                try:
+                    file.seek(0 if offset == _MISSING else offset)
+                    intact = offset != _MISSING and google_crc32c.value(file.read(size)) == _CRC32C_RESIDUE
+                    reason = "" if intact else _NEVER_WRITTEN if offset == _MISSING else _WRONG_CRC32C
+                except OSError as error:
+                    reason = str(error)
+                if reason:
+                    yield self._describe(_BadChunks(begin + local, begin + local + 1, reason))[1]
 
-    def _fetch(self, chunks: list[int]) -> list[memoryview]:
-        """The compressed bytes of chunks, checked, without their CRC32C."""
-        places = []
+    def _find(self, chunks: list[int]) -> list[tuple[int, Shard, int, int]]:
+        """Number, shard, offset and size of each chunk; has the disk fetch what is not in memory, all at once."""
+        found = []
         for chunk in chunks:
             number, local = divmod(chunk, self._chunks_per_shard)
             shard = self._shards.get(number) or self._load_shard(number)
-            file = self._files.get(number) or self._open_file(number)
-            offset, size = shard.offset[local], shard.size[local]
-            if _advise is not None:  # Sets the disk to work on all chunks before the first one is waited for.
-                _advise(file.descriptor, offset, size, os.POSIX_FADV_WILLNEED)
-            places.append((file, offset, size))
-        found = []
-        for chunk, (file, offset, size) in zip(chunks, places, strict=True):
-            try:
-                data = os.pread(file.descriptor, size, offset)
-            except OSError as error:
-                raise _BadChunks(chunk, chunk + 1, str(error)) from error
-            if google_crc32c.value(data) != _CRC32C_RESIDUE:
-                reason = "the CRC32C does not match" if size else "it was never written"
-                raise _BadChunks(chunk, chunk + 1, reason)
-            found.append(memoryview(data)[:-4])
+            offset, size = shard.index[2 * local], shard.index[2 * local + 1]
+            if offset == _MISSING:
+                raise _BadChunks(chunk, chunk + 1, _NEVER_WRITTEN)
+            page = offset & -mmap.PAGESIZE
+            shard.data.madvise(mmap.MADV_WILLNEED, page, offset + size - page)
+            found.append((chunk, shard, offset, size))
+        self._num_touches += len(chunks)
+        if self._num_touches * _BYTES_A_TOUCH > _MAX_MAPPED_BYTES:
+            self._num_touches = 0
+            if sum(len(shard.data) for shard in list(self._shards.values())) > _MAX_MAPPED_BYTES:
+                for shard in list(self._shards.values()):
+                    shard.data.madvise(mmap.MADV_DONTNEED)
         return found
 
-    def _decode(self, source: list[memoryview]) -> np.ndarray:
-        """Frames of chunks, uint8 ``[chunks * K, 84, 84]``, in a buffer that this thread's next call overwrites."""
-        num_bytes = len(source) * self._chunk_bytes
-        scratch = getattr(self._thread, "scratch", None)
-        if scratch is None or scratch.size < num_bytes:
-            scratch = self._thread.scratch = np.empty(num_bytes, np.uint8)
-            self._thread.decompressor = zstandard.ZstdDecompressor()
-        decoded = scratch[:num_bytes]
-        with self._thread.decompressor.stream_reader(b"".join(source), read_across_frames=True) as reader:
-            # zstd decodes a frame in place where the whole of it fits into what is left of the buffer.
-            found = reader.readinto(decoded)
-        if found != num_bytes:
-            raise ValueError(f"{len(source)} chunks must decode to {num_bytes} bytes, got {found}")
-        return decoded.reshape(-1, *FRAME_SHAPE)
+    def _decode(self, chunks: list[tuple[int, Shard, int, int]]) -> list[memoryview]:
+        """Bytes of the frames of each chunk."""
+        decompressor = getattr(self._thread, "decompressor", None)
+        if decompressor is None:
+            decompressor = self._thread.decompressor = zstandard.ZstdDecompressor()
+        source: list[bytes | bytearray | memoryview] = [
+            shard.view[offset : offset + size - 4] for _, shard, offset, size in chunks
+        ]
+        sizes = np.full(len(chunks), self._chunk_frames * _FRAME_BYTES, np.uint64)
+        failure = None
+        try:
+            decoded = decompressor.multi_decompress_to_buffer(source, decompressed_sizes=sizes.tobytes())
+        except zstandard.ZstdError as error:
+            failure = error
+        # After decoding, which waits for the disk without the GIL where it has to.
+        for chunk, shard, offset, size in chunks:
+            if google_crc32c.value(shard.data[offset : offset + size]) != _CRC32C_RESIDUE:
+                raise _BadChunks(chunk, chunk + 1, _WRONG_CRC32C)
+        if failure is not None:
+            raise ValueError(f"chunks must hold {sizes[0]} bytes of zstd-compressed frames: {failure}") from failure
+        return [memoryview(decoded[number]) for number in range(len(chunks))]  # type: ignore[arg-type]
 
     def _load_shard(self, number: int) -> Shard:
         begin = number * self._chunks_per_shard
@@ -237,14 +278,10 @@ class FrameReader:
             raise _BadChunks(begin, begin + self._chunks_per_shard, "the file is missing") from error
         except (OSError, ValueError) as error:
             raise _BadChunks(begin, begin + self._chunks_per_shard, str(error)) from error
+        while len(self._shards) >= _MAX_SHARDS:
+            self._shards.popitem()  # Access is random, so it does not matter which one goes.
         self._shards[number] = shard
         return shard
-
-    def _open_file(self, number: int) -> _OpenFile:
-        if len(self._files) >= self._max_files:
-            self._files.popitem()  # Access is random, so it does not matter which one goes.
-        file = self._files[number] = _OpenFile(self._shards[number].path)
-        return file
 
     def _run_of_shard(self, number: int) -> int:
         return int(np.searchsorted(self._first_shard, number, side="right")) - 1
@@ -279,16 +316,12 @@ class _BadChunks(Exception):
         self.begin, self.end, self.reason = begin, end, reason
 
 
-class _OpenFile:
-    """A file descriptor that is closed when the last thread lets go of it."""
+def _keep_freed_memory() -> None:
+    """Has the C library keep blocks of up to 31 MB that are freed, instead of returning their pages to the kernel.
 
-    __slots__ = ("descriptor",)
-
-    def __init__(self, path: Path) -> None:
-        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-
-    def __del__(self) -> None:
-        os.close(self.descriptor)
-
-
-_advise = getattr(os, "posix_fadvise", None)  # macOS has none.
+    At first glibc maps every block over 128 KB on its own and unmaps it when it is freed: each decoded chunk then costs
+    42 page faults, and threads wait for each other to change the mappings of the process. The first larger block that
+    is freed raises the limit to its size, up to 32 MB (mallopt(3), ``M_MMAP_THRESHOLD``). A batch of moderate size does
+    so sooner or later; this does it at once, for any size.
+    """
+    np.empty(31 << 20, np.uint8)
