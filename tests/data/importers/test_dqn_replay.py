@@ -3,6 +3,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -385,6 +386,30 @@ def test_runs_in_the_way_are_left_alone(log, tmp_path, small_store, lab):
     (small_store.path / "Pong" / "1" / "manifest.json").unlink()
     with pytest.raises(ImportFailedError, match="Pong/1 is in the way: it has files but no manifest"):
         import_dqn_replay(tmp_path / "dqn", small_store.path, games="Pong", checkpoints="0-1")
+
+
+def test_full_disk_leaves_the_old_store(dopamine, log, tmp_path, small_store, lab):
+    with small_store.writer("Pong", run="mine", source="test") as writer:
+        lab.add(writer, lab.make_episodes([(5, True, False)]))
+    before = lab.tree(small_store.path)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+    try:
+        with pytest.raises(ImportFailedError, match=r"(?i)Pong: .*(file too large|file size limit)"):
+            import_dqn_replay(tmp_path / "dqn", small_store.path, games="Pong", checkpoints="0-3")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert {path: data for path, data in lab.tree(small_store.path).items() if ".importing" not in path} == before
+    import_dqn_replay(tmp_path / "dqn", small_store.path, games="Pong", checkpoints="0-3")
+    dopamine.check_same(dopamine.stored(small_store, "Pong"), dopamine.expected(log, "Pong", range(4)))
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_no_permission(log, tmp_path, small_store):
+    small_store.path.chmod(0o500)
+    with pytest.raises(ImportFailedError, match="Permission denied"):
+        import_dqn_replay(tmp_path / "dqn", small_store.path, games="Pong", checkpoints="0")
+    small_store.path.chmod(0o700)
 
 
 def test_other_checkpoints_of_a_finished_or_unfinished_import(log, tmp_path, small_store):
