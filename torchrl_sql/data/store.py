@@ -75,7 +75,7 @@ class FrameStore:
 
         Keyword Args:
             chunk_frames (int): frames compressed together. More: smaller files, slower random reads.
-            shard_frames (int): frames a file, a multiple of ``chunk_frames``; a writer holds up to that many in memory.
+            shard_frames (int): frames a file, a multiple of ``chunk_frames``; a writer holds twice that many.
             zstd_level (int): 1 (fast) to 22 (small).
             exist_ok (bool): open the store if there is one already; its own settings stay.
 
