@@ -9,14 +9,14 @@ PyTorch's own set to one. Rounds of all contenders alternate; medians are shown.
 
 - ours: ``OfflineAtariReplay.sample``: stacks with zeros before an episode's start, actions, clipped rewards, flags;
   files in the page cache. Two threads: ``prefetch=2``.
-- TensorStore: 512 windows of five frames of the same files, joined by ``tensorstore.stack``, its threads limited to ``T``;
+- TensorStore: 512 windows of five frames of the same files through ``tensorstore.stack``, its threads limited to ``T``;
   nothing but frames.
 - TorchRL memmap: ``TensorDictReplayBuffer(LazyMemmapStorage, SliceSampler(slice_len=5, cache_values=True))``: slices of
   five raw frames with action, reward and flags. A buffer a thread, as a buffer locks while it samples.
 - TorchRL compressed: the same sampler over ``CompressedListStorage``.
-- raw gather: ``frames[index[:, None] + torch.arange(5)]`` from one tensor in memory, as TorchRL's in-memory storages
-  read; nothing but frames.
-- raw copy: ``numpy.take`` of the same frames, a memory copy of 7 KB each: the limit of the machine.
+- raw gather: ``frames[index[:, None] + torch.arange(5)]`` and the action, reward and flag, from tensors in memory, as
+  TorchRL's in-memory storages read.
+- raw copy: ``numpy.take`` of the frames alone, a memory copy of 7 KB each: the limit of the machine.
 """
 
 from __future__ import annotations
@@ -184,8 +184,11 @@ def in_memory(games: dict[str, list[Episode]], folder: Path, args: argparse.Name
         start = first[episode] + (torch.rand(BATCH_SIZE) * num_starts[episode]).long()
         return start[:, None] + torch.arange(NUM_FRAMES)
 
-    def gather() -> torch.Tensor:
-        return frames[index()]
+    scalars = torchrl_items(frames[:1]).expand(len(frames)).exclude("observation").contiguous()
+
+    def gather() -> TensorDict:
+        rows = index()
+        return scalars[rows[:, -2]].set("observation", frames[rows])
 
     def copy() -> np.ndarray:
         return frames.numpy().take(index().numpy().ravel(), 0)

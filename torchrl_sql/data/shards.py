@@ -7,7 +7,7 @@ TensorStore. Two things make threads scale:
 
 - The GIL is let go once for many chunks. Letting go of it at each system call and chunk, 1,800 times a batch, cost a
   third of the speed beside a busy training thread, from which it must be asked back each time.
-- Decoded chunks, 169 KB each, are freed at once, into a heap that keeps its memory: see :func:`_keep_freed_memory`.
+- Decoded chunks, 141 KB each, are freed at once, into a heap that keeps its memory: see :func:`_keep_freed_memory`.
 
 Legend: W windows, L frames of a window, K frames of a chunk, P pieces (of windows, each within a chunk).
 """
@@ -320,7 +320,7 @@ def _keep_freed_memory() -> None:
     """Has the C library keep blocks of up to 31 MB that are freed, instead of returning their pages to the kernel.
 
     At first glibc maps every block over 128 KB on its own and unmaps it when it is freed: each decoded chunk then costs
-    42 page faults, and threads wait for each other to change the mappings of the process. The first larger block that
+    35 page faults, and threads wait for each other to change the mappings of the process. The first larger block that
     is freed raises the limit to its size, up to 32 MB (mallopt(3), ``M_MMAP_THRESHOLD``). A batch of moderate size does
     so sooner or later; this does it at once, for any size.
     """

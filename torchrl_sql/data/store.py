@@ -63,9 +63,9 @@ class FrameStore:
         cls,
         path: str | os.PathLike[str],
         *,
-        chunk_frames: int = 24,
+        chunk_frames: int = 20,
         shard_frames: int = 15360,
-        zstd_level: int = 5,
+        zstd_level: int = 8,
         exist_ok: bool = False,
     ) -> FrameStore:
         """Creates an empty store.
