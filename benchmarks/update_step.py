@@ -25,6 +25,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import logging
 import os
 import statistics
 import time
@@ -300,6 +301,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args()
     device = torch.device(args.device)
+    torch._dynamo.config.recompile_limit = 64  # several compiled variants share the code of tensordict
+    torch._logging.set_logs(dynamo=logging.ERROR)  # the graph breaks of TorchRL's loss
     if args.clock == "processor" and (args.threads != 1 or device.type != "cpu"):
         parser.error("--clock processor needs --device cpu and --threads 1")
     if args.threads:

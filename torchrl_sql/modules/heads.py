@@ -22,11 +22,12 @@ class PerGameLinear(nn.Module):
     - *tiles*: put each game's samples into tiles of 32 rows, then one batched product of tiles with their game's head:
       at most ``B + 31 * G`` rows of work, and no ``[B, G, O]`` output.
 
-    Forward and backward with 918 outputs and 256 features, in float32 on two CPU cores: at B=512, tiles take about 0.8,
-    0.6 and 0.5 of the time of all heads with 8, 16 and 40 games; below ten samples a game they are slower. Gathering
-    one head per sample is 2 to 60 times slower than all heads (a ``[B, O, D]`` copy of weights), a loop over the games'
-    segments reads indices back to the host, and ``torch.nn.functional.grouped_mm`` of torch 2.13 refuses 918 outputs
-    (rows must be multiples of 16 bytes) and, when compiled, float32.
+    Forward and backward with 918 outputs on one CPU core, the time of all heads being 1 (measured by
+    ``benchmarks/per_game_heads.py``): at B=512, tiles take 0.4, 0.3 and 0.2 with 8, 16 and 40 games and 256 features,
+    0.8, 0.6 and 0.4 with 960 features; with four samples a game and fewer they are mostly slower. Gathering one head
+    per sample (a ``[B, O, D]`` copy of weights) takes 0.9 to 66, in all but two of 24 shapes more than 1.8. A loop over
+    the games' segments reads indices back to the host, and ``torch.nn.functional.grouped_mm`` of torch 2.13 refuses 918
+    outputs (rows must be multiples of 16 bytes) and, when compiled, float32.
 
     Args:
         num_games (int): ``G``.
