@@ -60,6 +60,18 @@ def test_limits_of_mappings(pong, monkeypatch, limit):
         assert len(reader._shards) == 1 or limit == "_MAX_MAPPED_BYTES"
 
 
+def test_disk_is_told_beforehand_after_a_wait(pong, monkeypatch):
+    waits = iter([0, 0, 0, 0, 0, 3, 3, 3])
+    monkeypatch.setattr(shards_module, "_num_disk_waits", lambda: next(waits))
+    monkeypatch.setattr(shards_module, "_READS_TO_ANNOUNCE", 2)
+    reader, row = FrameReader([pong]), np.array([5])
+    counts = []
+    for _ in range(4):
+        counts.append(reader._reads_to_announce)
+        reader.read(np.array([0]), row, row, row + 1, length=1)
+    assert counts == [2, 1, 0, 2]
+
+
 def test_threads_side_by_side(two_games):
     storage = AtariFrameStorage(two_games)
     whole = storage[:]["observation"]
