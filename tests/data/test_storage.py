@@ -251,6 +251,7 @@ def test_pickle_is_small_and_pins_the_commit(store, lab):
 
 
 def _read_in_child(storage, queue):
+    torch.set_num_threads(1)  # OpenMP's threads, which the sum would use, do not survive a fork
     queue.put((storage[3]["action"].item(), storage[:8]["observation"].sum().item()))
 
 
