@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -31,15 +31,13 @@ from torchrl_sql.games import GAMES, resolve_games
 IMPORT = """
 import json, resource, sys, time
 from torchrl_sql.data.importers import import_dqn_replay
-if __name__ == "__main__":
-    source, store, games, checkpoints, workers = sys.argv[1:]
-    start, cpu_start = time.perf_counter(), time.process_time()
-    import_dqn_replay(source, store, games=games, checkpoints=checkpoints, workers=int(workers))
-    seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
-    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    cpu_seconds += used[1].ru_utime + used[1].ru_stime  # Workers, the import of torch included.
-    rss = 1024 * max(u.ru_maxrss for u in used)
-    print(json.dumps({"seconds": seconds, "cpu_seconds": cpu_seconds, "resident_bytes": rss}))
+source, store, games, checkpoints = sys.argv[1:]
+print("ready", flush=True)
+sys.stdin.readline()
+start, cpu_start = time.perf_counter(), time.process_time()
+import_dqn_replay(source, store, games=games, checkpoints=checkpoints)
+figures = {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu_start}
+print(json.dumps({**figures, "resident_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}))
 """
 
 
@@ -118,16 +116,26 @@ def time_zlib(files: list[Path]) -> dict[str, float]:
     return {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu_start}
 
 
-def time_import(root: Path, games: str, checkpoints: str, workers: int) -> dict[str, float]:
+def time_import(root: Path, games: Sequence[str], checkpoints: str, workers: int) -> dict[str, float]:
+    """Workers that have started already (which takes seconds, an import of real size hours), each with its games."""
     with tempfile.TemporaryDirectory(dir=root) as folder:
-        driver = Path(folder) / "driver.py"
-        driver.write_text(IMPORT)
-        command = [sys.executable, driver, root / "dqn", Path(folder) / "store", games, checkpoints, str(workers)]
-        out = subprocess.run(command, stdout=subprocess.PIPE, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-        result: dict[str, float] = json.loads(out.stdout)
-        files = [f for f in (Path(folder) / "store").rglob("*") if f.is_file()]
-        result["store_bytes"] = sum(f.stat().st_size for f in files)
-    return result
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        processes = []
+        for worker in range(workers):
+            arguments = [root / "dqn", Path(folder) / str(worker), ",".join(games[worker::workers]), checkpoints]
+            command = [sys.executable, "-c", IMPORT, *map(str, arguments)]
+            processes.append(subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, **pipes))
+        for process in processes:
+            process.stdout.readline()
+        for process in processes:
+            process.stdin.write("go\n")
+            process.stdin.flush()
+        results = [json.loads(process.communicate()[0]) for process in processes]
+    return {
+        "seconds": max(result["seconds"] for result in results),
+        "cpu_seconds": sum(result["cpu_seconds"] for result in results),
+        "resident_bytes": max(result["resident_bytes"] for result in results),
+    }
 
 
 def main() -> None:
@@ -164,7 +172,7 @@ def main() -> None:
             "zlib": lambda: time_zlib(files),
         }
         for workers in args.workers:
-            ways[f"import_{workers}_workers"] = lambda n=workers: time_import(root, args.games, checkpoints, n)
+            ways[f"import_{workers}_workers"] = lambda n=workers: time_import(root, games, checkpoints, n)
         # In turns, so that what else the machine does falls on all alike.
         rounds = [{name: measure() for name, measure in ways.items()} for _ in range(args.rounds)]
         best = {name: min((r[name] for r in rounds), key=lambda r: r["seconds"]) for name in ways}
