@@ -1,0 +1,105 @@
+"""``torchrl-sql collect``, ``import``, ``verify`` and ``inspect``."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from torchrl_sql.cli.settings import OVERRIDES_HELP
+
+
+def add_commands(commands: Any) -> None:
+    """Adds the parsers of these commands to ``commands``, the subparsers of ``torchrl-sql``."""
+    collect = commands.add_parser(
+        "collect", help="make a store of emulator data with behaviour policies", description=_collect.__doc__
+    )
+    collect.add_argument("overrides", nargs="+", metavar="key=value", help=OVERRIDES_HELP)
+    collect.set_defaults(run_command=_collect)
+
+    importer = commands.add_parser("import", help="read a data set of others into a store", description=_import.__doc__)
+    importer.add_argument("format", choices=("dqn-replay", "torchrl-memmap", "minari"), help="what SOURCE is")
+    importer.add_argument("source", metavar="SOURCE", help="its folder (dqn-replay: or a URL, with fsspec installed)")
+    importer.add_argument("--out", type=Path, required=True, help="the store; made if absent")
+    importer.add_argument("--games", help="e.g. train40, or names separated by commas (minari: one name, if unclear)")
+    importer.add_argument("--run", help="dqn-replay, torchrl-memmap: 1 to 5 (default: 1); minari: name in the store")
+    importer.add_argument("--checkpoints", help="e.g. 0-9, the paper's sub-optimal set (default for dqn-replay)")
+    importer.add_argument("--workers", type=int, default=1, help="processes, each on one game at a time (default: 1)")
+    importer.set_defaults(run_command=_import)
+
+    verify = commands.add_parser("verify", help="compare every checksum of a store", description=_verify.__doc__)
+    verify.add_argument("store", type=Path, help="folder of the store")
+    verify.set_defaults(run_command=_verify)
+
+    inspect = commands.add_parser("inspect", help="show what a store holds", description=_inspect.__doc__)
+    inspect.add_argument("store", type=Path, help="folder of the store")
+    inspect.set_defaults(run_command=_inspect)
+
+
+def _collect(args: argparse.Namespace) -> None:
+    """Fills data.store with episodes of scripted behaviour policies, as the experiment's collection settings say."""
+    from torchrl_sql.config import compose_run_config
+    from torchrl_sql.stages import collect_data
+
+    store = collect_data(compose_run_config(args.overrides))
+    _print_store(store.path)
+
+
+def _import(args: argparse.Namespace) -> None:
+    """Reads DQN-Replay, TorchRL's AtariDQNExperienceReplay folders or a Minari data set into a store. The same command
+    continues an import that was stopped.
+    """
+    from torchrl_sql.data import importers
+
+    failed: importers.ImportFailedError | None = None
+    try:
+        if args.format == "minari":
+            summaries = importers.import_minari(args.source, args.out, game=args.games, run=args.run, progress=True)
+        else:
+            if args.games is None:
+                raise ValueError("--games must be given, e.g. --games train40")
+            read = importers.import_dqn_replay if args.format == "dqn-replay" else importers.import_torchrl_memmap
+            settings = {"games": args.games, "run": int(args.run or 1), "workers": args.workers, "progress": True}
+            if args.checkpoints is not None:
+                settings["checkpoints"] = args.checkpoints
+            summaries = read(args.source, args.out, **settings)
+    except importers.ImportFailedError as error:
+        failed, summaries = error, list(error.summaries)
+    if summaries:
+        print(importers.summary_table(summaries))
+    if failed is not None:
+        raise ValueError(failed)
+
+
+def _verify(args: argparse.Namespace) -> None:
+    """Reads a whole store once, compares every checksum and names each damaged part."""
+    from tqdm import tqdm
+
+    from torchrl_sql.data import FrameStore
+    from torchrl_sql.data.verify import verify
+
+    store = FrameStore.open(args.store)
+    with tqdm(desc="verify", unit="file", dynamic_ncols=True) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        damages = list(verify(store, progress=progress))
+    for damage in damages:
+        print(damage)
+    if damages:
+        raise ValueError(f"{len(damages)} damaged parts in {args.store}")
+    print(f"{args.store} is intact")
+
+
+def _inspect(args: argparse.Namespace) -> None:
+    """Shows transitions, episodes, returns, actions and bytes of each game in a store."""
+    _print_store(args.store)
+
+
+def _print_store(path: Path) -> None:
+    from torchrl_sql.data import FrameStore
+    from torchrl_sql.data.inspect import format_summaries, summarise
+
+    print(format_summaries(list(summarise(FrameStore.open(path)))))
