@@ -1,17 +1,22 @@
-"""The episode table: one row per finished evaluation episode, and its CSV file (``runs/<name>/scores.csv``)."""
+"""What evaluation leaves behind: a row an episode (``scores.csv``), and predicted values beside what followed."""
 
 from __future__ import annotations
 
-import csv
 import math
 import os
-from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
+
+from torchrl_sql.evaluation.tables import read_table
 
 Decoding = Literal["greedy", "sampled"]
-"""How an action is taken from the network's output: its argmax, or a draw from its softmax."""
+"""How an action is taken from a network's output: its argmax, or a draw from its softmax."""
+
+SCORES = "scores.csv"
+"""File name of the table of episodes."""
+CALIBRATION = "calibration.csv"
+"""File name of the table of predicted values."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,16 +28,19 @@ class EpisodeResult:
         seed (int): training seed of the agent.
         game (str): name in :data:`torchrl_sql.games.GAMES`.
         episode (int): number of the episode within (agent, decoding, gradient step, seed, game), from 0.
-        episode_seed (int): emulator seed.
+        episode_seed (int): emulator seed; decided by the evaluation seed, the game and the episode's number.
         episode_return (float): sum of the raw, unclipped game rewards.
-        length_agent_steps (int): decisions taken; one is ``frame_skip`` emulator frames.
+        length_agent_steps (int): decisions taken; one is four emulator frames.
         terminated (bool): the game was over.
         truncated (bool): the episode was cut at the frame limit.
         gradient_step (int): gradient steps the agent was trained for.
-        epsilon (float): probability of a uniformly random action.
+        epsilon (float): probability of a uniformly random legal action.
         sticky (float): probability that the emulator repeats the last action.
         max_env_frames (int): emulator frames at which an episode is cut.
         decoding (str): ``"greedy"`` or ``"sampled"``.
+        evaluation_seed (int): seed of emulator and exploration.
+        checkpoint (str): file name and SHA-256 of the weights, e.g. ``"step_000004000.pt sha256:1f0c..."`` (16 digits);
+            empty for an agent without one.
 
     Raises:
         ValueError: if the return is not finite, the episode has not ended, or a value is out of its range.
@@ -52,10 +60,14 @@ class EpisodeResult:
     sticky: float
     max_env_frames: int
     decoding: Decoding
+    evaluation_seed: int = 0
+    checkpoint: str = ""
 
     def __post_init__(self) -> None:
         if not self.agent or not self.game:
             raise ValueError(f"agent and game must be named, got agent={self.agent!r}, game={self.game!r}")
+        if len((self.agent + self.checkpoint).splitlines()) > 1:
+            raise ValueError(f"agent and checkpoint must be one line, got {self.agent!r} and {self.checkpoint!r}")
         if not math.isfinite(self.episode_return):
             raise ValueError(f"episode_return must be finite, got {self.episode_return}")
         for name in ("length_agent_steps", "max_env_frames"):
@@ -72,60 +84,66 @@ class EpisodeResult:
         if self.decoding not in ("greedy", "sampled"):
             raise ValueError(f"decoding must be 'greedy' or 'sampled', got {self.decoding!r}")
 
+    @property
+    def key(self) -> tuple[str, str, int, int, str, int]:
+        """Which episode it is: a table has at most one result of it."""
+        return (self.agent, self.decoding, self.gradient_step, self.seed, self.game, self.episode)
 
-COLUMNS = tuple(field.name for field in fields(EpisodeResult))
 
+@dataclass(frozen=True, kw_only=True)
+class CalibrationPoint:
+    """What a network predicted at one step of an evaluation episode, and what came of it.
 
-def write_episodes(path: str | os.PathLike[str], episodes: Iterable[EpisodeResult]) -> Path:
-    """Writes an episode table as CSV, replacing ``path`` in one step (a killed writer leaves the old file).
+    Recorded at an episode's first step and every 50th, for greedy agents whose outputs are values.
 
-    Floats are written so that reading gives them back bit for bit; booleans as ``true`` and ``false``.
+    Attributes:
+        agent (str), gradient_step (int), seed (int), game (str), episode_seed (int): whose episode, as in
+            :class:`EpisodeResult`.
+        agent_step (int): decisions taken before this one.
+        predicted_value (float): Q of the action taken there (its greedy one, save at exploration steps), in the units
+            of training: clipped rewards, discounted.
+        discounted_return (float): sum of the rewards from this step to the episode's end, each clipped to [-1, 1] and
+            discounted with the gamma of training.
+        truncated (bool): the episode was cut at the frame limit, so that its return lacks what would have followed.
+
+    Raises:
+        ValueError: if a value is not finite or the step is negative.
     """
-    path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(COLUMNS)
-        for episode in episodes:
-            writer.writerow([_to_text(getattr(episode, name)) for name in COLUMNS])
-    os.replace(temporary, path)
-    return path
+
+    agent: str
+    gradient_step: int
+    seed: int
+    game: str
+    episode_seed: int
+    agent_step: int
+    predicted_value: float
+    discounted_return: float
+    truncated: bool
+
+    def __post_init__(self) -> None:
+        for name in ("predicted_value", "discounted_return"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"{name} must be finite, got {getattr(self, name)}")
+        if self.agent_step < 0:
+            raise ValueError(f"agent_step must not be negative, got {self.agent_step}")
+
+    @property
+    def key(self) -> tuple[str, int, int, str, int, int]:
+        """Which step of which episode it is: a table has at most one prediction of it."""
+        return (self.agent, self.gradient_step, self.seed, self.game, self.episode_seed, self.agent_step)
 
 
 def read_episodes(path: str | os.PathLike[str]) -> list[EpisodeResult]:
-    """Reads an episode table written by :func:`write_episodes`.
+    """Reads an episode table and the parts that parallel evaluations left beside it: sorted, each episode once.
 
     Raises:
-        ValueError: if the file is empty, its header is not exactly :data:`COLUMNS`, or a row has a missing, malformed,
-            NaN or out-of-range value; the message names file, line and column.
+        FileNotFoundError: if neither ``path`` nor a part of it exists.
+        ValueError: if a file is empty, half-written or has other columns, a value is missing, malformed, NaN or out of
+            its range, or two results of one episode differ; the message names file, line and column.
     """
-    with open(path, newline="", encoding="utf-8") as file:
-        reader = csv.reader(file)
-        header = next(reader, [])
-        if tuple(header) != COLUMNS:
-            raise ValueError(f"{path}: header must be {','.join(COLUMNS)}, got {','.join(header) or 'an empty file'}")
-        episodes = []
-        for row in reader:
-            where = f"{path}, line {reader.line_num}"
-            if len(row) != len(COLUMNS):
-                raise ValueError(f"{where}: expected {len(COLUMNS)} values, got {len(row)}")
-            values = {name: _from_text(name, text, where) for name, text in zip(COLUMNS, row, strict=True)}
-            try:
-                episodes.append(EpisodeResult(**values))
-            except ValueError as error:
-                raise ValueError(f"{where}: {error}") from error
-    return episodes
+    return read_table(Path(path), EpisodeResult, lambda row: row.key)
 
 
-def _to_text(value: object) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def _from_text(name: str, text: str, where: str) -> Any:
-    kind = EpisodeResult.__annotations__[name]
-    try:
-        if kind == "bool":
-            return {"true": True, "false": False}[text]
-        return {"int": int, "float": float}.get(kind, str)(text)
-    except (KeyError, ValueError) as error:
-        raise ValueError(f"{where}: {name} must be {kind}, got {text!r}") from error
+def read_calibration(path: str | os.PathLike[str]) -> list[CalibrationPoint]:
+    """Reads a table of predicted values, as :func:`read_episodes` reads one of episodes."""
+    return read_table(Path(path), CalibrationPoint, lambda row: row.key)

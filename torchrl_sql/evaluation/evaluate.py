@@ -9,8 +9,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 from torchrl_sql.config import EvaluationConfig
-from torchrl_sql.evaluation.episodes import Decoding, EpisodeResult, read_episodes, write_episodes
+from torchrl_sql.evaluation.episodes import Decoding, EpisodeResult, read_episodes
 from torchrl_sql.evaluation.rollout import Policy, Rollout, episode_seed, rollout
+from torchrl_sql.evaluation.tables import TableWriter
 
 
 def evaluate(
@@ -70,7 +71,7 @@ def evaluate(
         mininterval=0.5 if sys.stderr.isatty() else 10,
         dynamic_ncols=True,
     )
-    with bar:
+    with bar, TableWriter(table, EpisodeResult) as writer:
         for result in rollout(
             policy,
             games,
@@ -85,24 +86,23 @@ def evaluate(
             if result.frames:
                 recorded.append(result)
             if (result.game, result.episode) not in finished:
-                rows.append(
-                    EpisodeResult(
-                        agent=agent,
-                        seed=seed,
-                        game=result.game,
-                        episode=result.episode,
-                        episode_seed=result.episode_seed,
-                        episode_return=result.episode_return,
-                        length_agent_steps=result.length_agent_steps,
-                        terminated=result.terminated,
-                        truncated=result.truncated,
-                        gradient_step=gradient_step,
-                        epsilon=protocol.epsilon,
-                        sticky=protocol.sticky_action_probability,
-                        max_env_frames=protocol.max_env_frames_per_episode,
-                        decoding=decoding,
-                    )
+                row = EpisodeResult(
+                    agent=agent,
+                    seed=seed,
+                    game=result.game,
+                    episode=result.episode,
+                    episode_seed=result.episode_seed,
+                    episode_return=result.episode_return,
+                    length_agent_steps=result.length_agent_steps,
+                    terminated=result.terminated,
+                    truncated=result.truncated,
+                    gradient_step=gradient_step,
+                    epsilon=protocol.epsilon,
+                    sticky=protocol.sticky_action_probability,
+                    max_env_frames=protocol.max_env_frames_per_episode,
+                    decoding=decoding,
+                    evaluation_seed=protocol.seed,
                 )
-                write_episodes(table, rows)
+                writer.append([row])
             bar.update()
     return recorded
