@@ -45,6 +45,7 @@ from torchrl.objectives import DistributionalDQNLoss, HardUpdate
 from torchrl_sql.modules import make_q_actor
 from torchrl_sql.objectives import DistributionalCQLLoss
 from torchrl_sql.training import Trainer
+from torchrl_sql.training.parallel import SingleProcess
 
 NUM_GAMES = {"resnet_small": 2, "resnet34": 40, "resnet50": 40, "resnet101": 40}
 SIDES = ("torchrl", "ours", "ours_double_q")
@@ -140,9 +141,8 @@ def our_step(network: str, side: str, dtype: str, mode: str, batch: TensorDict) 
         target_updater=HardUpdate(loss, value_network_update_interval=0),
         target_update_interval=TARGET_INTERVAL,
         max_grad_norm=MAX_GRAD_NORM,
-        device=device,
+        call=SingleProcess(loss, compile=mode == "compiled"),
         precision=dtype,  # type: ignore[arg-type]
-        compile=mode == "compiled",
     )
     return Variant(side, dtype, mode, lambda: trainer.update(batch)["objective"], parameters)
 

@@ -52,7 +52,6 @@ def test_the_update_never_waits_for_the_device(batch_size, precision, target, do
         target_updater=HardUpdate(loss, value_network_update_interval=0),
         target_update_interval=2,
         max_grad_norm=10.0,
-        device="cuda",
         precision=precision,
     )
     batch = make_batch(batch_size, num_games=8)

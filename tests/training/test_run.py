@@ -58,7 +58,7 @@ def test_an_interrupted_run_continues_exactly(make_config, monkeypatch, objectiv
     train(whole)
     with monkeypatch.context() as patch:
         interrupt_after(patch, 5)
-        with pytest.raises(Interrupted, match="stopped at gradient step 6 of 12"):
+        with pytest.raises(Interrupted, match="stopped at gradient step 5 of 12"):
             train(parts)
     train(parts)
     assert_same(final_state(parts), final_state(whole))

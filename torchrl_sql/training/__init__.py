@@ -1,7 +1,31 @@
-"""Training: the update step, the loop, and runs in their folders."""
+"""Training: the update step, the loop, and runs in their folders.
 
-from torchrl_sql.training.build import load_actor
-from torchrl_sql.training.run import Interrupted, train
-from torchrl_sql.training.trainer import Trainer
+Names are imported when they are used: a job installs :class:`StopSignals` before it waits for torch.
+"""
 
-__all__ = ["Interrupted", "Trainer", "load_actor", "train"]
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torchrl_sql.training.build import load_actor
+    from torchrl_sql.training.interruption import Interrupted, StopSignals
+    from torchrl_sql.training.run import train
+    from torchrl_sql.training.trainer import Trainer
+
+__all__ = ["Interrupted", "StopSignals", "Trainer", "load_actor", "train"]
+
+_MODULES = {
+    "Interrupted": "interruption",
+    "StopSignals": "interruption",
+    "Trainer": "trainer",
+    "load_actor": "build",
+    "train": "run",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)

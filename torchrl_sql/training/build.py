@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +18,8 @@ from torchrl_sql.games import FRAME_SHAPE
 from torchrl_sql.modules import make_q_actor
 from torchrl_sql.objectives import DiscreteBCLoss, DistributionalCQLLoss
 from torchrl_sql.training.checkpoint import list_checkpoints, load_checkpoint
+from torchrl_sql.training.distributed import Ranks
+from torchrl_sql.training.parallel import Replicated, SingleProcess
 from torchrl_sql.training.trainer import Trainer
 
 
@@ -27,9 +30,11 @@ def set_num_threads(config: RunConfig) -> None:
 
 
 def resolve_device(name: str) -> torch.device:
-    """``auto`` is CUDA where there is one, else the CPU."""
+    """This process's device: ``auto`` is CUDA where there is one; of several GPUs, that of ``LOCAL_RANK``."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and torch.cuda.device_count() > 1:
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     return torch.device(name)
 
 
@@ -99,15 +104,21 @@ def learning_rate_factor(optim: OptimConfig, num_gradient_steps: int) -> Callabl
     return factor
 
 
-def build_trainer(config: RunConfig) -> Trainer:
+def build_trainer(config: RunConfig, ranks: Ranks | None = None) -> Trainer:
     """Everything a run needs, from its configuration.
 
+    Args:
+        config (RunConfig): the run.
+        ranks (Ranks, optional): the processes that train together; default this one alone.
+
     Raises:
-        ValueError, FileNotFoundError: if the store does not hold the games asked for.
+        ValueError, FileNotFoundError: if the store does not hold the games asked for, or the batch cannot be divided
+            among the ranks.
     """
+    ranks = ranks or Ranks(0, 1, resolve_device(config.trainer.device))
     set_num_threads(config)
     torch.manual_seed(config.seed)
-    device = resolve_device(config.trainer.device)
+    device = ranks.device
     store = FrameStore.open(config.data.store)
     replay = OfflineAtariReplay(
         store,
@@ -117,6 +128,8 @@ def build_trainer(config: RunConfig) -> Trainer:
         gamma=config.objective.gamma,
         mixture=config.data.mixture,  # type: ignore[arg-type]
         seed=config.seed,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
         prefetch=config.data.prefetch,
         pin_memory=device.type == "cuda",
     )
@@ -124,6 +137,7 @@ def build_trainer(config: RunConfig) -> Trainer:
     memory_format = torch.channels_last if device.type == "cuda" else torch.contiguous_format
     actor = build_actor(config.model, config.games, store=store, memory_format=memory_format)
     loss = build_loss(config, actor).to(device)
+    compiled = config.trainer.compile
     optim = config.optim
     optimizer = torch.optim.Adam(loss.parameters(), lr=optim.learning_rate, eps=optim.eps, fused=True)
     factor = learning_rate_factor(optim, config.trainer.num_gradient_steps)
@@ -136,9 +150,11 @@ def build_trainer(config: RunConfig) -> Trainer:
         target_updater=HardUpdate(loss, value_network_update_interval=0) if config.objective.name == "cql" else None,
         target_update_interval=config.trainer.target_update_interval_gradient_steps,
         max_grad_norm=optim.max_grad_norm,
-        device=device,
+        ranks=ranks,
+        call=Replicated(loss, ranks, compile=compiled)
+        if ranks.world_size > 1
+        else SingleProcess(loss, compile=compiled),
         precision=config.trainer.precision,  # type: ignore[arg-type]
-        compile=config.trainer.compile,
     )
 
 

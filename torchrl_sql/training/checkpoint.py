@@ -20,6 +20,11 @@ class CheckpointError(ValueError):
     """A file that is not a usable checkpoint; the message names it and says why."""
 
 
+def checkpoint_path(folder: Path, step: int) -> Path:
+    """Where the checkpoint of a gradient step lies."""
+    return folder / f"step_{step:09d}.pt"
+
+
 def save_checkpoint(folder: Path, step: int, content: dict[str, Any], *, num_kept: int) -> Path:
     """Writes ``folder/step_<step>.pt`` in one move, then deletes all but the newest ``num_kept``.
 
@@ -32,7 +37,7 @@ def save_checkpoint(folder: Path, step: int, content: dict[str, Any], *, num_kep
         num_kept (int): how many checkpoints stay.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"step_{step:09d}.pt"
+    path = checkpoint_path(folder, step)
     temporary = path.with_suffix(".tmp")
     try:
         with temporary.open("wb") as file:

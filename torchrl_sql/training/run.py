@@ -6,10 +6,9 @@ import json
 import logging
 import os
 import platform
-import signal
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import nullcontext
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -21,39 +20,51 @@ from tqdm import tqdm
 from torchrl_sql.config import ConfigError, RunConfig, run_config_from_yaml
 from torchrl_sql.data import FrameStore
 from torchrl_sql.data.run import write_atomically
-from torchrl_sql.training.build import build_trainer
-from torchrl_sql.training.checkpoint import load_latest_checkpoint, save_checkpoint
+from torchrl_sql.training.build import build_trainer, resolve_device
+from torchrl_sql.training.checkpoint import checkpoint_path, load_checkpoint, load_latest_checkpoint, save_checkpoint
+from torchrl_sql.training.distributed import Ranks, process_group
+from torchrl_sql.training.interruption import Interrupted, StopSignals
 
 logger = logging.getLogger(__name__)
+
+_CONTINUE, _STOP, _REQUEUE = range(3)
+"""What a rank asks for after a step; the greatest number of all ranks counts."""
 
 _RESULT_SECTIONS = ("model", "objective", "optim")
 _RESULT_TRAINER_KEYS = ("num_gradient_steps", "target_update_interval_gradient_steps", "precision")
 
 
-class Interrupted(KeyboardInterrupt):
-    """Training stopped at the user's wish, after saving a checkpoint."""
-
-
-def train(config: RunConfig) -> Path:
+def train(config: RunConfig, *, stop: StopSignals | None = None) -> Path:
     """Trains a run, or continues it from its newest checkpoint; a finished run returns at once.
 
-    The folder ``config.run_dir`` holds ``config.yaml``, ``checkpoints/`` and ``logs/``. A run that is interrupted and
-    continued takes the same gradient steps as one that ran through.
+    To be called by every process of a run: alone, or by each that torchrun or a launcher started (see
+    :func:`~torchrl_sql.training.distributed.process_group`). The folder ``config.run_dir`` holds ``config.yaml``,
+    ``checkpoints/`` and ``logs/``. A run that is interrupted and continued takes the same gradient steps as one that
+    ran through.
 
     Args:
         config (RunConfig): the run.
+
+    Keyword Args:
+        stop (StopSignals, optional): installed already; default: installed here, for the time of the call.
 
     Returns:
         The run's folder.
 
     Raises:
         ConfigError: if the folder holds a run with other settings.
-        Interrupted: after Ctrl-C, with everything saved.
+        Interrupted: on every rank, if any received a signal of :class:`StopSignals`; everything is saved.
     """
+    signals = StopSignals() if stop is None else nullcontext(stop)
+    with signals as flags, process_group(resolve_device(config.trainer.device)) as ranks:
+        return _train(config, ranks, flags)
+
+
+def _train(config: RunConfig, ranks: Ranks, signals: StopSignals) -> Path:
     folder = Path(config.run_dir)
     num_steps = config.trainer.num_gradient_steps
     fingerprint = FrameStore.open(config.data.store).fingerprint(config.games)
-    found = load_latest_checkpoint(folder / "checkpoints", warn=logger.warning)
+    found = _load_latest(folder / "checkpoints", ranks)
     if found is not None:
         path, content = found
         _check_same_run(config, run_config_from_yaml(content["config"], source=f"the configuration in {path}"), folder)
@@ -64,27 +75,44 @@ def train(config: RunConfig) -> Path:
         if content["step"] >= num_steps:
             logger.info("%s is trained already (%d gradient steps)", folder, content["step"])
             return folder
-    trainer = build_trainer(config)
+    trainer = build_trainer(config, ranks)
     if found is not None:
         trainer.load_state_dict(content["trainer"])
         logger.info("continuing %s at gradient step %d", folder, trainer.step)
         del found, content
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / "config.yaml", config.to_yaml())
-    write_atomically(folder / "versions.json", json.dumps(software_versions(), indent=1) + "\n")
-    _trim_scalars(folder / "logs", last_step=trainer.step)
-    loggers = _make_loggers(config, folder)
+    loggers: list[Logger] = []
+    if ranks.is_main:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / "config.yaml", config.to_yaml())
+        write_atomically(folder / "versions.json", json.dumps(software_versions(), indent=1) + "\n")
+        _trim_scalars(folder / "logs", last_step=trainer.step)
+        loggers = _make_loggers(config, folder)
 
     def save() -> None:
+        state = trainer.state_dict()
+        if not ranks.is_main:
+            return
         content = {
             "step": trainer.step,
             "config": config.to_yaml(),
             "games": list(config.games),
             "data_fingerprint": fingerprint,
             "versions": software_versions(),
-            "trainer": trainer.state_dict(),
+            "trainer": state,
         }
         save_checkpoint(folder / "checkpoints", trainer.step, content, num_kept=config.trainer.num_checkpoints_kept)
+
+    agreement = ranks.agreement()
+    request = _CONTINUE
+
+    def after_step() -> bool:
+        nonlocal request
+        request = agreement(_REQUEUE if signals.requeue else _STOP if signals.stop else _CONTINUE)
+        stopping = request != _CONTINUE
+        due = trainer.step % config.trainer.checkpoint_interval_gradient_steps == 0
+        if due or stopping or trainer.step >= num_steps:
+            save()
+        return stopping
 
     bar = tqdm(
         total=num_steps,
@@ -93,28 +121,41 @@ def train(config: RunConfig) -> Path:
         unit="step",
         mininterval=0.5 if sys.stderr.isatty() else 10,
         dynamic_ncols=True,
+        disable=not ranks.is_main,
     )
     try:
-        with bar, _stop_request() as stop_requested:
-            for metrics in trainer.train(num_steps, log_interval=config.trainer.log_interval_gradient_steps):
+        with bar:
+            log_interval = config.trainer.log_interval_gradient_steps
+            for metrics in trainer.train(num_steps, log_interval=log_interval, stop=after_step):
                 for run_logger in loggers:
                     for name, value in metrics.items():
                         run_logger.log_scalar(f"train/{name}", value, step=trainer.step)
                 bar.set_postfix_str(f"objective {metrics['objective']:.3f}", refresh=False)
                 bar.update(trainer.step - bar.n)
-                stopping = bool(stop_requested)
-                due = trainer.step % config.trainer.checkpoint_interval_gradient_steps == 0
-                if due or stopping or trainer.step >= num_steps:
-                    save()
-                if stopping:
-                    done = f"stopped at gradient step {trainer.step} of {num_steps}"
-                    raise Interrupted(f"{done}; the same command continues")
+        agreement.finish()
+        ranks.maximum(0)  # nobody leaves before rank 0 has saved
     finally:
         trainer.replay.shutdown()
         for run_logger in loggers:
             if isinstance(run_logger, TensorboardLogger):
                 run_logger.experiment.close()
+    if trainer.step < num_steps:
+        done = f"stopped at gradient step {trainer.step} of {num_steps}"
+        raise Interrupted(f"{done}; the same command continues", requeue=request == _REQUEUE)
     return folder
+
+
+def _load_latest(folder: Path, ranks: Ranks) -> tuple[Path, dict[str, Any]] | None:
+    """The newest usable checkpoint, the same on each rank: rank 0 chooses, each reads it."""
+    if ranks.is_main:
+        found = load_latest_checkpoint(folder, warn=logger.warning)
+        ranks.broadcast(-1 if found is None else found[1]["step"])
+        return found
+    step = ranks.broadcast(0)
+    if step < 0:
+        return None
+    path = checkpoint_path(folder, step)
+    return path, load_checkpoint(path)
 
 
 def software_versions() -> dict[str, str]:
@@ -170,29 +211,3 @@ def _check_same_run(new: RunConfig, old: RunConfig, folder: Path) -> None:
         raise ConfigError(
             f"{folder} holds a run with other settings ({'; '.join(changed)}); choose another run_dir or delete it"
         )
-
-
-class _Flag:
-    def __init__(self) -> None:
-        self.raised = False
-
-    def __bool__(self) -> bool:
-        return self.raised
-
-
-@contextmanager
-def _stop_request() -> Iterator[_Flag]:
-    """Turns the first Ctrl-C into a flag, so that training stops between two steps; a second one interrupts at once."""
-    flag = _Flag()
-
-    def handle(signum: int, frame: object) -> None:
-        if flag.raised:
-            raise KeyboardInterrupt
-        flag.raised = True
-        tqdm.write("stopping after this logging interval; press Ctrl-C again to stop without saving", file=sys.stderr)
-
-    previous = signal.signal(signal.SIGINT, handle)
-    try:
-        yield flag
-    finally:
-        signal.signal(signal.SIGINT, previous)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 import torch
@@ -11,6 +12,9 @@ from tensordict import TensorDict, TensorDictBase
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torchrl.objectives import LossModule, TargetNetUpdater
+
+from torchrl_sql.training.distributed import Ranks
+from torchrl_sql.training.parallel import LossCall, SingleProcess
 
 _NUM_CHECKED_STEPS = 3
 """First gradient steps after a start in which the loss checks rewards and network outputs for non-finite values."""
@@ -32,6 +36,22 @@ class Replay(Protocol):
         """Ends reader threads."""
 
 
+@dataclass
+class _Interval:
+    """What was gathered since the last result. The sums belong to the state: they outlive an interruption."""
+
+    sums: TensorDict | None = None
+    num_steps: int = 0
+    num_timed_samples: int = 0
+    data_seconds: float = 0.0
+    started: float = field(default_factory=time.perf_counter)
+
+    def add(self, metrics: TensorDict, num_samples: int) -> None:
+        self.sums = metrics if self.sums is None else self.sums + metrics
+        self.num_steps += 1
+        self.num_timed_samples += num_samples
+
+
 class Trainer:
     """Takes gradient steps on batches from a replay buffer; everything it is made of is given.
 
@@ -46,9 +66,12 @@ class Trainer:
             copy each time, ``HardUpdate(loss, value_network_update_interval=0)``.
         target_update_interval (int): in gradient steps.
         max_grad_norm (float, optional): gradients are scaled down to this global L2 norm.
-        device (torch.device or str): where batches go; the loss must be there already.
+        ranks (Ranks, optional): the processes that train together, whose device batches go to; the loss must be there
+            already. Default: this process alone, on the device of the optimizer's parameters.
+        call (LossCall, optional): how the loss is called; default :class:`SingleProcess`, not compiled.
+        microbatch_size (int, optional): transitions of a forward and backward pass; the gradients of a batch add up
+            to its mean. Default: the whole batch that the replay buffer delivers at once.
         precision ("fp32" or "bf16"): ``"bf16"`` runs the loss under autocast.
-        compile (bool): compile the loss, forward and backward, as one graph.
 
     Attributes:
         step (int): gradient steps taken.
@@ -64,9 +87,10 @@ class Trainer:
         target_updater: TargetNetUpdater | None = None,
         target_update_interval: int = 1,
         max_grad_norm: float | None = None,
-        device: torch.device | str = "cpu",
+        ranks: Ranks | None = None,
+        call: LossCall | None = None,
+        microbatch_size: int | None = None,
         precision: Literal["fp32", "bf16"] = "fp32",
-        compile: bool = False,
     ):
         self.loss = loss
         self.replay = replay
@@ -75,12 +99,19 @@ class Trainer:
         self.target_updater = target_updater
         self.target_update_interval = target_update_interval
         self.max_grad_norm = float("inf") if max_grad_norm is None else max_grad_norm
-        self.device = torch.device(device)
+        self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self.ranks = ranks or Ranks(0, 1, self._parameters[0].device)
+        self.microbatch_size = microbatch_size
         self.precision = precision
         self.step = 0
-        self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        self._compiled_loss = torch.compile(loss, fullgraph=True) if compile else loss
+        self._call = call or SingleProcess(loss)
+        self._interval = _Interval()
         self._num_checks_left = _NUM_CHECKED_STEPS if hasattr(loss, "check_finite") else 0
+
+    @property
+    def device(self) -> torch.device:
+        """Where batches go."""
+        return self.ranks.device
 
     def update(self, batch: TensorDictBase) -> TensorDict:
         """One gradient step; nothing is read back to the host.
@@ -89,24 +120,39 @@ class Trainer:
             batch (TensorDictBase): what the loss reads, on the trainer's device.
 
         Returns:
-            Scalars: the loss's entries, ``objective`` (sum of its ``loss_*``) and ``grad_norm`` (before clipping).
+            Scalars of this rank: the loss's entries, ``objective`` (sum of its ``loss_*``) and ``grad_norm`` (of all
+            ranks, before clipping).
+
+        Raises:
+            ValueError: if the batch does not divide into microbatches.
         """
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16"):
-            losses = self._compiled_loss(batch)
-        objective = sum(value for key, value in losses.items() if key.startswith("loss_"))
         self.optimizer.zero_grad(set_to_none=True)
-        objective.backward()
-        grad_norm = torch.nn.utils.clip_grad_norm_(self._parameters, self.max_grad_norm)
+        metrics = self._accumulate_gradients(batch)
+        metrics["grad_norm"] = torch.nn.utils.clip_grad_norm_(self._parameters, self.max_grad_norm)
         self.optimizer.step()
         if self.scheduler is not None:
             self.scheduler.step()
         self.step += 1
         if self.target_updater is not None and self.step % self.target_update_interval == 0:
             self.target_updater.step()
-        metrics = losses.detach()
-        metrics["objective"] = objective.detach()
-        metrics["grad_norm"] = grad_norm.detach()
         return metrics
+
+    def _accumulate_gradients(self, batch: TensorDictBase) -> TensorDict:
+        """Leaves the gradient of the batch's mean loss in the parameters; returns the mean metrics."""
+        size = self.microbatch_size or batch.shape[0]
+        if batch.shape[0] % size:
+            raise ValueError(f"microbatch_size must divide the rank's batch of {batch.shape[0]}, got {size}")
+        microbatches = batch.split(size)
+        sums: TensorDict | None = None
+        for number, microbatch in enumerate(microbatches, start=1):
+            with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16"):
+                losses = self._call(microbatch, exchange=number == len(microbatches))
+            objective = sum(value for key, value in losses.items() if key.startswith("loss_"))
+            (objective / len(microbatches)).backward()
+            losses["objective"] = objective
+            sums = losses.detach() if sums is None else sums + losses.detach()
+        assert sums is not None
+        return sums / len(microbatches)
 
     def _check_finite(self, batch: TensorDictBase) -> None:
         """Runs the loss once more with its checks on. They synchronise and do not compile, hence not in the update."""
@@ -117,7 +163,9 @@ class Trainer:
         finally:
             self.loss.check_finite = False
 
-    def train(self, num_gradient_steps: int, *, log_interval: int) -> Iterator[dict[str, float]]:
+    def train(
+        self, num_gradient_steps: int, *, log_interval: int, stop: Callable[[], bool] = lambda: False
+    ) -> Iterator[dict[str, float]]:
         """Takes gradient steps up to ``num_gradient_steps`` in all.
 
         Args:
@@ -125,51 +173,62 @@ class Trainer:
 
         Keyword Args:
             log_interval (int): gradient steps between results.
+            stop (callable): asked after each step whether to leave early. With several ranks it must answer the same
+                on each.
 
         Yields:
-            After every ``log_interval``-th step and the last: the mean of each metric since the last result, with
-            ``learning_rate``, ``samples_per_second`` and ``data_wait_fraction`` (share of time spent waiting for data).
+            After every ``log_interval``-th step and the last: the mean of each metric over ranks and over the steps
+            since the last result, with ``learning_rate``, ``samples_per_second`` (of all ranks) and
+            ``data_wait_fraction`` (share of time spent waiting for data).
 
         Raises:
             FloatingPointError: if the objective was not finite in the interval.
         """
-        sums: TensorDict | None = None
-        num_steps, num_samples, data_seconds, started = 0, 0, 0.0, time.perf_counter()
+        self._interval.started = time.perf_counter()
         while self.step < num_gradient_steps:
             waiting = time.perf_counter()
             batch = self.replay.sample().to(self.device, non_blocking=True)
-            data_seconds += time.perf_counter() - waiting
+            self._interval.data_seconds += time.perf_counter() - waiting
             if self._num_checks_left:
                 self._check_finite(batch)
                 self._num_checks_left -= 1
-            metrics = self.update(batch)
-            sums = metrics if sums is None else sums + metrics
-            num_steps += 1
-            num_samples += batch.shape[0]
-            if self.step % log_interval and self.step < num_gradient_steps:
-                continue
-            means = {key: value / num_steps for key, value in zip(sums.keys(), _to_host(sums), strict=True)}
-            if not -float("inf") < means["objective"] < float("inf"):
-                raise FloatingPointError(
-                    f"the objective must be finite, but gradient steps {self.step - num_steps + 1} to {self.step} had: "
-                    + ", ".join(f"{key}={value:g}" for key, value in means.items())
-                )
-            elapsed = time.perf_counter() - started
-            yield means | {
-                "learning_rate": float(self.optimizer.param_groups[0]["lr"]),
-                "samples_per_second": num_samples / elapsed,
-                "data_wait_fraction": data_seconds / elapsed,
-            }
-            sums, num_steps, num_samples, data_seconds, started = None, 0, 0, 0.0, time.perf_counter()
+            self._interval.add(self.update(batch), batch.shape[0])
+            if self.step % log_interval == 0 or self.step >= num_gradient_steps:
+                yield self._result()
+            if stop():
+                return
+
+    def _result(self) -> dict[str, float]:
+        """Means of the interval that ends here; begins the next."""
+        interval, self._interval = self._interval, _Interval()
+        assert interval.sums is not None
+        names = list(interval.sums.keys())
+        sums = torch.stack([value.float() for value in interval.sums.values()])
+        timing = sums.new_tensor([interval.data_seconds, self._interval.started - interval.started])
+        *means, data_seconds, seconds = self.ranks.mean(torch.cat([sums / interval.num_steps, timing])).tolist()
+        result = dict(zip(names, means, strict=True))
+        if not -float("inf") < result["objective"] < float("inf"):
+            first = self.step - interval.num_steps + 1
+            raise FloatingPointError(
+                f"the objective must be finite, but gradient steps {first} to {self.step} had: "
+                + ", ".join(f"{key}={value:g}" for key, value in result.items())
+            )
+        return result | {
+            "learning_rate": float(self.optimizer.param_groups[0]["lr"]),
+            "samples_per_second": interval.num_timed_samples * self.ranks.world_size / seconds,
+            "data_wait_fraction": data_seconds / seconds,
+        }
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that decides the steps to come, made of tensors, numbers, strings, lists and dicts."""
+        sums = self._interval.sums
         return {
             "step": self.step,
             "loss": self.loss.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
             "replay": self.replay.state_dict(),
+            "interval": None if sums is None else {"sums": sums.to_dict(), "num_steps": self._interval.num_steps},
             "rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state() if self.device.type == "cuda" else None,
         }
@@ -182,11 +241,11 @@ class Trainer:
         if self.scheduler is not None:
             self.scheduler.load_state_dict(state["scheduler"])
         self.replay.load_state_dict(state["replay"])
+        interval = state["interval"]
+        self._interval = _Interval()
+        if interval is not None:
+            self._interval.sums = TensorDict(interval["sums"], device=self.device)
+            self._interval.num_steps = interval["num_steps"]
         torch.set_rng_state(state["rng"].cpu())
         if state["cuda_rng"] is not None:
             torch.cuda.set_rng_state(state["cuda_rng"].cpu())
-
-
-def _to_host(metrics: TensorDict) -> list[float]:
-    """All scalars in one transfer."""
-    return torch.stack([value.float() for value in metrics.values()]).tolist()

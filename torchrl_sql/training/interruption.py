@@ -1,0 +1,72 @@
+"""Signals that ask a run to stop. Imports nothing heavy, so that a job can install it before slow imports."""
+
+from __future__ import annotations
+
+import os
+import signal
+from types import FrameType
+from typing import Any, Self
+
+
+class Interrupted(KeyboardInterrupt):
+    """Training stopped at somebody's wish, after saving a checkpoint.
+
+    Attributes:
+        requeue (bool): whether the job is to be queued again (SIGUSR2 on any rank).
+    """
+
+    def __init__(self, message: str, *, requeue: bool) -> None:
+        super().__init__(message)
+        self.requeue = requeue
+
+
+class StopSignals:
+    """Turns signals into flags, so that training saves and stops between two gradient steps.
+
+    - SIGINT, SIGTERM: save, then stop. A second SIGINT raises ``KeyboardInterrupt`` at once.
+    - SIGUSR2: save, then stop and ask to be queued again: what schedulers send before they take a node away.
+
+    Use it as a context manager, or call :meth:`install` and :meth:`restore`, in the main thread. Installing also
+    unblocks SIGUSR2: a job started under ``env --block-signal=USR2`` cannot be killed by one that comes before its
+    handlers; it is delivered then.
+
+    Attributes:
+        stop (bool): whether any of the three was received.
+        requeue (bool): whether SIGUSR2 was received.
+    """
+
+    def __init__(self) -> None:
+        self.stop = False
+        self.requeue = False
+        self._interrupted = False
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def install(self) -> Self:
+        """Sets the handlers; twice in a row is once."""
+        if not self._previous:
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
+                self._previous[number] = signal.signal(number, self._receive)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR2})
+        return self
+
+    def restore(self) -> None:
+        """Puts the former handlers back."""
+        while self._previous:
+            signal.signal(*self._previous.popitem())
+
+    def __enter__(self) -> Self:
+        return self.install()
+
+    def __exit__(self, *exception: object) -> None:
+        self.restore()
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT:
+            if self._interrupted:
+                raise KeyboardInterrupt
+            self._interrupted = True
+        first, self.stop = not self.stop, True
+        self.requeue = self.requeue or number == signal.SIGUSR2
+        if first:  # not through logging: its locks may be held where the signal came
+            again = "; press Ctrl-C again to stop without saving" if number == signal.SIGINT else ""
+            os.write(2, f"\n{signal.Signals(number).name}: saving after this gradient step{again}\n".encode())
