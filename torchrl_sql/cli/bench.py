@@ -1,0 +1,63 @@
+"""``torchrl-sql bench``."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from torchrl_sql.cli.settings import OVERRIDES_HELP
+
+
+def add_commands(commands: Any) -> None:
+    """Adds the parsers of these commands to ``commands``, the subparsers of ``torchrl-sql``."""
+    bench = commands.add_parser(
+        "bench", help="measure steps, readers and links here, and plan a run", description=_bench.__doc__
+    )
+    bench.add_argument("--samples", default="512,128,64,16,4", help="batches of one device (default: %(default)s)")
+    bench.add_argument("--gpus", default="1,8,32,128", help="numbers of GPUs to plan for (default: %(default)s)")
+    bench.add_argument("--repeats", type=int, default=20, help="of each measurement (default: %(default)s)")
+    bench.add_argument("--json", type=Path, help="write the measurements to this file")
+    bench.add_argument("overrides", nargs="*", metavar="key=value", help=OVERRIDES_HELP)
+    bench.set_defaults(run_command=_bench)
+
+
+def _bench(args: argparse.Namespace) -> None:
+    """Times a run's gradient step at several batch sizes, its readers and, if started on several GPUs (as with
+    torchrun), the links between them; then prints how long the run would take on more of them. docs/scaling.md
+    explains the arithmetic.
+    """
+    import json
+    from dataclasses import asdict, replace
+
+    from torchrl_sql.config import compose_run_config
+    from torchrl_sql.scaling import format_plans, plan
+    from torchrl_sql.scaling.measure import measure
+    from torchrl_sql.training.build import resolve_device
+    from torchrl_sql.training.distributed import process_group
+
+    config = compose_run_config(args.overrides)
+    samples = [int(number) for number in args.samples.split(",")]
+    with process_group(resolve_device(config.trainer.device)) as ranks:
+        measured = measure(config, ranks, samples_per_gpu=samples, num_repeats=args.repeats)
+    if not ranks.is_main:
+        return
+    for name, value in asdict(measured).items():
+        print(f"{name}: {value}")
+    if args.json is not None:
+        args.json.write_text(json.dumps(asdict(measured), indent=1) + "\n", encoding="utf-8")
+    plans = []
+    for num_gpus in (int(number) for number in args.gpus.split(",")):
+        try:
+            plans.append(
+                plan(
+                    measured,
+                    num_gpus=num_gpus,
+                    batch_size=config.data.batch_size,
+                    num_gradient_steps=config.trainer.num_gradient_steps,
+                )
+            )
+        except ValueError as error:
+            print(f"no plan for {num_gpus} GPUs: {error}")
+    print(f"\n{config.trainer.num_gradient_steps:,} gradient steps of {config.data.batch_size} transitions:\n")
+    print(format_plans(plans))
