@@ -194,7 +194,9 @@ def compose_run_config(overrides: Sequence[str]) -> RunConfig:
             config = compose("run", overrides=list(overrides))
         return _checked(config)
     except OverrideParseException as error:
-        raise ConfigError(f"settings must be key=value, got {error.override!r}: {_first_line(error)}") from None
+        message = f"settings must be key=value, got {error.override!r}: {_first_line(error)}"
+        hint = "; a list is written key=[A,B]" if "," in str(error.override) else ""
+        raise ConfigError(message + hint) from None
     except (HydraException, OmegaConfBaseException) as error:
         cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else None
         raise ConfigError("; ".join(_first_line(e) for e in (error, cause) if e)) from None

@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from torchrl_sql.cli import data, evaluate, train
+from torchrl_sql.cli import bench, data, evaluate, train
 
 DESCRIPTION = """\
 Scaled Q-learning (Kumar et al., ICLR 2023) in TorchRL: one policy for many Atari games, learned offline.
@@ -48,6 +48,6 @@ def _parser() -> argparse.ArgumentParser:
         prog="torchrl-sql", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for group in (train, evaluate, data):
+    for group in (train, evaluate, data, bench):
         group.add_commands(commands)
     return parser

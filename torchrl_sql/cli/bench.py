@@ -28,26 +28,25 @@ def _bench(args: argparse.Namespace) -> None:
     explains the arithmetic.
     """
     import json
-    from dataclasses import asdict, replace
+    from dataclasses import asdict
 
     from torchrl_sql.config import compose_run_config
-    from torchrl_sql.scaling import format_plans, plan
+    from torchrl_sql.scaling import format_measurements, format_plans, plan
     from torchrl_sql.scaling.measure import measure
     from torchrl_sql.training.build import resolve_device
     from torchrl_sql.training.distributed import process_group
 
     config = compose_run_config(args.overrides)
-    samples = [int(number) for number in args.samples.split(",")]
+    samples = _numbers("--samples", args.samples)
     with process_group(resolve_device(config.trainer.device)) as ranks:
         measured = measure(config, ranks, samples_per_gpu=samples, num_repeats=args.repeats)
     if not ranks.is_main:
         return
-    for name, value in asdict(measured).items():
-        print(f"{name}: {value}")
+    print(format_measurements(measured))
     if args.json is not None:
         args.json.write_text(json.dumps(asdict(measured), indent=1) + "\n", encoding="utf-8")
     plans = []
-    for num_gpus in (int(number) for number in args.gpus.split(",")):
+    for num_gpus in _numbers("--gpus", args.gpus):
         try:
             plans.append(
                 plan(
@@ -61,3 +60,10 @@ def _bench(args: argparse.Namespace) -> None:
             print(f"no plan for {num_gpus} GPUs: {error}")
     print(f"\n{config.trainer.num_gradient_steps:,} gradient steps of {config.data.batch_size} transitions:\n")
     print(format_plans(plans))
+
+
+def _numbers(option: str, text: str) -> list[int]:
+    try:
+        return [int(number) for number in text.split(",")]
+    except ValueError:
+        raise ValueError(f"{option} must be whole numbers separated by commas, got {text!r}") from None

@@ -46,6 +46,26 @@ class Plan:
     """What the store has to deliver to one GPU."""
 
 
+def format_measurements(measured: Measurements) -> str:
+    """The measurements, a line each, with units."""
+    lines = [
+        f"step of {n} samples a device: {1e3 * seconds:.3g} ms, {n / seconds:,.0f} samples/s"
+        for n, seconds in sorted(measured.step_seconds.items())
+    ]
+    lines.append(
+        f"readers of a rank: {measured.read_transitions_per_second:,.0f} transitions/s, "
+        f"{measured.read_bytes_per_transition:,.0f} compressed bytes each"
+    )
+    lines.append(f"gradients: {4 * measured.num_parameters / 1e6:,.4g} MB a step")
+    for name, bandwidth in (
+        (f"within a node of {measured.gpus_per_node}", measured.node_bytes_per_second),
+        ("across nodes", measured.network_bytes_per_second),
+    ):
+        rate = "not measured: start this on more processes" if bandwidth is None else f"{bandwidth / 1e9:.3g} GB/s"
+        lines.append(f"all-reduce {name}: {rate}")
+    return "\n".join(lines)
+
+
 def plan(measured: Measurements, *, num_gpus: int, batch_size: int = 512, num_gradient_steps: int = 6_250_000) -> Plan:
     """Predicts a run.
 
@@ -104,16 +124,22 @@ def _interpolate(step_seconds: Mapping[int, float], samples: int) -> float:
     return (1 - share) * step_seconds[below] + share * step_seconds[above]
 
 
+def _format_days(days: float) -> str:
+    if days >= 1.5:
+        return f"{days:.2g} days"
+    return f"{24 * days:.2g} h" if 24 * days >= 1.5 else f"{24 * 60 * days:.2g} min"
+
+
 def format_plans(plans: Sequence[Plan]) -> str:
     """A Markdown table, one row a plan."""
-    header = ["GPUs", "samples/GPU", "compute ms", "gradients ms", "read ms", "step ms", "days"]
+    header = ["GPUs", "samples/GPU", "compute ms", "gradients ms", "read ms", "step ms", "run"]
     header += ["transitions/s a GPU", "store MB/s a GPU", "store MB/s in all"]
     rows = [
         [
             f"{p.num_gpus}",
             f"{p.samples_per_gpu}",
             *(f"{1e3 * s:.3g}" for s in (p.compute_seconds, p.gradient_seconds, p.data_seconds, p.step_seconds)),
-            f"{p.days:.2g}",
+            _format_days(p.days),
             f"{p.transitions_per_second:,.0f}",
             f"{p.read_bytes_per_second / 1e6:.3g}",
             f"{p.read_bytes_per_second * p.num_gpus / 1e6:.3g}",
