@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -100,6 +103,33 @@ def lab() -> SimpleNamespace:
         tree=tree,
         shapes=shapes,
     )
+
+
+@pytest.fixture
+def public_folder() -> Iterator[Path]:
+    """A folder that every user can enter; those of ``tmp_path`` are closed to others."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        yield Path(folder)
+
+
+@pytest.fixture
+def read_only() -> Callable[[Path], AbstractContextManager[None]]:
+    """A context in which nothing can be written in a folder, also where the tests run as root."""
+
+    @contextmanager
+    def context(folder: Path) -> Iterator[None]:
+        mode, user = folder.stat().st_mode, os.geteuid()
+        folder.chmod(0o555)
+        if user == 0:  # Permissions do not bind root. Its files do not belong to this user, whom they bind.
+            os.seteuid(65534)
+        try:
+            yield
+        finally:
+            os.seteuid(user)
+            folder.chmod(mode)
+
+    return context
 
 
 @pytest.fixture

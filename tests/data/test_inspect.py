@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from torchrl_sql.data import AtariFrameStorage
-from torchrl_sql.data.inspect import contact_sheet, format_summaries, summarise
+from torchrl_sql.data.inspect import contact_sheet, draw_contact_sheets, format_summaries, summarise
 
 
 @pytest.fixture
@@ -59,3 +59,17 @@ def test_contact_sheet_by_hand(store, lab):
     assert contact_sheet(store, "Breakout").shape == (8 * 84, 12 * 84)  # More tiles than frames: some twice.
     with pytest.raises(ValueError, match="'Pong' is not in the store"):
         contact_sheet(store, "Pong")
+
+
+def test_sheets_of_all_games(store, lab):
+    with pytest.raises(ValueError, match="holds no games yet"):
+        draw_contact_sheets(store)
+    for tag, game in enumerate(("Breakout", "Pong", "Qbert")):
+        lab.write(store, game, lab.make_episodes([(40, True, False)], 100 * tag))
+    image = np.asarray(draw_contact_sheets(store, num_columns=4))
+    block = 16 + 3 * 84  # A label, and three rows for each of three games.
+    assert image.shape == (3 * block, 4 * 84)
+    for number, game in enumerate(store.games):
+        label, frames = np.split(image[number * block : (number + 1) * block], [16])
+        assert label.min() < 50 and np.median(label) == 255  # Black on white.
+        np.testing.assert_array_equal(frames, contact_sheet(store, game, num_columns=4, num_rows=3))

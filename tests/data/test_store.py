@@ -261,11 +261,17 @@ def test_full_disk_leaves_the_old_store(store, lab):
     assert (AtariFrameStorage(store)[5:]["observation"][:, -1].numpy() == episodes[2].frames).all()
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_no_permission(tmp_path):
-    (tmp_path / "locked").mkdir(mode=0o500)
-    with pytest.raises(PermissionError, match="locked"):
-        FrameStore.create(tmp_path / "locked" / "store")
+def test_no_permission(public_folder, read_only, lab):
+    with read_only(public_folder), pytest.raises(PermissionError, match=f"{public_folder}/store"):
+        FrameStore.create(public_folder / "store")
+    store = FrameStore.create(public_folder / "store", chunk_frames=4, shard_frames=8)
+    lab.write(store, "Pong", lab.make_episodes([(5, True, False)]))
+    before = lab.tree(store.path)
+    with read_only(store.path), pytest.raises(PermissionError, match="Breakout"):
+        store.writer("Breakout", source="test")
+    with read_only(store.path / "Pong" / "0"), pytest.raises(PermissionError, match="Pong/0"):
+        lab.write(store, "Pong", lab.make_episodes([(3, True, False)]))
+    assert lab.tree(store.path) == before and len(AtariFrameStorage(store)) == 5
 
 
 # Properties

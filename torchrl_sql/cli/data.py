@@ -1,4 +1,4 @@
-"""``torchrl-sql collect``, ``import``, ``verify`` and ``inspect``."""
+"""``torchrl-sql collect``, ``import``, ``verify``, ``inspect`` and ``export``."""
 
 from __future__ import annotations
 
@@ -33,7 +33,21 @@ def add_commands(commands: Any) -> None:
 
     inspect = commands.add_parser("inspect", help="show what a store holds", description=_inspect.__doc__)
     inspect.add_argument("store", type=Path, help="folder of the store")
+    inspect.add_argument("--contact-sheet", type=Path, metavar="FILE.png", help="draw frames of each game there")
     inspect.set_defaults(run_command=_inspect)
+
+    export = commands.add_parser(
+        "export", help="write a part of a store as TorchRL transitions", description=_export.__doc__
+    )
+    export.add_argument("store", type=Path, help="folder of the store")
+    export.add_argument("--out", type=Path, required=True, help="the new folder, for TensorDict.load_memmap")
+    export.add_argument("--games", help="e.g. Breakout,Pong (default: all of the store)")
+    export.add_argument("--first-fraction", type=float, default=1.0, help="the first part of each run, in (0, 1]")
+    export.add_argument("--every-kth-episode", type=int, default=1, help="the episodes 0, K, 2K, ... of each run")
+    export.add_argument("--transitions-per-game", type=int, help="the first so many of what is left of each game")
+    export.add_argument("--n-steps", type=int, default=1, help="steps of the returns (default: 1)")
+    export.add_argument("--gamma", type=float, default=0.99, help="discount of the returns (default: 0.99)")
+    export.set_defaults(run_command=_export)
 
 
 def _collect(args: argparse.Namespace) -> None:
@@ -94,8 +108,30 @@ def _verify(args: argparse.Namespace) -> None:
 
 
 def _inspect(args: argparse.Namespace) -> None:
-    """Shows transitions, episodes, returns, actions and bytes of each game in a store."""
+    """Shows transitions, episodes, returns, actions and bytes of each game in a store, and frames as a picture."""
+    from torchrl_sql.data import FrameStore
+    from torchrl_sql.data.inspect import draw_contact_sheets
+
+    if args.contact_sheet is not None and args.contact_sheet.suffix.lower() != ".png":
+        raise ValueError(f"--contact-sheet must name a .png file, got {args.contact_sheet}")
     _print_store(args.store)
+    if args.contact_sheet is not None:
+        draw_contact_sheets(FrameStore.open(args.store)).save(args.contact_sheet)
+        print(f"Frames: {args.contact_sheet}")
+
+
+def _export(args: argparse.Namespace) -> None:
+    """Writes a part of a store as memory-mapped transitions, 56 KB each, that plain TorchRL reads."""
+    from tqdm import tqdm
+
+    from torchrl_sql.data import AtariFrameStorage
+    from torchrl_sql.data.export import export_memmap
+
+    options = ("n_steps", "gamma", "first_fraction", "every_kth_episode", "transitions_per_game")
+    storage = AtariFrameStorage(args.store, args.games, **{name: getattr(args, name) for name in options})
+    with tqdm(desc="export", unit="tr", unit_scale=True, total=len(storage), dynamic_ncols=True) as bar:
+        num_bytes = export_memmap(storage, args.out, progress=lambda done, total: bar.update(done - bar.n))
+    print(f"{len(storage):,} transitions of {', '.join(storage.games)}, {num_bytes / 1e6:,.1f} MB: {args.out}")
 
 
 def _print_store(path: Path) -> None:

@@ -12,8 +12,7 @@ from pathlib import Path
 
 import tensorstore as ts
 
-FRAME_SHAPE = (84, 84)
-"""Height and width of a frame in pixels; every source this package reads uses it."""
+from torchrl_sql.games import FRAME_SHAPE
 
 
 def create_frame_array(path: Path, *, chunk_frames: int, shard_frames: int, zstd_level: int) -> ts.TensorStore:

@@ -8,11 +8,13 @@ from math import prod
 from pathlib import Path
 
 import numpy as np
+from PIL import Image, ImageDraw
 
-from torchrl_sql.data.frames import FRAME_SHAPE
 from torchrl_sql.data.shards import FrameReader
 from torchrl_sql.data.store import FrameStore
-from torchrl_sql.games import ACTION_NAMES, NUM_ACTIONS
+from torchrl_sql.games import ACTION_NAMES, FRAME_SHAPE, NUM_ACTIONS
+
+_LABEL_PIXELS = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +133,7 @@ def contact_sheet(store: FrameStore, game: str, *, num_columns: int = 12, num_ro
         num_rows (int): frames above each other.
 
     Returns:
-        uint8 ``[84 * num_rows, 84 * num_columns]``, for instance for ``PIL.Image.fromarray(sheet).save("sheet.png")``.
+        uint8 ``[84 * num_rows, 84 * num_columns]``.
 
     Raises:
         ValueError: if the store holds none of the game.
@@ -146,6 +148,27 @@ def contact_sheet(store: FrameStore, game: str, *, num_columns: int = 12, num_ro
     height, width = FRAME_SHAPE
     tiles = frames.reshape(num_rows, num_columns, height, width)
     return tiles.transpose(0, 2, 1, 3).reshape(num_rows * height, num_columns * width)
+
+
+def draw_contact_sheets(store: FrameStore, *, num_columns: int = 12) -> Image.Image:
+    """The contact sheets of all games below each other, each under its name: 8 rows of frames or a few more in all.
+
+    Raises:
+        ValueError: if the store holds no games yet.
+        DamagedFramesError: if a frame cannot be read.
+    """
+    games = store.games
+    if not games:
+        raise ValueError(f"the store {store.path} holds no games yet")
+    num_rows = -(-8 // len(games))
+    height, width = FRAME_SHAPE
+    block = _LABEL_PIXELS + num_rows * height
+    image = Image.new("L", (num_columns * width, len(games) * block), 255)
+    for number, game in enumerate(games):
+        ImageDraw.Draw(image).text((4, number * block + 2), game, fill=0)
+        sheet = contact_sheet(store, game, num_columns=num_columns, num_rows=num_rows)
+        image.paste(Image.fromarray(sheet), (0, number * block + _LABEL_PIXELS))
+    return image
 
 
 def _folder_bytes(folder: Path) -> int:

@@ -27,8 +27,9 @@ import google_crc32c
 import numpy as np
 import zstandard
 
-from torchrl_sql.data.frames import FRAME_SHAPE, FrameLayout, shard_path
+from torchrl_sql.data.frames import FrameLayout, shard_path
 from torchrl_sql.data.run import Run
+from torchrl_sql.games import FRAME_SHAPE
 
 _CRC32C_RESIDUE = 0x48674BC7
 """CRC32C of any bytes followed by their own CRC32C, little endian."""
@@ -202,9 +203,12 @@ class FrameReader:
         )
         disk_waits = _num_disk_waits()
         try:
-            chunks = self._find((keys % num_chunks).tolist())
+            chunks = (keys % num_chunks).tolist()
+            if self._reads_to_announce > 0:
+                self._announce(chunks)
+            self._limit_mapped_memory(len(chunks))
             for (a, b), (c, d) in zip(pairwise(first_key.tolist()), pairwise(first_piece.tolist()), strict=True):
-                decoded = self._decode(chunks[a:b])
+                decoded = self._decode([self._find(chunk) for chunk in chunks[a:b]])
                 for where, source_byte, target_byte, count in pieces[c:d]:
                     target[target_byte : target_byte + count] = decoded[where][source_byte : source_byte + count]
         except _BadChunks as error:
@@ -236,27 +240,29 @@ class FrameReader:
                 if reason:
                     yield self._describe(_BadChunks(begin + local, begin + local + 1, reason))[1]
 
-    def _find(self, chunks: list[int]) -> list[tuple[int, Shard, int, int]]:
-        """Number, shard, offset and size of each chunk; has the disk fetch what is not in memory, all at once."""
-        announce = self._reads_to_announce > 0
-        found = []
-        for chunk in chunks:
-            number, local = divmod(chunk, self._chunks_per_shard)
-            shard = self._shards.get(number) or self._load_shard(number)
-            offset, size = shard.index[2 * local], shard.index[2 * local + 1]
-            if offset == _MISSING:
-                raise _BadChunks(chunk, chunk + 1, _NEVER_WRITTEN)
-            if announce:
-                page = offset & -mmap.PAGESIZE
-                shard.data.madvise(mmap.MADV_WILLNEED, page, offset + size - page)
-            found.append((chunk, shard, offset, size))
-        self._num_touches += len(chunks)
+    def _find(self, chunk: int) -> tuple[int, Shard, int, int]:
+        """Number, shard, offset and size of a chunk."""
+        number, local = divmod(chunk, self._chunks_per_shard)
+        shard = self._shards.get(number) or self._load_shard(number)
+        offset = shard.index[2 * local]
+        if offset == _MISSING:
+            raise _BadChunks(chunk, chunk + 1, _NEVER_WRITTEN)
+        return chunk, shard, offset, shard.index[2 * local + 1]
+
+    def _announce(self, chunks: list[int]) -> None:
+        """Has the disk fetch what is not in memory, all at once."""
+        for _, shard, offset, size in map(self._find, chunks):
+            page = offset & -mmap.PAGESIZE
+            shard.data.madvise(mmap.MADV_WILLNEED, page, offset + size - page)
+
+    def _limit_mapped_memory(self, num_chunks: int) -> None:
+        """Counts chunks that are about to be read; lets all mapped pages go when they may have become too many."""
+        self._num_touches += num_chunks
         if self._num_touches * _BYTES_A_TOUCH > _MAX_MAPPED_BYTES:
             self._num_touches = 0
             if sum(len(shard.data) for shard in list(self._shards.values())) > _MAX_MAPPED_BYTES:
                 for shard in list(self._shards.values()):
                     shard.data.madvise(mmap.MADV_DONTNEED)
-        return found
 
     def _decode(self, chunks: list[tuple[int, Shard, int, int]]) -> list[memoryview]:
         """Bytes of the frames of each chunk."""

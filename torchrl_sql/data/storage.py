@@ -21,10 +21,7 @@ from torchrl_sql.data.episodes import EpisodeIndex, Part
 from torchrl_sql.data.run import Manifest, Run, fingerprint
 from torchrl_sql.data.shards import FrameReader
 from torchrl_sql.data.store import FrameStore
-from torchrl_sql.games import resolve_games
-
-STACK = 4
-"""Frames of an observation."""
+from torchrl_sql.games import FRAME_SHAPE, FRAME_STACK, resolve_games
 
 
 class AtariFrameStorage(Storage):
@@ -197,18 +194,18 @@ class AtariFrameStorage(Storage):
 
     def _read_stacks(self, episode: np.ndarray, step: np.ndarray, span: np.ndarray) -> tuple[torch.Tensor, ...]:
         if not len(step):
-            empty = torch.zeros(0, STACK, 84, 84, dtype=torch.uint8)
+            empty = torch.zeros(0, FRAME_STACK, *FRAME_SHAPE, dtype=torch.uint8)
             return empty, empty
         run, first = self._episodes.run[episode], self._episodes.first_frame[episode]
         stop = self._episodes.stop_frame[episode]
-        start = first + step - (STACK - 1)
+        start = first + step - (FRAME_STACK - 1)
         if self.n_steps == 1:
-            frames = torch.from_numpy(self._reader.read(run, start, first, stop, length=STACK + 1))
-            return frames[:, :STACK], frames[:, 1:]
+            frames = torch.from_numpy(self._reader.read(run, start, first, stop, length=FRAME_STACK + 1))
+            return frames[:, :FRAME_STACK], frames[:, 1:]
         # Both stacks of a transition side by side: they often lie in the same chunk, which is then decoded once.
         run, first, stop = (np.repeat(array, 2) for array in (run, first, stop))
         starts = np.stack([start, start + span], axis=1).ravel()
-        frames = torch.from_numpy(self._reader.read(run, starts, first, stop, length=STACK))
+        frames = torch.from_numpy(self._reader.read(run, starts, first, stop, length=FRAME_STACK))
         return frames[::2], frames[1::2]
 
     def fingerprint(self) -> str:

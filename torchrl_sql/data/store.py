@@ -24,11 +24,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from torchrl_sql.data.frames import FRAME_SHAPE
 from torchrl_sql.data.run import VERSION, Run, fingerprint, json_field, read_json, write_atomically
 from torchrl_sql.data.shards import FrameReader
 from torchrl_sql.data.writer import RunWriter
-from torchrl_sql.games import resolve_games
+from torchrl_sql.games import FRAME_SHAPE, resolve_games
 
 STORE_FORMAT = "torchrl_sql.frame_store"
 _RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")

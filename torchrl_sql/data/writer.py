@@ -17,9 +17,9 @@ import numpy as np
 import numpy.typing as npt
 import tensorstore as ts
 
-from torchrl_sql.data.frames import FRAME_SHAPE, create_frame_array, open_frame_array
+from torchrl_sql.data.frames import create_frame_array, open_frame_array
 from torchrl_sql.data.run import EPISODE_DTYPE, MEMBERS, Manifest, Run, write_atomically
-from torchrl_sql.games import NUM_ACTIONS
+from torchrl_sql.games import FRAME_SHAPE, NUM_ACTIONS
 
 
 class RunWriter:

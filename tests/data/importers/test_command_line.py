@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from PIL import Image
+
 from torchrl_sql.cli import main
 from torchrl_sql.data import FrameStore
 from torchrl_sql.games import GAMES
@@ -22,6 +24,12 @@ def test_import_verify_inspect(dopamine, tmp_path, capsys):
     num_steps = FrameStore.open(store).run("Pong").num_steps
     assert main(["inspect", str(store)]) == 0
     assert f"{num_steps:,} transitions" in capsys.readouterr().out
+    assert main(["inspect", str(store), "--contact-sheet", str(tmp_path / "sheet.png")]) == 0
+    assert f"Frames: {tmp_path / 'sheet.png'}" in capsys.readouterr().out
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert sheet.size == (12 * 84, 16 + 8 * 84)
+    assert main(["inspect", str(store), "--contact-sheet", str(tmp_path / "sheet.txt")]) == 1
+    assert "--contact-sheet must name a .png file" in capsys.readouterr().err
     assert main(["verify", str(store)]) == 0
     assert "is intact" in capsys.readouterr().out
 

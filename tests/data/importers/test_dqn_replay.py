@@ -198,7 +198,16 @@ def test_object_stores_are_read_through_fsspec(dopamine, log, lab, tmp_path, sma
 
 def test_urls_without_fsspec(monkeypatch, tmp_path):
     monkeypatch.setattr(dqn_replay, "fsspec", None)
-    with pytest.raises(ValueError, match=r"gs://bucket/dqn: fsspec is not installed; try .*torchrl-sql\[fsspec\]"):
+    message = r"gs://bucket/dqn cannot be read: fsspec is not installed .*pip install 'torchrl-sql\[fsspec\]'"
+    with pytest.raises(ImportError, match=message):
+        import_dqn_replay("gs://bucket/dqn", tmp_path / "store", games="Pong")
+    assert not (tmp_path / "store").exists()
+
+
+def test_urls_without_the_driver(monkeypatch, tmp_path):
+    pytest.importorskip("fsspec")
+    monkeypatch.setitem(sys.modules, "gcsfs", None)  # As if it were not installed.
+    with pytest.raises(ImportError, match=r"gs://bucket/dqn cannot be read: .*gcsfs.*'torchrl-sql\[fsspec\]'"):
         import_dqn_replay("gs://bucket/dqn", tmp_path / "store", games="Pong")
     assert not (tmp_path / "store").exists()
 
@@ -404,12 +413,16 @@ def test_full_disk_leaves_the_old_store(dopamine, log, tmp_path, small_store, la
     dopamine.check_same(dopamine.stored(small_store, "Pong"), dopamine.expected(log, "Pong", range(4)))
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_no_permission(log, tmp_path, small_store):
-    small_store.path.chmod(0o500)
-    with pytest.raises(ImportFailedError, match="Permission denied"):
-        import_dqn_replay(tmp_path / "dqn", small_store.path, games="Pong", checkpoints="0")
-    small_store.path.chmod(0o700)
+def test_no_permission(dopamine, lab, public_folder, read_only):
+    log = new_log(dopamine, public_folder / "dqn")
+    while not log.logged:
+        log.play(4)
+    store = FrameStore.create(public_folder / "store", chunk_frames=2, shard_frames=8)
+    lab.write(store, "Breakout", lab.make_episodes([(5, True, False)]))
+    before = lab.tree(store.path)
+    with read_only(store.path), pytest.raises(ImportFailedError, match=r"Pong: .*Permission denied: .*/store/"):
+        import_dqn_replay(public_folder / "dqn", store.path, games="Pong", checkpoints="0")
+    assert lab.tree(store.path) == before
 
 
 def test_other_checkpoints_of_a_finished_or_unfinished_import(log, tmp_path, small_store):

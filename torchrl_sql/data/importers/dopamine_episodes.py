@@ -11,10 +11,9 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from torchrl_sql.data.frames import FRAME_SHAPE
 from torchrl_sql.data.importers.dopamine_buffer import MAX_EPISODE_STEPS, NUM_PADDING_ROWS, PlacedCheckpoint
 from torchrl_sql.data.importers.job import Episode, Position
-from torchrl_sql.games import GAMES
+from torchrl_sql.games import FRAME_SHAPE, GAMES
 
 PADDING = "padding"
 PAST_CURSOR = "past the cursor"

@@ -21,7 +21,6 @@ from typing import IO, Any, cast
 
 import numpy as np
 
-from torchrl_sql.data.frames import FRAME_SHAPE
 from torchrl_sql.data.importers.dopamine_buffer import (
     MAX_EPISODE_STEPS,
     BufferState,
@@ -31,7 +30,7 @@ from torchrl_sql.data.importers.dopamine_buffer import (
 from torchrl_sql.data.importers.dopamine_episodes import read_episodes
 from torchrl_sql.data.importers.job import Episode, EpisodeSource, ImportJob, ImportSummary, Position
 from torchrl_sql.data.importers.pool import run_imports
-from torchrl_sql.games import resolve_games
+from torchrl_sql.games import FRAME_SHAPE, resolve_games
 
 try:
     import fsspec
@@ -98,6 +97,7 @@ def import_dqn_replay(
     Raises:
         ImportFailedError: after the other games, if files are missing or damaged; it names them and says why.
         ValueError, OSError: for bad arguments, or if the store cannot be opened or created.
+        ImportError: for a URL, if fsspec or its driver for this kind of object store is not installed.
     """
     numbers = parse_checkpoints(checkpoints)
     if run < 1:
@@ -312,7 +312,9 @@ class _Folder:
                     raise ImportError("fsspec is not installed")
                 fsspec.core.url_to_fs(self.location)
             except ImportError as error:  # Of fsspec itself, or of the package for this kind of object store.
-                raise ValueError(f"{parts[0]}: {error}; try pip install 'torchrl-sql[fsspec]'") from error
+                raise ImportError(
+                    f"{parts[0]} cannot be read: {error} (pip install 'torchrl-sql[fsspec]' brings fsspec and gs://)"
+                ) from error
 
     def names(self) -> set[str]:
         """Names of the files and folders in it."""

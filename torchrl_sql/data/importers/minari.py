@@ -19,15 +19,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from torchrl_sql.data.frames import FRAME_SHAPE
 from torchrl_sql.data.importers.job import Episode, EpisodeSource, ImportJob, ImportSummary, Position
 from torchrl_sql.data.importers.pool import run_imports
-from torchrl_sql.games import GAMES, NUM_ACTIONS, resolve_games
+from torchrl_sql.games import FRAME_SHAPE, FRAME_STACK, GAMES, NUM_ACTIONS, resolve_games
 
 if TYPE_CHECKING:
     from minari import EpisodeData, MinariDataset
 
-STACK_SIZE = 4
 _COMMIT_INTERVAL_STEPS = 100_000
 
 logger = logging.getLogger(__name__)
@@ -153,7 +151,7 @@ class MinariSource(EpisodeSource):
                 f"{where}: observations must be {num_steps + 1} frames or stacks, "
                 f"got {observations.dtype} {list(observations.shape)}"
             )
-        if observations.shape[1] == STACK_SIZE and (observations[1:, :-1] != observations[:-1, 1:]).any():
+        if observations.shape[1] == FRAME_STACK and (observations[1:, :-1] != observations[:-1, 1:]).any():
             raise ValueError(f"{where}: each stack must be the one before, moved by one frame")
         actions, rewards = np.asarray(data.actions), np.asarray(data.rewards)
         if actions.shape != (num_steps,) or actions.min() < 0 or actions.max() >= len(self._full_actions):
@@ -177,7 +175,7 @@ def _to_frames(observations: np.ndarray) -> np.ndarray | None:
         return observations
     if shape == (*FRAME_SHAPE, 1):
         return observations[..., 0]
-    if shape in ((1, *FRAME_SHAPE), (STACK_SIZE, *FRAME_SHAPE)):
+    if shape in ((1, *FRAME_SHAPE), (FRAME_STACK, *FRAME_SHAPE)):
         return observations[:, -1]
     return None
 

@@ -20,7 +20,6 @@ from typing import Any
 
 import numpy as np
 
-from torchrl_sql.data.frames import FRAME_SHAPE
 from torchrl_sql.data.importers.dopamine_buffer import (
     MAX_EPISODE_STEPS,
     BufferState,
@@ -31,7 +30,7 @@ from torchrl_sql.data.importers.dopamine_episodes import read_episodes
 from torchrl_sql.data.importers.dqn_replay import parse_checkpoints, shortened
 from torchrl_sql.data.importers.job import Episode, EpisodeSource, ImportJob, ImportSummary, Position
 from torchrl_sql.data.importers.pool import run_imports
-from torchrl_sql.games import resolve_games
+from torchrl_sql.games import FRAME_SHAPE, resolve_games
 
 _MEMBERS: dict[str, tuple[str, str, np.dtype]] = {
     "observation": ("data", "observation", np.dtype("u1")),
