@@ -74,7 +74,13 @@ def test_every_objective_composes(objective):
         (["experiment=quickstart", "trainer.device=tpu"], "trainer.device must be auto, cpu or cuda, got 'tpu'"),
         (["experiment=quickstart", "optim.max_grad_norm=-1"], "optim.max_grad_norm must be greater than 0, or null"),
         (["experiment=quickstart", "data.games=[Breakout"], r"settings must be key=value, got .data.games=\[Breakout"),
-        (["experiment=quickstart", "data.mixture=all"], "data.mixture must be games or transitions, got 'all'"),
+        (["experiment=quickstart", "data.mixture=all"], "data.mixture must be games, transitions or .*, got 'all'"),
+        (["experiment=quickstart", "data.mixture=[1]"], r"data.mixture must be .* a list of 2 weights.*, got \[1\]"),
+        (["experiment=quickstart", "data.mixture=[1,-1]"], r"data.mixture must be .* weights >= 0.*, got \[1, -1\]"),
+        (["experiment=quickstart", "data.temperature=0"], "data.temperature must be greater than 0, got 0.0"),
+        (["experiment=quickstart", "data.first_fraction=1.2"], r"data.first_fraction must be in \(0, 1\], got 1.2"),
+        (["experiment=quickstart", "data.every_kth_episode=0"], "data.every_kth_episode must be at least 1, got 0"),
+        (["experiment=quickstart", "data.transitions_per_game=0"], "data.transitions_per_game must be at least 1, or"),
     ],
 )
 def test_bad_configurations_name_the_key(overrides, message):

@@ -43,8 +43,18 @@ class DataConfig:
     """Path of the store."""
     games: Any = MISSING
     """``train40``, ``heldout5``, ``all``, names separated by commas, or a list of names."""
-    mixture: str = MISSING
-    """``games`` (each game equally often) or ``transitions``."""
+    first_fraction: float = MISSING
+    """The first such part of each run, in (0, 1], counted in steps."""
+    every_kth_episode: int = MISSING
+    """Of these the episodes 0, k, 2k, ... of each run."""
+    transitions_per_game: int | None = MISSING
+    """Of what is left the first so many of each game; null for all."""
+    mixture: Any = MISSING
+    """``games`` (each game equally often), ``transitions``, or a list of one weight a game."""
+    temperature: float = MISSING
+    """Shares of the mixture are raised to the power 1 / temperature; larger values make them more equal."""
+    replacement: bool = MISSING
+    """false: no transition comes twice before all of its game have come once."""
     batch_size: int = MISSING
     """Transitions of the global batch."""
     n_steps: int = MISSING
@@ -274,8 +284,30 @@ def check(config: RunConfig) -> None:
         raise ConfigError(f"data.games: {error}") from None
     require(config.num_threads is None or config.num_threads >= 1, "num_threads", "at least 1, or null")
     objective, model, optim, trainer = config.objective, config.model, config.optim, config.trainer
-    require(config.data.mixture in ("games", "transitions"), "data.mixture", "games or transitions")
-    positive = ["data.batch_size", "data.n_steps", "model.num_groups", "trainer.num_gradient_steps"]
+    data = config.data
+    weights = data.mixture if isinstance(data.mixture, list) else [1.0] * len(config.games)
+    require(
+        (data.mixture in ("games", "transitions") or isinstance(data.mixture, list))
+        and len(weights) == len(config.games)
+        and all(isinstance(weight, (int, float)) and weight >= 0 for weight in weights)
+        and sum(weights) > 0,
+        "data.mixture",
+        f"games, transitions or a list of {len(config.games)} weights >= 0, one a game",
+    )
+    require(data.temperature > 0, "data.temperature", "greater than 0")
+    require(0 < data.first_fraction <= 1, "data.first_fraction", "in (0, 1]")
+    require(
+        data.transitions_per_game is None or data.transitions_per_game >= 1,
+        "data.transitions_per_game",
+        "at least 1, or null",
+    )
+    positive = [
+        "data.batch_size",
+        "data.n_steps",
+        "data.every_kth_episode",
+        "model.num_groups",
+        "trainer.num_gradient_steps",
+    ]
     positive += ["evaluation.num_episodes_per_game", "evaluation.max_env_frames_per_episode"]
     if config.collection is not None:
         positive += ["collection.num_agent_steps_per_game", "collection.max_env_frames_per_episode"]

@@ -44,7 +44,7 @@ def test_table(summaries):
     assert lines[2].split()[:3] == ["Breakout", "9", "3"] and "1.17 ± 2.46" in lines[2]
     assert "random" in lines[4] and "1.00 ± 3.00" in lines[4]
     assert lines[5].strip() == "actions: NOOP 56%, FIRE 33%, DOWNLEFTFIRE 11%"
-    assert "1 transitions cannot be sampled" in "\n".join(lines)
+    assert "cannot be sampled, as the frame that follows is not stored: 1 transitions" in "\n".join(lines)
     assert lines[-1].startswith("2 games, 27 transitions, ")
 
 

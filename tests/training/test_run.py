@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from torchrl_sql.config import ConfigError
+from torchrl_sql.data import GameMixtureSamplerWithoutReplacement
 from torchrl_sql.training import Interrupted, load_actor, train
 from torchrl_sql.training.build import build_trainer, learning_rate_factor
 from torchrl_sql.training.checkpoint import list_checkpoints, load_checkpoint
@@ -47,6 +48,17 @@ def interrupt_after(monkeypatch, step):
         return metrics
 
     monkeypatch.setattr(Trainer, "update", interrupting)
+
+
+def test_data_settings_reach_the_replay_buffer(make_config):
+    part = {"first_fraction": 0.9, "every_kth_episode": 2, "transitions_per_game": 50}
+    mixture = {"mixture": [1, 3], "temperature": 2.0, "replacement": False}
+    config = make_config(*(f"data.{key}={value}" for key, value in (part | mixture).items()))
+    replay = build_trainer(config).replay
+    assert vars(replay._storage.part) == part
+    sampler = replay._sampler
+    assert type(sampler) is GameMixtureSamplerWithoutReplacement
+    assert (sampler.mixture, sampler.temperature, sampler.seed) == ((1.0, 3.0), 2.0, config.seed)
 
 
 @pytest.mark.parametrize("objective", ["cql_c51", "cql_hl_gauss", "cql_mse", "bc"])

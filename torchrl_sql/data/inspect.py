@@ -115,7 +115,9 @@ def format_summaries(summaries: Sequence[GameSummary]) -> str:
         lines.append(f"  actions: {actions}")
         lines.append(f"  rewards: {s.rewards}; source: {'; '.join(s.sources)}")
         if s.num_unsampleable:
-            lines.append(f"  {s.num_unsampleable:,} transitions cannot be sampled: the frame after them is not stored")
+            lines.append(
+                f"  cannot be sampled, as the frame that follows is not stored: {s.num_unsampleable:,} transitions"
+            )
     total = sum(s.num_transitions for s in summaries)
     lines.append(f"{len(summaries)} games, {total:,} transitions, {sum(s.num_bytes for s in summaries) / 1e6:,.1f} MB")
     return "\n".join(lines)
