@@ -1,16 +1,21 @@
-# `make quickstart` runs the main job, `make test` the tests; each creates .venv first if there is none.
+# `make quickstart` runs the main job, `make test` the tests, `make test-slurm` those on a real SLURM; each creates .venv first if there is none.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: quickstart test lint install clean
+.PHONY: quickstart test test-slurm lint install clean
 
 quickstart: $(STAMP)
 	$(BIN)/torchrl-sql quickstart
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
+
+# Two nodes of a real SLURM on this host, from Debian's packages; nothing is started as a service.
+test-slurm: $(STAMP)
+	tests/slurm/install.sh
+	$(BIN)/python -m pytest -m slurm tests/slurm
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -1,0 +1,19 @@
+#!/bin/bash
+# Reads a data set of others into a store.
+#   sbatch slurm/import.sh dqn-replay /data/dqn --games train40 --out /data/store --workers 8
+# Give your cluster's partition, account and sizes here, or to sbatch.
+#SBATCH --job-name=torchrl-sql-import
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=1
+#SBATCH --cpus-per-task=8
+#SBATCH --time=1440
+#SBATCH --signal=USR2@120
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=slurm-%j.out
+
+# Modules and the virtual environment (or container: TORCHRL_SQL_PYTHON) of the node.
+if [ -f .venv/bin/activate ]; then source .venv/bin/activate; fi
+
+source "$(${TORCHRL_SQL_PYTHON:-python} -c 'import torchrl_sql; print(*torchrl_sql.__path__)')/launch/job.sh"
+torchrl_sql_main import "$@"

@@ -1,0 +1,20 @@
+#!/bin/bash
+# A training run (or one of several: sbatch --array=0-2%2 slurm/train.sh experiment=... seed=0,1,2).
+#   sbatch slurm/train.sh experiment=scaled_ql_resnet50 data.store=/data/store
+# Give your cluster's partition, account and sizes here, or to sbatch. One task a GPU.
+#SBATCH --job-name=torchrl-sql
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=8
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=8
+#SBATCH --time=1440
+#SBATCH --signal=USR2@120
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=slurm-%j.out
+
+# Modules and the virtual environment (or container: TORCHRL_SQL_PYTHON) of the nodes.
+if [ -f .venv/bin/activate ]; then source .venv/bin/activate; fi
+
+source "$(${TORCHRL_SQL_PYTHON:-python} -c 'import torchrl_sql; print(*torchrl_sql.__path__)')/launch/job.sh"
+torchrl_sql_main train "$@"

@@ -1,0 +1,62 @@
+"""From arguments to tasks."""
+
+from __future__ import annotations
+
+import pytest
+import yaml
+
+from torchrl_sql.config import ConfigError
+from torchrl_sql.launch.plan import choose_root, expand_sweep, folder_name, plan_command, plan_training
+
+
+def test_sweeps_are_products():
+    assert expand_sweep(["experiment=quickstart", "seed=0,1", "model=resnet34,resnet50"]) == [
+        (label, ["experiment=quickstart", *label.split(",")])
+        for label in (
+            "seed=0,model=resnet34",
+            "seed=0,model=resnet50",
+            "seed=1,model=resnet34",
+            "seed=1,model=resnet50",
+        )
+    ]
+
+
+def test_lists_are_no_sweeps():
+    words = ["data.games=[Breakout,Freeway]", "name='a,b'"]
+    assert expand_sweep(words) == [("", words)]
+
+
+def test_seeds_share_a_name_and_other_choices_do_not(tmp_path):
+    seeds = plan_training(["experiment=quickstart", "seed=0,1"], tmp_path)
+    assert [planned.name for planned in seeds] == ["quickstart", "quickstart"]
+    assert [planned.task.run_dir for planned in seeds] == [f"{tmp_path}/seed=0", f"{tmp_path}/seed=1"]
+    sizes = plan_training(["experiment=quickstart", "objective.cql_alpha=0.1,0.2", "seed=0,1"], tmp_path)
+    assert [planned.name for planned in sizes] == [f"quickstart-objective.cql_alpha=0.{i}" for i in (1, 1, 2, 2)]
+    assert [yaml.safe_load(planned.config)["objective"]["cql_alpha"] for planned in sizes] == [0.1, 0.1, 0.2, 0.2]
+    assert len({planned.task.run_dir for planned in sizes}) == 4
+
+
+def test_what_the_launcher_decides_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="give --into instead of run_dir=x"):
+        plan_training(["experiment=quickstart", "run_dir=x"], tmp_path)
+    with pytest.raises(ConfigError, match="'seed'"):
+        plan_training(["experiment=quickstart", "seed"], tmp_path)
+
+
+def test_each_launch_has_a_folder_of_its_own(tmp_path):
+    assert choose_root("a b") != choose_root("a b")
+    assert choose_root("a b").name.startswith("a_b-")
+    assert choose_root("x", out=tmp_path / "new") == tmp_path / "new"
+    with pytest.raises(ConfigError, match="must be a new folder"):
+        choose_root("x", out=tmp_path)
+
+
+def test_commands_are_checked_before_they_are_submitted(capsys):
+    assert plan_command("evaluate", ["runs/x"]).task.arguments == ["evaluate", "runs/x"]
+    with pytest.raises(SystemExit):
+        plan_command("evaluate", ["runs/x", "--decode", "greedy"])
+    assert "unrecognized arguments: --decode" in capsys.readouterr().err
+
+
+def test_folder_names():
+    assert folder_name("seed=0,data.games=[A,B]") == "seed=0_data.games=_A_B"

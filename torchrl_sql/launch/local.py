@@ -1,0 +1,63 @@
+"""The same tasks without SLURM: in the foreground of this machine."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from torchrl_sql.launch.job import EXIT_STOPPED
+from torchrl_sql.launch.stage import Stage
+from torchrl_sql.launch.task import LIFE_VARIABLE, Life
+
+
+def run_local(stage: Stage, tasks: Sequence[int]) -> None:
+    """Runs tasks one after the other, each training run in as many processes as its cluster's profile says.
+
+    Output goes to the terminal and to the stage's folder. Nothing is retried: who sees an error decides.
+
+    Raises:
+        KeyboardInterrupt: if it was interrupted; a training run has saved.
+        OSError: if a task fails.
+    """
+    assert stage.cluster is not None
+    life = Life(len(stage.submissions), 0)
+    stage.add_submission("local", tasks)
+    num_processes = stage.cluster.num_tasks if stage.kind == "train" else 1
+    start = [sys.executable, "-m"]
+    if num_processes > 1:
+        start += ["torch.distributed.run", "--standalone", f"--nproc-per-node={num_processes}", "-m"]
+    environment = os.environ | stage.cluster.environment | {LIFE_VARIABLE: str(life)}
+    for index in tasks:
+        command = [*start, "torchrl_sql.launch.job", str(stage.folder), str(index)]
+        log = stage.folder / f"local{life.submission}_{index}_0_log.out"
+        code = _run(command, environment, log)
+        if code != 0 and not stage.task_folder(index).done:
+            if code in (EXIT_STOPPED, -signal.SIGINT) or stage.task_folder(index).text("stopped") == str(life):
+                raise KeyboardInterrupt(f"stopped; torchrl-sql resume {stage.folder.parents[1]} --local continues")
+            raise OSError(f"{' '.join(stage.tasks[index].arguments)} failed with code {code}; its log is {log}")
+
+
+def _run(command: Sequence[str], environment: dict[str, str], log: Path) -> int:
+    """Runs a command, copying its output; Ctrl-C reaches it from the terminal, and is for it to handle."""
+    with log.open("ab") as file:
+        process = subprocess.Popen(
+            command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+        assert process.stdout is not None
+        previous = signal.signal(signal.SIGINT, lambda signum, frame: None)
+        try:
+            while chunk := os.read(process.stdout.fileno(), 65_536):
+                file.write(chunk)
+                file.flush()
+                sys.stdout.buffer.write(chunk)
+                sys.stdout.flush()
+            return process.wait()
+        finally:
+            signal.signal(signal.SIGINT, previous)
+            if process.poll() is None:
+                process.terminate()
+                process.wait()

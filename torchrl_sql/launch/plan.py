@@ -1,0 +1,106 @@
+"""From arguments to tasks: which work, with which settings, in which folders."""
+
+from __future__ import annotations
+
+import re
+import secrets
+from collections.abc import Sequence
+from datetime import datetime
+from itertools import product
+from pathlib import Path
+from typing import NamedTuple
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import OverrideParseException
+
+from torchrl_sql.cli import parse
+from torchrl_sql.config import ConfigError, compose_run_config
+from torchrl_sql.launch.stage import Task
+
+RUNS = Path("runs")
+"""Where launches make their folders."""
+
+
+class PlannedTask(NamedTuple):
+    """A task with what is known about it before its folder exists."""
+
+    task: Task
+    config: str | None = None
+    """Of a training run: its resolved configuration as YAML."""
+    name: str = ""
+    """Of a training run: its agent's name."""
+
+
+def choose_root(name: str, *, out: Path | None = None) -> Path:
+    """A folder for a launch that does not exist yet: ``runs/NAME-DATE-TIME-XXXX``, or ``out``.
+
+    Raises:
+        ConfigError: if ``out`` exists.
+    """
+    if out is None:
+        return RUNS / f"{folder_name(name)}-{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
+    if out.exists():
+        raise ConfigError(f"--into must be a new folder, but {out} exists; torchrl-sql resume continues a launch")
+    return out
+
+
+def expand_sweep(overrides: Sequence[str]) -> list[tuple[str, list[str]]]:
+    """Every combination of values separated by commas, as Hydra writes them: ``seed=0,1 model=resnet34,resnet50``.
+
+    Returns:
+        For each combination its label (``seed=0,model=resnet34``; empty if nothing is swept) and its overrides.
+
+    Raises:
+        ConfigError: for overrides that Hydra cannot read.
+    """
+    try:
+        parsed = OverridesParser.create().parse_overrides(list(overrides))
+    except OverrideParseException as error:
+        raise ConfigError(f"settings must be key=value, got {error.override!r}") from None
+    fixed = [text for override, text in zip(parsed, overrides, strict=True) if not override.is_sweep_override()]
+    swept = [
+        [f"{override.key_or_group}={value}" for value in override.sweep_string_iterator()]
+        for override in parsed
+        if override.is_sweep_override()
+    ]
+    return [(",".join(values), [*fixed, *values]) for values in product(*swept)]
+
+
+def plan_training(overrides: Sequence[str], root: Path) -> list[PlannedTask]:
+    """One training run for each combination of ``overrides``.
+
+    A single run's folder is ``root`` itself; each of several has its own in it. Runs that differ in more than their
+    seed are different agents: their label without the seed becomes part of their name.
+
+    Raises:
+        ConfigError: for settings that cannot be run.
+    """
+    for override in overrides:
+        if override.startswith("run_dir="):
+            raise ConfigError(f"the launcher makes the run's folder: give --into instead of {override}")
+    combinations = expand_sweep(overrides)
+    planned: list[PlannedTask] = []
+    for label, own in combinations:
+        config = compose_run_config(own)
+        config.run_dir = str((root if len(combinations) == 1 else root / folder_name(label)).resolve())
+        agent = ",".join(part for part in label.split(",") if part and not part.startswith("seed="))
+        if agent and not any(override.startswith("name=") for override in own):
+            config.name = f"{config.name}-{folder_name(agent)}"
+        task = Task(label=label, arguments=["train", *own], run_dir=config.run_dir)
+        planned.append(PlannedTask(task, config.to_yaml(), config.name))
+    return planned
+
+
+def plan_command(kind: str, arguments: Sequence[str], *, label: str = "") -> PlannedTask:
+    """Any other command of ``torchrl-sql`` as a task.
+
+    Raises:
+        SystemExit: if the command does not understand its arguments; it has said why.
+    """
+    parse([kind, *arguments])
+    return PlannedTask(Task(label=label, arguments=[kind, *arguments]))
+
+
+def folder_name(label: str) -> str:
+    """A label as the name of a folder."""
+    return re.sub(r"[^\w.=+-]+", "_", label).strip("_")

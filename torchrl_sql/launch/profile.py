@@ -1,0 +1,164 @@
+"""What a job asks of a cluster: the schema of ``configs/cluster/*.yaml``, its checks, its composition."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
+from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from torchrl_sql.config import ConfigError, configs_dir
+
+
+@dataclass(kw_only=True)
+class ClusterConfig:
+    """One profile of a cluster."""
+
+    partition: str | None = MISSING
+    account: str | None = MISSING
+    qos: str | None = MISSING
+    constraint: str | None = MISSING
+    """Features that nodes must have, e.g. ``h100``."""
+    exclude: str | None = MISSING
+    """Nodes not to use, e.g. ``node[3,7]``."""
+    comment: str | None = MISSING
+    nodes: int = MISSING
+    """Nodes of a training job; every other kind of job takes one process on one node."""
+    gpus_per_node: int = MISSING
+    tasks_per_node: int = MISSING
+    """Processes on each node; one a GPU where there are GPUs."""
+    cpus_per_task: int = MISSING
+    memory: str | None = MISSING
+    """Of each node, as SLURM writes it, e.g. ``64G``; 0 is all of it, null the partition's default."""
+    timeout_minutes: int = MISSING
+    """The job's time limit. A job that needs longer saves, is requeued and continues, as often as it takes."""
+    signal_delay_seconds: int = MISSING
+    """How long before the time limit (or preemption) the job is told. A job that has not stopped after half of it is
+    taken to hang: it is requeued from its newest checkpoint."""
+    max_crashes: int = MISSING
+    """Crashes in a row, without a new checkpoint between them, after which a job is not requeued any more."""
+    array_parallelism: int = MISSING
+    """Elements of an array that run at the same time."""
+    python: str | None = MISSING
+    """Command that starts Python on the nodes, e.g. ``apptainer exec --nv image.sif python``; null for the interpreter
+    that submits."""
+    setup: list[str] = MISSING
+    """Shell lines that the batch script runs first: modules, a virtual environment."""
+    environment: dict[str, str] = field(default_factory=dict)
+    """Environment variables of the job."""
+
+    @property
+    def num_tasks(self) -> int:
+        """Processes of a training job."""
+        return self.nodes * self.tasks_per_node
+
+
+def list_profiles() -> list[str]:
+    """Names usable as ``cluster=NAME``."""
+    return sorted(path.stem for path in (configs_dir() / "cluster").glob("*.yaml"))
+
+
+def split_overrides(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Separates ``cluster=...`` and ``cluster.key=...`` from the settings of a run."""
+    cluster = [override for override in overrides if re.match(r"cluster[.=]", override)]
+    return cluster, [override for override in overrides if override not in cluster]
+
+
+def compose_cluster_config(overrides: Sequence[str]) -> ClusterConfig:
+    """Composes and checks a profile.
+
+    Args:
+        overrides (sequence of str): ``cluster=NAME`` of ``configs/cluster/`` or ``cluster=FILE.yaml``, whose values
+            replace those of ``configs/cluster/base.yaml``; then ``cluster.key=value``.
+
+    Raises:
+        ConfigError: naming the key or file, what it must be and what it is.
+    """
+    chosen = [override.removeprefix("cluster=") for override in overrides if override.startswith("cluster=")]
+    if len(chosen) != 1:
+        raise ConfigError(f"cluster must be given once: cluster=FILE.yaml or one of {', '.join(list_profiles())}")
+    name = chosen[0]
+    is_file = name.endswith((".yaml", ".yml"))
+    if not is_file and name not in list_profiles():
+        raise ConfigError(f"cluster must be FILE.yaml or one of {', '.join(list_profiles())}, got {name!r}")
+    try:
+        with initialize_config_dir(str(configs_dir()), version_base="1.3"):
+            content: Any = compose(f"cluster/{'base' if is_file else name}")["cluster"]
+        OmegaConf.set_struct(content, False)
+        content = OmegaConf.merge(content, OmegaConf.load(name) if is_file else {})
+        changes = [override.removeprefix("cluster.") for override in overrides if override.startswith("cluster.")]
+        content = OmegaConf.merge(content, OmegaConf.from_dotlist(changes))
+    except (OSError, yaml.YAMLError, HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(f"cluster={name} must be readable YAML: {str(error).splitlines()[0]}") from None
+    return cluster_config_from_dict(content)
+
+
+def override_cluster_config(config: ClusterConfig, overrides: Sequence[str]) -> ClusterConfig:
+    """A copy of a profile with changes: ``cluster.timeout_minutes=60``.
+
+    Raises:
+        ConfigError: for anything else, unknown keys and values that do not fit.
+    """
+    if bad := [override for override in overrides if not re.match(r"cluster\.[^=]+=", override)]:
+        raise ConfigError(f"settings here must be cluster.KEY=VALUE, got {bad[0]!r}")
+    changes = OmegaConf.from_dotlist([override.removeprefix("cluster.") for override in overrides])
+    return cluster_config_from_dict(OmegaConf.merge(OmegaConf.structured(config), changes))
+
+
+def cluster_config_from_dict(content: Any) -> ClusterConfig:
+    """The checked profile of these values.
+
+    Raises:
+        ConfigError: for missing keys and values that do not fit.
+    """
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(ClusterConfig), content)
+        for key in sorted(OmegaConf.missing_keys(merged)):
+            raise ConfigError(f"cluster.{key} must be given")
+        config = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"cluster: {str(error).splitlines()[0]}") from None
+    assert isinstance(config, ClusterConfig)
+    check(config)
+    return config
+
+
+def check(config: ClusterConfig) -> None:
+    """Checks the values and the constraints between them.
+
+    Raises:
+        ConfigError: naming the key, what it must be and what it is.
+    """
+
+    def require(holds: bool, key: str, must: str) -> None:
+        if not holds:
+            raise ConfigError(f"cluster.{key} must be {must}, got {getattr(config, key)!r}")
+
+    for key in ("nodes", "tasks_per_node", "cpus_per_task", "timeout_minutes", "max_crashes", "array_parallelism"):
+        require(getattr(config, key) >= 1, key, "at least 1")
+    require(config.gpus_per_node >= 0, "gpus_per_node", "at least 0")
+    require(
+        config.gpus_per_node in (0, config.tasks_per_node),
+        "tasks_per_node",
+        f"cluster.gpus_per_node={config.gpus_per_node}, one process a GPU",
+    )
+    require(
+        config.memory is None or re.fullmatch(r"\d+[KMGT]?", config.memory) is not None,
+        "memory",
+        "null, or a number with K, M, G or T, e.g. 64G",
+    )
+    limit = 60 * config.timeout_minutes
+    require(
+        10 <= config.signal_delay_seconds < limit,
+        "signal_delay_seconds",
+        f"at least 10 and less than cluster.timeout_minutes={config.timeout_minutes} ({limit} s)",
+    )
+    for name in config.environment:
+        if re.fullmatch(r"[A-Za-z_]\w*", name) is None:
+            raise ConfigError(f"cluster.environment must hold names of variables, got {name!r}")

@@ -1,0 +1,132 @@
+"""What a launch's tasks are doing: their own files first, SLURM's state where it has one."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from torchrl_sql.launch.slurm import JobState, job_states
+from torchrl_sql.launch.stage import Stage, Submission
+
+_FOLLOW_SECONDS = 1.0
+
+
+class TaskState(NamedTuple):
+    """One row of ``torchrl-sql status``."""
+
+    stage: str
+    number: int
+    label: str
+    job: str
+    """Of SLURM, as scancel takes it; empty if the task was never submitted."""
+    state: str
+    is_alive: bool
+    restarts: int
+    progress: str
+    """Newest checkpoint."""
+    note: str
+
+
+def last_submission(stage: Stage, index: int) -> Submission | None:
+    """The newest submission that a task belongs to."""
+    return next((s for s in reversed(stage.submissions) if index in s.tasks), None)
+
+
+def element(submission: Submission, index: int) -> str:
+    """The job id of a task, as scontrol and scancel take it."""
+    return f"{submission.job}_{submission.tasks.index(index)}" if len(submission.tasks) > 1 else submission.job
+
+
+def task_states(stage: Stage) -> list[TaskState]:
+    """The state of each of a stage's tasks.
+
+    Raises:
+        OSError: if SLURM does not answer.
+    """
+    asked: dict[str, dict[int, JobState]] = {}
+    rows = []
+    for index, task in enumerate(stage.tasks):
+        folder = stage.task_folder(index)
+        submission = last_submission(stage, index)
+        job = "" if submission is None else element(submission, index)
+        known: JobState | None = None
+        if submission is not None and submission.job != "local" and not folder.done:
+            states = asked.setdefault(submission.job, {}) or job_states(submission.job)
+            asked[submission.job] = states
+            position = submission.tasks.index(index) if len(submission.tasks) > 1 else next(iter(states), 0)
+            known = states.get(position)
+        fatal = folder.text("FATAL")
+        note = ""
+        if folder.done:
+            state = "COMPLETED"
+        elif known is not None and known.is_alive:
+            state, note = known.state, known.nodes if known.state == "RUNNING" else known.reason
+        elif fatal is not None:
+            state, note = "FAILED", fatal.splitlines()[-1]
+        elif submission is None:
+            state = "NOT SUBMITTED"
+        else:
+            state, note = "ENDED" if known is None else known.state, "unfinished; torchrl-sql resume continues it"
+        checkpoints = [] if task.run_dir is None else sorted(Path(task.run_dir, "checkpoints").glob("step_*"))
+        life = folder.newest_life()
+        rows.append(
+            TaskState(
+                stage=stage.kind,
+                number=index,
+                label=task.label,
+                job=job,
+                state=state,
+                is_alive=not folder.done and known is not None and known.is_alive,
+                restarts=0 if life is None else life.restart,
+                progress=checkpoints[-1].stem if checkpoints else "",
+                note=note,
+            )
+        )
+    return rows
+
+
+def format_states(states: Sequence[TaskState]) -> str:
+    """A table for people."""
+    rows = [("stage", "task", "job", "state", "restarts", "newest checkpoint", "")]
+    for state in states:
+        label = f"{state.number} {state.label}".strip()
+        rows.append((state.stage, label, state.job, state.state, str(state.restarts), state.progress, state.note))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]) - 1)]
+    return "\n".join(
+        "  ".join([*(cell.ljust(width) for cell, width in zip(row[:-1], widths, strict=True)), row[-1]]).rstrip()
+        for row in rows
+    )
+
+
+def log_file(stage: Stage, index: int, *, rank: int) -> Path | None:
+    """The log of a rank of a task's newest submission; ``None`` before its job has started."""
+    submission = last_submission(stage, index)
+    if submission is None:
+        return None
+    job = (
+        f"local{stage.submissions.index(submission)}_{index}"
+        if submission.job == "local"
+        else element(submission, index)
+    )
+    path = stage.folder / f"{job}_{rank}_log.out"
+    return path if path.exists() else None
+
+
+def follow(stage: Stage, index: int, *, rank: int) -> Iterator[str]:
+    """A task's log, as it grows, until the task ends for good."""
+    position, path = 0, log_file(stage, index, rank=rank)
+    while True:
+        alive = task_states(stage)[index].is_alive  # before reading: what a job writes last must not be missed
+        path = path or log_file(stage, index, rank=rank)
+        if path is not None:
+            with path.open(encoding="utf-8", errors="replace") as file:
+                file.seek(position)
+                text = file.read()
+                position = file.tell()
+            if text:
+                yield text
+        if not alive:
+            return
+        time.sleep(_FOLLOW_SECONDS)
