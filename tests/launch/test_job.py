@@ -28,7 +28,7 @@ def live(tmp_path, monkeypatch):
 
     def live(work, *, life="0.0"):
         monkeypatch.setenv(LIFE_VARIABLE, life)
-        monkeypatch.setattr(job, "_train", lambda task, life: work())
+        monkeypatch.setattr(job, "_train", lambda task: work())
         with pytest.raises(SystemExit) as end:
             job.run_task(str(stage.folder), 0)
             sys.exit(0)

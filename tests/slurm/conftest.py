@@ -103,6 +103,7 @@ class MiniSlurm:
 
     nodes = ("n1", "n2")
     wait_for = staticmethod(wait_for)
+    root = ROOT
 
     def __init__(self, folder):
         self.folder = folder
@@ -265,7 +266,7 @@ class Run:
         self.stage = stage
         self.index = index
         self.task = stage.task_folder(index)
-        self.folder = Path(stage.tasks[index].run_dir)
+        self.folder = Path(stage.tasks[index].run_dir or stage.folder)
 
     @property
     def job(self):
@@ -307,13 +308,11 @@ class Run:
         return "\n".join(path.read_text() for path in sorted(self.stage.folder.glob("*.out")))
 
     def result(self):
-        """Everything that a finished run leaves: weights, optimizer and sampler state, and each logged step."""
+        """What a finished run leaves: weights, optimizer and sampler state, and the steps that were logged."""
         content = load_checkpoint(find_checkpoint(self.folder))
-        scalars = read_scalars(self.folder)
-        logged = {name: rows for name, rows in scalars.items() if name.startswith(("loss", "objective"))}
+        logged = {name: [step for step, _ in rows] for name, rows in read_scalars(self.folder).items()}
         assert logged
-        steps = {name: [step for step, _ in rows] for name, rows in scalars.items()}
-        return {"step": content["step"], "state": content["trainer"], "logged": logged, "steps": steps}
+        return {"step": content["step"], "state": content["trainer"], "logged": logged}
 
 
 def assert_same(found, expected, where="result"):
@@ -337,6 +336,12 @@ def assert_same(found, expected, where="result"):
 def same():
     """Compares results exactly."""
     return assert_same
+
+
+@pytest.fixture(scope="session")
+def make_run(slurm):
+    """Watches over a stage's first task."""
+    return lambda stage: Run(slurm, stage)
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from torchrl_sql.launch.plan import PlannedTask
     from torchrl_sql.launch.stage import Stage
 
-KINDS = ("train", "sweep", "evaluate", "import", "collect", "report", "chain")
+KINDS = ("train", "sweep", "evaluate", "import", "collect", "report", "bench", "chain")
 _EPILOG = """\
   torchrl-sql launch train experiment=scaled_ql_resnet50 data.store=STORE cluster=gpus8
   torchrl-sql launch sweep experiment=scaled_ql_resnet50 seed=0,1,2 cluster=gpus8 cluster.array_parallelism=2

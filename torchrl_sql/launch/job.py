@@ -53,6 +53,7 @@ def run_task(stage_folder: str, index: int) -> None:
     if rank() == 0:
         task.write("life", str(life))
     os.chdir(stage.directory)
+    os.environ.update(torchrun_environment(os.environ, restart=life.restart))
     sys.exit(_live(stage, index, task, life))
 
 
@@ -62,7 +63,7 @@ def _live(stage: Stage, index: int, task: TaskFolder, life: Life) -> int:
     with Watchdog(task, life, stop_seconds=stage.stop_seconds) as watchdog:
         try:
             if is_training:
-                _train(task, life)
+                _train(task)
             else:
                 _run_command(stage.tasks[index].arguments)
         except KeyboardInterrupt as interruption:
@@ -89,14 +90,13 @@ def _end(task: TaskFolder, life: Life, how: str) -> int:
     return EXIT_REQUEUE if how == "requeue" else EXIT_STOPPED
 
 
-def _train(task: TaskFolder, life: Life) -> None:
+def _train(task: TaskFolder) -> None:
     """Trains on all ranks of the job."""
     from torchrl_sql.config import load_run_config
     from torchrl_sql.training import train
     from torchrl_sql.training.interruption import StopSignals
 
     config = load_run_config(task.path / "config.yaml")
-    os.environ.update(torchrun_environment(os.environ, restart=life.restart))
     with StopSignals() as stop:
         train(config, stop=stop)
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from torchrl_sql.launch.job import EXIT_STOPPED
+from torchrl_sql.launch.slurm import resources
 from torchrl_sql.launch.stage import Stage
 from torchrl_sql.launch.task import LIFE_VARIABLE, Life
 
@@ -26,7 +27,7 @@ def run_local(stage: Stage, tasks: Sequence[int]) -> None:
     assert stage.cluster is not None
     life = Life(len(stage.submissions), 0)
     stage.add_submission("local", tasks)
-    num_processes = stage.cluster.num_tasks if stage.kind == "train" else 1
+    num_processes = resources(stage.cluster, stage.kind).num_tasks
     start = [sys.executable, "-m"]
     if num_processes > 1:
         start += ["torch.distributed.run", "--standalone", f"--nproc-per-node={num_processes}", "-m"]

@@ -30,8 +30,8 @@ class _Executor(SlurmExecutor):
 
 
 def resources(cluster: ClusterConfig, kind: str) -> ClusterConfig:
-    """What a stage of this kind takes: training all nodes, everything else one process, and evaluation one GPU."""
-    if kind == "train":
+    """What a stage of this kind takes: training and bench all nodes, all else one process, and evaluation one GPU."""
+    if kind in ("train", "bench"):
         return cluster
     num_gpus = min(1, cluster.gpus_per_node) if kind == "evaluate" else 0
     return replace(cluster, nodes=1, tasks_per_node=1, gpus_per_node=num_gpus)

@@ -50,7 +50,7 @@ class Stage:
 
     folder: Path
     kind: str
-    """``train``, ``evaluate``, ``import``, ``collect`` or ``report``."""
+    """``train``, or another command of ``torchrl-sql``."""
     command: str
     """The command line that launched it."""
     directory: str
