@@ -138,6 +138,7 @@ def test_resume_submits_what_is_unfinished(stage, monkeypatch, capsys):
 
 
 def test_logs(stage, monkeypatch, capsys):
+    monkeypatch.setattr("torchrl_sql.launch.status._FOLLOW_SECONDS", 0)
     monkeypatch.setenv("PATH", f"{stage.folder.parents[3]}/bin:/usr/bin:/bin")
     assert main(["logs", "12"]) == 1
     assert "12 has no log of task 0, rank 0" in capsys.readouterr().err

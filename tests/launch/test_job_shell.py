@@ -89,6 +89,8 @@ def test_what_slurm_ends_or_requeued_itself_is_left_alone(life, shown):
     (life.task / "requeue").write_text("0.0\n")
     code, output, calls = life(75, shown=shown)
     assert code == 75 and calls == ["-o show job 7"] and "left to SLURM" in output
+    (life.task / "requeue").unlink()
+    assert life(137, shown=shown)[2] == ["-o show job 7"] and not (life.task / "crashes").exists()
 
 
 def test_an_array_element_requeues_itself_only(life):
@@ -108,4 +110,4 @@ def test_crashes_without_progress_are_counted(life, tmp_path):
     (checkpoints / "step_000000020.pt").touch()
     assert life(137, **limit)[2][-1] == "requeue 7"  # there was progress
     code, output, calls = life(137, **limit)
-    assert code == 137 and calls == [] and "2 times without a new checkpoint: given up" in output
+    assert code == 137 and calls == ["-o show job 7"] and "2 times without a new checkpoint: given up" in output

@@ -214,10 +214,12 @@ def slurm():
     folder = Path(tempfile.mkdtemp(prefix="sql-slurm-", dir="/tmp"))
     cluster = MiniSlurm(folder)
     os.environ["SLURM_CONF"] = str(cluster.conf)
+    ended = signal.signal(signal.SIGTERM, signal.default_int_handler)  # who is told to end still cleans up
     try:
         cluster.start()
         yield cluster
     finally:
+        signal.signal(signal.SIGTERM, ended)
         os.environ.clear()
         os.environ.update(before)
         cluster.stop()
@@ -291,10 +293,16 @@ class Run:
 
     def wait_for_end(self, seconds=120):
         """Until nothing happens any more without anybody's doing; returns the state."""
+        since = time.monotonic()
 
         def ended():
+            nonlocal since
             state = task_states(Stage.load(self.stage.folder))[self.index]
-            return not state.is_alive and state.state
+            if state.is_alive:
+                since = time.monotonic()
+            # While a job is requeued, SLURM's states pass through failures.
+            over = state.state == "COMPLETED" or time.monotonic() - since > 4
+            return over and state.state
 
         return wait_for(ended, seconds, f"the end of {self.folder}: {self.log()}")
 

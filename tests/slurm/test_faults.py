@@ -57,8 +57,8 @@ def time_limit(launch, slurm):
     run.signal(signal.SIGSTOP)
     time.sleep(35)
     run.signal(signal.SIGCONT)
-    completes(run)
-    assert "told to stop; requeued" in run.log()
+    assert run.wait_for_end() == "COMPLETED", run.log()
+    assert run.restarts >= 1 and "told to stop; requeued" in run.log()
     return [run]
 
 
@@ -181,7 +181,7 @@ def deterministic_error(launch, slurm):
 
 def crash_loop(launch, slurm):
     """A job that cannot even start Python is given up after cluster.max_crashes."""
-    run = launch("cluster.python=false", "cluster.max_crashes=2")
+    run = launch("cluster.python=/bin/false", "cluster.max_crashes=2")
     assert run.wait_for_end() == "FAILED", run.log()
     assert len(run.task.text("crashes").splitlines()) == 2
     return []

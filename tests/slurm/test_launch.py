@@ -46,7 +46,7 @@ def test_chain_holds_through_a_crash(slurm, profile, settings, make_run, capfd):
 
 def test_what_waits_for_a_failed_job_does_not_wait_for_ever(slurm, profile, settings):
     root = slurm.folder / "broken-chain"
-    broken = [*settings, f"data.store={root}/store", "data.games=[Breakout]", "cluster.python=false"]
+    broken = [*settings, f"data.store={root}/store", "data.games=[Breakout]", "cluster.python=/bin/false"]
     words = [word for word in broken if not word.startswith("data.") or word in broken[-3:]]
     options = [f"cluster={profile}", "cluster.max_crashes=1", "--into", str(root)]
     assert main(["launch", "chain", *words, *options]) == 0

@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import traceback
+from multiprocessing import resource_tracker
 from pathlib import Path
 from types import FrameType
 
@@ -42,6 +43,7 @@ def run_task(stage_folder: str, index: int) -> None:
     stage = Stage.load(Path(stage_folder))
     task = stage.task_folder(index)
     life = Life.parse(os.environ[LIFE_VARIABLE])
+    _prepare_signals()
     _remove_stale_results()
     if task.done:
         logger.info("%s is done already", task.path)
@@ -125,6 +127,16 @@ def is_transient(error: Exception) -> bool:
     if isinstance(error, (NotImplementedError, RecursionError)):
         return False
     return isinstance(error, (RuntimeError, OSError, MemoryError, EOFError))
+
+
+def _prepare_signals() -> None:
+    """Replaces submitit's handlers, and keeps SIGUSR2, which reaches every process of a task, from the helper process
+    that multiprocessing starts: it inherits that the signal is blocked now.
+    """
+    for number in (signal.SIGTERM, signal.SIGCONT):
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGUSR2, lambda signum, frame: None)  # not SIG_IGN: it would drop one that is pending
+    resource_tracker.ensure_running()
 
 
 def _remove_stale_results() -> None:

@@ -45,8 +45,10 @@ torchrl_sql_end() {
     exit "$code"
   fi
   if torchrl_sql_holds requeue "$TORCHRL_SQL_LIFE"; then
+    torchrl_sql_is_ours "told to stop" "$code"
     torchrl_sql_requeue "told to stop" "$code"
   fi
+  torchrl_sql_is_ours "crashed (exit code $code)" "$code"
   newest=$(ls "$(cat "$torchrl_sql_task/run_dir" 2>/dev/null)/checkpoints" 2>/dev/null | tail -n 1)
   echo "$TORCHRL_SQL_LIFE exit code $code newest checkpoint: $newest" >>"$torchrl_sql_task/crashes"
   crashes=$(grep -c "newest checkpoint: $newest\$" "$torchrl_sql_task/crashes")
@@ -57,19 +59,23 @@ torchrl_sql_end() {
   torchrl_sql_requeue "crashed (exit code $code), $crashes times without a new checkpoint" "$code"
 }
 
-# torchrl_sql_requeue WHY CODE: queues the job again if it is still this life's to queue, then exits with CODE.
-torchrl_sql_requeue() {
+# torchrl_sql_is_ours WHY CODE: exits with CODE unless this life's job is still its own to queue again. A job that was
+# cancelled, preempted or lost a node ends by itself, or is in the queue again already: requeueing it would bring a
+# cancelled job back to life.
+torchrl_sql_is_ours() {
   local job attempt
   for attempt in 1 2 3 4 5; do # the controller may be restarting
     if job=$(scontrol -o show job "$torchrl_sql_job"); then break; fi
     sleep 15
   done
-  # A job that was cancelled, preempted or lost a node ends by itself, or is in the queue again: requeueing would bring
-  # a cancelled job back to life.
   if [[ $job != *" JobState=RUNNING "* || $job != *" Restarts=${SLURM_RESTART_COUNT:-0} "* ]]; then
     torchrl_sql_say "$1; left to SLURM"
     exit "$2"
   fi
+}
+
+# torchrl_sql_requeue WHY CODE: queues the job again and exits with CODE.
+torchrl_sql_requeue() {
   torchrl_sql_say "$1; requeued"
   scontrol requeue "$torchrl_sql_job" || torchrl_sql_say "scontrol requeue failed; torchrl-sql resume continues it"
   exit "$2"

@@ -175,7 +175,7 @@ def new_stage(
 
 
 def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
+    return datetime.now(UTC).isoformat(timespec="microseconds")
 
 
 def find_stages(root: Path) -> list[Stage]:

@@ -11,6 +11,8 @@ from torchrl_sql.launch.slurm import JobState, job_states
 from torchrl_sql.launch.stage import Stage, Submission
 
 _FOLLOW_SECONDS = 1.0
+_POLLS_AFTER_END = 5
+"""While a job is requeued, SLURM's states pass through failures for a second or two."""
 
 
 class TaskState(NamedTuple):
@@ -116,9 +118,10 @@ def log_file(stage: Stage, index: int, *, rank: int) -> Path | None:
 
 def follow(stage: Stage, index: int, *, rank: int) -> Iterator[str]:
     """A task's log, as it grows, until the task ends for good."""
-    position, path = 0, log_file(stage, index, rank=rank)
-    while True:
-        alive = task_states(stage)[index].is_alive  # before reading: what a job writes last must not be missed
+    position, path, num_polls_after_end = 0, log_file(stage, index, rank=rank), 0
+    while num_polls_after_end < _POLLS_AFTER_END:
+        state = task_states(stage)[index]  # before reading: what a job writes last must not be missed
+        num_polls_after_end = 0 if state.is_alive else num_polls_after_end + 1
         path = path or log_file(stage, index, rank=rank)
         if path is not None:
             with path.open(encoding="utf-8", errors="replace") as file:
@@ -127,6 +130,6 @@ def follow(stage: Stage, index: int, *, rank: int) -> Iterator[str]:
                 position = file.tell()
             if text:
                 yield text
-        if not alive:
+        if state.state in ("COMPLETED", "NOT SUBMITTED"):
             return
         time.sleep(_FOLLOW_SECONDS)
