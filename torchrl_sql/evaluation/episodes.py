@@ -136,9 +136,11 @@ class CalibrationPoint:
 def read_episodes(path: str | os.PathLike[str]) -> list[EpisodeResult]:
     """Reads an episode table and the parts that parallel evaluations left beside it: sorted, each episode once.
 
+    A half-written last line, of an evaluation at work or killed, is left out with a warning.
+
     Raises:
         FileNotFoundError: if neither ``path`` nor a part of it exists.
-        ValueError: if a file is empty, half-written or has other columns, a value is missing, malformed, NaN or out of
+        ValueError: if a file is empty or has other columns, a value is missing, malformed, NaN or out of
             its range, or two results of one episode differ; the message names file, line and column.
     """
     return read_table(Path(path), EpisodeResult, lambda row: row.key)

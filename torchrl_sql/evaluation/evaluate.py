@@ -3,106 +3,214 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
+from tensordict.nn import TensorDictModuleBase
 from tqdm import tqdm
 
-from torchrl_sql.config import EvaluationConfig
-from torchrl_sql.evaluation.episodes import Decoding, EpisodeResult, read_episodes
-from torchrl_sql.evaluation.rollout import Policy, Rollout, episode_seed, rollout
-from torchrl_sql.evaluation.tables import TableWriter
+from torchrl_sql.evaluation.episodes import (
+    CALIBRATION,
+    SCORES,
+    CalibrationPoint,
+    Decoding,
+    EpisodeResult,
+    read_episodes,
+)
+from torchrl_sql.evaluation.rollout import Rollout, episode_seed, rollout
+from torchrl_sql.evaluation.shards import Shard
+from torchrl_sql.evaluation.tables import TableWriter, part_of
+from torchrl_sql.games import resolve_games
 
 
 def evaluate(
-    policy: Policy,
-    games: Sequence[str],
-    protocol: EvaluationConfig,
-    table: Path,
+    policy: TensorDictModuleBase,
+    games: str | Sequence[str],
     *,
-    agent: str,
-    seed: int,
-    gradient_step: int,
-    evaluated_games: Sequence[str] | None = None,
+    num_episodes: int,
+    epsilon: float = 0.001,
+    sticky_action_probability: float = 0.25,
+    max_env_frames_per_episode: int = 108_000,
+    seed: int = 0,
+    folder: Path | None = None,
+    agent: str = "policy",
+    training_seed: int = 0,
+    gradient_step: int = 0,
     decoding: Decoding = "greedy",
-    record_first: bool = False,
-) -> list[Rollout]:
-    """Plays the episodes that a table lacks and adds each to it as it ends.
+    checkpoint: str = "",
+    policy_games: Sequence[str] | None = None,
+    gamma: float | None = None,
+    shard: Shard = Shard(),  # noqa: B008  (immutable)
+    recorded_games: Collection[str] = (),
+    on_recorded: Callable[[Rollout], None] = lambda rollout: None,
+) -> list[EpisodeResult]:
+    """Plays a policy, many games and episodes at once.
+
+    The same seed gives the same episodes, whatever else is played beside them, in how many shards, and however often
+    the evaluation was interrupted: on one kind of machine, with the same versions and number of torch threads, and for
+    policies whose randomness comes from ``uniform``.
 
     Args:
-        policy (Policy): what is evaluated.
-        games (sequence of str): its games, in the order of its ``game_id``.
-        protocol (EvaluationConfig): episodes a game (those in the table included), exploration, emulator, seed.
-        table (Path): CSV of :class:`EpisodeResult` rows, created if absent; rows of other agents stay.
+        policy (TensorDictModuleBase): reads any of ``observation`` ``[B, 4, 84, 84]`` uint8, ``game_id`` ``[B]`` int64
+            and ``uniform`` ``[B]`` float64 in [0, 1), a random number decided by seed, episode and step; writes
+            ``action`` ``[B]`` integers in 0..17, where 4 is LEFT in every game and those a game does not know act as
+            NOOP. It keeps no state between calls, and rows beyond the episodes at hand are empty.
+        games (str or sequence of str): what to play, as :func:`torchrl_sql.games.resolve_games` takes it.
 
     Keyword Args:
-        agent (str): name in the table.
-        seed (int): training seed.
-        gradient_step (int): gradient steps the policy was trained for.
-        evaluated_games (sequence of str, optional): which of the games to play; default all.
-        decoding ("greedy" or "sampled"): how actions follow from the policy's preferences.
-        record_first (bool): keep the frames of each game's first episode, playing it again if it is in the table.
+        num_episodes (int): a game, those already in the table included.
+        epsilon (float): probability of a uniformly random legal action in place of the policy's.
+        sticky_action_probability (float): that the emulator repeats the last action.
+        max_env_frames_per_episode (int): emulator frames at which an episode is cut.
+        seed (int): of emulator and exploration.
+        folder (Path, optional): where ``scores.csv`` (and, with ``gamma``, ``calibration.csv``) are: episodes they
+            hold are not played again, each finished one is added at once, rows of other agents stay.
+        agent, training_seed, gradient_step, decoding, checkpoint: who played, for the table; see
+            :class:`EpisodeResult`.
+        policy_games (sequence of str, optional): the games in the order of the policy's ``game_id``; default ``games``.
+        gamma (float, optional): discount of training, if the policy writes Q-values as ``action_value`` ``[B, 18]``:
+            they are recorded beside the realised returns, see :class:`CalibrationPoint`.
+        shard (Shard): play only this share of the episodes, and write it to an own part of the tables.
+        recorded_games (collection of str): games whose first episode is recorded, played again if it is in the table.
+        on_recorded (callable): is given each of those.
 
     Returns:
-        The recorded episodes.
+        The episodes of this agent and this share, those that the table held included, sorted.
 
     Raises:
-        ValueError: if the table holds episodes of the same agent under another protocol.
+        ValueError: for games that the policy does not know, no episodes, a policy of another action set, and if the
+            table holds episodes of another protocol or of another checkpoint under the same name.
+        BlockingIOError: if another process is writing this part of the table.
     """
-    rows = read_episodes(table) if table.is_file() else []
-    same = [row for row in rows if (row.agent, row.seed, row.decoding) == (agent, seed, decoding)]
-    now = (gradient_step, protocol.epsilon, protocol.sticky_action_probability, protocol.max_env_frames_per_episode)
-    for row in same:
-        before = (row.gradient_step, row.epsilon, row.sticky, row.max_env_frames)
-        seeds = (row.episode_seed, episode_seed(protocol.seed, row.game, row.episode))
-        if before != now or seeds[0] != seeds[1]:
-            raise ValueError(
-                f"{table} holds episodes of {agent} ({decoding}) at (gradient step, epsilon, sticky, frame limit) "
-                f"{before} and episode seed {seeds[0]}, wanted {now} and {seeds[1]}; choose another table or delete it"
-            )
-    finished = {(row.game, row.episode) for row in same}
-    wanted = [(game, episode) for episode in range(protocol.num_episodes_per_game) for game in evaluated_games or games]
-    missing = [key for key in wanted if key not in finished or (record_first and key[1] == 0)]
-    recorded = []
-    bar = tqdm(
-        total=len(missing),
-        desc=f"evaluate {agent} ({decoding})",
-        unit="episode",
-        mininterval=0.5 if sys.stderr.isatty() else 10,
-        dynamic_ncols=True,
-    )
-    with bar, TableWriter(table, EpisodeResult) as writer:
-        for result in rollout(
-            policy,
-            games,
-            missing,
+    games = resolve_games(games)
+    policy_games = games if policy_games is None else policy_games
+    unknown = [game for game in games if game not in policy_games]
+    if unknown:
+        raise ValueError(f"games must be among those the policy has ({', '.join(policy_games)}), got {unknown}")
+    if num_episodes < 1:
+        raise ValueError(f"num_episodes must be at least 1, got {num_episodes}")
+
+    def result(game: str, episode: int, played: Rollout) -> EpisodeResult:
+        return EpisodeResult(
+            agent=agent,
+            seed=training_seed,
+            game=game,
+            episode=episode,
+            episode_seed=played.episode_seed,
+            episode_return=played.episode_return,
+            length_agent_steps=played.length_agent_steps,
+            terminated=played.terminated,
+            truncated=played.truncated,
+            gradient_step=gradient_step,
+            epsilon=epsilon,
+            sticky=sticky_action_probability,
+            max_env_frames=max_env_frames_per_episode,
             decoding=decoding,
-            epsilon=protocol.epsilon,
-            sticky_action_probability=protocol.sticky_action_probability,
-            max_env_frames_per_episode=protocol.max_env_frames_per_episode,
-            seed=protocol.seed,
-            record=lambda game, episode: record_first and episode == 0,
+            evaluation_seed=seed,
+            checkpoint=checkpoint,
+        )
+
+    own = [
+        (game, episode)
+        for episode in range(num_episodes)
+        for number, game in enumerate(games)
+        if shard.has(number, episode)
+    ]
+    with ExitStack() as stack:
+        rows: list[EpisodeResult] = []
+        if folder is not None:
+            scores = stack.enter_context(TableWriter(part_of(folder / SCORES, *shard), EpisodeResult))
+            calibration = (
+                None
+                if gamma is None
+                else stack.enter_context(TableWriter(part_of(folder / CALIBRATION, *shard), CalibrationPoint))
+            )
+            rows = read_episodes(folder / SCORES)
+            _check_protocol(folder, rows, (epsilon, sticky_action_probability, max_env_frames_per_episode))
+            who = (agent, decoding, gradient_step, training_seed)
+            rows = [row for row in rows if row.key[:4] == who]
+            _check_agent(folder, rows, checkpoint, seed)
+        finished = {(row.game, row.episode): row for row in rows}
+        missing = [key for key in own if key not in finished or (key[0] in recorded_games and key[1] == 0)]
+        bar = stack.enter_context(
+            tqdm(
+                total=len(own),
+                initial=len(own) - len(missing),
+                desc=f"evaluate {agent}" + (f" at step {gradient_step:,}" if gradient_step else ""),
+                unit="episode",
+                mininterval=0.5 if sys.stderr.isatty() else 10,
+                dynamic_ncols=True,
+                disable=folder is None,
+            )
+        )
+        for played in rollout(
+            policy,
+            policy_games,
+            missing,
+            epsilon=epsilon,
+            sticky_action_probability=sticky_action_probability,
+            max_env_frames_per_episode=max_env_frames_per_episode,
+            seed=seed,
+            record=lambda game, episode: episode == 0 and game in recorded_games,
         ):
-            if result.frames:
-                recorded.append(result)
-            if (result.game, result.episode) not in finished:
-                row = EpisodeResult(
-                    agent=agent,
-                    seed=seed,
-                    game=result.game,
-                    episode=result.episode,
-                    episode_seed=result.episode_seed,
-                    episode_return=result.episode_return,
-                    length_agent_steps=result.length_agent_steps,
-                    terminated=result.terminated,
-                    truncated=result.truncated,
-                    gradient_step=gradient_step,
-                    epsilon=protocol.epsilon,
-                    sticky=protocol.sticky_action_probability,
-                    max_env_frames=protocol.max_env_frames_per_episode,
-                    decoding=decoding,
-                    evaluation_seed=protocol.seed,
-                )
-                writer.append([row])
+            key = (played.game, played.episode)
+            if played.actions:
+                on_recorded(played)
+            if key not in finished:
+                finished[key] = result(*key, played)
+                if folder is not None:
+                    if calibration is not None and gamma is not None:
+                        calibration.append(_calibration_points(finished[key], played, gamma))
+                    scores.append([finished[key]])
             bar.update()
-    return recorded
+    return sorted((finished[key] for key in own), key=lambda row: row.key)
+
+
+def _check_protocol(folder: Path, rows: Iterable[EpisodeResult], wanted: tuple[float, float, int]) -> None:
+    for row in rows:
+        found = (row.epsilon, row.sticky, row.max_env_frames)
+        if found != wanted:
+            raise ValueError(
+                f"{folder / SCORES} holds episodes at (epsilon, sticky, frame limit) {found}, wanted {wanted}: scores "
+                "of different protocols cannot be compared; choose another folder (--out)"
+            )
+
+
+def _check_agent(folder: Path, rows: Iterable[EpisodeResult], checkpoint: str, seed: int) -> None:
+    """Rows that would continue those of this agent must be of the same weights and the same episodes."""
+    for row in rows:
+        if (row.checkpoint, row.evaluation_seed) != (checkpoint, seed):
+            raise ValueError(
+                f"{folder / SCORES} holds episodes of {row.agent} (training seed {row.seed}, gradient step "
+                f"{row.gradient_step}) from checkpoint {row.checkpoint or 'none'!r} with evaluation seed "
+                f"{row.evaluation_seed}, wanted checkpoint {checkpoint or 'none'!r} and seed {seed}; choose another "
+                "folder (--out) or delete the table"
+            )
+        if row.episode_seed != (expected := episode_seed(seed, row.game, row.episode)):
+            raise ValueError(
+                f"{folder / SCORES}: episode {row.episode} of {row.game} must have the episode seed {expected}, got "
+                f"{row.episode_seed}: it was written by another version"
+            )
+
+
+def _calibration_points(row: EpisodeResult, played: Rollout, gamma: float) -> list[CalibrationPoint]:
+    """What was predicted, beside the discounted sum of clipped rewards from there to the episode's end."""
+    returns, total = [0.0] * len(played.rewards), 0.0
+    for step in reversed(range(len(played.rewards))):
+        total = max(-1.0, min(1.0, played.rewards[step])) + gamma * total
+        returns[step] = total
+    return [
+        CalibrationPoint(
+            agent=row.agent,
+            gradient_step=row.gradient_step,
+            seed=row.seed,
+            game=row.game,
+            episode_seed=row.episode_seed,
+            agent_step=step,
+            predicted_value=value,
+            discounted_return=returns[step],
+            truncated=row.truncated,
+        )
+        for step, value in played.predictions
+    ]

@@ -1,63 +1,32 @@
 """Plays a policy in the emulator: many games and episodes at once, batched into one forward, reproducible by seed.
 
-Two halves of the episodes take turns: while the emulator threads step one, the network decides for the other.
+Two groups of episodes take turns: while emulator threads step one, the network decides for the other. Every forward has
+the same number of rows, filled up where fewer episodes are left: the kernels that torch chooses depend on the batch's
+shape, and with the shape fixed a row's outputs do not depend on the other rows.
 """
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import numpy as np
 import torch
 from tensordict import TensorDict
-from torchrl.modules import DistributionalQValueActor, QValueActor
+from tensordict.nn import TensorDictModuleBase
 
 from torchrl_sql.envs import AtariVector
-from torchrl_sql.evaluation.episodes import Decoding
-from torchrl_sql.games import GAMES, NUM_ACTIONS, legal_action_mask
+from torchrl_sql.evaluation.policies import check_action_set, draw
+from torchrl_sql.games import FRAME_SHAPE, FRAME_STACK, GAMES, NUM_ACTIONS, legal_action_mask
 
+CALIBRATION_INTERVAL_AGENT_STEPS = 50
+"""How often the value of an action is kept beside the rewards that follow."""
 
-class Policy(Protocol):
-    """What is evaluated: a preference for each of the 18 actions."""
-
-    def __call__(self, observation: torch.Tensor, game_id: torch.Tensor) -> torch.Tensor:
-        """Maps ``[B, 4, 84, 84]`` uint8 and ``[B]`` int64 to ``[B, 18]`` float: Q-values or logits."""
-
-
-class ActorPolicy:
-    """The preferences of a TorchRL Q-value actor: its Q-values, or the expectations of its return distributions.
-
-    Args:
-        actor (QValueActor or DistributionalQValueActor): reads ``observation`` and ``game_id``, on any device.
-    """
-
-    def __init__(self, actor: QValueActor):
-        self.actor = actor
-        self.support = actor.support if isinstance(actor, DistributionalQValueActor) else None
-        self.device = next(actor.parameters()).device
-
-    @torch.inference_mode()
-    def __call__(self, observation: torch.Tensor, game_id: torch.Tensor) -> torch.Tensor:
-        """See :class:`Policy`."""
-        batch = TensorDict(observation=observation, game_id=game_id, batch_size=game_id.shape).to(self.device)
-        action_value = self.actor(batch)["action_value"]
-        if self.support is None:
-            return action_value
-        return (action_value.exp() * self.support.unsqueeze(-1)).sum(-2)
-
-
-def constant_policy(action: int) -> Policy:
-    """Always the same action, 0..17 (an illegal one acts as NOOP)."""
-    preference = torch.nn.functional.one_hot(torch.tensor(action), NUM_ACTIONS).float()
-    return lambda observation, game_id: preference.expand(len(game_id), -1)
-
-
-def random_policy(observation: torch.Tensor, game_id: torch.Tensor) -> torch.Tensor:
-    """No preference: with ``decoding="sampled"``, uniform over the legal actions."""
-    return torch.zeros(len(game_id), NUM_ACTIONS)
+ROWS_PER_FORWARD = {"cpu": 16, "cuda": 128}
+"""By the policy's device: few enough that the last long episodes do not pay for many empty rows."""
 
 
 @dataclass
@@ -66,35 +35,33 @@ class Rollout:
 
     Attributes:
         game (str), episode (int), episode_seed (int): which one.
-        episode_return (float): sum of raw rewards.
-        length_agent_steps (int): number of actions taken.
         terminated, truncated (bool): how it ended; exactly one is true.
-        frames (list of uint8 ``[84, 84]``): the newest frame of each step, if recorded.
-        values (list of float): the greedy action's preference at each step, if recorded.
-        rewards (list of float): raw reward of each step, if recorded.
+        rewards (list of float): raw reward of each step.
+        predictions (list of (int, float)): agent step and value of the action taken there, every 50 steps, if the
+            policy writes ``action_value``.
+        actions (list of int): of each step, if recorded.
+        action_values (list of float32 ``[18]``): of each step, if recorded and written by the policy.
     """
 
     game: str
     episode: int
     episode_seed: int
-    episode_return: float = 0.0
-    length_agent_steps: int = 0
     terminated: bool = False
     truncated: bool = False
-    frames: list[np.ndarray] = field(default_factory=list, repr=False)
-    values: list[float] = field(default_factory=list, repr=False)
     rewards: list[float] = field(default_factory=list, repr=False)
+    predictions: list[tuple[int, float]] = field(default_factory=list, repr=False)
+    actions: list[int] = field(default_factory=list, repr=False)
+    action_values: list[np.ndarray] = field(default_factory=list, repr=False)
 
+    @property
+    def episode_return(self) -> float:
+        """Sum of the raw rewards."""
+        return float(sum(self.rewards))
 
-class _Slot:
-    """One emulator and the episode it plays."""
-
-    def __init__(self) -> None:
-        self.vector: AtariVector | None = None
-        self.rollout: Rollout
-        self.noise: _EpisodeNoise
-        self.game_id: int
-        self.observation: np.ndarray
+    @property
+    def length_agent_steps(self) -> int:
+        """Number of actions taken."""
+        return len(self.rewards)
 
 
 class _EpisodeNoise:
@@ -111,130 +78,195 @@ class _EpisodeNoise:
         return self._block[row]
 
 
+class _Slot:
+    """One emulator and the episode it plays."""
+
+    def __init__(self, **emulator: float) -> None:
+        self._emulator = emulator
+        self._vector: AtariVector | None = None
+        self._stepping = False
+        self.rollout: Rollout
+        self.noise: _EpisodeNoise
+        self.game_id: int
+        self.observation: np.ndarray
+
+    def start(self, rollout: Rollout, game_id: int) -> None:
+        if self._vector is None or self._vector.game != rollout.game:
+            self._vector = AtariVector(rollout.game, 1, num_threads=1, **self._emulator)  # type: ignore[arg-type]
+        self.rollout, self.game_id = rollout, game_id
+        self.noise = _EpisodeNoise(rollout.episode_seed)
+        self.observation = self._vector.reset(np.array([rollout.episode_seed]))[0]
+
+    def send(self, action: int, value: np.ndarray | None, *, recorded: bool) -> None:
+        """Starts a step, and keeps what the episode's record needs of the decision."""
+        assert self._vector is not None
+        step = self.rollout.length_agent_steps
+        if value is not None and step % CALIBRATION_INTERVAL_AGENT_STEPS == 0:
+            self.rollout.predictions.append((step, float(value[action])))
+        if recorded:
+            self.rollout.actions.append(action)
+            if value is not None:
+                self.rollout.action_values.append(value)
+        self._vector.send(np.array([action]))
+        self._stepping = True
+
+    def receive(self) -> bool:
+        """Waits for the step under way, if any; whether the episode has ended."""
+        assert self._vector is not None
+        if self._stepping:
+            observation, reward, terminated, truncated = self._vector.recv()
+            self._stepping = False
+            self.observation = observation[0]
+            self.rollout.rewards.append(float(reward[0]))
+            self.rollout.terminated, self.rollout.truncated = bool(terminated[0]), bool(truncated[0])
+        return self.rollout.terminated or self.rollout.truncated
+
+
 def episode_seed(seed: int, game: str, episode: int) -> int:
     """The emulator seed of an episode, in 0..2^31-1."""
     return int(np.random.SeedSequence([seed, list(GAMES).index(game), episode]).generate_state(1)[0] & 0x7FFFFFFF)
 
 
 def rollout(
-    policy: Policy,
+    policy: TensorDictModuleBase,
     games: Sequence[str],
     episodes: Sequence[tuple[str, int]],
     *,
-    decoding: Decoding = "greedy",
     epsilon: float = 0.001,
     sticky_action_probability: float = 0.25,
     max_env_frames_per_episode: int = 108_000,
     seed: int = 0,
-    max_parallel: int = 64,
+    num_parallel: int | None = None,
+    rows_per_forward: int | None = None,
+    num_emulator_threads: int | None = None,
     record: Callable[[str, int], bool] = lambda game, episode: False,
 ) -> Iterator[Rollout]:
     """Plays episodes with a policy and yields each as it ends.
 
-    Illegal actions are never chosen: they would act as NOOP.
-
     Args:
-        policy (Policy): what decides.
+        policy (TensorDictModuleBase): reads any of ``observation`` ``[B, 4, 84, 84]`` uint8, ``game_id`` ``[B]`` int64
+            and ``uniform`` ``[B]`` float64 in [0, 1), a random number that depends on evaluation seed, episode and step
+            alone; writes ``action`` ``[B]`` integers in 0..17 and maybe ``action_value`` ``[B, 18]``. Where its
+            parameters are, the batch is put.
         games (sequence of str): the policy's games; their order is the meaning of ``game_id``.
         episodes (sequence of (str, int)): games and episode numbers to play; a number stands for the same emulator
             and exploration noise in every evaluation of the same ``seed``.
 
     Keyword Args:
-        decoding ("greedy" or "sampled"): take the most preferred action, or draw from the softmax of preferences.
-        epsilon (float): probability of a uniformly random legal action.
+        epsilon (float): probability of a uniformly random legal action in place of the policy's.
         sticky_action_probability (float): see :class:`~torchrl_sql.envs.AtariVector`.
         max_env_frames_per_episode (int): emulator frames after which an episode is truncated.
         seed (int): evaluation seed.
-        max_parallel (int): episodes played at a time.
-        record (callable): whether to keep the frames of (game, episode).
+        num_parallel (int, optional): episodes played at a time; default two forwards in each of the two groups.
+        rows_per_forward (int, optional): ``B``; default by the policy's device, 16 or (CUDA) 128. What the network
+            computes may depend on it in the last bits.
+        num_emulator_threads (int, optional): default one a core.
+        record (callable): whether to keep the actions and values of (game, episode).
 
     Raises:
-        ValueError: if an episode's game is not one of ``games``, or a setting is out of range.
+        ValueError: for an unknown game, a bad setting, or a policy of another action set.
     """
-    unknown = sorted({game for game, _ in episodes} - set(games))
-    if unknown:
-        raise ValueError(f"episodes must be of the policy's games ({', '.join(games)}), got {', '.join(unknown)}")
-    if decoding not in ("greedy", "sampled"):
-        raise ValueError(f"decoding must be greedy or sampled, got {decoding!r}")
+    for game, _ in episodes:
+        if game not in games:
+            raise ValueError(f"episodes must be of the policy's games ({', '.join(games)}), got {game}")
     if not 0.0 <= epsilon <= 1.0:
         raise ValueError(f"epsilon must be in [0, 1], got {epsilon}")
+    check_action_set(policy)
+    device = next((p.device for p in policy.parameters()), torch.device("cpu"))
+    rows = rows_per_forward or ROWS_PER_FORWARD.get(device.type, ROWS_PER_FORWARD["cuda"])
+    num_parallel = num_parallel or 4 * rows
+    num_threads = num_emulator_threads or len(os.sched_getaffinity(0))
     legal = legal_action_mask(games)
     queue = deque(episodes)
 
     def start(slot: _Slot) -> None:
+        """In the background: creating or resetting an emulator takes as long as some hundred steps."""
         game, episode = queue.popleft()
-        if slot.vector is None or slot.vector.game != game:
-            slot.vector = AtariVector(
-                game,
-                1,
-                sticky_action_probability=sticky_action_probability,
-                max_env_frames_per_episode=max_env_frames_per_episode,
-                num_threads=1,
+        new = Rollout(game, episode, episode_seed(seed, game, episode))
+        starting.append((slot, starters.submit(slot.start, new, games.index(game))))
+
+    def join() -> None:
+        """Emulators that are ready join the smaller group; when few episodes are left, all share one forward."""
+        few = len(queue) + len(starting) + sum(map(len, groups)) <= rows
+        if few:
+            groups[0].extend(groups[1])
+            groups[1].clear()
+        while starting and (starting[0][1].done() or not any(groups)):
+            slot, started = starting.popleft()
+            started.result()
+            (groups[0] if few else min(groups, key=len)).append(slot)
+
+    def send(group: list[_Slot]) -> None:
+        noise = np.stack([slot.noise.at(slot.rollout.length_agent_steps) for slot in group])
+        game_ids = torch.tensor([slot.game_id for slot in group])
+        decisions = [
+            _decide(policy, group[i : i + rows], game_ids[i : i + rows], noise[i : i + rows, 2], rows, device)
+            for i in range(0, len(group), rows)
+        ]
+        explored = draw(legal[game_ids], torch.from_numpy(noise[:, 1]))
+        actions = torch.cat([action for action, _ in decisions])
+        actions = torch.where(torch.from_numpy(noise[:, 0] < epsilon), explored, actions)
+        values = [value for _, chunk in decisions for value in ([None] * rows if chunk is None else chunk)]
+        for slot, action, value in zip(group, actions.tolist(), values, strict=False):
+            slot.send(action, value, recorded=record(slot.rollout.game, slot.rollout.episode))
+
+    def receive(group: list[_Slot]) -> Iterator[Rollout]:
+        for slot in list(group):
+            if slot.receive():
+                group.remove(slot)
+                yield slot.rollout
+                if queue:
+                    start(slot)
+
+    starting: deque[tuple[_Slot, Future[None]]] = deque()
+    groups: list[list[_Slot]] = [[], []]
+    with ThreadPoolExecutor(num_threads, thread_name_prefix="start") as starters:
+        for _ in range(min(num_parallel, len(queue))):
+            start(
+                _Slot(
+                    sticky_action_probability=sticky_action_probability,
+                    max_env_frames_per_episode=max_env_frames_per_episode,
+                )
             )
-        slot.rollout = Rollout(game, episode, episode_seed(seed, game, episode))
-        slot.noise = _EpisodeNoise(slot.rollout.episode_seed)
-        slot.game_id = games.index(game)
-        slot.observation = slot.vector.reset(np.array([slot.rollout.episode_seed]))[0]
-
-    def send(half: list[_Slot]) -> None:
-        observation = torch.from_numpy(np.stack([slot.observation for slot in half]))
-        game_id = torch.tensor([slot.game_id for slot in half])
-        noise = torch.from_numpy(np.stack([slot.noise.at(slot.rollout.length_agent_steps) for slot in half]))
-        preference = policy(observation, game_id).double().cpu().masked_fill(~legal[game_id], -torch.inf)
-        actions = _choose(preference, legal[game_id], noise, decoding=decoding, epsilon=epsilon)
-        for row, (slot, action) in enumerate(zip(half, actions.numpy(), strict=True)):
-            if record(slot.rollout.game, slot.rollout.episode):
-                slot.rollout.frames.append(slot.observation[-1].copy())
-                slot.rollout.values.append(float(preference[row].max()))
-            assert slot.vector is not None
-            slot.vector.send(np.array([action]))
-
-    def receive(slot: _Slot) -> bool:
-        assert slot.vector is not None
-        observation, reward, terminated, truncated = slot.vector.recv()
-        slot.observation = observation[0]
-        slot.rollout.episode_return += float(reward[0])
-        slot.rollout.length_agent_steps += 1
-        slot.rollout.terminated, slot.rollout.truncated = bool(terminated[0]), bool(truncated[0])
-        if record(slot.rollout.game, slot.rollout.episode):
-            slot.rollout.rewards.append(float(reward[0]))
-        return bool(terminated[0] or truncated[0])
-
-    halves: list[list[_Slot]] = [[], []]
-    for i in range(min(max_parallel, len(queue))):
-        slot = _Slot()
-        start(slot)
-        halves[i % 2].append(slot)
-    for half in halves:
-        if half:
-            send(half)
-    while any(halves):
-        for half in halves:
-            for slot in list(half):
-                if receive(slot):
-                    yield slot.rollout
-                    if queue:
-                        start(slot)
-                    else:
-                        half.remove(slot)
-            if half:
-                send(half)
+        while starting or any(groups):
+            for group in groups:
+                join()
+                yield from receive(group)
+                if group:
+                    send(group)
 
 
-def _choose(
-    preference_BA: torch.Tensor, legal_BA: torch.Tensor, noise_B3: torch.Tensor, *, decoding: Decoding, epsilon: float
-) -> torch.Tensor:
-    """Actions int64 ``[B]``; preferences are minus infinity where illegal.
-
-    The noise decides whether to explore, where to, and which sample is drawn.
-    """
-    explore_B, uniform_B, sample_B = noise_B3.unbind(-1)
-    chosen_B = preference_BA.argmax(-1) if decoding == "greedy" else _draw(preference_BA.softmax(-1), sample_B)
-    random_B = _draw(legal_BA / legal_BA.sum(-1, keepdim=True), uniform_B)
-    return torch.where(explore_B < epsilon, random_B, chosen_B)
-
-
-def _draw(probability_BA: torch.Tensor, uniform_B: torch.Tensor) -> torch.Tensor:
-    """The first action whose cumulative probability exceeds the uniform number."""
-    cumulative_BA = probability_BA.double().cumsum(-1)
-    return (cumulative_BA > uniform_B.unsqueeze(-1) * cumulative_BA[:, -1:]).int().argmax(-1)
+@torch.inference_mode()
+def _decide(
+    policy: TensorDictModuleBase,
+    slots: list[_Slot],
+    game_ids: torch.Tensor,
+    uniform: np.ndarray,
+    rows: int,
+    device: torch.device,
+) -> tuple[torch.Tensor, np.ndarray | None]:
+    """The policy's actions int64 ``[len(slots)]`` and values float32 ``[len(slots), 18]``, from a batch of ``rows``."""
+    number = len(slots)
+    batch = TensorDict(
+        observation=torch.zeros(rows, FRAME_STACK, *FRAME_SHAPE, dtype=torch.uint8),
+        game_id=torch.zeros(rows, dtype=torch.int64),
+        uniform=torch.zeros(rows, dtype=torch.float64),
+        batch_size=[rows],
+    )
+    np.stack([slot.observation for slot in slots], out=batch["observation"][:number].numpy())
+    batch["game_id"][:number] = game_ids
+    batch["uniform"][:number] = torch.from_numpy(uniform)
+    out = policy(batch.to(device))
+    action = out["action"].cpu()
+    if action.shape != (rows,) or action.is_floating_point() or action.dtype == torch.bool:
+        raise ValueError(f"the policy's action must be integers [{rows}], got {action.dtype} {tuple(action.shape)}")
+    if action.min() < 0 or action.max() >= NUM_ACTIONS:
+        raise ValueError(
+            f"the policy's action must be in 0..{NUM_ACTIONS - 1}, got {int(action.min())}..{int(action.max())}"
+        )
+    value = out.get("action_value", None)
+    if value is not None and value.shape[-1] != NUM_ACTIONS:
+        raise ValueError(f"the policy must have {NUM_ACTIONS} actions, got action_value of shape {tuple(value.shape)}")
+    if value is None or value.ndim > 2:  # a distribution over returns ([B, atoms, 18]) is not a value
+        return action[:number].long(), None
+    return action[:number].long(), value[:number].float().cpu().numpy()

@@ -34,7 +34,7 @@ def files_of(table: Path) -> list[Path]:
 
 
 def read_table(table: Path, kind: type[Row], key: Callable[[Row], Any]) -> list[Row]:
-    """Reads a table with its parts.
+    """Reads a table with its parts; a half-written last line is left out, with a warning.
 
     Args:
         table (Path): e.g. ``runs/NAME/scores.csv``; it or its parts must exist.
@@ -43,8 +43,7 @@ def read_table(table: Path, kind: type[Row], key: Callable[[Row], Any]) -> list[
 
     Raises:
         FileNotFoundError: if neither the table nor a part of it exists.
-        ValueError: if a file's header is not exactly the dataclass's fields, its last line is unfinished, a row has a
-            missing, malformed or out-of-range value (the message names file, line and column), or two rows of one key
+        ValueError: if a file's header is not exactly the dataclass's fields, a row has a missing, malformed or out-of-range value (the message names file, line and column), or two rows of one key
             differ.
     """
     files = files_of(table)
@@ -62,7 +61,7 @@ def read_table(table: Path, kind: type[Row], key: Callable[[Row], Any]) -> list[
 class TableWriter(Generic[Row]):
     """Appends rows to one file, each batch of rows with one write.
 
-    A last line that a killed writer left unfinished is dropped, with a warning: what it stood for is not in the table.
+    A last line that a killed writer left unfinished is dropped, with a warning: its result is not in the table.
 
     Args:
         path (Path): created with its folder if absent.
@@ -83,13 +82,10 @@ class TableWriter(Generic[Row]):
             except BlockingIOError as error:
                 raise BlockingIOError(f"{path} is being written by another evaluation") from error
             self._file.seek(0)
-            content = self._file.read()
-            whole = content[: content.rfind(b"\n") + 1]
-            if len(whole) < len(content):
-                _logger.warning("%s ends in a half-written line, which is dropped: %r", path, content[len(whole) :])
-                self._file.truncate(len(whole))
-            if whole:
-                _read_header(path, csv.reader(io.StringIO(whole.decode(), newline="")), self._columns)
+            lines = _finished_lines(path, self._file.read())
+            self._file.truncate(len(lines.encode()))
+            if lines:
+                _read_header(path, csv.reader(io.StringIO(lines, newline="")), self._columns)
             else:
                 self._write([self._columns])
         except BaseException:
@@ -125,18 +121,9 @@ def columns(kind: type) -> tuple[str, ...]:
 
 
 def _read_file(path: Path, kind: type[Row]) -> list[Row]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} must be a CSV table in UTF-8, got other bytes: {error}") from error
-    reader = csv.reader(io.StringIO(text, newline=""))
+    reader = csv.reader(io.StringIO(_finished_lines(path, path.read_bytes()), newline=""))
     names = columns(kind)
     _read_header(path, reader, names)
-    if not text.endswith("\n"):
-        raise ValueError(
-            f"{path} must end with a complete line, got a half-written one: its writer was stopped or is at work; "
-            "the same torchrl-sql evaluate mends it"
-        )
     rows = []
     for values in reader:
         where = f"{path}, line {reader.line_num}"
@@ -148,6 +135,17 @@ def _read_file(path: Path, kind: type[Row]) -> list[Row]:
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
     return rows
+
+
+def _finished_lines(path: Path, content: bytes) -> str:
+    """Without a last line that its writer has not finished: it is at work, or was killed."""
+    whole = content[: content.rfind(b"\n") + 1]
+    if len(whole) < len(content):
+        _logger.warning("%s ends in a half-written line, which is left out: %r", path, content[len(whole) :])
+    try:
+        return whole.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} must be a CSV table in UTF-8, got other bytes: {error}") from error
 
 
 def _read_header(path: Path, reader: Any, expected: tuple[str, ...]) -> None:
