@@ -41,7 +41,7 @@ def contents(folder):
 
 def test_quickstart_makes_what_it_promises(quickstart):
     page = (quickstart / "report.html").read_text()
-    assert "Breakout" in page and "Freeway" in page and "data:image/gif;base64," in page
+    assert "Breakout" in page and "Freeway" in page and re.search("data:(image/gif|video/mp4);base64,", page)
     assert not re.search(r'(src|href)="https?://', page.replace('href="https://arxiv.org', ""))
     store = FrameStore.open(quickstart / "store")
     assert store.games == ("Breakout", "Freeway")
@@ -57,7 +57,7 @@ def test_quickstart_makes_what_it_promises(quickstart):
     assert all(number == 2 for number in counted.values())
     agents = {(agent, decoding) for agent, decoding, _ in counted}
     assert {("scaled_ql", "greedy"), ("bc", "greedy"), ("bc", "sampled"), ("constant_UP", "greedy")} <= agents
-    assert {path.name for path in (quickstart / "clips").iterdir()} == {"Breakout.gif", "Freeway.gif"}
+    assert {path.stem for path in (quickstart / "clips").iterdir()} == {"Breakout-scaled_ql-6", "Freeway-scaled_ql-6"}
 
 
 def test_quickstart_again_only_writes_the_report_again(quickstart, capsys):
@@ -93,8 +93,8 @@ def test_collect_train_evaluate_report_inspect(tmp_path, capsys):
     assert re.search(r"Freeway +\d+", out) and "skilled" in out and "rewards: raw" in out
 
     assert main(["train", *common, f"run_dir={run}", "name=small", "objective.cql_alpha=0.5"]) == 0
-    assert main(["evaluate", str(run), "evaluation.num_episodes_per_game=1"]) == 0
-    assert main(["evaluate", str(run), "--decoding", "sampled", "evaluation.num_episodes_per_game=1"]) == 0
+    assert main(["evaluate", str(run), "--episodes", "1"]) == 0
+    assert main(["evaluate", str(run), "--decoding", "sampled", "--episodes", "1"]) == 0
     assert [(row.agent, row.decoding, row.gradient_step) for row in read_episodes(run / "scores.csv")] == [
         ("small", "greedy", 6),
         ("small", "sampled", 6),

@@ -13,7 +13,7 @@ from torchrl_sql.stages import collect_data, evaluate_checkpoint, evaluate_const
 from torchrl_sql.training import load_actor, train
 
 NUM_CONSTANT_ACTION_EPISODES = 5
-_MADE_HERE = ("store", "scaled_ql", "bc", "clips", "report_files", "scores.csv", "report.html")
+_MADE_HERE = ("store", "scaled_ql", "bc", "clips", "report_files", "scores.csv", "calibration.csv", "report.html")
 
 
 def quickstart(
@@ -52,7 +52,7 @@ def quickstart(
         raise ConfigError("collection must be given: the quickstart collects its data")
     if fresh:
         _delete_earlier(folder)
-    table, page = folder / "scores.csv", folder / "report.html"
+    page = folder / "report.html"
 
     say(f"1/4  Collecting {method.collection.num_agent_steps_per_game:,} transitions of {', '.join(method.games)}")
     collect_data(method)
@@ -64,14 +64,14 @@ def quickstart(
     train(bc)
     episodes = method.evaluation.num_episodes_per_game
     say(f"3/4  Evaluating {episodes} episodes a game in the emulator")
-    evaluate_checkpoint(load_actor(Path(method.run_dir)), method.evaluation, table, clips=folder / "clips")
+    evaluate_checkpoint(load_actor(Path(method.run_dir)), method.evaluation, folder, clips=folder / "clips")
     trained_bc = load_actor(Path(bc.run_dir))
-    evaluate_checkpoint(trained_bc, bc.evaluation, table)
-    evaluate_checkpoint(trained_bc, bc.evaluation, table, decoding="sampled")
+    evaluate_checkpoint(trained_bc, bc.evaluation, folder)
+    evaluate_checkpoint(trained_bc, bc.evaluation, folder, decoding="sampled")
     evaluate_constant_actions(
         method.games,
         method.evaluation,
-        table,
+        folder,
         seed=method.seed,
         num_episodes=min(episodes, NUM_CONSTANT_ACTION_EPISODES),
     )

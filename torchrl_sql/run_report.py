@@ -12,8 +12,10 @@ import numpy as np
 from torchrl_sql.config import RunConfig, load_run_config
 from torchrl_sql.data import FrameStore
 from torchrl_sql.data.inspect import GameSummary, summarise
-from torchrl_sql.evaluation.episodes import EpisodeResult, read_episodes
+from torchrl_sql.evaluation.clips import find_clip
+from torchrl_sql.evaluation.episodes import SCORES, EpisodeResult, read_episodes
 from torchrl_sql.evaluation.report import Agent, Clip, Curve, GameData, ReportData, ReturnSummary
+from torchrl_sql.evaluation.tables import files_of
 from torchrl_sql.stages import CONSTANT_AGENT
 from torchrl_sql.training.build import build_actor
 from torchrl_sql.training.run import read_scalars
@@ -48,8 +50,8 @@ def gather(paths: Sequence[Path], *, title: str | None = None, introduction: Seq
     episodes: list[EpisodeResult] = []
     runs: list[tuple[Path, RunConfig]] = []
     for path in paths:
-        table = path / "scores.csv"
-        if not table.is_file():
+        table = path / SCORES
+        if not files_of(table):
             raise FileNotFoundError(f"{path} must hold scores.csv (torchrl-sql evaluate writes it), found none")
         episodes += read_episodes(table)
         files = sorted([*path.glob("config.yaml"), *path.glob("*/config.yaml")])
@@ -206,14 +208,21 @@ def _curves(folder: Path, config: RunConfig, label: str) -> list[Curve]:
 def _clips(path: Path, games: Sequence[str], method: RunConfig, episodes: Sequence[EpisodeResult]) -> list[Clip]:
     clips = []
     for game in games:
-        file = path / "clips" / f"{game}.gif"
+        file = find_clip(path / "clips", game, method.name)
         first = [
             episode.episode_return
             for episode in episodes
             if (episode.agent, episode.seed, episode.game, episode.episode, episode.decoding)
             == (method.name, method.seed, game, 0, "greedy")
         ]
-        if file.is_file() and first:
+        if file is not None and first:
             caption = f"First evaluation episode of seed {method.seed} (final score {first[0]:g}), not selected"
-            clips.append(Clip(game=game, caption=caption, data=file.read_bytes()))
+            clips.append(
+                Clip(
+                    game=game,
+                    caption=caption,
+                    data=file.read_bytes(),
+                    mime="video/mp4" if file.suffix == ".mp4" else "image/gif",
+                )
+            )
     return clips

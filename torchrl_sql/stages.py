@@ -2,26 +2,41 @@
 
 from __future__ import annotations
 
-import os
+import hashlib
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import torch
+from torch import nn
 from tqdm import tqdm
 
 from torchrl_sql.config import ConfigError, EvaluationConfig, RunConfig
 from torchrl_sql.data import FrameStore
 from torchrl_sql.envs import WEAK_SKILLS, SkillMixture, collect
 from torchrl_sql.envs.behaviour import describe
-from torchrl_sql.evaluation.clips import to_gif
-from torchrl_sql.evaluation.episodes import Decoding
+from torchrl_sql.evaluation.clips import find_clip, write_clip
+from torchrl_sql.evaluation.episodes import Decoding, EpisodeResult
 from torchrl_sql.evaluation.evaluate import evaluate
-from torchrl_sql.evaluation.rollout import ActorPolicy, constant_policy
+from torchrl_sql.evaluation.policies import ConstantPolicy, NetworkPolicy, RandomPolicy
+from torchrl_sql.evaluation.rollout import Rollout
+from torchrl_sql.evaluation.shards import Shard
 from torchrl_sql.games import ACTION_NAMES, GAMES
 from torchrl_sql.training.build import Trained, resolve_device, set_num_threads
 
 CONSTANT_AGENT = "constant_"
 """Prefix of the names of agents that always take one action, e.g. ``constant_UP``."""
+
+SIMPLE_PROTOCOL = EvaluationConfig(
+    num_episodes_per_game=16,
+    epsilon=0.001,
+    sticky_action_probability=0.25,
+    max_env_frames_per_episode=108_000,
+    seed=0,
+)
+"""How agents without a run are evaluated unless told otherwise: that of configs/evaluation/sticky.yaml."""
 
 
 def collect_data(config: RunConfig) -> FrameStore:
@@ -77,66 +92,133 @@ def collect_data(config: RunConfig) -> FrameStore:
 def evaluate_checkpoint(
     trained: Trained,
     evaluation: EvaluationConfig,
-    table: Path,
+    folder: Path,
     *,
-    games: tuple[str, ...] | None = None,
+    games: Sequence[str] | None = None,
     decoding: Decoding = "greedy",
+    device: str | None = None,
+    shard: Shard = Shard(),  # noqa: B008  (immutable)
     clips: Path | None = None,
-) -> None:
-    """Evaluates a trained network; the agent's name in the table is its run's.
+) -> list[EpisodeResult]:
+    """Evaluates a trained network; the agent's name in the tables is its run's.
 
     Args:
         trained (Trained): what :func:`torchrl_sql.training.load_actor` loaded.
         evaluation (EvaluationConfig): the protocol.
-        table (Path): CSV of episodes to add to.
+        folder (Path): of the tables to add to.
 
     Keyword Args:
-        games (tuple of str, optional): some of the network's games; default all.
+        games (sequence of str, optional): some of the network's games; default all.
         decoding ("greedy" or "sampled"): how actions follow from its outputs.
-        clips (Path, optional): folder for a GIF of each game's first episode; existing ones stay.
+        device (str, optional): ``cpu``, ``cuda`` or ``auto``; default as in training.
+        shard (Shard): which share of the episodes to play.
+        clips (Path, optional): folder for a clip of each game's first episode; existing ones stay.
 
     Raises:
-        ValueError: if the network does not know a game.
+        ValueError: as :func:`torchrl_sql.evaluation.evaluate.evaluate` does.
     """
     actor, config, gradient_step = trained
     set_num_threads(config)
-    actor.to(resolve_device(config.trainer.device))
+    digest = _digest(actor)
+    actor.to(resolve_device(device or config.trainer.device))
     games = config.games if games is None else games
-    recording = clips is not None and not all((clips / f"{game}.gif").is_file() for game in games)
-    recorded = evaluate(
-        ActorPolicy(actor),
-        config.games,
-        evaluation,
-        table,
+    has_values = config.objective.name == "cql"
+
+    def draw(episode: Rollout) -> None:
+        assert clips is not None
+        write_clip(
+            episode,
+            clips,
+            agent=config.name,
+            gradient_step=gradient_step,
+            value_name="Q-values" if has_values else "logits",
+            sticky_action_probability=evaluation.sticky_action_probability,
+            max_env_frames_per_episode=evaluation.max_env_frames_per_episode,
+        )
+
+    return evaluate(
+        NetworkPolicy(actor, config.games, decoding=decoding),
+        games,
         agent=config.name,
-        seed=config.seed,
+        training_seed=config.seed,
         gradient_step=gradient_step,
-        evaluated_games=games,
         decoding=decoding,
-        record_first=recording,
+        checkpoint=digest,
+        policy_games=config.games,
+        gamma=config.objective.gamma if has_values and decoding == "greedy" else None,
+        shard=shard,
+        folder=folder,
+        recorded_games=()
+        if clips is None
+        else [game for game in games if find_clip(clips, game, config.name, gradient_step) is None],
+        on_recorded=draw,
+        **_protocol(evaluation),
     )
-    if clips is not None:
-        clips.mkdir(parents=True, exist_ok=True)
-        for episode in recorded:
-            file = clips / f"{episode.game}.gif"
-            temporary = file.with_suffix(".tmp")
-            temporary.write_bytes(to_gif(episode))
-            os.replace(temporary, file)
+
+
+def evaluate_simple_agent(
+    name: str,
+    games: Sequence[str],
+    evaluation: EvaluationConfig,
+    folder: Path,
+    *,
+    training_seed: int = 0,
+    shard: Shard = Shard(),  # noqa: B008  (immutable)
+) -> list[EpisodeResult]:
+    """Evaluates an agent that needs no training: the bars that learning must clear, and a check of published scores.
+
+    Args:
+        name (str): ``random`` (uniform over the legal actions), ``noop``, or ``constant_`` and an action, e.g.
+            ``constant_UP``.
+        games (sequence of str): what to play.
+        evaluation (EvaluationConfig): the protocol.
+        folder (Path): of the table to add to.
+
+    Keyword Args:
+        training_seed (int): ``seed`` in the table.
+        shard (Shard): which share of the episodes to play.
+    """
+    action = "NOOP" if name == "noop" else name.removeprefix(CONSTANT_AGENT)
+    if name != "random" and action not in ACTION_NAMES:
+        raise ValueError(f"a simple agent must be random, noop or {CONSTANT_AGENT}ACTION, got {name!r}")
+    return evaluate(
+        RandomPolicy(games) if name == "random" else ConstantPolicy(ACTION_NAMES.index(action)),
+        games,
+        agent=name,
+        training_seed=training_seed,
+        decoding="sampled" if name == "random" else "greedy",
+        shard=shard,
+        folder=folder,
+        **_protocol(evaluation),
+    )
 
 
 def evaluate_constant_actions(
-    games: tuple[str, ...], evaluation: EvaluationConfig, table: Path, *, seed: int, num_episodes: int
+    games: Sequence[str], evaluation: EvaluationConfig, folder: Path, *, seed: int, num_episodes: int
 ) -> None:
     """Evaluates each game's legal actions, always the same one: a bar that learning must clear."""
     evaluation = replace(evaluation, num_episodes_per_game=num_episodes)
     for game in games:
         for action in GAMES[game].minimal_actions:
-            evaluate(
-                constant_policy(action),
-                [game],
-                evaluation,
-                table,
-                agent=CONSTANT_AGENT + ACTION_NAMES[action],
-                seed=seed,
-                gradient_step=0,
-            )
+            name = CONSTANT_AGENT + ACTION_NAMES[action]
+            evaluate_simple_agent(name, [game], evaluation, folder, training_seed=seed)
+
+
+def _protocol(evaluation: EvaluationConfig) -> dict[str, Any]:
+    """Arguments of :func:`evaluate`."""
+    return {
+        "num_episodes": evaluation.num_episodes_per_game,
+        "epsilon": evaluation.epsilon,
+        "sticky_action_probability": evaluation.sticky_action_probability,
+        "max_env_frames_per_episode": evaluation.max_env_frames_per_episode,
+        "seed": evaluation.seed,
+    }
+
+
+def _digest(actor: nn.Module) -> str:
+    """Tells weights apart."""
+    digest = hashlib.sha256()
+    for name, value in actor.state_dict().items():
+        digest.update(name.encode())
+        digest.update(value.cpu().contiguous().view(torch.uint8).numpy() if value.ndim else str(value.item()).encode())
+    return f"sha256:{digest.hexdigest()[:16]}"

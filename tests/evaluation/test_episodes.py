@@ -12,9 +12,9 @@ from torchrl_sql.evaluation.tables import TableWriter, columns, files_of, part_o
 EPISODE = EpisodeResult(
     agent="scaled_ql", seed=1, game="Breakout", episode=0, episode_seed=17, episode_return=12.5, length_agent_steps=310,
     terminated=True, truncated=False, gradient_step=5000, epsilon=0.001, sticky=0.25, max_env_frames=9000,
-    decoding="greedy", evaluation_seed=3, checkpoint="step_000005000.pt sha256:00ff",
+    decoding="greedy", evaluation_seed=3, checkpoint="sha256:00ff",
 )  # fmt: skip
-LINE = "scaled_ql,1,Breakout,0,17,12.5,310,true,false,5000,0.001,0.25,9000,greedy,3,step_000005000.pt sha256:00ff\n"
+LINE = "scaled_ql,1,Breakout,0,17,12.5,310,true,false,5000,0.001,0.25,9000,greedy,3,sha256:00ff\n"
 POINT = CalibrationPoint(
     agent="scaled_ql", gradient_step=5000, seed=1, game="Breakout", episode_seed=17, agent_step=50,
     predicted_value=1.25, discounted_return=0.5, truncated=False,
@@ -118,7 +118,7 @@ def episodes(draw):
         max_env_frames=draw(st.integers(1)),
         decoding=draw(st.sampled_from(["greedy", "sampled"])),
         evaluation_seed=draw(st.integers()),
-        checkpoint=draw(st.sampled_from(["", 'a "quoted", name.pt'])),
+        checkpoint=draw(st.sampled_from(["", 'a "quoted", name'])),
     )
 
 

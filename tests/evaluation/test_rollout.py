@@ -3,104 +3,147 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from tensordict.nn import TensorDictModule
 
-from torchrl_sql.config import EvaluationConfig
 from torchrl_sql.envs import AtariVector
-from torchrl_sql.evaluation.episodes import read_episodes
-from torchrl_sql.evaluation.evaluate import evaluate
-from torchrl_sql.evaluation.rollout import _choose, _draw, constant_policy, episode_seed, random_policy, rollout
-from torchrl_sql.games import legal_action_mask
+from torchrl_sql.evaluation.policies import ConstantPolicy, NetworkPolicy, RandomPolicy
+from torchrl_sql.evaluation.rollout import episode_seed, rollout
+from torchrl_sql.modules import make_q_actor
 
 SHORT = {"max_env_frames_per_episode": 240}
+GAMES = ["Breakout", "Freeway"]
+EPISODES = [(game, episode) for episode in range(3) for game in GAMES]
 
 
 def key(result):
-    return (result.game, result.episode, result.episode_seed, result.episode_return, result.length_agent_steps)
+    return (result.game, result.episode, result.episode_seed, tuple(result.rewards), tuple(result.predictions))
+
+
+def play(policy, episodes=EPISODES, **settings):
+    return {key(r) for r in rollout(policy, GAMES, episodes, **settings, **SHORT)}
+
+
+def small_network():
+    torch.manual_seed(0)
+    return NetworkPolicy(make_q_actor(GAMES, encoder="resnet_small").eval(), GAMES)
 
 
 def test_constant_policy_plays_as_the_emulator_does_alone():
     (result,) = rollout(
-        constant_policy(2), ["Freeway"], [("Freeway", 3)], epsilon=0.0, seed=5, record=lambda *_: True, **SHORT
+        ConstantPolicy(2), ["Freeway"], [("Freeway", 3)], epsilon=0.0, seed=5, record=lambda *_: True, **SHORT
     )
     vector = AtariVector("Freeway", 1, **SHORT)
-    observation = vector.reset(np.array([episode_seed(5, "Freeway", 3)]))
-    total, frames = 0.0, []
+    vector.reset(np.array([episode_seed(5, "Freeway", 3)]))
+    rewards = []
     truncated = np.array([False])
     while not truncated[0]:
-        frames.append(observation[0, -1].copy())
-        observation, reward, _, truncated = vector.step(np.array([2]))
-        total += reward[0]
-    assert result.episode_return == total
-    assert result.length_agent_steps == len(frames) == 60
+        _, reward, _, truncated = vector.step(np.array([2]))
+        rewards.append(float(reward[0]))
+    assert result.rewards == rewards and len(rewards) == result.length_agent_steps == 60
+    assert result.episode_return == sum(rewards) > 0
     assert result.truncated and not result.terminated
-    np.testing.assert_array_equal(np.stack(result.frames), np.stack(frames))
-    assert sum(result.rewards) == total and set(result.values) == {1.0}
+    assert result.actions == [2] * 60 and not result.action_values and not result.predictions
 
 
-def test_an_episode_does_not_depend_on_what_else_is_played():
-    games = ["Breakout", "Freeway"]
-    episodes = [(game, episode) for episode in range(3) for game in games]
+def test_values_are_kept_at_the_first_and_every_fiftieth_step():
+    (result,) = rollout(small_network(), GAMES, [("Freeway", 0)], epsilon=1.0, record=lambda *_: True, **SHORT)
+    assert len(set(result.actions)) == 3  # exploring: not the greedy actions only
+    assert result.predictions == [(step, float(result.action_values[step][result.actions[step]])) for step in (0, 50)]
 
-    def play(**settings):
-        return {
-            key(r)
-            for r in rollout(
-                random_policy, games, settings.pop("episodes", episodes), decoding="sampled", **settings, **SHORT
-            )
-        }
 
-    parallel = play()
+@pytest.mark.parametrize("kind", ["random", "network"])
+def test_an_episode_does_not_depend_on_what_else_is_played(kind):
+    policy = RandomPolicy(GAMES) if kind == "random" else small_network()
+    parallel = play(policy, epsilon=0.2)
     assert len(parallel) == 6
-    assert play(max_parallel=1) == parallel
-    assert play(max_parallel=3) == parallel
-    assert play(episodes=[("Freeway", 2)]) < parallel
-    assert play(seed=1).isdisjoint(parallel)
+    assert play(policy, epsilon=0.2, num_parallel=1) == parallel
+    assert play(policy, epsilon=0.2, num_parallel=3) == parallel
+    assert play(policy, epsilon=0.2, episodes=EPISODES[::-1]) == parallel
+    assert play(policy, epsilon=0.2, episodes=[("Freeway", 2)]) < parallel
+    assert play(policy, epsilon=0.2, seed=1).isdisjoint(parallel)
 
 
-def test_choices_follow_preferences_exploration_and_the_mask():
-    legal = legal_action_mask(["Freeway"]).expand(4, -1)  # NOOP, UP, DOWN
-    preference = torch.zeros(4, 18, dtype=torch.float64)
-    preference[:, 5] = 1.0
-    preference[~legal] = -torch.inf
-    noise = torch.tensor([[0.5, 0.0, 0.0], [0.0, 0.0, 0.0], [0.0, 0.5, 0.0], [0.0, 0.999, 0.0]], dtype=torch.float64)
-    chosen = _choose(preference, legal, noise, decoding="greedy", epsilon=0.1)
-    assert chosen.tolist() == [5, 0, 2, 5]
+def test_more_episodes_than_places_and_several_forwards_a_group():
+    policy = small_network()
+    episodes = [("Breakout", episode) for episode in range(7)]
+    few = play(policy, episodes=episodes, rows_per_forward=2, num_parallel=5)
+    assert len(few) == 7 and few == play(policy, episodes=episodes[::-1], rows_per_forward=2, num_parallel=2)
 
 
-def test_sampling_has_the_softmax_frequencies():
-    probability = torch.tensor([0.2, 0.0, 0.5, 0.3]).expand(20_000, -1)
-    drawn = _draw(probability, torch.rand(20_000, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))
-    np.testing.assert_allclose(drawn.bincount(minlength=4) / 20_000, [0.2, 0.0, 0.5, 0.3], atol=0.015)
-    assert _draw(probability[:1], torch.tensor([1.0 - 1e-16], dtype=torch.float64)).item() == 3
+def test_rows_of_a_forward_do_not_depend_on_the_others():
+    policy = small_network()
+    seen = []
+
+    def spy(observation, game_id, uniform):
+        seen.append(len(observation))
+        out = policy(policy_input(observation, game_id, uniform))
+        return out["action"], out["action_value"]
+
+    def policy_input(observation, game_id, uniform):
+        from tensordict import TensorDict
+
+        return TensorDict(observation=observation, game_id=game_id, uniform=uniform, batch_size=game_id.shape)
+
+    module = TensorDictModule(spy, ["observation", "game_id", "uniform"], ["action", "action_value"])
+    assert play(module, epsilon=0.0) == play(policy, epsilon=0.0)
+    assert set(seen) == {16}  # one shape, whatever is left to play
 
 
-def test_bad_settings_are_refused_before_playing():
+def test_exploration_is_uniform_over_the_legal_actions():
+    (result,) = rollout(
+        ConstantPolicy(0), ["Freeway"], [("Freeway", 0)], epsilon=0.5, record=lambda *_: True,
+        max_env_frames_per_episode=4_000,
+    )  # fmt: skip
+    share = np.bincount(result.actions, minlength=18) / len(result.actions)
+    np.testing.assert_allclose(share[[0, 2, 5]], [2 / 3, 1 / 6, 1 / 6], atol=0.05)  # NOOP, UP, DOWN
+    assert share.sum() == pytest.approx(share[[0, 2, 5]].sum())
+
+
+def test_any_stochastic_torchrl_policy_plays():
+    from tensordict.nn import ProbabilisticTensorDictModule, ProbabilisticTensorDictSequential, set_interaction_type
+    from tensordict.nn.probabilistic import InteractionType
+
+    policy = ProbabilisticTensorDictSequential(
+        TensorDictModule(lambda observation: torch.zeros(len(observation), 18), ["observation"], ["logits"]),
+        ProbabilisticTensorDictModule(["logits"], ["action"], distribution_class=torch.distributions.Categorical),
+    )
+    torch.manual_seed(0)
+    with set_interaction_type(InteractionType.RANDOM):
+        (result,) = rollout(policy, ["Pong"], [("Pong", 0)], epsilon=0.0, record=lambda *_: True, **SHORT)
+    assert len(set(result.actions)) > 10
+
+
+def module(function, *outputs):
+    return TensorDictModule(function, ["game_id"], list(outputs))
+
+
+@pytest.mark.parametrize(
+    ("policy", "message"),
+    [
+        (module(lambda g: g + 18, "action"), r"action must be in 0..17, got 18..18"),
+        (module(lambda g: g.float(), "action"), r"action must be integers \[16\], got torch.float32 \(16,\)"),
+        (module(lambda g: g.unsqueeze(-1), "action"), r"action must be integers \[16\], got torch.int64 \(16, 1\)"),
+        (
+            module(lambda g: (g, torch.zeros(len(g), 4)), "action", "action_value"),
+            "must have 18 actions, got action_value",
+        ),
+    ],
+)
+def test_policies_of_other_actions_are_refused(policy, message):
+    with pytest.raises(ValueError, match=message):
+        next(rollout(policy, ["Pong"], [("Pong", 0)]))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"epsilon": 2}, r"epsilon must be in \[0, 1\], got 2"),
+        ({"sticky_action_probability": -1}, r"sticky_action_probability must be in \[0, 1\], got -1"),
+        ({"max_env_frames_per_episode": 0}, "max_env_frames_per_episode must be at least 1, got 0"),
+    ],
+)
+def test_bad_settings_are_refused_before_playing(settings, message):
+    with pytest.raises(ValueError, match=message):
+        next(rollout(RandomPolicy(["Pong"]), ["Pong"], [("Pong", 0)], **settings))
     with pytest.raises(ValueError, match=r"policy's games \(Pong\), got Breakout"):
-        next(rollout(random_policy, ["Pong"], [("Breakout", 0)]))
-    with pytest.raises(ValueError, match=r"epsilon must be in \[0, 1\], got 2"):
-        next(rollout(random_policy, ["Pong"], [("Pong", 0)], epsilon=2))
-    with pytest.raises(ValueError, match="decoding must be greedy or sampled"):
-        next(rollout(random_policy, ["Pong"], [("Pong", 0)], decoding="best"))
-
-
-def test_an_interrupted_evaluation_continues(tmp_path):
-    def run(name, num_episodes, epsilon=0.001):
-        protocol = EvaluationConfig(
-            num_episodes_per_game=num_episodes,
-            epsilon=epsilon,
-            sticky_action_probability=0.25,
-            max_env_frames_per_episode=240,
-            seed=0,
-        )
-        table = tmp_path / f"{name}.csv"
-        evaluate(random_policy, ["Breakout"], protocol, table, agent="a", seed=0, gradient_step=7, decoding="sampled")
-        return sorted(read_episodes(table), key=lambda row: row.episode)
-
-    whole = run("whole", 4)
-    run("parts", 2)
-    assert run("parts", 4) == whole and [row.episode for row in whole] == [0, 1, 2, 3]
-    before = (tmp_path / "parts.csv").read_bytes()
-    run("parts", 4)
-    assert (tmp_path / "parts.csv").read_bytes() == before
-    with pytest.raises(ValueError, match=r"holds episodes of a \(sampled\) at"):
-        run("parts", 4, epsilon=0.5)
+        next(rollout(RandomPolicy(["Pong"]), ["Pong"], [("Breakout", 0)]))

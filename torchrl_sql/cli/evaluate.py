@@ -3,22 +3,52 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torchrl_sql.evaluation.episodes import EpisodeResult
+    from torchrl_sql.evaluation.shards import Shard
 
 
 def add_commands(commands: Any) -> None:
     """Adds the parsers of these commands to ``commands``, the subparsers of ``torchrl-sql``."""
     evaluate = commands.add_parser(
-        "evaluate", help="play a trained network in the emulator", description=_evaluate.__doc__
+        "evaluate",
+        help="play trained networks in the emulator",
+        description=_evaluate.__doc__,
+        epilog="A SLURM array of eight tasks: #SBATCH --array=1-8, and in the script --shard $SLURM_ARRAY_TASK_ID/8",
     )
-    evaluate.add_argument("run_or_checkpoint", type=Path, help="a run's folder (its newest checkpoint) or a checkpoint")
-    evaluate.add_argument("--games", help="some of the network's games, separated by commas (default: all)")
-    evaluate.add_argument("--decoding", choices=("greedy", "sampled"), default="greedy", help="default: greedy")
     evaluate.add_argument(
-        "--scores", type=Path, help="CSV to add episodes to (default: scores.csv in the run's folder)"
+        "agents",
+        nargs="+",
+        metavar="AGENT",
+        help="a run's folder (its newest checkpoint), checkpoints (all of a run: RUN/checkpoints/*.pt), random or noop",
     )
-    evaluate.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. evaluation.num_episodes_per_game=16")
+    evaluate.add_argument("--games", help="train40, heldout5, all, or names separated by commas (default: the run's)")
+    evaluate.add_argument(
+        "--episodes", type=int, help="a game, those in the table included (default: the run's, or 16)"
+    )
+    evaluate.add_argument("--sticky", type=float, help="sticky-action probability (default: the run's, or 0.25)")
+    evaluate.add_argument("--epsilon", type=float, help="of random actions (default: the run's, or 0.001)")
+    evaluate.add_argument("--seed", type=int, help="of emulator and exploration (default: the run's, or 0)")
+    evaluate.add_argument(
+        "--max-env-frames", type=int, help="emulator frames at which an episode is cut (default: the run's, or 108000)"
+    )
+    evaluate.add_argument("--decoding", choices=("greedy", "sampled"), default="greedy", help="default: greedy")
+    evaluate.add_argument("--out", type=Path, help="folder of scores.csv (default: the run's)")
+    evaluate.add_argument(
+        "--shard",
+        metavar="K/N",
+        help="play the K-th of N shares of the episodes, each into its own part of the table; reports read all parts "
+        "(default: everything, or by RANK and WORLD_SIZE where torchrun sets them)",
+    )
+    evaluate.add_argument(
+        "--video", action="store_true", help="save a clip of each game's first episode in the folder's clips/"
+    )
+    evaluate.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
     evaluate.set_defaults(run_command=_evaluate)
 
     report = commands.add_parser("report", help="write one HTML page about evaluated runs", description=_report.__doc__)
@@ -28,24 +58,76 @@ def add_commands(commands: Any) -> None:
 
 
 def _evaluate(args: argparse.Namespace) -> None:
-    """Plays a trained network in the emulator and adds each finished episode to a CSV table; episodes that the table
-    has already are not played again.
+    """Plays agents in the emulator and adds each finished episode to scores.csv. Episodes that it has already are not
+    played again: the same command continues an interrupted evaluation.
     """
-    from torchrl_sql.config import override_run_config
+    from torchrl_sql.evaluation.shards import Shard
+
+    shard = Shard.from_environment() if args.shard is None else Shard.parse(args.shard)
+    folders = [_evaluate_agent(agent, args, shard) for agent in args.agents]
+    for folder in dict.fromkeys(folders):
+        print(f"Scores: {folder / 'scores.csv'}. Next: torchrl-sql report {folder}")
+
+
+def _evaluate_agent(name: str, args: argparse.Namespace, shard: Shard) -> Path:
+    from torchrl_sql.evaluation.clips import has_video_encoder
     from torchrl_sql.games import resolve_games
-    from torchrl_sql.stages import evaluate_checkpoint
+    from torchrl_sql.stages import SIMPLE_PROTOCOL, evaluate_checkpoint, evaluate_simple_agent
     from torchrl_sql.training.build import find_checkpoint, load_actor
 
-    checkpoint = find_checkpoint(args.run_or_checkpoint)
-    if args.scores is None and not args.run_or_checkpoint.is_dir():
-        raise ValueError("--scores must be given with a checkpoint, e.g. --scores scores.csv")
-    trained = load_actor(checkpoint)
-    config = trained.config
-    evaluation = override_run_config(config, args.overrides, section="evaluation").evaluation
-    scores = args.scores or args.run_or_checkpoint / "scores.csv"
+    options = {
+        "num_episodes_per_game": args.episodes,
+        "sticky_action_probability": args.sticky,
+        "epsilon": args.epsilon,
+        "seed": args.seed,
+        "max_env_frames_per_episode": args.max_env_frames,
+    }
+    given = {key: value for key, value in options.items() if value is not None}
     games = None if args.games is None else resolve_games(args.games)
-    evaluate_checkpoint(trained, evaluation, scores, games=games, decoding=args.decoding)
-    print(f"Episodes: {scores}. Next: torchrl-sql report {scores.parent}")
+    if name in ("random", "noop"):
+        if games is None or args.out is None:
+            raise ValueError(f"{name} needs --games and --out, having no run: e.g. --games all --out runs/{name}")
+        if args.video:
+            raise ValueError(f"--video is for networks, got it with {name}")
+        episodes = evaluate_simple_agent(name, games, replace(SIMPLE_PROTOCOL, **given), args.out, shard=shard)
+        folder = args.out
+    else:
+        path = Path(name)
+        checkpoint = find_checkpoint(path)
+        trained = load_actor(checkpoint)
+        folder = args.out or _run_folder(path, checkpoint)
+        if args.video and not has_video_encoder():
+            print("Clips are short GIFs: pip install torchrl-sql[video] brings an encoder for MP4.")
+        episodes = evaluate_checkpoint(
+            trained,
+            replace(trained.config.evaluation, **given),
+            folder,
+            games=games,
+            decoding=args.decoding,
+            device=args.device,
+            shard=shard,
+            clips=folder / "clips" if args.video else None,
+        )
+    _print_means(name, episodes)
+    return folder
+
+
+def _run_folder(given: Path, checkpoint: Path) -> Path:
+    """Where a checkpoint's tables go: its run."""
+    folder = given if given.is_dir() else checkpoint.parent.parent
+    if not (folder / "config.yaml").is_file():
+        raise ValueError(f"--out must be given with {given}, which is not in the folder of a run")
+    return folder
+
+
+def _print_means(name: str, episodes: Sequence[EpisodeResult]) -> None:
+    """A line a game: enough to see that it worked; `torchrl-sql report` has the statistics."""
+    returns: dict[str, list[float]] = {}
+    for episode in episodes:
+        returns.setdefault(episode.game, []).append(episode.episode_return)
+    print(f"{name}: mean return of {len(episodes)} episodes")
+    for game, values in returns.items():
+        print(f"  {game:<16} {sum(values) / len(values):>12,.1f}   ({len(values)} episodes)")
 
 
 def _report(args: argparse.Namespace) -> None:

@@ -7,6 +7,8 @@ frames, a stack of four zero-padded at an episode's start, at most 108,000 emula
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 import numpy as np
 import torch
 from ale_py import ALEInterface, LoggerMode
@@ -19,6 +21,9 @@ from torchrl.envs import EnvBase
 from torchrl_sql.games import FRAME_SHAPE, FRAME_STACK, GAMES, NUM_ACTIONS, legal_action_mask, resolve_games
 
 FRAME_SKIP = 4
+
+SCREEN_SHAPE = (210, 160)
+"""Height and width of the emulator's picture; its pixels are wide: on a television it is four by three."""
 
 ALEInterface.setLoggerMode(LoggerMode.Error)
 
@@ -38,6 +43,8 @@ class AtariVector:
             the given one; 0.25 in Machado et al. (2018) and in DQN-Replay.
         max_env_frames_per_episode (int): emulator frames (four an agent step) after which an episode is truncated.
         num_threads (int): emulator threads; 0 takes one a core.
+        screen (bool): give the game's picture in colour, uint8 ``[N, 1, 210, 160, 3]``, in place of the observation
+            (the maximum over two frames here too, so that flickering objects stay visible).
 
     Raises:
         ValueError: for an unknown game or a probability outside [0, 1].
@@ -51,6 +58,7 @@ class AtariVector:
         sticky_action_probability: float = 0.25,
         max_env_frames_per_episode: int = 108_000,
         num_threads: int = 0,
+        screen: bool = False,
     ):
         (self.game,) = resolve_games([game])
         if not 0.0 <= sticky_action_probability <= 1.0:
@@ -65,9 +73,10 @@ class AtariVector:
             repeat_action_probability=sticky_action_probability,
             max_num_frames_per_episode=max_env_frames_per_episode,
             full_action_space=True,
-            img_height=FRAME_SHAPE[0],
-            img_width=FRAME_SHAPE[1],
-            stack_num=FRAME_STACK,
+            grayscale=not screen,
+            img_height=(SCREEN_SHAPE if screen else FRAME_SHAPE)[0],
+            img_width=(SCREEN_SHAPE if screen else FRAME_SHAPE)[1],
+            stack_num=1 if screen else FRAME_STACK,
             frameskip=FRAME_SKIP,
             maxpool=True,
             noop_max=0,
@@ -111,6 +120,31 @@ class AtariVector:
         """:meth:`send` followed by :meth:`recv`."""
         self.send(actions)
         return self.recv()
+
+
+def replay(
+    game: str, seed: int, actions: Sequence[int], **vector_kwargs: float
+) -> Iterator[tuple[np.ndarray, np.ndarray, float]]:
+    """Plays the actions of a known episode again, which gives the same episode, to look at it.
+
+    Args:
+        game (str): its game.
+        seed (int): its emulator seed.
+        actions (sequence of int): its actions, 0..17.
+        **vector_kwargs: its ``sticky_action_probability`` and ``max_env_frames_per_episode``, see :class:`AtariVector`.
+
+    Yields:
+        for each action: the observation uint8 ``[4, 84, 84]`` and the screen uint8 ``[210, 160, 3]`` on which it was
+        taken, and the raw reward that followed.
+    """
+    views = [AtariVector(game, 1, num_threads=1, screen=screen, **vector_kwargs) for screen in (False, True)]  # type: ignore[arg-type]
+    observation, screen = (view.reset(np.array([seed]))[0] for view in views)
+    for action in actions:
+        for view in views:
+            view.send(np.array([action]))
+        (next_observation, reward, _, _), (next_screen, _, _, _) = (view.recv() for view in views)
+        yield observation, screen[0], float(reward[0])
+        observation, screen = next_observation[0], next_screen[0]
 
 
 class AtariEnv(EnvBase):

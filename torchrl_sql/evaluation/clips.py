@@ -1,49 +1,183 @@
-"""Gameplay clips: what the policy saw, its value and its score."""
+"""Gameplay clips: the game in colour, the four frames that the network sees, the score, and the values of its actions.
+
+MP4 through the encoder that the package ``imageio-ffmpeg`` brings (``pip install torchrl-sql[video]``); without it, a
+smaller and shorter GIF.
+"""
 
 from __future__ import annotations
 
-import io
+import importlib.util
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
+from torchrl_sql.envs import replay
 from torchrl_sql.evaluation.rollout import Rollout
+from torchrl_sql.games import ACTION_NAMES, GAMES
 
-_SCALE = 3
-_CAPTION_PIXELS = 22
-_FRAME_MILLISECONDS = 67  # an agent step is four of 60 frames a second
+MAX_AGENT_STEPS = 900
+"""Where a clip ends: a minute, at 15 agent steps a second."""
+_GIF_AGENT_STEPS = 300
+_FRAMES_PER_SECOND = 15  # an agent step is four of 60 frames a second
+
+_WIDTH, _HEIGHT = 1008, 480  # multiples of 16, as H.264 likes them
+_SCREEN = (16, 44, 560, 420)  # left, top, width, height: four by three
+_PANEL_LEFT, _PANEL_RIGHT = 596, 992
+_STACK_SIDE, _STACK_GAP, _STACK_TOP = 90, 12, 62
+_BARS_TOP, _BARS_BOTTOM = 190, 464
+_BAR_LEFT, _BAR_RIGHT = 706, 926
+_BACKGROUND, _TEXT, _MUTED, _BAR, _CHOSEN = "#14171c", "#f2f4f7", "#9aa4b2", "#4b5a70", "#f5a524"
 
 
-def to_gif(episode: Rollout, *, max_agent_steps: int = 300) -> bytes:
-    """Draws a recorded episode as an animated GIF at real speed.
+def has_video_encoder() -> bool:
+    """Whether clips can be MP4."""
+    return importlib.util.find_spec("imageio_ffmpeg") is not None
+
+
+def find_clip(folder: Path, game: str, agent: str, gradient_step: int | None = None) -> Path | None:
+    """The clip of an agent in a game, at a gradient step or (default) the last there is; None without one."""
+    pattern = re.compile(re.escape(f"{game}-{agent}-") + r"(\d+)\.(?:mp4|gif)")
+    found = {int(match[1]): path for path in folder.glob("*") if (match := pattern.fullmatch(path.name))}
+    return found.get(max(found, default=0) if gradient_step is None else gradient_step)
+
+
+def write_clip(
+    episode: Rollout,
+    folder: Path,
+    *,
+    agent: str,
+    gradient_step: int,
+    value_name: str = "Q-values",
+    sticky_action_probability: float,
+    max_env_frames_per_episode: int,
+) -> Path:
+    """Plays a recorded episode again and writes ``<game>-<agent>-<gradient step>.mp4`` (or ``.gif``) in one move.
 
     Args:
-        episode (Rollout): with frames, values and rewards recorded.
+        episode (Rollout): with actions (and the policy's values, if it has any) recorded.
+        folder (Path): created if absent.
 
     Keyword Args:
-        max_agent_steps (int): where the clip ends (15 agent steps are a second).
+        agent (str): for the file's name and the heading.
+        gradient_step (int): likewise.
+        value_name (str): what the values are.
+        sticky_action_probability (float): as the episode was played.
+        max_env_frames_per_episode (int): likewise.
 
     Raises:
-        ValueError: if nothing was recorded.
+        ValueError: if nothing was recorded, or the emulator does not replay the episode.
     """
-    if not episode.frames:
-        raise ValueError(f"episode {episode.episode} of {episode.game} must be recorded to be drawn, got no frames")
-    score = np.concatenate([[0.0], np.cumsum(episode.rewards)])
-    images = []
-    for step, (frame, value) in enumerate(zip(episode.frames[:max_agent_steps], episode.values, strict=False)):
-        height, width = (_SCALE * side for side in frame.shape)
-        image = Image.new("L", (width, height + _CAPTION_PIXELS), 255)
-        image.paste(Image.fromarray(frame).resize((width, height), Image.Resampling.NEAREST))
-        ImageDraw.Draw(image).text((6, height + 5), f"score {score[step]:g}   value {value:.2f}   step {step}", fill=0)
-        images.append(image.quantize(32))
-    buffer = io.BytesIO()
-    images[0].save(
-        buffer,
+    if not episode.actions:
+        raise ValueError(f"episode {episode.episode} of {episode.game} must be recorded to be drawn, got no actions")
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{episode.game}-{agent}-{gradient_step}.{'mp4' if has_video_encoder() else 'gif'}"
+    temporary = path.with_name(f".{path.name}.tmp")
+    heading = f"{episode.game}   {agent}" + (f"   gradient step {gradient_step:,}" if gradient_step else "")
+    images = _draw(
+        episode,
+        heading,
+        value_name,
+        sticky_action_probability=sticky_action_probability,
+        max_env_frames_per_episode=max_env_frames_per_episode,
+    )
+    try:
+        (_write_mp4 if path.suffix == ".mp4" else _write_gif)(temporary, images)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def _write_mp4(path: Path, images: Iterator[Image.Image]) -> None:
+    import imageio_ffmpeg  # optional extra `video`
+
+    writer = imageio_ffmpeg.write_frames(
+        str(path),
+        (_WIDTH, _HEIGHT),
+        fps=_FRAMES_PER_SECOND,
+        quality=None,
+        output_params=["-crf", "27", "-preset", "medium", "-movflags", "+faststart", "-f", "mp4"],
+    )
+    writer.send(None)
+    try:
+        for image in images:
+            writer.send(image.tobytes())
+    finally:
+        writer.close()
+
+
+def _write_gif(path: Path, images: Iterator[Image.Image]) -> None:
+    small = [
+        image.resize((_WIDTH // 2, _HEIGHT // 2), Image.Resampling.LANCZOS).quantize(64)
+        for image, _ in zip(images, range(_GIF_AGENT_STEPS), strict=False)
+    ]
+    small[0].save(
+        path,
         format="GIF",
         save_all=True,
-        append_images=images[1:],
-        duration=_FRAME_MILLISECONDS,
+        append_images=small[1:],
+        duration=1000 // _FRAMES_PER_SECOND,
         loop=0,
         optimize=True,
     )
-    return buffer.getvalue()
+
+
+def _draw(episode: Rollout, heading: str, value_name: str, **emulator: float) -> Iterator[Image.Image]:
+    """One picture an agent step."""
+    font, small = ImageFont.load_default(17), ImageFont.load_default(13)
+    actions = GAMES[episode.game].minimal_actions
+    values = np.array(episode.action_values)[:, actions] if episode.action_values else None
+    score, steps = 0.0, episode.actions[:MAX_AGENT_STEPS]
+    for step, (stack, screen, reward) in enumerate(replay(episode.game, episode.episode_seed, steps, **emulator)):
+        image = Image.new("RGB", (_WIDTH, _HEIGHT), _BACKGROUND)
+        draw = ImageDraw.Draw(image)
+        draw.text((_SCREEN[0], 12), heading, _TEXT, font)
+        draw.text(
+            (_PANEL_RIGHT, 12), f"score {score:,.0f}   {step / _FRAMES_PER_SECOND:.1f} s", _TEXT, font, anchor="ra"
+        )
+        image.paste(Image.fromarray(screen).resize(_SCREEN[2:], Image.Resampling.NEAREST), _SCREEN[:2])
+        draw.text((_PANEL_LEFT, _STACK_TOP - 19), "what the network sees, oldest first", _MUTED, small)
+        for i, frame in enumerate(stack):
+            picture = Image.fromarray(frame).resize((_STACK_SIDE, _STACK_SIDE), Image.Resampling.BILINEAR)
+            image.paste(picture, (_PANEL_LEFT + i * (_STACK_SIDE + _STACK_GAP), _STACK_TOP))
+        _draw_bars(draw, small, actions, steps[step], None if values is None else values[step], values, value_name)
+        yield image
+        if reward != episode.rewards[step]:
+            raise ValueError(
+                f"the emulator must replay {episode.game}, seed {episode.episode_seed}, as it was played: step {step} "
+                f"gave {episode.rewards[step]:g}, now {reward:g}"
+            )
+        score += reward
+
+
+def _draw_bars(
+    draw: ImageDraw.ImageDraw,
+    font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
+    actions: tuple[int, ...],
+    chosen: int,
+    now: np.ndarray | None,
+    all_steps: np.ndarray | None,
+    value_name: str,
+) -> None:
+    """A row a legal action; a bar is how far the action's value is above the worst one's, on one scale for the clip."""
+    title = "action" if now is None else f"{value_name} (bar: above the worst action)"
+    draw.text((_PANEL_LEFT, _BARS_TOP - 24), f"{title}:", _MUTED, font)
+    draw.text((_PANEL_RIGHT, _BARS_TOP - 24), ACTION_NAMES[chosen], _CHOSEN, font, anchor="ra")
+    pitch = min(24.0, (_BARS_BOTTOM - _BARS_TOP) / len(actions))
+    unit = 1.0 if all_steps is None else max(float(np.ptp(all_steps, axis=1).max()), 1e-6)
+    for row, action in enumerate(actions):
+        top = _BARS_TOP + row * pitch
+        middle = top + pitch / 2
+        color = _CHOSEN if action == chosen else _TEXT
+        draw.text((_BAR_LEFT - 8, middle), ACTION_NAMES[action], color, font, anchor="rm")
+        if now is not None:
+            length = float(now[row] - now.min()) / unit * (_BAR_RIGHT - _BAR_LEFT)
+            fill = _CHOSEN if action == chosen else _BAR
+            draw.rectangle((_BAR_LEFT, top + 2, _BAR_LEFT + 1 + length, top + pitch - 2), fill)
+            draw.text((_PANEL_RIGHT, middle), f"{now[row]:.2f}", color, font, anchor="rm")
+        elif action == chosen:
+            draw.rectangle((_BAR_LEFT, top + 2, _BAR_LEFT + 20, top + pitch - 2), _CHOSEN)

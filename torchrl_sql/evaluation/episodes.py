@@ -39,8 +39,8 @@ class EpisodeResult:
         max_env_frames (int): emulator frames at which an episode is cut.
         decoding (str): ``"greedy"`` or ``"sampled"``.
         evaluation_seed (int): seed of emulator and exploration.
-        checkpoint (str): file name and SHA-256 of the weights, e.g. ``"step_000004000.pt sha256:1f0c..."`` (16 digits);
-            empty for an agent without one.
+        checkpoint (str): which weights played: the first 16 digits of their SHA-256, ``"sha256:1f0c..."``; empty for an
+            agent without.
 
     Raises:
         ValueError: if the return is not finite, the episode has not ended, or a value is out of its range.

@@ -18,7 +18,7 @@ from torchrl_sql.evaluation.episodes import (
     EpisodeResult,
     read_episodes,
 )
-from torchrl_sql.evaluation.rollout import Rollout, episode_seed, rollout
+from torchrl_sql.evaluation.rollout import Rollout, check_settings, episode_seed, rollout
 from torchrl_sql.evaluation.shards import Shard
 from torchrl_sql.evaluation.tables import TableWriter, part_of
 from torchrl_sql.games import resolve_games
@@ -66,8 +66,11 @@ def evaluate(
         seed (int): of emulator and exploration.
         folder (Path, optional): where ``scores.csv`` (and, with ``gamma``, ``calibration.csv``) are: episodes they
             hold are not played again, each finished one is added at once, rows of other agents stay.
-        agent, training_seed, gradient_step, decoding, checkpoint: who played, for the table; see
-            :class:`EpisodeResult`.
+        agent (str): who plays; this and the next four are columns of :class:`EpisodeResult`.
+        training_seed (int): its column ``seed``.
+        gradient_step (int): how long the policy was trained.
+        decoding ("greedy" or "sampled"): how the policy takes its actions.
+        checkpoint (str): which weights they are.
         policy_games (sequence of str, optional): the games in the order of the policy's ``game_id``; default ``games``.
         gamma (float, optional): discount of training, if the policy writes Q-values as ``action_value`` ``[B, 18]``:
             they are recorded beside the realised returns, see :class:`CalibrationPoint`.
@@ -90,6 +93,7 @@ def evaluate(
         raise ValueError(f"games must be among those the policy has ({', '.join(policy_games)}), got {unknown}")
     if num_episodes < 1:
         raise ValueError(f"num_episodes must be at least 1, got {num_episodes}")
+    check_settings(policy, epsilon, sticky_action_probability, max_env_frames_per_episode)
 
     def result(game: str, episode: int, played: Rollout) -> EpisodeResult:
         return EpisodeResult(
@@ -120,11 +124,13 @@ def evaluate(
     with ExitStack() as stack:
         rows: list[EpisodeResult] = []
         if folder is not None:
-            scores = stack.enter_context(TableWriter(part_of(folder / SCORES, *shard), EpisodeResult))
+            scores = stack.enter_context(TableWriter(part_of(folder / SCORES, shard.index, shard.count), EpisodeResult))
             calibration = (
                 None
                 if gamma is None
-                else stack.enter_context(TableWriter(part_of(folder / CALIBRATION, *shard), CalibrationPoint))
+                else stack.enter_context(
+                    TableWriter(part_of(folder / CALIBRATION, shard.index, shard.count), CalibrationPoint)
+                )
             )
             rows = read_episodes(folder / SCORES)
             _check_protocol(folder, rows, (epsilon, sticky_action_probability, max_env_frames_per_episode))

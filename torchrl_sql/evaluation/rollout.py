@@ -127,6 +127,22 @@ def episode_seed(seed: int, game: str, episode: int) -> int:
     return int(np.random.SeedSequence([seed, list(GAMES).index(game), episode]).generate_state(1)[0] & 0x7FFFFFFF)
 
 
+def check_settings(
+    policy: TensorDictModuleBase, epsilon: float, sticky_action_probability: float, max_env_frames_per_episode: int
+) -> None:
+    """Refuses what :func:`rollout` cannot play.
+
+    Raises:
+        ValueError: for a probability outside [0, 1], episodes without a step, or a policy of another action set.
+    """
+    for name, value in (("epsilon", epsilon), ("sticky_action_probability", sticky_action_probability)):
+        if not 0.0 <= value <= 1.0:
+            raise ValueError(f"{name} must be in [0, 1], got {value}")
+    if max_env_frames_per_episode < 1:
+        raise ValueError(f"max_env_frames_per_episode must be at least 1, got {max_env_frames_per_episode}")
+    check_action_set(policy)
+
+
 def rollout(
     policy: TensorDictModuleBase,
     games: Sequence[str],
@@ -169,9 +185,7 @@ def rollout(
     for game, _ in episodes:
         if game not in games:
             raise ValueError(f"episodes must be of the policy's games ({', '.join(games)}), got {game}")
-    if not 0.0 <= epsilon <= 1.0:
-        raise ValueError(f"epsilon must be in [0, 1], got {epsilon}")
-    check_action_set(policy)
+    check_settings(policy, epsilon, sticky_action_probability, max_env_frames_per_episode)
     device = next((p.device for p in policy.parameters()), torch.device("cpu"))
     rows = rows_per_forward or ROWS_PER_FORWARD.get(device.type, ROWS_PER_FORWARD["cuda"])
     num_parallel = num_parallel or 4 * rows

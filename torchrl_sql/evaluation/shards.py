@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import NamedTuple
+from dataclasses import dataclass
 
 
-class Shard(NamedTuple):
+@dataclass(frozen=True)
+class Shard:
     """Part ``index`` (from 0) of ``count``."""
 
     index: int = 0
@@ -30,31 +31,18 @@ class Shard(NamedTuple):
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Shard:
-        """This process's shard: rank ``RANK`` of ``WORLD_SIZE``, task of a SLURM array, or both; else all of it.
+        """Rank ``RANK`` of ``WORLD_SIZE``, as torchrun sets them; everything where they are not set.
 
         Raises:
-            ValueError: if a variable is missing or not as its writer would set it.
+            ValueError: if they are not a rank and a number of ranks.
         """
-        shard = cls()
-        if "SLURM_ARRAY_TASK_ID" in environment:
-            task, first, count, step = (
-                _number(environment, f"SLURM_ARRAY_TASK_{name}") for name in ("ID", "MIN", "COUNT", "STEP")
-            )
-            shard = cls((task - first) // step, count)
-        if "RANK" in environment:
-            rank, world_size = _number(environment, "RANK"), _number(environment, "WORLD_SIZE")
-            shard = cls(shard.index * world_size + rank, shard.count * world_size)
-        if not 0 <= shard.index < shard.count:
-            raise ValueError(f"the environment's array task and rank must be below their counts, got {shard}")
-        return shard
+        if "WORLD_SIZE" not in environment:
+            return cls()
+        rank, world_size = environment.get("RANK", ""), environment["WORLD_SIZE"]
+        if not (rank.isdecimal() and world_size.isdecimal() and int(rank) < int(world_size)):
+            raise ValueError(f"RANK must be a number below WORLD_SIZE, got {rank!r} and {world_size!r}")
+        return cls(int(rank), int(world_size))
 
     def has(self, game_number: int, episode: int) -> bool:
         """Whether an episode is this shard's: those of one game go to different shards, and those of one number too."""
         return (game_number + episode) % self.count == self.index
-
-
-def _number(environment: Mapping[str, str], name: str) -> int:
-    text = environment.get(name, "")
-    if not text.isdecimal():
-        raise ValueError(f"the environment variable {name} must be a number, got {text!r}")
-    return int(text)

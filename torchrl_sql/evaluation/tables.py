@@ -43,15 +43,15 @@ def read_table(table: Path, kind: type[Row], key: Callable[[Row], Any]) -> list[
 
     Raises:
         FileNotFoundError: if neither the table nor a part of it exists.
-        ValueError: if a file's header is not exactly the dataclass's fields, a row has a missing, malformed or out-of-range value (the message names file, line and column), or two rows of one key
-            differ.
+        ValueError: if a file's header is not exactly the dataclass's fields, a row has a missing, malformed or
+            out-of-range value (the message names file, line and column), or two rows of one key differ.
     """
     files = files_of(table)
     if not files:
         raise FileNotFoundError(f"{table} must be a table of evaluation, found neither it nor parts of it")
     rows: dict[Any, tuple[Row, Path]] = {}
     for file in files:
-        for row in _read_file(file, kind):
+        for row in _read_file(file, kind, just_made=file != table):
             other, where = rows.setdefault(key(row), (row, file))
             if other != row:
                 raise ValueError(f"{file} and {where} hold different results of one thing: {row} and {other}")
@@ -120,8 +120,12 @@ def columns(kind: type) -> tuple[str, ...]:
     return tuple(field.name for field in fields(kind))
 
 
-def _read_file(path: Path, kind: type[Row]) -> list[Row]:
-    reader = csv.reader(io.StringIO(_finished_lines(path, path.read_bytes()), newline=""))
+def _read_file(path: Path, kind: type[Row], *, just_made: bool) -> list[Row]:
+    """The rows of one file; ``just_made`` says that it may be empty, its writer being about to start."""
+    lines = _finished_lines(path, path.read_bytes())
+    if just_made and not lines:
+        return []
+    reader = csv.reader(io.StringIO(lines, newline=""))
     names = columns(kind)
     _read_header(path, reader, names)
     rows = []

@@ -17,7 +17,7 @@ from torchrl_sql.data import FrameStore, OfflineAtariReplay
 from torchrl_sql.games import FRAME_SHAPE
 from torchrl_sql.modules import make_q_actor
 from torchrl_sql.objectives import DiscreteBCLoss, DistributionalCQLLoss
-from torchrl_sql.training.checkpoint import list_checkpoints, load_checkpoint
+from torchrl_sql.training.checkpoint import CheckpointError, list_checkpoints, load_checkpoint
 from torchrl_sql.training.distributed import Ranks
 from torchrl_sql.training.parallel import Replicated, SingleProcess
 from torchrl_sql.training.trainer import Trainer
@@ -192,12 +192,18 @@ def load_actor(path: Path) -> Trained:
         path (Path): a checkpoint, or a run's folder (its newest checkpoint is taken).
 
     Raises:
-        CheckpointError: if the checkpoint is damaged.
+        CheckpointError: if the checkpoint is damaged, or its weights are of another network than it says.
     """
     path = find_checkpoint(path)
     content: dict[str, Any] = load_checkpoint(path)
     config = run_config_from_yaml(content["config"], source=f"the configuration in {path}")
     actor = build_actor(config.model, config.games)
     # The loss holds the actor's own parameters: loading it loads them.
-    build_loss(config, actor).load_state_dict(content["trainer"]["loss"])
+    try:
+        build_loss(config, actor).load_state_dict(content["trainer"]["loss"])
+    except (RuntimeError, ValueError, KeyError) as error:  # torch's and tensordict's ways to say so
+        raise CheckpointError(
+            f"{path} must hold the weights of the network that its configuration describes ({config.model.encoder}, "
+            f"{len(config.games)} games, 18 actions), got weights of other names or shapes"
+        ) from error
     return Trained(actor.eval(), config, content["step"])

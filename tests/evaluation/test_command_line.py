@@ -1,0 +1,113 @@
+"""``torchrl-sql evaluate`` on the checkpoints of a small untrained network, in the real emulator."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from torchrl_sql.cli import main
+from torchrl_sql.evaluation.episodes import read_calibration, read_episodes
+from torchrl_sql.training.checkpoint import load_checkpoint
+
+
+@pytest.fixture(scope="module")
+def run(make_run):
+    return make_run()
+
+
+def test_a_run_and_all_its_checkpoints(run, tmp_path, capsys):
+    assert main(["evaluate", str(run)]) == 0
+    out = capsys.readouterr().out
+    assert "mean return of 4 episodes" in out and f"Scores: {run / 'scores.csv'}. Next: torchrl-sql report {run}" in out
+    rows = read_episodes(run / "scores.csv")
+    assert [(row.agent, row.gradient_step, row.game, row.episode) for row in rows] == [
+        ("small", 6, game, episode) for game in ("Breakout", "Freeway") for episode in (0, 1)
+    ]
+    assert {(row.epsilon, row.sticky, row.max_env_frames, row.seed) for row in rows} == {(0.001, 0.25, 240, 0)}
+    assert {len(row.checkpoint) for row in rows} == {len("sha256:") + 16}
+
+    # The newest is not played again; sharded, the others end in parts of the same table.
+    checkpoints = sorted(map(str, (run / "checkpoints").glob("*.pt")))
+    for shard in ("1/2", "2/2"):
+        assert main(["evaluate", *checkpoints, "--shard", shard]) == 0
+    rows = read_episodes(run / "scores.csv")
+    assert [row.gradient_step for row in rows] == [3] * 4 + [6] * 4
+    assert len({row.checkpoint for row in rows}) == 2
+    assert len((run / "scores.csv").read_text().splitlines()) == 1 + 4
+    assert {point.gradient_step for point in read_calibration(run / "calibration.csv")} == {3, 6}
+
+
+def test_options_and_another_folder(run, tmp_path):
+    options = ["--games", "Freeway", "--episodes", "1", "--sticky", "0", "--epsilon", "0.5", "--seed", "9"]
+    options += ["--max-env-frames", "80", "--decoding", "sampled", "--out", str(tmp_path / "out")]
+    assert main(["evaluate", str(run), *options]) == 0
+    (row,) = read_episodes(tmp_path / "out" / "scores.csv")
+    assert (row.game, row.sticky, row.epsilon, row.evaluation_seed, row.max_env_frames, row.length_agent_steps) == (
+        "Freeway", 0.0, 0.5, 9, 80, 20,
+    )  # fmt: skip
+    assert row.decoding == "sampled" and not (tmp_path / "out" / "calibration.csv").exists()
+
+
+def test_random_and_noop(tmp_path, monkeypatch):
+    common = ["--games", "Breakout,Freeway", "--episodes", "1", "--max-env-frames", "400", "--out", str(tmp_path)]
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert main(["evaluate", "random", "noop", *common]) == 0
+    rows = {(row.agent, row.game): row for row in read_episodes(tmp_path / "scores.csv")}
+    assert len(rows) == 4
+    assert rows["noop", "Freeway"].episode_return == 0.0
+    assert rows["random", "Freeway"].decoding == "sampled" and rows["random", "Freeway"].checkpoint == ""
+
+
+@pytest.fixture(scope="module")
+def other_heads(make_run):
+    """A run whose checkpoint has the weights of three games, but says two."""
+    run, three = make_run(steps=(1,)), make_run("data.games=[Breakout,Freeway,Pong]", steps=(1,))
+    (path,) = (run / "checkpoints").glob("*.pt")
+    (other,) = (three / "checkpoints").glob("*.pt")
+    torch.save(load_checkpoint(other) | {"config": load_checkpoint(path)["config"]}, path)
+    return run
+
+
+def test_weights_of_another_list_of_games_are_refused(other_heads, capsys):
+    assert main(["evaluate", str(other_heads)]) == 1
+    assert (
+        "must hold the weights of a network for its configuration's 2 games and 18 actions" in capsys.readouterr().err
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["RUN", "--games", "Pong"], "games must be among those the policy has (Breakout, Freeway), got ['Pong']"),
+        (["RUN", "--games", "Pog"], "did you mean Pong"),
+        (["RUN", "--episodes", "0"], "num_episodes must be at least 1, got 0"),
+        (["RUN", "--epsilon", "2"], "epsilon must be in [0, 1], got 2.0"),
+        (["RUN", "--shard", "3/2"], "a shard must be K/N with K from 1 to N, got '3/2'"),
+        (["RUN/config.yaml"], "must be a checkpoint of torchrl_sql"),
+        (["RUN/nothing.pt"], "nothing.pt must be a checkpoint or the folder of a trained run"),
+        (["random", "--games", "all"], "random needs --games and --out"),
+        (["noop", "--games", "Pong", "--out", "OUT", "--video"], "--video is for networks"),
+    ],
+)
+def test_bad_input_is_one_clear_line(run, tmp_path, arguments, message, capsys):
+    words = [word.replace("RUN", str(run)).replace("OUT", str(tmp_path)) for word in arguments]
+    assert main(["evaluate", *words]) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("torchrl-sql evaluate: ") and message in err and "Traceback" not in err
+
+
+def test_a_checkpoint_outside_a_run_needs_a_folder(run, tmp_path, capsys):
+    (tmp_path / "a").mkdir()
+    moved = tmp_path / "a" / "mine.pt"
+    moved.write_bytes((run / "checkpoints" / "step_000000006.pt").read_bytes())
+    assert main(["evaluate", str(moved)]) == 1
+    assert "--out must be given with" in capsys.readouterr().err
+    assert main(["evaluate", str(moved), "--episodes", "1", "--out", str(tmp_path / "b")]) == 0
+    assert len(read_episodes(tmp_path / "b" / "scores.csv")) == 2
+
+
+def test_table_of_other_settings_is_refused(run, capsys):
+    assert main(["evaluate", str(run), "--episodes", "1"]) == 0
+    assert main(["evaluate", str(run), "--sticky", "0"]) == 1
+    assert "scores of different protocols cannot be compared; choose another folder (--out)" in capsys.readouterr().err
