@@ -14,10 +14,11 @@ network with the same weights and see the same batch:
 - ``ours_double_q``: the same with double Q, 3 forwards. Its loss equals that of ``torchrl``, which is checked first.
 
 The sides of a network take turns, in several rounds; times are medians over rounds, ratios medians of each round's
-ratio. Peak memory is what a step allocates on top of what lives between steps (weights, optimizer, batch). On CUDA the
-table also has the model's FLOP/s as a share of the measured rate of a large matrix product in the same precision, the
-samples/s that a buffer has to deliver, and the number of calls in a step that wait for the device; a step of ours that
-makes one ends the benchmark.
+ratio. Peak memory is what a step allocates on top of what lives between steps (weights, optimizer, batch);
+``samples_per_second`` is what a buffer has to deliver; ``share_of_matmul_peak`` are the step's counted FLOP/s over the
+measured rate of a large matrix product in the same precision. On the CPU the JSON also has where an eager step's time
+goes by kind of operator. On CUDA the table also has the number of calls in a step that wait for the device; a step of
+ours that makes one ends the benchmark.
 """
 
 from __future__ import annotations
@@ -50,6 +51,12 @@ from torchrl_sql.training.parallel import SingleProcess
 NUM_GAMES = {"resnet_small": 2, "resnet34": 40, "resnet50": 40, "resnet101": 40}
 SIDES = ("torchrl", "ours", "ours_double_q")
 GAMMA, CQL_ALPHA, LEARNING_RATE, TARGET_INTERVAL, MAX_GRAD_NORM = 0.99, 0.1, 2e-4, 2000, 10.0
+OPERATORS = {
+    "convolution": ("mkldnn_convolution",),
+    "convolution_backward": ("convolution_backward",),
+    "matrix_product": ("mm", "addmm", "bmm", "baddbmm"),
+    "group_norm": ("native_group_norm", "native_group_norm_backward"),
+}
 CLOCK_HELP = "processor time, of one thread, is what to compare on a CPU that is busy with other things"
 
 
@@ -117,7 +124,7 @@ def torchrl_step(network: str, dtype: str, mode: str, batch: TensorDict) -> Vari
 
     def step() -> torch.Tensor:
         with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bf16"):
-            value = run(batch)
+            value = run(batch.copy())  # losses write into their batch
         value.backward()
         torch.nn.utils.clip_grad_norm_(parameters, MAX_GRAD_NORM)
         optimizer.step()
@@ -144,7 +151,7 @@ def our_step(network: str, side: str, dtype: str, mode: str, batch: TensorDict) 
         call=SingleProcess(loss, compile=mode == "compiled"),
         precision=dtype,  # type: ignore[arg-type]
     )
-    return Variant(side, dtype, mode, lambda: trainer.update(batch)["objective"], parameters)
+    return Variant(side, dtype, mode, lambda: trainer.update(batch.copy())["objective"], parameters)
 
 
 def make_variant(network: str, side: str, dtype: str, mode: str, batch: TensorDict) -> Variant:
@@ -191,6 +198,17 @@ def peak_bytes(variant: Variant, device: torch.device) -> int:
     return max(itertools.accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
 
 
+def operator_milliseconds(variant: Variant, num_steps: int = 10) -> dict[str, float]:
+    """Time inside operators by kind, under the profiler; the rest of a step is Python and the allocator."""
+    with profile(activities=[ProfilerActivity.CPU]) as trace:
+        for _ in range(num_steps):
+            variant.step()
+    times = {event.key: event.self_cpu_time_total / 1e3 / num_steps for event in trace.key_averages()}
+    result = {kind: sum(times.get(f"aten::{name}", 0) for name in names) for kind, names in OPERATORS.items()}
+    result["other"] = sum(times.values()) - sum(result.values())
+    return {kind: round(value, 2) for kind, value in result.items()}
+
+
 def num_synchronising_calls(variant: Variant) -> int:
     """Calls of one step that wait for the GPU; raises at the first one of ours."""
     torch.cuda.set_sync_debug_mode("warn" if variant.side == "torchrl" else "error")
@@ -203,16 +221,17 @@ def num_synchronising_calls(variant: Variant) -> int:
     return sum("synchroniz" in str(warning.message) for warning in caught)
 
 
-def matmul_flops(dtype: str, device: torch.device, size: int = 8192) -> float:
+def matmul_flops(dtype: str, device: torch.device) -> float:
     """FLOP/s of a large matrix product; in fp32 with TF32 where convolutions use it."""
+    size = 8192 if device.type == "cuda" else 2048
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32
     a, b = (
         torch.randn(size, size, device=device, dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[dtype])
         for _ in "ab"
     )
-    timed(lambda: a @ b, 5, device)
-    seconds = min(timed(lambda: a @ b, 20, device) for _ in range(3))
+    timed(lambda: a @ b, 2, device)
+    seconds = min(timed(lambda: a @ b, 5, device) for _ in range(5))
     torch.backends.cuda.matmul.allow_tf32 = before
     return 2 * size**3 / seconds
 
@@ -233,6 +252,8 @@ def measure_network(network: str, args: argparse.Namespace, device: torch.device
         variant.row["peak_megabytes"] = round(peak_bytes(variant, device) / 1e6, 1)
         if device.type == "cuda":
             variant.row["synchronising_calls"] = num_synchronising_calls(variant)
+        elif mode == "eager":
+            variant.row["operator_milliseconds"] = operator_milliseconds(variant)
         variants.append(variant)
         print(f"{network} {dtype} {mode} {side}: warm after {variant.row['warm_up_seconds']} s", flush=True)
 
@@ -242,15 +263,15 @@ def measure_network(network: str, args: argparse.Namespace, device: torch.device
             variant.seconds.append(timed(variant.step, num_steps, device, args.clock))
 
     flops = count_flops(network, batch)
-    peaks = {dtype: matmul_flops(dtype, device) for dtype in args.dtypes} if device.type == "cuda" else {}
+    peaks = {dtype: matmul_flops(dtype, device) for dtype in args.dtypes}
     baselines = {(v.dtype, v.mode): v.seconds for v in variants if v.side == "torchrl"}
     for variant in variants:
         row, seconds = variant.row, statistics.median(variant.seconds)
         row["milliseconds"] = round(1e3 * seconds, 3)
         row["samples_per_second"] = round(args.batch_size / seconds)
         row["gflop"] = round(flops[variant.side] / 1e9, 2)
-        if peaks:
-            row["share_of_matmul_peak"] = round(flops[variant.side] / seconds / peaks[variant.dtype], 3)
+        row["matmul_peak_gflops"] = round(peaks[variant.dtype] / 1e9)
+        row["share_of_matmul_peak"] = round(flops[variant.side] / seconds / peaks[variant.dtype], 3)
         names = {"ratio_vs_torchrl": (variant.dtype, variant.mode), "ratio_vs_torchrl_eager": (variant.dtype, "eager")}
         for name, key in (names | {"ratio_vs_torchrl_eager_fp32": ("fp32", "eager")}).items():
             if key in baselines:
@@ -280,7 +301,8 @@ def count_flops(network: str, batch: TensorDict) -> dict[str, int]:
 
 def markdown(rows: list[dict[str, Any]]) -> str:
     """All columns that any row has, as a table."""
-    columns = list(dict.fromkeys(key for row in rows for key in row if key not in ("device", "warm_up_seconds")))
+    hidden = ("device", "warm_up_seconds", "operator_milliseconds")
+    columns = list(dict.fromkeys(key for row in rows for key in row if key not in hidden))
     lines = [" | ".join(columns), " | ".join("---" for _ in columns)]
     lines += [" | ".join(str(row.get(column, "")) for column in columns) for row in rows]
     return "\n".join(f"| {line} |" for line in lines)

@@ -2,6 +2,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
 
 from torchrl_sql.modules import PerGameLinear
 
@@ -29,6 +30,14 @@ def test_equals_one_product_per_sample(games, seed):
         torch.autograd.grad(output, inputs, cotangent), torch.autograd.grad(expected, inputs, cotangent), strict=True
     ):
         torch.testing.assert_close(got, want)
+
+
+def test_work_does_not_grow_with_the_games():
+    features, game_id = torch.randn(512, 16), torch.randint(40, (512,))
+    with FlopCounterMode(display=False) as counter:
+        PerGameLinear(40, 16, 3)(features, game_id)
+    rows = counter.get_total_flops() // (2 * 16 * 3)
+    assert 512 <= rows <= 512 + 40 * 31  # all heads would be 512 * 40
 
 
 @pytest.mark.parametrize("batch_size", [20, 100])

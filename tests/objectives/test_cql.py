@@ -164,17 +164,6 @@ def test_priority_weights(make_actor, make_batch):
     torch.testing.assert_close(ignored["loss_qvalue"], each["loss_qvalue"].mean())
 
 
-def test_duplicated_samples_weigh_twice(make_actor, make_batch):
-    loss, batch = make_loss(make_actor()), make_batch(8)
-    doubled = torch.cat([batch, batch[:3]])
-    weighted = batch.clone()
-    weighted["priority_weight"] = torch.tensor([2.0, 2, 2, 1, 1, 1, 1, 1])
-    torch.testing.assert_close(total(loss(doubled)), total(loss(weighted)))
-    summed = make_loss(make_actor(), reduction="sum")
-    expected = total(summed(batch)) + total(summed(batch[:3].clone()))
-    torch.testing.assert_close(total(summed(doubled)), expected)
-
-
 def test_dispatch_without_tensordict(make_actor, make_batch):
     loss, batch = make_loss(make_actor()), make_batch()
     expected = loss(batch.clone())
@@ -259,6 +248,18 @@ def test_target_network_gets_no_gradient_and_moves_by_its_updater(make_actor, ma
     middle = (loss.value_network_params.data[key] + before[key]) / 2
     torch.testing.assert_close(loss.target_value_network_params.data[key], middle)
     assert (middle != before[key]).any()
+
+
+def test_hard_update_copies_at_its_interval(make_actor):
+    loss = DistributionalCQLLoss(make_actor())
+    updater = HardUpdate(loss, value_network_update_interval=0)
+    online, target = (
+        params.data["module", "0"] for params in (loss.value_network_params, loss.target_value_network_params)
+    )
+    online.mul_(2)
+    assert (target != online).any()
+    updater.step()
+    assert (target == online).all()
 
 
 def test_without_delayed_value_the_online_network_gives_detached_targets(make_actor, make_batch):
@@ -404,6 +405,21 @@ def test_invariant_to_batch_order(make_actor, make_batch, seed, target):
     out, shuffled = loss(batch.clone()), loss(batch[order].clone())
     for key in ("loss_qvalue", "loss_cql"):
         torch.testing.assert_close(shuffled[key], out[key][order])
+
+
+@settings(max_examples=30, deadline=None)
+@given(seeds, st.integers(1, 8), st.sampled_from(["c51", "hl_gauss", "mse"]))
+def test_duplicated_samples_weigh_twice(make_actor, make_batch, seed, num_duplicates, target):
+    torch.manual_seed(seed)
+    actor, batch = make_actor(distributional=target != "mse"), make_batch(8)
+    doubled = torch.cat([batch, batch[:num_duplicates]])
+    weighted = batch.clone()
+    weighted["priority_weight"] = 1 + (torch.arange(8) < num_duplicates).float()
+    loss = make_loss(actor, target=target)
+    torch.testing.assert_close(total(loss(doubled)), total(loss(weighted)))
+    summed = make_loss(actor, target=target, reduction="sum")
+    expected = total(summed(batch)) + total(summed(batch[:num_duplicates].clone()))
+    torch.testing.assert_close(total(summed(doubled)), expected)
 
 
 @settings(max_examples=50, deadline=None)
