@@ -11,7 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-_PACKAGES = ("torch", "torchrl", "tensordict", "numpy", "tensorstore", "zstandard", "google-crc32c", "ale-py")
+_PACKAGES = ("torch", "torchrl", "tensordict", "numpy", "tensorstore", "zstandard", "google-crc32c", "ale-py", "zlib-ng")
 
 
 def describe() -> dict[str, Any]:
@@ -24,8 +24,15 @@ def describe() -> dict[str, Any]:
         "num_cores": len(os.sched_getaffinity(0)),
         "memory_gigabytes": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9, 1),
         "system": platform.platform(),
-        "versions": {"python": platform.python_version(), **{name: metadata.version(name) for name in _PACKAGES}},
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
     }
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def _commit() -> str:

@@ -28,9 +28,10 @@ class Episode:
 
 
 def make_episode(first_tag: int, num_steps: int, *, terminated: bool = True, final: bool = False) -> Episode:
-    """Frame k carries the number first_tag + k in its pixels; no frame is all zeros."""
+    """Frame k carries the number first_tag + k in its pixels, among noise that lossy storage would not survive."""
     rng = np.random.default_rng(first_tag)
     frames = np.zeros((num_steps + final, 84, 84), np.uint8)
+    frames[:, 60:] = np.random.default_rng([first_tag, 1]).integers(0, 256, (num_steps + final, 24, 84))
     frames[:, 0, :4] = (first_tag + np.arange(num_steps + final)).astype("<u4").view(np.uint8).reshape(-1, 4)
     frames[:, 1, 0] = 255
     return Episode(frames, rng.integers(0, 18, num_steps), rng.normal(0, 2, num_steps).astype("f4"), terminated)

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from torchrl_sql.data import GameMixtureSampler, GameMixtureSamplerWithoutReplacement
@@ -219,6 +219,29 @@ def test_steps_and_seeds_differ(sampler_class, seed, step):
     batch = sampler_class(seed=seed).indices(storage, 16, step)
     assert not set(batch.tolist()) & set(sampler_class(seed=seed).indices(storage, 16, step + 1).tolist())
     assert batch.tolist() != sampler_class(seed=seed ^ 1).indices(storage, 16, step).tolist()
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(1, 10**6), st.floats(0.0, 10.0)), min_size=1, max_size=5),
+    st.sampled_from(["games", "transitions", "weights"]),
+    st.sampled_from([0.5, 1.0, 3.0, float("inf")]),
+    st.integers(0, 2**64 - 1),
+)
+def test_frequencies_are_those_of_the_mixture(games, mixture, temperature, seed):
+    """Within six standard deviations, for any sizes, weights and temperature."""
+    sizes, weights = (np.array(column, np.float64) for column in zip(*games, strict=True))
+    assume(weights.max() > 0.01)
+    raw = {"games": np.ones(len(sizes)), "transitions": sizes, "weights": weights}[mixture]
+    scaled = np.array([(w / raw.max()) ** (1 / temperature) if w > 0 else 0.0 for w in raw])
+    expected = scaled / scaled.sum()
+    sampler = GameMixtureSampler(
+        mixture=weights.tolist() if mixture == "weights" else mixture, temperature=temperature, seed=seed
+    )
+    num_draws = 20_000
+    found = shares(sampler, fake_storage(*sizes.astype(int)), num_draws)
+    assert (np.abs(found - expected) <= 6 * np.sqrt(expected * (1 - expected) / num_draws) + 2 / num_draws).all()
+    assert not found[raw == 0].any()
 
 
 @settings(deadline=None)
