@@ -11,7 +11,17 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-_PACKAGES = ("torch", "torchrl", "tensordict", "numpy", "tensorstore", "zstandard", "google-crc32c", "ale-py", "zlib-ng")
+_PACKAGES = (
+    "torch",
+    "torchrl",
+    "tensordict",
+    "numpy",
+    "tensorstore",
+    "zstandard",
+    "google-crc32c",
+    "ale-py",
+    "zlib-ng",
+)
 
 
 def describe() -> dict[str, Any]:

@@ -11,7 +11,7 @@ share no byte on disk and no page in memory), then hard-linked. To the reader ea
   belong to the page cache, which processes share and the kernel takes back when it needs to.
 - latency: median time of ``OfflineAtariReplay.sample`` (drawing and reading 512 transitions, one thread), of the first
   25,000 transitions of each game (1M) and of all (400M). The same batches are read once before, so that both are warm.
-- cold: the first batches, one thread and four, after the page cache was emptied.
+- cold: the first batches, one thread and four, after the page cache was emptied (``posix_fadvise`` on every file).
 """
 
 from __future__ import annotations
@@ -174,8 +174,12 @@ def in_new_process(*arguments: object) -> Any:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--transitions-per-game", type=int, default=10_000_000, help="default: 10,000,000")
+    memory_gigabytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
     parser.add_argument(
-        "--distinct-gigabytes", type=float, default=16.0, help="copied rather than linked (default: 16)"
+        "--distinct-gigabytes",
+        type=float,
+        default=1.05 * memory_gigabytes,
+        help="copied rather than linked (default: 5%% more than the machine's memory)",
     )
     parser.add_argument("--batches", type=int, default=100, help="of each measurement (default: 100)")
     parser.add_argument("--rounds", type=int, default=3, help="of warm measurements (default: 3)")
