@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import google_crc32c
 import numpy as np
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from torchrl_sql.data import AtariFrameStorage, FrameStore, OfflineAtariReplay
 from torchrl_sql.data import shards as shards_module
 from torchrl_sql.data.frames import shard_path
+from torchrl_sql.data.mapping import MappedFile
 from torchrl_sql.data.shards import DamagedFramesError, FrameReader, Shard
 
 
@@ -58,6 +60,40 @@ def test_limits_of_mappings(pong, monkeypatch, limit):
         frames = reader.read(np.zeros_like(some), some, some, some + 1, length=1)
         np.testing.assert_array_equal(frames[:, 0], stored[some])
         assert len(reader._shards) == 1 or limit == "_MAX_MAPPED_BYTES"
+
+
+def test_mapped_files_are_not_kept_open(pong):
+    """A store of 400 million transitions has more shard files than a process may have open."""
+    before = len(os.listdir("/proc/self/fd"))
+    reader, some = FrameReader([pong]), np.arange(29)
+    reader.read(np.zeros_like(some), some, some, some + 1, length=1)
+    assert len(reader._shards) == 4
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_mapping_lives_as_long_as_its_slices(tmp_path):
+    (tmp_path / "file").write_bytes(bytes(range(256)) * 64)
+    view = MappedFile(tmp_path / "file").view
+    (tmp_path / "file").unlink()
+    part = view[4096:4100]
+    del view
+    assert num_mappings(tmp_path) == 1 and part.tolist() == [0, 1, 2, 3]
+    with pytest.raises(TypeError, match="read-only"):
+        part[0] = 1
+    del part
+    assert num_mappings(tmp_path) == 0
+
+
+def num_mappings(folder):
+    return Path("/proc/self/maps").read_text().count(str(folder))
+
+
+def test_files_that_cannot_be_mapped(tmp_path):
+    with pytest.raises(FileNotFoundError, match="missing"):
+        MappedFile(tmp_path / "missing")
+    (tmp_path / "empty").touch()
+    with pytest.raises(OSError, match=r"Invalid argument: .*empty"):
+        MappedFile(tmp_path / "empty")
 
 
 def test_disk_is_told_beforehand_after_a_wait(pong, monkeypatch):
@@ -116,7 +152,10 @@ def test_damage_met_in_training_is_named(pong, damage, message, transitions):
     damage(path)
     storage = AtariFrameStorage(pong.path.parent.parent)
     assert (storage[:3]["action"].numpy() == pong.actions[:3]).all()
-    expected = rf"{path} is damaged: {message}\. It holds the frames of transitions {transitions} of Pong, run '0'"
+    expected = (
+        rf"{path} is damaged or cannot be read: {message}\. "
+        rf"It holds the frames of transitions {transitions} of Pong, run '0'"
+    )
     for _ in range(2):  # Also when asked again.
         with pytest.raises(DamagedFramesError, match=expected):
             storage.get([0, 13, 2])
@@ -153,7 +192,8 @@ def test_shard_that_cannot_be_opened(pong):
     path.unlink()
     path.mkdir()
     with pytest.raises(
-        DamagedFramesError, match=r"c/0/0/0 is damaged: \[Errno 21\] Is a directory.* transitions 0 to 6 of"
+        DamagedFramesError,
+        match=r"c/0/0/0 is damaged or cannot be read: \[Errno 21\] Is a directory.* transitions 0 to 6 of",
     ):
         AtariFrameStorage(pong.path.parent.parent)[0]
 

@@ -15,7 +15,6 @@ Legend: W windows, L frames of a window, K frames of a chunk, P pieces (of windo
 from __future__ import annotations
 
 import mmap
-import os
 import resource
 import threading
 from collections.abc import Iterator, Sequence
@@ -28,6 +27,7 @@ import numpy as np
 import zstandard
 
 from torchrl_sql.data.frames import FrameLayout, shard_path
+from torchrl_sql.data.mapping import MappedFile
 from torchrl_sql.data.run import Run
 from torchrl_sql.games import FRAME_SHAPE
 
@@ -80,8 +80,8 @@ class Shard:
         num_chunks (int): chunks a shard has.
 
     Attributes:
-        data (mmap): its bytes.
-        view (memoryview of bytes): the same, for slices without copies.
+        file (MappedFile): it.
+        view (memoryview of bytes): its bytes.
         index (memoryview of uint64): offset and size of each chunk in turn, its CRC32C included.
 
     Raises:
@@ -89,20 +89,19 @@ class Shard:
         OSError: if the file cannot be read.
     """
 
-    __slots__ = ("data", "index", "view")
+    __slots__ = ("file", "index", "view")
 
     def __init__(self, path: Path, num_chunks: int) -> None:
         index_bytes = 16 * num_chunks + 4
-        with path.open("rb") as file:
-            num_bytes = file.seek(0, os.SEEK_END)
-            end = num_bytes - index_bytes
-            if end < 0:
-                raise ValueError(f"its {num_bytes} bytes cannot end in an index of {index_bytes}")
-            self.data = mmap.mmap(file.fileno(), num_bytes, access=mmap.ACCESS_READ)
-        self.data.madvise(mmap.MADV_RANDOM)
-        if google_crc32c.value(self.data[end:]) != _CRC32C_RESIDUE:
+        num_bytes = path.stat().st_size
+        end = num_bytes - index_bytes
+        if end < 0:
+            raise ValueError(f"its {num_bytes} bytes cannot end in an index of {index_bytes}")
+        self.file = MappedFile(path)
+        self.file.advise(mmap.MADV_RANDOM)
+        self.view = self.file.view
+        if google_crc32c.value(bytes(self.view[end:])) != _CRC32C_RESIDUE:
             raise ValueError("the CRC32C of its index does not match")
-        self.view = memoryview(self.data)
         self.index = self.view[end:-4].cast("Q")
         offset, size = np.array(self.index).reshape(num_chunks, 2).T
         if ((offset != _MISSING) & ((offset > end) | (size > end) | (offset + size > end))).any():
@@ -253,16 +252,16 @@ class FrameReader:
         """Has the disk fetch what is not in memory, all at once."""
         for _, shard, offset, size in map(self._find, chunks):
             page = offset & -mmap.PAGESIZE
-            shard.data.madvise(mmap.MADV_WILLNEED, page, offset + size - page)
+            shard.file.advise(mmap.MADV_WILLNEED, page, offset + size - page)
 
     def _limit_mapped_memory(self, num_chunks: int) -> None:
         """Counts chunks that are about to be read; lets all mapped pages go when they may have become too many."""
         self._num_touches += num_chunks
         if self._num_touches * _BYTES_A_TOUCH > _MAX_MAPPED_BYTES:
             self._num_touches = 0
-            if sum(len(shard.data) for shard in list(self._shards.values())) > _MAX_MAPPED_BYTES:
+            if sum(len(shard.view) for shard in list(self._shards.values())) > _MAX_MAPPED_BYTES:
                 for shard in list(self._shards.values()):
-                    shard.data.madvise(mmap.MADV_DONTNEED)
+                    shard.file.advise(mmap.MADV_DONTNEED)
 
     def _decode(self, chunks: list[tuple[int, Shard, int, int]]) -> list[memoryview]:
         """Bytes of the frames of each chunk."""
@@ -280,7 +279,7 @@ class FrameReader:
             failure = error
         # After decoding, which waits for the disk without the GIL where it has to.
         for chunk, shard, offset, size in chunks:
-            if google_crc32c.value(shard.data[offset : offset + size]) != _CRC32C_RESIDUE:
+            if google_crc32c.value(bytes(shard.view[offset : offset + size])) != _CRC32C_RESIDUE:
                 raise _BadChunks(chunk, chunk + 1, _WRONG_CRC32C)
         if failure is not None:
             raise ValueError(f"chunks must hold {sizes[0]} bytes of zstd-compressed frames: {failure}") from failure
@@ -319,8 +318,8 @@ class FrameReader:
         run, damage = self._describe(error)
         first, stop = run.steps_of_frames(damage.first_frame, damage.stop_frame)
         return DamagedFramesError(
-            f"{damage.path} is damaged: {damage.reason}. It holds the frames of transitions {first} to {stop - 1} of "
-            f"{run.game}, run {run.name!r}"
+            f"{damage.path} is damaged or cannot be read: {damage.reason}. It holds the frames of transitions {first} "
+            f"to {stop - 1} of {run.game}, run {run.name!r}"
         )
 
 
