@@ -141,7 +141,7 @@ def slurmd_killed(launch, slurm, node):
     slurm.wait_for(lambda: run.state == "PENDING", 40, "SLURM notices")
     run.signal(signal.SIGCONT)
     slurm.start_node(node)
-    return [completes(run)]
+    return completes(run)
 
 
 def cancelled(launch, slurm):
