@@ -8,6 +8,7 @@
 #SBATCH --gpus-per-node=8
 #SBATCH --cpus-per-task=8
 #SBATCH --time=1440
+# A job that has not stopped 60 s after this signal is taken to hang: keep it above.
 #SBATCH --signal=USR2@120
 #SBATCH --requeue
 #SBATCH --open-mode=append

@@ -54,6 +54,12 @@ def test_options_may_stand_before_and_after(here, capsys):
         assert "cpus-per-task=16" in capsys.readouterr().out
 
 
+def test_help_of_a_kind(here, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["launch", "train", "--help"])
+    assert end.value.code == 0 and "torchrl-sql launch sweep experiment=" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

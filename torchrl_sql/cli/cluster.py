@@ -79,6 +79,7 @@ def _launch(args: argparse.Namespace) -> None:
     the resolved settings, the state of the code, versions, batch scripts and logs. A job that reaches its time limit,
     is preempted or crashes is queued again and continues from its newest checkpoint.
     """
+    from torchrl_sql.cli import parse
     from torchrl_sql.launch.plan import choose_root, plan_command, plan_training
     from torchrl_sql.launch.profile import compose_cluster_config, split_overrides
     from torchrl_sql.launch.stage import new_stage
@@ -86,6 +87,8 @@ def _launch(args: argparse.Namespace) -> None:
     options = argparse.ArgumentParser(prog="torchrl-sql launch", add_help=False, allow_abbrev=False)
     _add_launch_options(options)
     _, words = options.parse_known_args(args.arguments, namespace=args)  # they may follow the command's own
+    if {"-h", "--help"} & set(words):
+        parse(["launch", "--help"])
     if args.source is not None and args.kind != "chain":
         raise ValueError(f"--import belongs to launch chain, got it with launch {args.kind}")
     cluster_overrides, words = split_overrides(words)
@@ -211,7 +214,9 @@ def _cancel(args: argparse.Namespace) -> None:
                 jobs.append(state.job)
     if not jobs:
         raise ValueError(f"nothing of {args.run} is pending or running")
-    subprocess.run(["scancel", *jobs], check=True)
+    done = subprocess.run(["scancel", *jobs], capture_output=True, text=True)
+    if done.returncode != 0:
+        raise OSError(f"scancel {' '.join(jobs)}: {done.stderr.strip()}")
     print(f"Cancelled: {' '.join(jobs)}")
 
 

@@ -29,7 +29,7 @@ class ClusterConfig:
     """Nodes not to use, e.g. ``node[3,7]``."""
     comment: str | None = MISSING
     nodes: int = MISSING
-    """Nodes of a training job; every other kind of job takes one process on one node."""
+    """Nodes of training (and of ``bench``); every other kind of job takes one process on one node."""
     gpus_per_node: int = MISSING
     tasks_per_node: int = MISSING
     """Processes on each node; one a GPU where there are GPUs."""
