@@ -1,7 +1,8 @@
 """Injects every fault of ``tests/slurm/test_faults.py`` several times and counts what came of it.
 
-``python benchmarks/slurm_faults.py --rounds 3`` writes ``benchmarks/results/slurm_faults.json``. Rounds run one after
-the other, each with a SLURM of its own; ``--faults`` chooses some, as pytest's ``-k`` does.
+``python benchmarks/slurm_faults.py --rounds 3`` writes ``benchmarks/results/slurm_faults.json`` and ``.md``. Rounds run
+one after the other, each with a SLURM of its own; outcomes are added to those that the file has. ``--faults`` chooses some,
+as pytest's ``-k`` does.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from _machine import describe
 
@@ -39,11 +41,31 @@ def main() -> int:
             if lines.exists():
                 record["outcomes"] += [json.loads(line) for line in lines.read_text(encoding="utf-8").splitlines()]
         args.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    for fault in dict.fromkeys(outcome["fault"] for outcome in record["outcomes"]):
-        own = [outcome for outcome in record["outcomes"] if outcome["fault"] == fault]
-        good = [outcome for outcome in own if outcome["outcome"] != "failed"]
-        print(f"{fault:32} {len(good)} of {len(own)} {', '.join(sorted({o['outcome'] for o in own}))}")
+    page = write_page(record)
+    args.json.with_suffix(".md").write_text(page, encoding="utf-8")
+    print(page)
     return code
+
+
+def write_page(record: dict[str, Any]) -> str:
+    """The record as a table."""
+    outcomes = record["outcomes"]
+    lines = ["# Faults of training jobs on SLURM", ""]
+    lines += [f"Command: `{record['command']}`, {record['date']}, commit `{record['commit']}`.", ""]
+    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+    lines += [
+        f"{record['slurm']}, two nodes on one host; {record['processor']}, {record['num_cores']} cores; {versions}."
+    ]
+    lines += ["Seconds are those of a busy machine, three faults at a time.", ""]
+    lines += ["| fault | right | outcome | seconds |", "|---|---|---|---|"]
+    for fault in dict.fromkeys(outcome["fault"] for outcome in outcomes):
+        own = [outcome for outcome in outcomes if outcome["fault"] == fault]
+        right = sum(outcome["outcome"] != "failed" for outcome in own)
+        kinds = ", ".join(sorted({outcome["outcome"] for outcome in own}))
+        seconds = ", ".join(f"{outcome['seconds']:.0f}" for outcome in own)
+        lines.append(f"| {fault.replace('_', ' ')} | {right} of {len(own)} | {kinds} | {seconds} |")
+    right = sum(outcome["outcome"] != "failed" for outcome in outcomes)
+    return "\n".join([*lines, "", f"Right in all: {right} of {len(outcomes)}.", ""])
 
 
 if __name__ == "__main__":

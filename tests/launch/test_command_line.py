@@ -35,14 +35,14 @@ def here(tmp_path, monkeypatch):
 
 
 def test_dry_run_prints_every_script_and_makes_nothing(here, capsys):
-    words = ["launch", "chain", "experiment=quickstart", "seed=0,1", "cluster=gpus1", "--dry-run"]
+    words = ["launch", "chain", "experiment=quickstart", "seed=0,1", "cluster=gpus1", "--dry-run", "--shards", "3"]
     assert main([*words, "--into", "runs/x"]) == 0
     out = capsys.readouterr().out
     assert out.count("#!/bin/bash") == 4 and not list(here.iterdir())
     assert [line for line in out.splitlines() if "--dependency" in line] == [
         f"#SBATCH --dependency=afterok:JOB_OF_{stage}" for stage in ("COLLECT", "TRAIN", "EVALUATE")
     ]
-    assert out.count("#SBATCH --array=0-1%2") == 2
+    assert out.count("#SBATCH --array=0-1%2") == 1 and out.count("#SBATCH --array=0-5%6") == 1
     for kind in ("collect", "train", "evaluate", "report"):
         assert f"torchrl_sql_begin {here}/runs/x/launch/{kind} 0 0" in out
 
@@ -70,6 +70,7 @@ def test_help_of_a_kind(here, capsys):
         (["train", "experiment=quickstart", "loss.alhpa=1", "cluster=cpu"], "'loss'"),
         (["evaluate", "cluster=cpu"], "launch evaluate needs runs"),
         (["train", "experiment=quickstart", "--import", "x", "cluster=cpu"], "--import belongs to launch chain"),
+        (["train", "experiment=quickstart", "--shards", "2", "cluster=cpu"], "--shards belongs to launch evaluate"),
     ],
 )
 def test_refusals_come_before_anything_is_made(here, capsys, words, message):

@@ -82,6 +82,16 @@ def test_errors_of_machines_are_left_to_the_batch_script(live, error):
     assert live.task.text("FATAL") is None and not live.task.done
 
 
+def test_an_error_after_the_signal_is_put_down_to_it(live):
+    def work():
+        signal.raise_signal(signal.SIGUSR2)
+        time.sleep(0.2)
+        raise ValueError("a worker died")
+
+    assert live(work) == job.EXIT_REQUEUE
+    assert live.task.text("FATAL") is None and live.task.text("requeue") == "0.0"
+
+
 def test_an_older_life_leaves_the_newer_ones_task_alone(live):
     def work():
         live.task.write("life", "1.0")

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from torchrl_sql.config import ConfigError
-from torchrl_sql.launch.plan import choose_root, expand_sweep, folder_name, plan_command, plan_training
+from torchrl_sql.launch.plan import choose_root, expand_sweep, folder_name, plan_command, plan_evaluation, plan_training
 
 
 def test_sweeps_are_products():
@@ -56,6 +56,19 @@ def test_commands_are_checked_before_they_are_submitted(capsys):
     with pytest.raises(SystemExit):
         plan_command("evaluate", ["runs/x", "--decode", "greedy"])
     assert "unrecognized arguments: --decode" in capsys.readouterr().err
+
+
+def test_evaluations_are_split_into_shares_of_each_agent():
+    planned = plan_evaluation(["runs/a", "runs/b"], ["--episodes", "9"], num_shards=2)
+    assert [p.task.arguments for p in planned] == [
+        ["evaluate", run, "--episodes", "9", "--shard", share]
+        for run in ("runs/a", "runs/b")
+        for share in ("1/2", "2/2")
+    ]
+    (whole,) = plan_evaluation(["runs/a"], [], num_shards=1)
+    assert whole.task.arguments == ["evaluate", "runs/a"]
+    with pytest.raises(ConfigError, match="--shards must be at least 1, got 0"):
+        plan_evaluation(["runs/a"], [], num_shards=0)
 
 
 def test_folder_names():

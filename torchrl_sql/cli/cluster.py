@@ -18,7 +18,7 @@ KINDS = ("train", "sweep", "evaluate", "import", "collect", "report", "bench", "
 _EPILOG = """\
   torchrl-sql launch train experiment=scaled_ql_resnet50 data.store=STORE cluster=gpus8
   torchrl-sql launch sweep experiment=scaled_ql_resnet50 seed=0,1,2 cluster=gpus8 cluster.array_parallelism=2
-  torchrl-sql launch evaluate runs/A runs/B cluster=gpus1
+  torchrl-sql launch evaluate runs/A runs/B --shards 4 cluster=gpus1
   torchrl-sql launch import dqn-replay SOURCE --games train40 --out STORE cluster=cpu
   torchrl-sql launch chain experiment=quickstart seed=0,1,2 cluster=my_cluster.yaml
 
@@ -72,6 +72,9 @@ def _add_launch_options(parser: argparse.ArgumentParser, *, into: bool = True) -
     if into:
         parser.add_argument("--into", type=Path, help="new folder of the launch (default: runs/NAME-DATE-TIME-XXXX)")
         parser.add_argument("--import", dest="source", metavar="ARGUMENTS", help="chain: of torchrl-sql import")
+        parser.add_argument(
+            "--shards", type=int, metavar="N", help="evaluate, chain: elements an evaluation is split into"
+        )
 
 
 def _launch(args: argparse.Namespace) -> None:
@@ -80,7 +83,7 @@ def _launch(args: argparse.Namespace) -> None:
     is preempted or crashes is queued again and continues from its newest checkpoint.
     """
     from torchrl_sql.cli import parse
-    from torchrl_sql.launch.plan import choose_root, plan_command, plan_training
+    from torchrl_sql.launch.plan import choose_root, plan_command, plan_evaluation, plan_training
     from torchrl_sql.launch.profile import compose_cluster_config, split_overrides
     from torchrl_sql.launch.stage import new_stage
 
@@ -91,6 +94,9 @@ def _launch(args: argparse.Namespace) -> None:
         parse(["launch", "--help"])
     if args.source is not None and args.kind != "chain":
         raise ValueError(f"--import belongs to launch chain, got it with launch {args.kind}")
+    if args.shards is not None and args.kind not in ("evaluate", "chain"):
+        raise ValueError(f"--shards belongs to launch evaluate and chain, got it with launch {args.kind}")
+    num_shards = 1 if args.shards is None else args.shards
     cluster_overrides, words = split_overrides(words)
     cluster = compose_cluster_config(cluster_overrides)
     planned: dict[str, list[PlannedTask]]
@@ -103,17 +109,16 @@ def _launch(args: argparse.Namespace) -> None:
             found = f"{len(planned['train'])} combinations of settings"
             raise ValueError(f"launch train takes one, launch sweep several, got launch {args.kind} with {found}")
         if args.kind == "chain":
-            planned = _plan_chain(words, planned["train"], root, source=args.source)
+            planned = _plan_chain(words, planned["train"], root, source=args.source, num_shards=num_shards)
     else:
         root = choose_root(args.kind, out=args.into)
-        runs: list[str] = []
         if args.kind == "evaluate":
-            runs = list(takewhile(lambda word: not word.startswith("-") and "=" not in word, words))
-            if not runs:
+            agents = list(takewhile(lambda word: not word.startswith("-"), words))
+            if not agents:
                 raise ValueError("launch evaluate needs runs or checkpoints before its options")
-        options_only = words[len(runs) :]
-        tasks = [plan_command("evaluate", [run, *options_only], label=run) for run in runs]
-        planned = {args.kind: tasks or [plan_command(args.kind, words)]}
+            planned = {"evaluate": plan_evaluation(agents, words[len(agents) :], num_shards=num_shards)}
+        else:
+            planned = {args.kind: [plan_command(args.kind, words)]}
     command = shlex.join(["torchrl-sql", *args.words])
     delay = cluster.signal_delay_seconds / 2
     stages = [
@@ -128,11 +133,11 @@ def _launch(args: argparse.Namespace) -> None:
 
 
 def _plan_chain(
-    words: Sequence[str], training: list[PlannedTask], root: Path, *, source: str | None
+    words: Sequence[str], training: list[PlannedTask], root: Path, *, source: str | None, num_shards: int
 ) -> dict[str, list[PlannedTask]]:
     """Data, training, evaluation, report, in this order."""
     from torchrl_sql.config import compose_run_config
-    from torchrl_sql.launch.plan import expand_sweep, plan_command
+    from torchrl_sql.launch.plan import expand_sweep, plan_command, plan_evaluation
 
     first = expand_sweep(words)[0][1]
     config = compose_run_config(first)
@@ -142,7 +147,7 @@ def _plan_chain(
     elif config.collection is not None:
         data["collect"] = [plan_command("collect", first)]
     runs = [planned.task.run_dir for planned in training if planned.task.run_dir is not None]
-    evaluations = [plan_command("evaluate", [run], label=run) for run in runs]
+    evaluations = plan_evaluation(runs, [], num_shards=num_shards)
     report = plan_command("report", [*runs, "--out", str(root.resolve() / "report.html")])
     return data | {"train": training, "evaluate": evaluations, "report": [report]}
 

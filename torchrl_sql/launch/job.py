@@ -75,7 +75,7 @@ def _live(stage: Stage, index: int, task: TaskFolder, life: Life) -> int:
         except Exception as error:
             if task.is_superseded(life):
                 return EXIT_SUPERSEDED
-            if watchdog.asked_to_requeue and is_transient(error):
+            if watchdog.asked_to_requeue:  # which reached, and may have ended, processes that the task started
                 logger.exception("an error after SIGUSR2")
                 return _end(task, life, "requeue")
             if is_transient(error) or task.text("requeue") == str(life) or task.done:

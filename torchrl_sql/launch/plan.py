@@ -101,6 +101,32 @@ def plan_command(kind: str, arguments: Sequence[str], *, label: str = "") -> Pla
     return PlannedTask(Task(label=label, arguments=[kind, *arguments]))
 
 
+def plan_evaluation(agents: Sequence[str], options: Sequence[str], *, num_shards: int) -> list[PlannedTask]:
+    """Evaluations of agents, each split into shares of its episodes, all of which write parts of one table.
+
+    Args:
+        agents (sequence of str): runs, checkpoints, ...
+        options (sequence of str): further arguments of ``torchrl-sql evaluate``.
+
+    Keyword Args:
+        num_shards (int): shares of each.
+
+    Raises:
+        ConfigError: if ``num_shards`` is less than 1.
+        SystemExit: as for :func:`plan_command`.
+    """
+    if num_shards < 1:
+        raise ConfigError(f"--shards must be at least 1, got {num_shards}")
+    if num_shards == 1:
+        return [plan_command("evaluate", [agent, *options], label=agent) for agent in agents]
+    shares = [f"{number}/{num_shards}" for number in range(1, num_shards + 1)]
+    return [
+        plan_command("evaluate", [agent, *options, "--shard", share], label=f"{agent} {share}")
+        for agent in agents
+        for share in shares
+    ]
+
+
 def folder_name(label: str) -> str:
     """A label as the name of a folder."""
     return re.sub(r"[^\w.=+-]+", "_", label).strip("_")

@@ -1,0 +1,52 @@
+"""Stages of jobs that a user's own batch script started."""
+
+from __future__ import annotations
+
+import pytest
+
+from torchrl_sql.config import ConfigError
+from torchrl_sql.launch.prepare import prepare
+from torchrl_sql.launch.stage import Stage
+
+JOB = {"SLURM_JOB_ID": "5"}
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_every_life_of_a_job_has_the_same_folder_and_every_job_another():
+    words = ["experiment=quickstart", "seed=3"]
+    first = prepare("train", words, JOB)
+    assert prepare("train", words, JOB | {"SLURM_RESTART_COUNT": "1"}) == first
+    assert prepare("train", words, JOB) != first  # ids start anew with a new cluster
+    other = prepare("train", ["experiment=quickstart", "seed=4"], JOB | {"SLURM_RESTART_COUNT": "1"})
+    assert other != first and "seed: 4" in (other / "task_0" / "config.yaml").read_text()
+    stage = Stage.load(first)
+    assert stage.submissions[0].job == "5" and stage.cluster is None and stage.kind == "train"
+    assert stage.tasks[0].run_dir == str(first.parents[1])
+
+
+def test_an_array_element_takes_its_combination():
+    words = ["experiment=quickstart", "seed=0,7"]
+    array = {"SLURM_JOB_ID": "9", "SLURM_ARRAY_JOB_ID": "8", "SLURM_ARRAY_TASK_ID": "1"}
+    stage = Stage.load(prepare("train", words, array))
+    assert stage.submissions[0].job == "8_1" and len(stage.tasks) == 1
+    assert "seed: 7" in (stage.folder / "task_0" / "config.yaml").read_text()
+    with pytest.raises(ConfigError, match="array element 2 has no settings"):
+        prepare("train", words, array | {"SLURM_ARRAY_TASK_ID": "2"})
+    with pytest.raises(ConfigError, match="sbatch --array=0-1"):
+        prepare("train", words, JOB)
+
+
+def test_other_commands_are_checked(here, capsys):
+    stage = Stage.load(prepare("evaluate", ["runs/x"], JOB))
+    assert stage.tasks[0].arguments == ["evaluate", "runs/x"] and stage.tasks[0].run_dir is None
+    with pytest.raises(SystemExit):
+        prepare("evaluate", [], JOB)
+    assert "are required" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="'alhpa'"):
+        prepare("train", ["experiment=quickstart", "objective.alhpa=1"], JOB)
+    assert len(list((here / "runs").iterdir())) == 1
