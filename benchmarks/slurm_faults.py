@@ -1,7 +1,7 @@
 """Injects every fault of ``tests/slurm/test_faults.py`` several times and counts what came of it.
 
 ``python benchmarks/slurm_faults.py --rounds 3`` writes ``benchmarks/results/slurm_faults.json`` and ``.md``. Rounds run
-one after the other, each with a SLURM of its own; outcomes are added to those that the file has. ``--faults`` chooses some,
+one after the other, each with a SLURM of its own; outcomes are added to those that the file has. ``--faults`` chooses,
 as pytest's ``-k`` does.
 """
 
