@@ -21,7 +21,7 @@ def test_library_example_runs(tmp_path):
         with store.writer(game, source="noise") as writer:
             frames = rng.integers(0, 255, (9, 84, 84), dtype=np.uint8)
             writer.add_episode(frames, rng.integers(0, 4, 9), rng.normal(size=9), terminated=True)
-    (code,) = re.findall(r"```python\n(.*?)```", README, flags=re.S)
+    code, _ = re.findall(r"```python\n(.*?)```", README, flags=re.S)  # the other: tests/training/test_policy.py
     names = {}
     code = code.replace("runs/quickstart/store", str(store.path)).replace("batch_size=512", "batch_size=4")
     exec(compile(code, "README.md", "exec"), names)

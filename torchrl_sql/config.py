@@ -106,10 +106,14 @@ class ObjectiveConfig:
 
 @dataclass(kw_only=True)
 class OptimConfig:
-    """Adam and its schedule."""
+    """The optimizer and its schedule."""
 
+    name: str = MISSING
+    """``adam`` or ``adamw`` (decoupled weight decay); fused."""
     learning_rate: float = MISSING
     eps: float = MISSING
+    weight_decay: float = MISSING
+    """Of adam: added to the gradient; of adamw: subtracted from the weights, times the learning rate."""
     warmup_gradient_steps: int = MISSING
     """Linear warm-up from 0."""
     final_learning_rate_fraction: float = MISSING
@@ -127,11 +131,21 @@ class TrainerConfig:
     """Hard copy of the online network to the target network."""
     checkpoint_interval_gradient_steps: int = MISSING
     num_checkpoints_kept: int = MISSING
+    """The newest ones; the one with the best evaluation stays too."""
+    milestone_interval_gradient_steps: int | None = MISSING
+    """Checkpoints of these steps are never deleted, for learning curves; null for none."""
     log_interval_gradient_steps: int = MISSING
     loggers: list[str] = MISSING
     """Any of ``csv``, ``tensorboard``, ``wandb``; csv is what reports read."""
     device: str = MISSING
     """``cpu``, ``cuda``, or ``auto`` for CUDA where there is one."""
+    parallel: str = MISSING
+    """How several processes train one network: ``ddp`` (each holds all of it), or ``fsdp2`` (each holds a part of the
+    parameters, targets and optimizer state)."""
+    microbatch_size: int | None = MISSING
+    """Transitions of one forward and backward pass on each rank, whose gradients add up; null for all of a rank's."""
+    stall_warning_seconds: float = MISSING
+    """After this time without a gradient step, the log says what each thread does."""
     precision: str = MISSING
     """``fp32`` or ``bf16`` (autocast; distribution arithmetic stays float32)."""
     compile: bool = MISSING
@@ -337,6 +351,8 @@ def check(config: RunConfig) -> None:
         require(model.num_atoms is not None, "model.value_prior_std", "null with model.num_atoms=null")
         require(model.value_prior_std > 0, "model.value_prior_std", "greater than 0, or null")
     require(model.v_min < model.v_max, "model.v_min", f"less than model.v_max={model.v_max}")
+    require(optim.name in ("adam", "adamw"), "optim.name", "adam or adamw")
+    require(optim.weight_decay >= 0, "optim.weight_decay", "at least 0")
     require(optim.learning_rate > 0, "optim.learning_rate", "greater than 0")
     require(optim.max_grad_norm is None or optim.max_grad_norm > 0, "optim.max_grad_norm", "greater than 0, or null")
     require(0 <= optim.final_learning_rate_fraction <= 1, "optim.final_learning_rate_fraction", "in [0, 1]")
@@ -348,12 +364,22 @@ def check(config: RunConfig) -> None:
     for name in ("target_update_interval", "checkpoint_interval", "log_interval"):
         key = f"{name}_gradient_steps"
         require(getattr(trainer, key) >= 1, f"trainer.{key}", "at least 1")
-    require(
-        trainer.checkpoint_interval_gradient_steps % trainer.log_interval_gradient_steps == 0,
-        "trainer.checkpoint_interval_gradient_steps",
-        f"a multiple of trainer.log_interval_gradient_steps={trainer.log_interval_gradient_steps}",
-    )
     require(trainer.num_checkpoints_kept >= 1, "trainer.num_checkpoints_kept", "at least 1")
+    milestone = trainer.milestone_interval_gradient_steps
+    require(
+        milestone is None or (milestone >= 1 and milestone % trainer.checkpoint_interval_gradient_steps == 0),
+        "trainer.milestone_interval_gradient_steps",
+        "null or a multiple of trainer.checkpoint_interval_gradient_steps="
+        f"{trainer.checkpoint_interval_gradient_steps}",
+    )
+    require(trainer.parallel in ("ddp", "fsdp2"), "trainer.parallel", "ddp or fsdp2")
+    microbatch = trainer.microbatch_size
+    require(
+        microbatch is None or (microbatch >= 1 and config.data.batch_size % microbatch == 0),
+        "trainer.microbatch_size",
+        f"null or a divisor of data.batch_size={config.data.batch_size}",
+    )
+    require(trainer.stall_warning_seconds > 0, "trainer.stall_warning_seconds", "greater than 0")
     require(trainer.device.split(":")[0] in ("auto", "cpu", "cuda"), "trainer.device", "auto, cpu or cuda")
     require(trainer.precision in ("fp32", "bf16"), "trainer.precision", "fp32 or bf16")
     require(

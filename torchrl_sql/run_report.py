@@ -18,7 +18,7 @@ from torchrl_sql.evaluation.report import Agent, Clip, Curve, GameData, ReportDa
 from torchrl_sql.evaluation.tables import files_of
 from torchrl_sql.stages import CONSTANT_AGENT
 from torchrl_sql.training.build import build_actor
-from torchrl_sql.training.run import read_scalars
+from torchrl_sql.training.logs import read_scalars
 
 _METRICS = {
     "loss_qvalue": "TD loss (nats)",

@@ -7,8 +7,10 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from tqdm import tqdm
@@ -22,9 +24,11 @@ from torchrl_sql.evaluation.episodes import Decoding, EpisodeResult
 from torchrl_sql.evaluation.evaluate import evaluate
 from torchrl_sql.evaluation.policies import ConstantPolicy, NetworkPolicy, RandomPolicy
 from torchrl_sql.evaluation.rollout import Rollout
+from torchrl_sql.evaluation.scores import human_normalised, interquartile_mean, split_by_reference
 from torchrl_sql.evaluation.shards import Shard
 from torchrl_sql.games import ACTION_NAMES, GAMES
 from torchrl_sql.training.build import Trained, resolve_device, set_num_threads
+from torchrl_sql.training.checkpoint import mark_best
 
 CONSTANT_AGENT = "constant_"
 """Prefix of the names of agents that always take one action, e.g. ``constant_UP``."""
@@ -154,6 +158,27 @@ def evaluate_checkpoint(
         on_recorded=draw,
         **_protocol(evaluation),
     )
+
+
+def mark_if_best(run_dir: Path, trained: Trained, episodes: Sequence[EpisodeResult]) -> bool:
+    """Marks a checkpoint as its run's best, which training never deletes, if it scores highest so far.
+
+    The score is the human-normalised interquartile mean over the network's games that have a human score.
+
+    Args:
+        run_dir (Path): folder of the run whose checkpoint it is.
+        trained (Trained): the checkpoint.
+        episodes (sequence of EpisodeResult): all of its greedy episodes in all of its games, under the run's protocol.
+
+    Returns:
+        Whether it is the best now.
+    """
+    scored, _ = split_by_reference(trained.config.games, "human")
+    if not scored:
+        return False
+    returns = {game: [each.episode_return for each in episodes if each.game == game] for game in scored}
+    scores = np.array([[human_normalised(fmean(returns[game]), game) for game in scored]])
+    return mark_best(run_dir, trained.gradient_step, float(interquartile_mean(scores)))
 
 
 def evaluate_simple_agent(

@@ -1,5 +1,13 @@
 from __future__ import annotations
 
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from torchrl_sql.config import compose_run_config
@@ -29,11 +37,56 @@ def store(tmp_path_factory):
     return path
 
 
+@pytest.fixture(scope="session")
+def tiny_overrides(store):
+    """Settings of a tiny run over the store, by its folder."""
+    return lambda run_dir: [*TINY, f"data.store={store}", f"run_dir={run_dir}"]
+
+
 @pytest.fixture
-def make_config(store, tmp_path):
+def make_config(tiny_overrides, tmp_path):
     """Composes a tiny run over the store; each ``name`` has a folder of its own."""
 
     def make(*overrides, name="run"):
-        return compose_run_config([*TINY, f"data.store={store}", f"run_dir={tmp_path / name}", *overrides])
+        return compose_run_config([*tiny_overrides(tmp_path / name), *overrides])
 
     return make
+
+
+def free_port():
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+@pytest.fixture(scope="session")
+def run_ranks():
+    """Trains ``[{name, world_size, jobs: [{name, overrides, signals: [(step, rank, signal), ...]}, ...]}, ...]``.
+
+    Returns what was said, in turn: ``{job, rank, outcome}`` by each rank, ``{phase, codes}`` at the end of each phase.
+    """
+    return _run_ranks
+
+
+def _run_ranks(phases, *, timeout=150):
+    for phase in phases:
+        for job in phase["jobs"]:
+            job["port"] = free_port()
+    process = subprocess.Popen(
+        [sys.executable, str(Path(__file__).parent / "rank_worker.py"), json.dumps(phases)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        output, errors = process.communicate(timeout=timeout)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    assert process.returncode == 0, errors[-3000:]
+    said = [json.loads(line) for line in output.splitlines()]
+    print(errors)  # shown by pytest where a test fails
+    return said

@@ -7,15 +7,19 @@ import torch
 
 from torchrl_sql.training.checkpoint import (
     CheckpointError,
+    best_step,
+    checkpoint_step,
+    delete_superfluous,
     list_checkpoints,
     load_checkpoint,
     load_latest_checkpoint,
+    mark_best,
     save_checkpoint,
 )
 
 
-def save(folder, step, num_kept=10):
-    return save_checkpoint(folder, step, {"step": step, "weights": {"w": torch.arange(1000.0)}}, num_kept=num_kept)
+def save(folder, step):
+    return save_checkpoint(folder, step, {"step": step, "weights": {"w": torch.arange(1000.0)}})
 
 
 def test_round_trip(tmp_path):
@@ -24,16 +28,40 @@ def test_round_trip(tmp_path):
     assert content["step"] == 5 and torch.equal(content["weights"]["w"], torch.arange(1000.0))
 
 
-def test_only_the_newest_are_kept(tmp_path):
-    for step in (9, 10, 100, 1000):
-        save(tmp_path, step, num_kept=2)
-    assert [load_checkpoint(path)["step"] for path in list_checkpoints(tmp_path)] == [100, 1000]
+def test_the_newest_the_milestones_and_the_best_are_kept(tmp_path):
+    folder = tmp_path / "checkpoints"
+
+    def kept(**kwargs):
+        delete_superfluous(folder, **{"num_kept": 2, "milestone_interval": None, **kwargs})
+        return [checkpoint_step(path) for path in list_checkpoints(folder)]
+
+    for step in (10, 20, 30, 40, 50, 100, 1000):
+        save(folder, step)
+    assert mark_best(tmp_path, 30, 0.5)
+    assert not mark_best(tmp_path, 40, 0.4)
+    assert best_step(folder) == 30
+    assert kept(num_kept=5, milestone_interval=20) == [20, 30, 40, 50, 100, 1000]
+    assert kept(milestone_interval=50) == [30, 50, 100, 1000]
+    assert not mark_best(tmp_path, 40, 0.9)  # no longer there
+    assert mark_best(tmp_path, 100, 0.6)
+    assert kept() == [100, 1000]
+    save(folder, 2000)
+    assert kept() == [100, 1000, 2000]
+
+
+def test_a_damaged_note_of_the_best_is_named_and_nothing_is_deleted(tmp_path):
+    for step in (1, 2, 3):
+        save(tmp_path, step)
+    (tmp_path / "best.json").write_text('{"step": 2}')
+    with pytest.raises(CheckpointError, match=r"best.json must hold a step and a score"):
+        delete_superfluous(tmp_path, num_kept=1, milestone_interval=None)
+    assert len(list_checkpoints(tmp_path)) == 3
 
 
 def test_a_failed_write_leaves_the_old_checkpoints_alone(tmp_path):
     save(tmp_path, 1)
     with pytest.raises((TypeError, AttributeError, pickle.PicklingError)):
-        save_checkpoint(tmp_path, 2, {"bad": lambda: None}, num_kept=1)
+        save_checkpoint(tmp_path, 2, {"bad": lambda: None})
     assert [path.name for path in tmp_path.iterdir()] == ["step_000000001.pt"]
 
 
@@ -71,7 +99,7 @@ def test_pickled_code_is_refused(tmp_path):
 def test_another_format_is_refused(tmp_path):
     path = tmp_path / "step_000000001.pt"
     torch.save({"format": "other 2"}, path)
-    with pytest.raises(CheckpointError, match="must be of format 'torchrl_sql checkpoint 1', got 'other 2'"):
+    with pytest.raises(CheckpointError, match="must be of format 'torchrl_sql checkpoint 2', got 'other 2'"):
         load_checkpoint(path)
 
 

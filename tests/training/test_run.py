@@ -1,19 +1,27 @@
 from __future__ import annotations
 
-import os
+import json
+import shutil
 import signal
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torchrl.record.loggers import CSVLogger
 
+from torchrl_sql.cli import main
 from torchrl_sql.config import ConfigError
-from torchrl_sql.data import GameMixtureSamplerWithoutReplacement
+from torchrl_sql.data import GameMixtureSamplerWithoutReplacement, OfflineAtariReplay
+from torchrl_sql.evaluation.episodes import read_episodes
+from torchrl_sql.evaluation.scores import human_normalised
 from torchrl_sql.training import Interrupted, load_actor, train
 from torchrl_sql.training.build import build_trainer, learning_rate_factor
-from torchrl_sql.training.checkpoint import list_checkpoints, load_checkpoint
-from torchrl_sql.training.run import read_scalars
+from torchrl_sql.training.checkpoint import best_step, checkpoint_step, list_checkpoints, load_checkpoint
+from torchrl_sql.training.logs import read_scalars
 from torchrl_sql.training.trainer import Trainer
 
 
@@ -38,13 +46,13 @@ def assert_same(left, right):
         assert left == right
 
 
-def interrupt_after(monkeypatch, step):
+def interrupt_after(monkeypatch, step, number=signal.SIGINT):
     update = Trainer.update
 
     def interrupting(self, batch):
         metrics = update(self, batch)
         if self.step == step:
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(number)
         return metrics
 
     monkeypatch.setattr(Trainer, "update", interrupting)
@@ -75,31 +83,145 @@ def test_an_interrupted_run_continues_exactly(make_config, monkeypatch, objectiv
     train(parts)
     assert_same(final_state(parts), final_state(whole))
     ours, theirs = (read_scalars(Path(c.run_dir)) for c in (parts, whole))
-    deterministic = ours.keys() - {"samples_per_second", "data_wait_fraction"}
+    deterministic = ours.keys() - {"samples_per_second", "data_wait_fraction", "eta_seconds"}
     assert {"objective", "grad_norm", "learning_rate"} <= deterministic
     for name in deterministic:
         assert ours[name] == theirs[name], name
         assert [step for step, _ in ours[name]] == [2, 4, 6, 8, 10, 12]
 
 
-def test_a_killed_run_continues_from_its_last_checkpoint(make_config, monkeypatch):
-    whole, killed = make_config(name="whole"), make_config(name="killed")
-    train(whole)
+def dying_at(step):
+    """An update that fails after ``step - 1`` gradient steps."""
     update = Trainer.update
 
     def dying(self, batch):
-        if self.step == 7:
+        if self.step == step - 1:
             raise RuntimeError("killed")
         return update(self, batch)
 
+    return dying
+
+
+def test_a_killed_run_continues_from_its_last_checkpoint(make_config, monkeypatch):
+    whole, killed = make_config(name="whole"), make_config(name="killed")
+    train(whole)
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "update", dying)
+        patch.setattr(Trainer, "update", dying_at(8))
         with pytest.raises(RuntimeError, match="killed"):
             train(killed)
     train(killed)
     assert_same(final_state(killed), final_state(whole))
     steps = [step for step, _ in read_scalars(Path(killed.run_dir))["objective"]]
     assert steps == [2, 4, 6, 8, 10, 12]
+
+
+@settings(max_examples=4, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(stops=st.sets(st.integers(1, 11), max_size=3), number=st.sampled_from([signal.SIGINT, signal.SIGTERM]))
+def test_any_interruptions_leave_no_trace(make_config, stops, number):
+    whole, parts = make_config(name="whole"), make_config(name="parts")
+    train(whole)  # once: a finished run returns at once
+    shutil.rmtree(parts.run_dir, ignore_errors=True)
+    for step in sorted(stops):
+        with pytest.MonkeyPatch.context() as patch:
+            interrupt_after(patch, step, number)
+            with pytest.raises(Interrupted, match=f"stopped at gradient step {step} of 12"):
+                train(parts)
+    train(parts)
+    assert_same(final_state(parts), final_state(whole))
+
+
+def poison_batch(monkeypatch, step):
+    sample = OfflineAtariReplay.sample
+
+    def poisoned(self):
+        batch = sample(self)
+        if self._sampler.step == step:
+            batch["next", "reward"] *= float("nan")
+        return batch
+
+    monkeypatch.setattr(OfflineAtariReplay, "sample", poisoned)
+
+
+def test_a_non_finite_loss_leaves_state_and_batch_for_inspection(make_config, monkeypatch):
+    config, stopped = make_config(name="diverged"), make_config(name="stopped")
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 6)
+        with pytest.raises(Interrupted):
+            train(stopped)
+    poison_batch(monkeypatch, 7)
+    with pytest.raises(FloatingPointError, match=r"gradient of step 7 is not finite.*nonfinite holds state.pt"):
+        train(config)
+    folder = Path(config.run_dir) / "nonfinite"
+    state, batch = (load_checkpoint(folder / name) for name in ("state.pt", "batch_rank0.pt"))
+    assert (state["step"], batch["step"]) == (6, 7)
+    assert batch["batch"]["next"]["reward"].isnan().all() and batch["batch"]["observation"].shape == (8, 4, 84, 84)
+    expected = final_state(stopped)
+    for each in (state["trainer"], expected):
+        each["scheduler"].pop("_step_count")  # serves a warning of torch's
+    assert_same(state["trainer"], expected)
+
+
+def test_a_broken_state_is_never_saved_as_a_checkpoint(make_config, monkeypatch):
+    config = make_config("trainer.log_interval_gradient_steps=12")
+    poison_batch(monkeypatch, 7)
+    with pytest.raises(FloatingPointError, match="gradient of step 7 is not finite"):
+        train(config)
+    assert [checkpoint_step(path) for path in list_checkpoints(Path(config.run_dir) / "checkpoints")] == [4]
+
+
+def test_the_summary_says_what_was_done_and_where_it_is(make_config, caplog):
+    with caplog.at_level("INFO"):
+        folder = train(make_config())
+    for line in (
+        "step 12 of 12: objective ",
+        "trained at gradient step 12 of 12",
+        "this time    12 gradient steps in 0:00:0",
+        "checkpoints  3 written, training waited 0.",
+        f"folder       {folder}: checkpoints/, logs/",
+    ):
+        assert line in caplog.text
+
+
+def test_greedy_play_of_all_games_marks_the_best_checkpoint(make_config):
+    folder = train(make_config("evaluation.max_env_frames_per_episode=200"))
+    older = list_checkpoints(folder / "checkpoints")[0]
+    evaluate = ["evaluate", str(older), "--episodes", "1", "--device", "cpu"]
+    for elsewhere in (["--decoding", "sampled"], ["--games", "Freeway"], ["--sticky", "0.5"], ["--shard", "1/2"]):
+        assert main([*evaluate, "--out", str(folder / "elsewhere" / elsewhere[0]), *elsewhere]) == 0
+        assert best_step(folder / "checkpoints") is None, elsewhere
+    assert main(evaluate) == 0
+    assert best_step(folder / "checkpoints") == 4
+    scores = [human_normalised(row.episode_return, row.game) for row in read_episodes(folder / "scores.csv")]
+    assert json.loads((folder / "checkpoints" / "best.json").read_text())["score"] == pytest.approx(sum(scores) / 2)
+
+
+def test_tensorboard_forgets_what_a_continued_run_logs_again(make_config, monkeypatch):
+    config = make_config("trainer.loggers=[csv,tensorboard]")
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "update", dying_at(9))
+        with pytest.raises(RuntimeError, match="killed"):
+            train(config)
+    train(config)
+    events = EventAccumulator(str(Path(config.run_dir) / "logs" / "tensorboard"), purge_orphaned_data=True).Reload()
+    assert [event.step for event in events.Scalars("train/objective")] == [2, 4, 6, 8, 10, 12]
+
+
+def test_a_continued_run_stays_the_same_wandb_run(make_config, monkeypatch):
+    ids = []
+
+    class FakeWandb(CSVLogger):
+        def __init__(self, exp_name, save_dir, id):
+            super().__init__(exp_name, log_dir=save_dir)
+            ids.append(id)
+
+    monkeypatch.setattr("torchrl_sql.training.logs.WandbLogger", FakeWandb)
+    config = make_config("trainer.loggers=[csv,wandb]")
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 5)
+        with pytest.raises(Interrupted):
+            train(config)
+    train(config)
+    assert len(ids) == 2 and ids[0] == ids[1] and len(ids[0]) == 8
 
 
 def test_a_finished_run_is_left_alone_and_other_settings_are_refused(make_config):

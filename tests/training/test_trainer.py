@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from tensordict import TensorDict
@@ -10,6 +12,7 @@ from torchrl.objectives import HardUpdate
 
 from torchrl_sql.objectives import DistributionalCQLLoss
 from torchrl_sql.training import Trainer
+from torchrl_sql.training.trainer import NonFiniteError
 
 
 class ListReplay:
@@ -46,7 +49,7 @@ def make_batch(seed, reward=None):
     )
 
 
-def make_trainer(batches=None, *, lr=0.1, **kwargs):
+def make_trainer(batches=None, *, lr=0.1, optimizer=torch.optim.SGD, **kwargs):
     torch.manual_seed(0)
     network = MLP(in_features=4, out_features=(11, 3), num_cells=[16], activation_class=nn.ReLU)
     actor = DistributionalQValueActor(network, spec=Categorical(3), support=torch.linspace(-5, 5, 11))
@@ -54,7 +57,7 @@ def make_trainer(batches=None, *, lr=0.1, **kwargs):
     return Trainer(
         loss,
         ListReplay(batches or [make_batch(s) for s in range(5)]),
-        torch.optim.SGD(loss.parameters(), lr=lr),
+        optimizer(list(loss.parameters()), lr=lr),
         target_updater=HardUpdate(loss, value_network_update_interval=0),
         **kwargs,
     )
@@ -119,14 +122,50 @@ def test_resuming_from_a_state_is_exact():
 
 def test_non_finite_rewards_are_named_in_the_first_steps():
     trainer = make_trainer([make_batch(0, reward=float("nan"))])
-    with pytest.raises(ValueError, match="reward"):
+    with pytest.raises(NonFiniteError, match="reward") as caught:
         list(trainer.train(1, log_interval=1))
+    assert caught.value.step == 1
 
 
-def test_a_diverged_objective_stops_training():
-    trainer = make_trainer([*(make_batch(s) for s in range(4)), make_batch(0, reward=float("nan"))])
-    with pytest.raises(FloatingPointError, match=r"gradient steps 5 to 6 had: .*objective=nan"):
-        list(trainer.train(10, log_interval=2))
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_diverged_objective_stops_training_with_the_weights_before_it(fused):
+    batches = [*(make_batch(s) for s in range(4)), make_batch(0, reward=float("nan")), make_batch(5)]
+    trainer, healthy = (make_trainer(batches, optimizer=partial(torch.optim.Adam, fused=fused)) for _ in range(2))
+    message = r"the gradient of step 5 is not finite; means of gradient steps 4 to 6: .*objective=nan"
+    with pytest.raises(NonFiniteError, match=message) as caught:
+        list(trainer.train(10, log_interval=3))
+    assert caught.value.step == 5
+    list(healthy.train(4, log_interval=1))
+    ours, theirs = weights(trainer), weights(healthy)
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs) == fused
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_microbatches_add_up_to_the_batch(size):
+    whole, parts = make_trainer(max_grad_norm=0.5), make_trainer(max_grad_norm=0.5, microbatch_size=size)
+    for seed in range(4):
+        expected, metrics = whole.update(make_batch(seed)), parts.update(make_batch(seed))
+        for key, value in expected.items():
+            torch.testing.assert_close(metrics[key], value, rtol=1e-4, atol=1e-5)
+    ours, theirs = weights(parts), weights(whole)
+    for key in theirs:
+        torch.testing.assert_close(ours[key], theirs[key], rtol=1e-4, atol=1e-6)
+
+
+def test_microbatches_must_divide_the_batch():
+    with pytest.raises(ValueError, match="microbatch_size must divide the rank's batch of 6, got 4"):
+        make_trainer(microbatch_size=4).update(make_batch(0))
+
+
+def test_training_can_be_left_within_an_interval_without_losing_its_metrics():
+    whole, parts = make_trainer(), make_trainer()
+    expected = list(whole.train(6, log_interval=3))
+    first = list(parts.train(6, log_interval=3, stop=lambda: parts.step == 4))
+    continued = make_trainer()
+    continued.load_state_dict(parts.state_dict())
+    results = first + list(continued.train(6, log_interval=3))
+    assert [r["objective"] for r in results] == [r["objective"] for r in expected]
+    assert [r["td_error"] for r in results] == [r["td_error"] for r in expected]
 
 
 def test_bf16_stays_close_to_fp32():

@@ -72,7 +72,7 @@ def _evaluate(args: argparse.Namespace) -> None:
 def _evaluate_agent(name: str, args: argparse.Namespace, shard: Shard) -> Path:
     from torchrl_sql.evaluation.clips import has_video_encoder
     from torchrl_sql.games import resolve_games
-    from torchrl_sql.stages import SIMPLE_PROTOCOL, evaluate_checkpoint, evaluate_simple_agent
+    from torchrl_sql.stages import SIMPLE_PROTOCOL, evaluate_checkpoint, evaluate_simple_agent, mark_if_best
     from torchrl_sql.training.build import find_checkpoint, load_actor
 
     options = {
@@ -108,6 +108,10 @@ def _evaluate_agent(name: str, args: argparse.Namespace, shard: Shard) -> Path:
             shard=shard,
             clips=folder / "clips" if args.video else None,
         )
+        own_protocol = not given.keys() - {"num_episodes_per_game"}
+        in_run = checkpoint.parent.name == "checkpoints"
+        if in_run and args.decoding == "greedy" and games is None and shard.count == 1 and own_protocol:
+            mark_if_best(checkpoint.parent.parent, trained, episodes)
     _print_means(name, episodes)
     return folder
 

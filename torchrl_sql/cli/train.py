@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 from typing import Any
 
@@ -56,4 +57,5 @@ def _train(args: argparse.Namespace) -> None:
         print(config.to_yaml(), end="")
         return
     folder = train(config)
-    print(f"Trained: {folder}. Next: torchrl-sql evaluate {folder}")
+    if os.environ.get("RANK", "0") == "0":
+        print(f"Trained: {folder}. Next: torchrl-sql evaluate {folder}")

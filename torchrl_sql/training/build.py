@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torchrl.modules import DistributionalQValueActor, QValueActor
-from torchrl.objectives import HardUpdate, LossModule
+from torchrl.objectives import HardUpdate, LossModule, TargetNetUpdater
 
 from torchrl_sql.config import ModelConfig, OptimConfig, RunConfig, run_config_from_yaml
 from torchrl_sql.data import FrameStore, OfflineAtariReplay
@@ -19,7 +20,7 @@ from torchrl_sql.modules import make_q_actor
 from torchrl_sql.objectives import DiscreteBCLoss, DistributionalCQLLoss
 from torchrl_sql.training.checkpoint import CheckpointError, list_checkpoints, load_checkpoint
 from torchrl_sql.training.distributed import Ranks
-from torchrl_sql.training.parallel import Replicated, SingleProcess
+from torchrl_sql.training.parallel import LossCall, Replicated, Sharded, SingleProcess
 from torchrl_sql.training.trainer import Trainer
 
 
@@ -44,6 +45,7 @@ def build_actor(
     *,
     store: FrameStore | None = None,
     memory_format: torch.memory_format = torch.contiguous_format,
+    mask_illegal_actions: bool = False,
 ) -> DistributionalQValueActor | QValueActor:
     """The Q-network.
 
@@ -55,6 +57,7 @@ def build_actor(
         store (FrameStore, optional): where the mean frames of ``center_input`` come from. Without one they are zeros,
             to be loaded with the weights.
         memory_format (torch.memory_format): layout of the convolutions.
+        mask_illegal_actions (bool): never choose an action that the game does not know.
     """
     input_mean = None
     if model.center_input and store is not None:
@@ -75,6 +78,7 @@ def build_actor(
         value_prior_std=model.value_prior_std,
         input_mean=input_mean,
         memory_format=memory_format,
+        mask_illegal_actions=mask_illegal_actions,
     )
 
 
@@ -102,6 +106,29 @@ def learning_rate_factor(optim: OptimConfig, num_gradient_steps: int) -> Callabl
         return warmup * (final + (1 - final) * cosine)
 
     return factor
+
+
+def build_optimizer(optim: OptimConfig, loss: LossModule) -> torch.optim.Optimizer:
+    """Fused Adam or AdamW over what the loss trains."""
+    kinds: dict[str, type[torch.optim.Adam]] = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+    trained = [parameter for parameter in loss.parameters() if parameter.requires_grad]
+    return kinds[optim.name](
+        trained, lr=optim.learning_rate, eps=optim.eps, weight_decay=optim.weight_decay, fused=True
+    )
+
+
+def _loss_call(config: RunConfig, loss: LossModule, ranks: Ranks) -> LossCall:
+    compile = config.trainer.compile
+    if ranks.world_size == 1:
+        return SingleProcess(loss, compile=compile)
+    kinds: dict[str, type[Replicated | Sharded]] = {"ddp": Replicated, "fsdp2": Sharded}
+    return kinds[config.trainer.parallel](loss, ranks, compile=compile)
+
+
+def _target_updater(loss: LossModule, call: LossCall) -> TargetNetUpdater:
+    # Interval 0 copies at each call; the trainer calls it when it is due.
+    make = partial(HardUpdate, value_network_update_interval=0)
+    return call.make_target_updater(make) if isinstance(call, Sharded) else make(loss)
 
 
 def build_trainer(config: RunConfig, ranks: Ranks | None = None) -> Trainer:
@@ -142,23 +169,20 @@ def build_trainer(config: RunConfig, ranks: Ranks | None = None) -> Trainer:
     memory_format = torch.channels_last if device.type == "cuda" else torch.contiguous_format
     actor = build_actor(config.model, config.games, store=store, memory_format=memory_format)
     loss = build_loss(config, actor).to(device)
-    compiled = config.trainer.compile
-    optim = config.optim
-    optimizer = torch.optim.Adam(loss.parameters(), lr=optim.learning_rate, eps=optim.eps, fused=True)
-    factor = learning_rate_factor(optim, config.trainer.num_gradient_steps)
+    call = _loss_call(config, loss, ranks)  # first: it may replace the parameters
+    optimizer = build_optimizer(config.optim, loss)
+    factor = learning_rate_factor(config.optim, config.trainer.num_gradient_steps)
     return Trainer(
         loss,
         replay,
         optimizer,
         scheduler=torch.optim.lr_scheduler.LambdaLR(optimizer, factor),
-        # Interval 0 copies at each call; the trainer calls it when it is due.
-        target_updater=HardUpdate(loss, value_network_update_interval=0) if config.objective.name == "cql" else None,
+        target_updater=_target_updater(loss, call) if config.objective.name == "cql" else None,
         target_update_interval=config.trainer.target_update_interval_gradient_steps,
-        max_grad_norm=optim.max_grad_norm,
+        max_grad_norm=config.optim.max_grad_norm,
         ranks=ranks,
-        call=Replicated(loss, ranks, compile=compiled)
-        if ranks.world_size > 1
-        else SingleProcess(loss, compile=compiled),
+        call=call,
+        microbatch_size=config.trainer.microbatch_size,
         precision=config.trainer.precision,  # type: ignore[arg-type]
     )
 

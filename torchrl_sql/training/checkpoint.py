@@ -1,17 +1,20 @@
-"""Checkpoint files: written atomically, read without running code."""
+"""Checkpoint files: written atomically, read without running code, deleted when newer ones make them superfluous."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import torch
 
-FORMAT = "torchrl_sql checkpoint 1"
+from torchrl_sql.data.run import sync_folder, write_atomically
+
+FORMAT = "torchrl_sql checkpoint 2"
 
 _NAME = re.compile(r"step_(\d+)\.pt")
 
@@ -25,31 +28,113 @@ def checkpoint_path(folder: Path, step: int) -> Path:
     return folder / f"step_{step:09d}.pt"
 
 
-def save_checkpoint(folder: Path, step: int, content: dict[str, Any], *, num_kept: int) -> Path:
-    """Writes ``folder/step_<step>.pt`` in one move, then deletes all but the newest ``num_kept``.
+def save_checkpoint(folder: Path, step: int, content: dict[str, Any]) -> Path:
+    """Writes ``folder/step_<step>.pt`` in one move; on disk when it returns.
 
     Args:
         folder (Path): created if absent.
         step (int): gradient step, part of the name.
         content (dict): tensors, numbers, strings, lists and dicts only.
 
-    Keyword Args:
-        num_kept (int): how many checkpoints stay.
+    Raises:
+        OSError: if it cannot be written; nothing is left of it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = checkpoint_path(folder, step)
-    temporary = path.with_suffix(".tmp")
+    write_content(path, content)
+    return path
+
+
+def write_content(path: Path, content: dict[str, Any]) -> None:
+    """Writes what :func:`load_checkpoint` reads, see :func:`save_checkpoint`."""
+    temporary = path.with_name(f"{path.stem}.{os.getpid()}.tmp")
     try:
-        with temporary.open("wb") as file:
-            torch.save({"format": FORMAT, **content}, file)
-            file.flush()
-            os.fsync(file.fileno())
+        with temporary.open("wb") as raw:
+            file = _KeepsError(raw)
+            try:
+                torch.save({"format": FORMAT, **content}, cast(IO[bytes], file))
+            except RuntimeError:
+                if file.error is not None:  # torch reports a failed write without saying why it failed
+                    raise file.error from None
+                raise
+            raw.flush()
+            os.fsync(raw.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    for old in list_checkpoints(folder)[:-num_kept]:
-        old.unlink()
-    return path
+    sync_folder(path.parent)
+
+
+class _KeepsError:
+    """A file that remembers why a write to it failed."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file = file
+        self.error: OSError | None = None
+
+    def write(self, data: bytes) -> int:
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def delete_superfluous(folder: Path, *, num_kept: int, milestone_interval: int | None) -> None:
+    """Deletes all but the newest ``num_kept`` checkpoints, the milestones and the best (see :func:`mark_best`)."""
+    best = best_step(folder)
+    for path in list_checkpoints(folder)[:-num_kept]:
+        step = checkpoint_step(path)
+        milestone = milestone_interval is not None and step % milestone_interval == 0
+        if not milestone and step != best:
+            path.unlink()
+
+
+def best_step(folder: Path) -> int | None:
+    """The gradient step of the best checkpoint of a ``checkpoints`` folder, ``None`` if none was marked.
+
+    Raises:
+        CheckpointError: if ``best.json`` is not what :func:`mark_best` writes.
+    """
+    best = _read_best(folder)
+    return None if best is None else best[0]
+
+
+def mark_best(run_dir: Path, step: int, score: float) -> bool:
+    """Marks a checkpoint as the best of its run if its score is the highest so far. The best is never deleted.
+
+    ``checkpoints/best.json`` holds the two numbers. ``torchrl-sql evaluate`` calls it after greedy play of all games
+    in one process, under the run's own protocol.
+
+    Args:
+        run_dir (Path): folder of the run.
+        step (int): gradient step of the checkpoint; scores of one that is no longer there are passed over.
+        score (float): higher is better.
+
+    Returns:
+        Whether it is the best now.
+    """
+    folder = run_dir / "checkpoints"
+    best = _read_best(folder)
+    better = best is None or score > best[1] or not checkpoint_path(folder, best[0]).is_file()
+    if not better or not checkpoint_path(folder, step).is_file():
+        return False
+    write_atomically(folder / "best.json", json.dumps({"step": step, "score": score}) + "\n")
+    return True
+
+
+def _read_best(folder: Path) -> tuple[int, float] | None:
+    path = folder / "best.json"
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return int(content["step"]), float(content["score"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} must hold a step and a score: {error!r}") from None
 
 
 def load_checkpoint(path: Path, *, map_location: torch.device | str = "cpu") -> dict[str, Any]:
@@ -80,6 +165,11 @@ def load_checkpoint(path: Path, *, map_location: torch.device | str = "cpu") -> 
 def list_checkpoints(folder: Path) -> list[Path]:
     """The checkpoints of a folder, oldest first."""
     return sorted(path for path in folder.glob("step_*.pt") if _NAME.fullmatch(path.name))
+
+
+def checkpoint_step(path: Path) -> int:
+    """The gradient step in a checkpoint's name."""
+    return int(path.stem.removeprefix("step_"))
 
 
 def load_latest_checkpoint(folder: Path, *, warn: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,6 +11,9 @@ from datetime import timedelta
 
 import torch
 from torch import Tensor, distributed
+
+_SETTLE_SECONDS = 0.2
+"""Milliseconds are enough on an idle machine."""
 
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
@@ -134,4 +138,7 @@ def process_group(device: torch.device, *, timeout_seconds: float = 600) -> Iter
     try:
         yield Ranks(rank, world_size, device, distributed.new_group(backend="gloo", timeout=timeout))
     finally:
+        # Gloo's threads take the interpreter's lock to let go of the last tensors. If the group is destroyed while one
+        # waits for the lock, torch 2.13 waits for that thread with the lock held: a deadlock, or an abort at exit.
+        time.sleep(_SETTLE_SECONDS)
         distributed.destroy_process_group()

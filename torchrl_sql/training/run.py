@@ -6,24 +6,29 @@ import json
 import logging
 import os
 import platform
-import sys
-from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
-
-from torchrl.record.loggers import CSVLogger, Logger, TensorboardLogger, WandbLogger
-from tqdm import tqdm
+from typing import Any, Self
 
 from torchrl_sql.config import ConfigError, RunConfig, run_config_from_yaml
 from torchrl_sql.data import FrameStore
 from torchrl_sql.data.run import write_atomically
 from torchrl_sql.training.build import build_trainer, resolve_device
-from torchrl_sql.training.checkpoint import checkpoint_path, load_checkpoint, load_latest_checkpoint, save_checkpoint
+from torchrl_sql.training.checkpoint import (
+    checkpoint_path,
+    load_checkpoint,
+    load_latest_checkpoint,
+    write_content,
+)
+from torchrl_sql.training.checkpoint_writer import CheckpointWriter, HostCopies
 from torchrl_sql.training.distributed import Ranks, process_group
 from torchrl_sql.training.interruption import Interrupted, StopSignals
+from torchrl_sql.training.logs import RunLog
+from torchrl_sql.training.policy import POLICY_FILE, export_policy
+from torchrl_sql.training.trainer import NonFiniteError, Trainer
+from torchrl_sql.training.watch import StallWatch
 
 logger = logging.getLogger(__name__)
 
@@ -73,76 +78,137 @@ def _train(config: RunConfig, ranks: Ranks, signals: StopSignals) -> Path:
                 f"{folder} was trained on other data than {config.data.store} holds now; choose another run_dir"
             )
         if content["step"] >= num_steps:
-            logger.info("%s is trained already (%d gradient steps)", folder, content["step"])
+            if ranks.is_main:
+                _export_once(path, folder)
+                logger.info("%s is trained already (%d gradient steps)", folder, content["step"])
             return folder
     trainer = build_trainer(config, ranks)
     if found is not None:
         trainer.load_state_dict(content["trainer"])
-        logger.info("continuing %s at gradient step %d", folder, trainer.step)
+        if ranks.is_main:
+            logger.info("continuing %s at gradient step %d", folder, trainer.step)
         del found, content
-    loggers: list[Logger] = []
+    versions = software_versions()
     if ranks.is_main:
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / "config.yaml", config.to_yaml())
-        write_atomically(folder / "versions.json", json.dumps(software_versions(), indent=1) + "\n")
-        _trim_scalars(folder / "logs", last_step=trainer.step)
-        loggers = _make_loggers(config, folder)
+        write_atomically(folder / "versions.json", json.dumps(versions, indent=1) + "\n")
 
-    def save() -> None:
-        state = trainer.state_dict()
-        if not ranks.is_main:
-            return
-        content = {
-            "step": trainer.step,
-            "config": config.to_yaml(),
-            "games": list(config.games),
-            "data_fingerprint": fingerprint,
-            "versions": software_versions(),
-            "trainer": state,
-        }
-        save_checkpoint(folder / "checkpoints", trainer.step, content, num_kept=config.trainer.num_checkpoints_kept)
+    about = {
+        "config": config.to_yaml(),
+        "games": list(config.games),
+        "data_fingerprint": fingerprint,
+        "versions": versions,
+    }
 
-    agreement = ranks.agreement()
-    request = _CONTINUE
+    def state() -> dict[str, Any]:
+        return {"step": trainer.step, **about, "trainer": trainer.state_dict()}
 
-    def after_step() -> bool:
-        nonlocal request
-        request = agreement(_REQUEUE if signals.requeue else _STOP if signals.stop else _CONTINUE)
-        stopping = request != _CONTINUE
-        due = trainer.step % config.trainer.checkpoint_interval_gradient_steps == 0
-        if due or stopping or trainer.step >= num_steps:
-            save()
-        return stopping
+    with ExitStack() as stack:
+        stack.callback(trainer.replay.shutdown)
+        main = stack.enter_context(_MainRank(config, folder, first_step=trainer.step)) if ranks.is_main else None
+        watch = stack.enter_context(StallWatch(config.trainer.stall_warning_seconds))
+        agreement = ranks.agreement()
+        request = _CONTINUE
 
-    bar = tqdm(
-        total=num_steps,
-        initial=trainer.step,
-        desc=f"train {config.objective.name}",
-        unit="step",
-        mininterval=0.5 if sys.stderr.isatty() else 10,
-        dynamic_ncols=True,
-        disable=not ranks.is_main,
-    )
-    try:
-        with bar:
+        def after_step() -> bool:
+            nonlocal request
+            watch.beat()
+            request = agreement(_REQUEUE if signals.requeue else _STOP if signals.stop else _CONTINUE)
+            due = trainer.step % config.trainer.checkpoint_interval_gradient_steps == 0
+            if due or request != _CONTINUE or trainer.step >= num_steps:
+                trainer.check_gradients()  # what is saved must be worth to be continued
+                content = state()
+                if main is not None:
+                    main.writer.save(trainer.step, content)
+            elif main is not None:
+                main.writer.check()
+            return request != _CONTINUE
+
+        try:
             log_interval = config.trainer.log_interval_gradient_steps
             for metrics in trainer.train(num_steps, log_interval=log_interval, stop=after_step):
-                for run_logger in loggers:
-                    for name, value in metrics.items():
-                        run_logger.log_scalar(f"train/{name}", value, step=trainer.step)
-                bar.set_postfix_str(f"objective {metrics['objective']:.3f}", refresh=False)
-                bar.update(trainer.step - bar.n)
+                if main is not None:
+                    main.log.result(trainer.step, metrics)
+        except NonFiniteError as error:
+            trainer.rewind(error.step - 1)
+            where = _save_for_inspection(folder / "nonfinite", state(), trainer, ranks)
+            raise NonFiniteError(f"{error}. {where}", step=error.step) from error
         agreement.finish()
-        ranks.maximum(0)  # nobody leaves before rank 0 has saved
-    finally:
-        trainer.replay.shutdown()
-        for run_logger in loggers:
-            if isinstance(run_logger, TensorboardLogger):
-                run_logger.experiment.close()
+        problem = None if main is None else main.finish(trainer.step)
+        if ranks.maximum(int(problem is not None)):  # also: nobody leaves before rank 0 has saved
+            raise problem or RuntimeError("rank 0 could not write the last checkpoint")
     if trainer.step < num_steps:
         done = f"stopped at gradient step {trainer.step} of {num_steps}"
         raise Interrupted(f"{done}; the same command continues", requeue=request == _REQUEUE)
     return folder
+
+
+class _MainRank:
+    """What only rank 0 has: the log and the writer of checkpoints."""
+
+    def __init__(self, config: RunConfig, folder: Path, *, first_step: int) -> None:
+        trainer = config.trainer
+        self.config = config
+        self.folder = folder
+        self.log = RunLog(
+            folder / "logs",
+            trainer.loggers,
+            run_name=config.name,
+            first_step=first_step,
+            num_steps=trainer.num_gradient_steps,
+        )
+        self.writer = CheckpointWriter(
+            folder / "checkpoints",
+            num_kept=trainer.num_checkpoints_kept,
+            milestone_interval=trainer.milestone_interval_gradient_steps,
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.writer.close()
+        self.log.close()
+
+    def finish(self, step: int) -> Exception | None:
+        """Waits for the last checkpoint, exports a trained policy, says what was done; returns what went wrong."""
+        try:
+            self.writer.finish(step)
+            if step >= self.config.trainer.num_gradient_steps:
+                _export_once(checkpoint_path(self.writer.folder, step), self.folder)
+        except (OSError, ValueError) as error:
+            return error
+        summary = self.log.summary(
+            step=step,
+            batch_size=self.config.data.batch_size,
+            num_checkpoints=self.writer.num_written,
+            stall_seconds=self.writer.stall_seconds,
+            run_dir=self.folder,
+        )
+        logger.info("%s", summary)
+        return None
+
+
+def _export_once(checkpoint: Path, folder: Path) -> None:
+    """Writes ``policy.safetensors`` of a trained run unless it is there."""
+    path = folder / POLICY_FILE
+    if not path.is_file():
+        export_policy(checkpoint, path)
+
+
+def _save_for_inspection(folder: Path, state: dict[str, Any], trainer: Trainer, ranks: Ranks) -> str:
+    """Writes the state before the next gradient step and each rank's batch for it; says where and how to read them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if ranks.is_main:
+        write_content(folder / "state.pt", HostCopies().copy(state))
+    batch = {"step": trainer.step + 1, "batch": trainer.replay.sample().to_dict()}
+    write_content(folder / f"batch_rank{ranks.rank}.pt", batch)
+    ranks.maximum(0)
+    return (
+        f"{folder} holds state.pt, a checkpoint of the state before it, and batch_rank*.pt, its batch on each rank; "
+        "torchrl_sql.training.checkpoint.load_checkpoint reads them"
+    )
 
 
 def _load_latest(folder: Path, ranks: Ranks) -> tuple[Path, dict[str, Any]] | None:
@@ -163,35 +229,6 @@ def software_versions() -> dict[str, str]:
     names = ("torchrl_sql", "torch", "torchrl", "tensordict", "ale-py", "numpy", "tensorstore")
     machine = {"machine": f"{platform.machine()}, {os.cpu_count()} cores"}
     return machine | {"python": platform.python_version()} | {name: version(name) for name in names}
-
-
-def read_scalars(run_dir: Path) -> dict[str, list[tuple[int, float]]]:
-    """The logged metrics of a run: name -> ``[(gradient step, value), ...]``."""
-    folder = run_dir / "logs" / "csv" / "scalars" / "train"
-    return {
-        path.stem: [(int(step), float(value)) for step, value in _rows(path)] for path in sorted(folder.glob("*.csv"))
-    }
-
-
-def _rows(path: Path) -> Iterator[list[str]]:
-    for line in path.read_text(encoding="utf-8").splitlines():
-        yield line.split(",")
-
-
-def _trim_scalars(logs: Path, *, last_step: int) -> None:
-    """Drops what was logged after the checkpoint that a run continues from: it will be logged again."""
-    for path in logs.glob("csv/scalars/**/*.csv"):
-        kept = [row for row in _rows(path) if len(row) == 2 and int(row[0]) <= last_step]
-        write_atomically(path, "".join(f"{step},{value}\n" for step, value in kept))
-
-
-def _make_loggers(config: RunConfig, folder: Path) -> list[Logger]:
-    makers: Mapping[str, Any] = {
-        "csv": lambda: CSVLogger("csv", log_dir=str(folder / "logs")),
-        "tensorboard": lambda: TensorboardLogger("tensorboard", log_dir=str(folder / "logs")),
-        "wandb": lambda: WandbLogger(exp_name=config.name, save_dir=str(folder / "logs")),
-    }
-    return [makers[name]() for name in config.trainer.loggers]
 
 
 def _check_same_run(new: RunConfig, old: RunConfig, folder: Path) -> None:

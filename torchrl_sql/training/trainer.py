@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torchrl.objectives import LossModule, TargetNetUpdater
 
 from torchrl_sql.training.distributed import Ranks
-from torchrl_sql.training.parallel import LossCall, SingleProcess
+from torchrl_sql.training.parallel import LossCall, SingleProcess, part_like, whole
 
 _NUM_CHECKED_STEPS = 3
 """First gradient steps after a start in which the loss checks rewards and network outputs for non-finite values."""
@@ -34,6 +35,18 @@ class Replay(Protocol):
 
     def shutdown(self) -> None:
         """Ends reader threads."""
+
+
+class NonFiniteError(FloatingPointError):
+    """The objective or its gradient was not finite.
+
+    Attributes:
+        step (int): the first such gradient step.
+    """
+
+    def __init__(self, message: str, *, step: int) -> None:
+        super().__init__(message)
+        self.step = step
 
 
 @dataclass
@@ -106,6 +119,10 @@ class Trainer:
         self.step = 0
         self._call = call or SingleProcess(loss)
         self._interval = _Interval()
+        # From the first gradient that is not finite on, steps are counted and, by fused optimizers, not taken: the
+        # weights are still those before it when the host hears of it at the next result.
+        self._broken = torch.zeros((), device=self.device)
+        self._num_broken_steps = torch.zeros((), device=self.device)
         self._num_checks_left = _NUM_CHECKED_STEPS if hasattr(loss, "check_finite") else 0
 
     @property
@@ -128,7 +145,11 @@ class Trainer:
         """
         self.optimizer.zero_grad(set_to_none=True)
         metrics = self._accumulate_gradients(batch)
-        metrics["grad_norm"] = torch.nn.utils.clip_grad_norm_(self._parameters, self.max_grad_norm)
+        metrics["grad_norm"] = whole(torch.nn.utils.clip_grad_norm_(self._parameters, self.max_grad_norm))
+        self._broken = torch.maximum(self._broken, metrics["grad_norm"].isfinite().logical_not().float())
+        self._num_broken_steps += self._broken
+        if self.optimizer.defaults.get("fused"):
+            self.optimizer.found_inf = self._broken  # type: ignore[attr-defined]  # as torch.amp.GradScaler does
         self.optimizer.step()
         if self.scheduler is not None:
             self.scheduler.step()
@@ -156,12 +177,17 @@ class Trainer:
 
     def _check_finite(self, batch: TensorDictBase) -> None:
         """Runs the loss once more with its checks on. They synchronise and do not compile, hence not in the update."""
+        problem: ValueError | None = None
         self.loss.check_finite = True
         try:
             with torch.no_grad():
-                self.loss(batch.clone())
+                self._call(batch.clone(), eager=True)
+        except ValueError as error:
+            problem = error
         finally:
             self.loss.check_finite = False
+        if self.ranks.maximum(int(problem is not None)):
+            raise NonFiniteError(str(problem or "another rank's batch is not finite"), step=self.step + 1) from problem
 
     def train(
         self, num_gradient_steps: int, *, log_interval: int, stop: Callable[[], bool] = lambda: False
@@ -182,7 +208,8 @@ class Trainer:
             ``data_wait_fraction`` (share of time spent waiting for data).
 
         Raises:
-            FloatingPointError: if the objective was not finite in the interval.
+            NonFiniteError: if the objective or its gradient was not finite in the interval. With a fused optimizer the
+                weights and moments are then those before that step.
         """
         self._interval.started = time.perf_counter()
         while self.step < num_gradient_steps:
@@ -205,47 +232,94 @@ class Trainer:
         names = list(interval.sums.keys())
         sums = torch.stack([value.float() for value in interval.sums.values()])
         timing = sums.new_tensor([interval.data_seconds, self._interval.started - interval.started])
-        *means, data_seconds, seconds = self.ranks.mean(torch.cat([sums / interval.num_steps, timing])).tolist()
+        values = self.ranks.mean(torch.cat([sums / interval.num_steps, timing]))
+        *means, data_seconds, seconds = values.tolist()
         result = dict(zip(names, means, strict=True))
-        if not -float("inf") < result["objective"] < float("inf"):
-            first = self.step - interval.num_steps + 1
-            raise FloatingPointError(
-                f"the objective must be finite, but gradient steps {first} to {self.step} had: "
-                + ", ".join(f"{key}={value:g}" for key, value in result.items())
-            )
+        first = self.step - interval.num_steps + 1
+        told = f"means of gradient steps {first} to {self.step}: "
+        told += ", ".join(f"{key}={value:g}" for key, value in result.items())
+        self.check_gradients(told)
+        if not math.isfinite(result["objective"]):
+            raise NonFiniteError(f"the objective must be finite; {told}", step=first)
         return result | {
             "learning_rate": float(self.optimizer.param_groups[0]["lr"]),
             "samples_per_second": interval.num_timed_samples * self.ranks.world_size / seconds,
             "data_wait_fraction": data_seconds / seconds,
         }
 
+    def check_gradients(self, told: str = "") -> None:
+        """Waits for the device; the same on each rank.
+
+        Args:
+            told (str): what else the error is to say.
+
+        Raises:
+            NonFiniteError: if a gradient since the last start was not finite.
+        """
+        if num_broken_steps := int(self._num_broken_steps):
+            step = self.step - num_broken_steps + 1
+            raise NonFiniteError(f"the gradient of step {step} is not finite; {told}".rstrip("; "), step=step)
+
+    def rewind(self, step: int) -> None:
+        """After a :class:`NonFiniteError`: counts back to the gradient step before it, whose batch comes next.
+
+        Only for a replay buffer whose batches follow from its sampler's step alone, as those of
+        :class:`~torchrl_sql.data.OfflineAtariReplay`, and a scheduler of the step alone. Weights stay as they are.
+        """
+        self.step = step
+        self.replay.sampler.step = step  # type: ignore[attr-defined]
+        self._interval = _Interval()
+        if self.scheduler is not None and self.scheduler.last_epoch != step:
+            self.scheduler.last_epoch = step - 1
+            self.scheduler.step()
+
     def state_dict(self) -> dict[str, Any]:
-        """Everything that decides the steps to come, made of tensors, numbers, strings, lists and dicts."""
+        """Everything that decides the steps to come, made of tensors, numbers, strings, lists and dicts.
+
+        To be called by every rank. It does not depend on the number of ranks or on how parameters are spread over
+        them, except for the list of random states.
+        """
         sums = self._interval.sums
+        if sums is not None:
+            names, mean = list(sums.keys()), self.ranks.mean(torch.stack([value.float() for value in sums.values()]))
+            sums = TensorDict(dict(zip(names, mean.unbind(), strict=True)))
+        cuda_rng = self.device.type == "cuda"
         return {
             "step": self.step,
-            "loss": self.loss.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "loss": whole(dict(self.loss.state_dict())),
+            "optimizer": whole(self.optimizer.state_dict()),
             "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
             "replay": self.replay.state_dict(),
             "interval": None if sums is None else {"sums": sums.to_dict(), "num_steps": self._interval.num_steps},
-            "rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state() if self.device.type == "cuda" else None,
+            "rng": self.ranks.gather(torch.get_rng_state()),
+            "cuda_rng": self.ranks.gather(torch.cuda.get_rng_state()) if cuda_rng else None,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues as the trainer whose :meth:`state_dict` this is would have."""
+        """Continues as the trainers whose :meth:`state_dict` this is would have, on each rank.
+
+        With more ranks than there were, those that come new keep their present random states.
+        """
         self.step = state["step"]
-        self.loss.load_state_dict(state["loss"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        for key, own in self.loss.state_dict().items():
+            own.copy_(part_like(state["loss"][key], own))  # load_state_dict uses operations that DTensor lacks
+        moments = {
+            index: {
+                key: part_like(value, parameter) if value.shape == parameter.shape else value
+                for key, value in state["optimizer"]["state"][index].items()
+            }
+            for index, parameter in enumerate(self._parameters)
+            if index in state["optimizer"]["state"]
+        }
+        self.optimizer.load_state_dict(state["optimizer"] | {"state": moments})
         if self.scheduler is not None:
             self.scheduler.load_state_dict(state["scheduler"])
         self.replay.load_state_dict(state["replay"])
-        interval = state["interval"]
         self._interval = _Interval()
-        if interval is not None:
-            self._interval.sums = TensorDict(interval["sums"], device=self.device)
-            self._interval.num_steps = interval["num_steps"]
-        torch.set_rng_state(state["rng"].cpu())
-        if state["cuda_rng"] is not None:
-            torch.cuda.set_rng_state(state["cuda_rng"].cpu())
+        if state["interval"] is not None:
+            self._interval.sums = TensorDict(state["interval"]["sums"], device=self.device)
+            self._interval.num_steps = state["interval"]["num_steps"]
+        if self.ranks.rank < len(state["rng"]):
+            torch.set_rng_state(state["rng"][self.ranks.rank].cpu())
+            if state["cuda_rng"] is not None and self.device.type == "cuda":
+                torch.cuda.set_rng_state(state["cuda_rng"][self.ranks.rank].cpu())

@@ -1,0 +1,147 @@
+"""What a run says while it trains: metrics in files and services, a progress line, a summary."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+from torchrl.record.loggers import CSVLogger, Logger, TensorboardLogger, WandbLogger
+from tqdm import tqdm
+
+from torchrl_sql.data.run import write_atomically
+
+logger = logging.getLogger(__name__)
+
+_LINE_INTERVAL_SECONDS = 30.0
+
+
+class RunLog:
+    """Logs the metrics of a run and shows its progress.
+
+    Metrics go to ``folder`` (and to W&B, under the run id in ``folder/wandb_id``), as functions of the gradient step.
+    What was logged after ``first_step`` is dropped: a continued run logs it again. Progress is a bar on a terminal,
+    else a line in the log every half minute.
+
+    Args:
+        folder (Path): the run's ``logs``.
+        names (sequence of str): any of ``csv``, ``tensorboard``, ``wandb``.
+
+    Keyword Args:
+        run_name (str): what W&B calls it.
+        first_step (int): gradient step to continue from.
+        num_steps (int): gradient step to reach.
+    """
+
+    def __init__(self, folder: Path, names: list[str], *, run_name: str, first_step: int, num_steps: int) -> None:
+        _trim_scalars(folder, last_step=first_step)
+        makers: Mapping[str, Any] = {
+            "csv": lambda: CSVLogger("csv", log_dir=str(folder)),
+            "tensorboard": lambda: _PurgingTensorboardLogger(folder, first_step + 1 if first_step else None),
+            "wandb": lambda: WandbLogger(exp_name=run_name, save_dir=str(folder), id=_wandb_id(folder)),
+        }
+        self._loggers: list[Logger] = [makers[name]() for name in names]
+        self._first_step, self._num_steps, self._step = first_step, num_steps, first_step
+        self._started = time.perf_counter()
+        self._next_line = self._started
+        self._bar = tqdm(
+            total=num_steps,
+            initial=first_step,
+            desc=f"train {run_name}",
+            unit="step",
+            dynamic_ncols=True,
+            disable=not sys.stderr.isatty(),
+        )
+        self._num_results = 0
+        self._data_wait_sum = 0.0
+
+    def close(self) -> None:
+        """Ends the progress line and flushes what is left."""
+        self._bar.close()
+        for run_logger in self._loggers:
+            if isinstance(run_logger, TensorboardLogger):
+                run_logger.experiment.close()
+
+    def result(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Logs the metrics of an interval that ended at ``step``; adds ``eta_seconds``."""
+        eta = (time.perf_counter() - self._started) / (step - self._first_step) * (self._num_steps - step)
+        for run_logger in self._loggers:
+            for name, value in {**metrics, "eta_seconds": eta}.items():
+                run_logger.log_scalar(f"train/{name}", value, step=step)
+        self._num_results += 1
+        self._data_wait_sum += metrics["data_wait_fraction"]
+        text = (
+            f"objective {metrics['objective']:.3f}, {metrics['samples_per_second']:,.0f} samples/s, "
+            f"data wait {metrics['data_wait_fraction']:.1%}"
+        )
+        self._bar.set_postfix_str(text, refresh=False)
+        self._bar.update(step - self._step)
+        self._step = step
+        now = time.perf_counter()
+        if self._bar.disable and (now >= self._next_line or step == self._num_steps):
+            self._next_line = now + _LINE_INTERVAL_SECONDS
+            logger.info("step %s of %s: %s, %s left", f"{step:,}", f"{self._num_steps:,}", text, _duration(eta))
+
+    def summary(self, *, step: int, batch_size: int, num_checkpoints: int, stall_seconds: float, run_dir: Path) -> str:
+        """What was done since the start, and where things are."""
+        num_steps, seconds = step - self._first_step, time.perf_counter() - self._started
+        wait = f"{self._data_wait_sum / self._num_results:.1%}" if self._num_results else "unknown"
+        state = "trained" if step >= self._num_steps else "stopped"
+        return "\n".join(
+            [
+                f"{state} at gradient step {step:,} of {self._num_steps:,}",
+                f"  this time    {num_steps:,} gradient steps in {_duration(seconds)}",
+                f"  speed        {num_steps * batch_size / seconds:,.0f} samples/s, data wait {wait}",
+                f"  checkpoints  {num_checkpoints} written, training waited {stall_seconds:.2f} s for them",
+                f"  folder       {run_dir}: checkpoints/, logs/, config.yaml, versions.json",
+            ]
+        )
+
+
+def read_scalars(run_dir: Path) -> dict[str, list[tuple[int, float]]]:
+    """The logged metrics of a run: name -> ``[(gradient step, value), ...]``."""
+    folder = run_dir / "logs" / "csv" / "scalars" / "train"
+    return {
+        path.stem: [(int(step), float(value)) for step, value in _rows(path)] for path in sorted(folder.glob("*.csv"))
+    }
+
+
+class _PurgingTensorboardLogger(TensorboardLogger):
+    """Tells TensorBoard to forget what came after the step that a run continues from."""
+
+    def __init__(self, folder: Path, purge_step: int | None) -> None:
+        self._purge_step = purge_step
+        super().__init__("tensorboard", log_dir=str(folder))
+
+    def _create_experiment(self) -> SummaryWriter:
+        return SummaryWriter(log_dir=str(Path(self.log_dir) / self.exp_name), purge_step=self._purge_step)
+
+
+def _wandb_id(folder: Path) -> str:
+    """The W&B run of this folder, chosen at its first start."""
+    path = folder / "wandb_id"
+    if not path.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, secrets.token_hex(4) + "\n")
+    return path.read_text(encoding="utf-8").strip()
+
+
+def _duration(seconds: float) -> str:
+    return str(timedelta(seconds=round(seconds)))
+
+
+def _rows(path: Path) -> Iterator[list[str]]:
+    for line in path.read_text(encoding="utf-8").splitlines():
+        yield line.split(",")
+
+
+def _trim_scalars(logs: Path, *, last_step: int) -> None:
+    for path in logs.glob("csv/scalars/**/*.csv"):
+        kept = [row for row in _rows(path) if len(row) == 2 and int(row[0]) <= last_step]
+        write_atomically(path, "".join(f"{step},{value}\n" for step, value in kept))

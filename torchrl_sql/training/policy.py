@@ -1,0 +1,86 @@
+"""A trained network as one file: its weights and its configuration."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torchrl.modules import DistributionalQValueActor, QValueActor
+
+from torchrl_sql.config import RunConfig, run_config_from_yaml
+from torchrl_sql.training.build import build_actor, load_actor
+from torchrl_sql.training.checkpoint import CheckpointError
+
+POLICY_FILE = "policy.safetensors"
+"""In the folder of a trained run."""
+
+_POLICY_FORMAT = "torchrl_sql policy 1"
+
+
+def export_policy(checkpoint: Path, path: Path) -> None:
+    """Writes the online network of a checkpoint as one safetensors file for :func:`load_policy`.
+
+    Its metadata are ``format``, ``config`` (the run's configuration as YAML), ``games`` (their names separated by
+    commas, in the order of ``game_id``) and ``gradient_step``.
+
+    Args:
+        checkpoint (Path): a checkpoint, or a run's folder (its newest checkpoint is taken).
+        path (Path): the file to write, in one move.
+
+    Raises:
+        CheckpointError: if the checkpoint is damaged.
+    """
+    actor, config, gradient_step = load_actor(checkpoint)
+    metadata = {
+        "format": _POLICY_FORMAT,
+        "config": config.to_yaml(),
+        "games": ",".join(config.games),
+        "gradient_step": str(gradient_step),
+    }
+    weights = {name: value.contiguous().clone() for name, value in actor.state_dict().items()}
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        save_file(weights, temporary, metadata=metadata)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_policy(path: Path | str, *, device: torch.device | str = "cpu") -> DistributionalQValueActor | QValueActor:
+    """Loads a ``policy.safetensors`` file, ready to act. Runs no code from the file.
+
+    Args:
+        path (Path or str): what :func:`export_policy` or a finished training run wrote.
+
+    Keyword Args:
+        device (torch.device or str): where the weights go.
+
+    Returns:
+        An actor in evaluation mode, as :func:`torchrl_sql.modules.make_q_actor` makes them, that never chooses an
+        action its game does not know: ``observation`` uint8 ``[*B, 4, 84, 84]`` and ``game_id`` int64 ``[*B]`` (place
+        of the game in the file's ``games``) in, ``action`` int64 ``[*B]`` out.
+
+    Raises:
+        CheckpointError: if the file is damaged or of another format.
+        FileNotFoundError: if there is none.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no policy at {path}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} must be a safetensors file: {error}") from error
+    if metadata.get("format") != _POLICY_FORMAT:
+        raise CheckpointError(f"{path} must be of format {_POLICY_FORMAT!r}, got {metadata.get('format')!r}")
+    config: RunConfig = run_config_from_yaml(metadata["config"], source=f"the configuration in {path}")
+    actor = build_actor(config.model, config.games, mask_illegal_actions=True)
+    # Which actions are legal is no weight: it follows from the games.
+    own = {name: value for name, value in actor.state_dict().items() if name.endswith("legal_actions")}
+    actor.load_state_dict({**weights, **own})
+    return actor.eval().to(device)
