@@ -1,21 +1,30 @@
-"""Gathers what the folders of runs hold into one report."""
+"""Gathers what the folders of runs and tables of scores hold into one report."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypeVar
 
-import numpy as np
+import torch
 
-from torchrl_sql.config import RunConfig, load_run_config
-from torchrl_sql.data import FrameStore
-from torchrl_sql.data.inspect import GameSummary, summarise
+from torchrl_sql.config import ModelConfig, RunConfig, load_run_config
 from torchrl_sql.evaluation.clips import find_clip
-from torchrl_sql.evaluation.episodes import SCORES, EpisodeResult, read_episodes
-from torchrl_sql.evaluation.report import Agent, Clip, Curve, GameData, ReportData, ReturnSummary
+from torchrl_sql.evaluation.episodes import (
+    CALIBRATION,
+    SCORES,
+    CalibrationPoint,
+    EpisodeResult,
+    read_calibration,
+    read_episodes,
+)
+from torchrl_sql.evaluation.report import Agent, Clip, Curve, ReportData, Role
+from torchrl_sql.evaluation.report.text import format_size, name_games
 from torchrl_sql.evaluation.tables import files_of
+from torchrl_sql.games import GAMES
+from torchrl_sql.run_report_data import game_data
 from torchrl_sql.stages import CONSTANT_AGENT
 from torchrl_sql.training.build import build_actor
 from torchrl_sql.training.logs import read_scalars
@@ -31,77 +40,189 @@ _METRICS = {
 }
 _LABELS = {"cql": "Scaled QL", "bc": "BC"}
 
+Row = TypeVar("Row", EpisodeResult, CalibrationPoint)
 
-def gather(paths: Sequence[Path], *, title: str | None = None, introduction: Sequence[str] = ()) -> ReportData:
+
+class _Run(NamedTuple):
+    folder: Path
+    config: RunConfig
+
+
+def gather(
+    paths: Sequence[Path],
+    *,
+    games: Sequence[str] | None = None,
+    title: str | None = None,
+    introduction: Sequence[str] = (),
+) -> ReportData:
     """Reads evaluated runs into the data of a report.
 
     Args:
-        paths (sequence of Path): folders that hold ``scores.csv``, and either a run (``config.yaml``, ``logs/``) or
-            folders of runs. Runs of the same name are seeds of one agent.
+        paths (sequence of Path): tables of scores (``scores.csv``), or folders that hold one. A run (``config.yaml``,
+            ``logs/``) in the same folder, or folders of runs in it, tell what the agents of the table are; runs of the
+            same name are seeds of one agent. Without, the page has the scores alone.
 
     Keyword Args:
-        title (str, optional): of the page; by default the names of the runs.
+        games (sequence of str, optional): those to report, which every agent must have been evaluated in; by default
+            the games of the runs.
+        title (str, optional): of the page; by default the names of the agents.
         introduction (sequence of str): paragraphs on what was run and why.
 
     Raises:
-        FileNotFoundError: if a folder holds no scores or no run.
-        ValueError: if a table is malformed, or the runs do not have the same games.
+        FileNotFoundError: if a path is or holds no table of scores.
+        ValueError: if a table is empty or malformed, two hold different results of one episode, runs of one name
+            differ in more than their seeds, or the runs do not have the same games.
     """
-    episodes: list[EpisodeResult] = []
-    runs: list[tuple[Path, RunConfig]] = []
-    for path in paths:
-        table = path / SCORES
-        if not files_of(table):
-            raise FileNotFoundError(f"{path} must hold scores.csv (torchrl-sql evaluate writes it), found none")
-        episodes += read_episodes(table)
-        files = sorted([*path.glob("config.yaml"), *path.glob("*/config.yaml")])
-        if not files:
-            raise FileNotFoundError(f"{path} must hold config.yaml or folders of runs that do, found none")
-        runs += [(file.parent, load_run_config(file)) for file in files]
-    games = runs[0][1].games
-    for folder, config in runs:
-        if config.games != games:
-            raise ValueError(f"all runs must have the games {games}, {folder} has {config.games}")
-    _check_seeds_alike(runs)
-    evaluated = {episode.game for episode in episodes}
-    games = tuple(game for game in games if game in evaluated)
-
-    kinds = {config.name: config.objective.name for _, config in runs}
-    labels = {name: _LABELS[kind] if list(kinds.values()).count(kind) == 1 else name for name, kind in kinds.items()}
-    methods = [name for name, kind in kinds.items() if kind == "cql"] or list(kinds)
-    num_parameters = {
-        config.name: sum(p.numel() for p in build_actor(config.model, config.games).parameters()) for _, config in runs
-    }
-    agents = [
-        Agent(
-            agent=name,
-            decoding=decoding,
-            label=labels[name] if decoding == "greedy" and kinds[name] == "cql" else f"{labels[name]} {decoding}",
-            role="method" if name in methods else "bc_greedy" if decoding == "greedy" else "bc_sampled",
-            num_parameters=num_parameters[name],
-        )
-        for name in sorted(kinds, key=lambda name: name not in methods)
-        for decoding in ("greedy", "sampled")
-        if any(episode.agent == name and episode.decoding == decoding for episode in episodes)
+    tables = [_find_table(path) for path in paths]
+    episodes = _read(tables, read_episodes)
+    if not episodes:
+        raise ValueError(f"the tables of scores must hold episodes, found none in {', '.join(map(str, tables))}")
+    calibration = _read(
+        [
+            table.with_name(table.name.replace(Path(SCORES).stem, Path(CALIBRATION).stem, 1))
+            for table in tables
+            if table.name.startswith(Path(SCORES).stem)
+        ],
+        read_calibration,
+    )
+    folders = dict.fromkeys(table.parent for table in tables)
+    files = [
+        file for folder in folders for file in sorted([*folder.glob("config.yaml"), *folder.glob("*/config.yaml")])
     ]
-    method = next(config for _, config in runs if config.name in methods)
-    game_data, caveats = _game_data(runs, games, episodes)
+    runs = [_Run(file.parent, load_run_config(file)) for file in files]
+    _check_seeds_alike(runs)
+    shown, caveats = _choose_games(runs, episodes, games)
+    caveats += _unevaluated(runs, episodes)
+    evaluated = {episode.agent for episode in episodes}
+    runs = [run for run in runs if run.config.name in evaluated]
+    agents = _agents(runs, episodes)
+    labels = {agent.agent: agent.label.removesuffix(f" {agent.decoding}") for agent in agents}
+    unknown = [name for name in labels if name not in {run.config.name for run in runs}]
+    if unknown:
+        caveats.append(
+            f"No run was found of {', '.join(unknown)}: what it is, its settings, parameters, data and training curves "
+            "are unknown here."
+        )
+    statistics, missing = game_data([(run.folder, run.config.data.store) for run in runs], shown, episodes)
     return ReportData(
-        title=title or ", ".join(kinds),
+        title=title or ", ".join(labels),
         introduction=introduction,
-        games=games,
+        games=shown,
         agents=agents,
-        episodes=[episode for episode in episodes if episode.agent in kinds],
-        game_data=game_data,
-        caveats=caveats,
-        curves=[curve for folder, config in runs for curve in _curves(folder, config, labels[config.name])],
-        clips=[clip for path in paths[:1] for clip in _clips(path, games, method, episodes)],
-        settings={f"{labels[config.name]}, seed {config.seed}": asdict(config) for _, config in runs},
+        episodes=[episode for episode in episodes if episode.agent in labels],
+        calibration=calibration,
+        game_data=statistics,
+        caveats=[*caveats, *missing],
+        curves=[curve for run in runs for curve in _curves(run, labels[run.config.name])],
+        clips=_clips(runs, shown, agents[0], episodes),
+        settings=_settings(runs, labels),
         versions=_versions(runs),
     )
 
 
-def _check_seeds_alike(runs: Sequence[tuple[Path, RunConfig]]) -> None:
+def _find_table(path: Path) -> Path:
+    table = path if path.suffix == ".csv" else path / SCORES
+    if not files_of(table):
+        raise FileNotFoundError(f"{path} must hold {SCORES} (torchrl-sql evaluate writes it), found none")
+    return table
+
+
+def _read(tables: Sequence[Path], read: Callable[[Path], list[Row]]) -> list[Row]:
+    """The rows of all tables that exist, each once."""
+    found: dict[Any, tuple[Row, Path]] = {}
+    for table in tables:
+        for row in read(table) if files_of(table) else ():
+            other, where = found.setdefault(row.key, (row, table))
+            if other != row:
+                raise ValueError(f"{table} and {where} hold different results of one thing: {row} and {other}")
+    return [row for row, _ in found.values()]
+
+
+def _choose_games(
+    runs: Sequence[_Run], episodes: Sequence[EpisodeResult], games: Sequence[str] | None
+) -> tuple[tuple[str, ...], list[str]]:
+    """The games of the page, and what is to be said of others."""
+    evaluated = {episode.game for episode in episodes}
+    wanted = tuple(games) if games else runs[0].config.games if runs else tuple(g for g in GAMES if g in evaluated)
+    for folder, config in runs:
+        if not games and config.games != wanted:
+            raise ValueError(f"all runs must have the games {wanted}, {folder} has {config.games}; choose with --games")
+    shown = tuple(game for game in wanted if game in evaluated)
+    if not shown or (games and shown != wanted):
+        raise ValueError(f"games must have been evaluated, got {wanted}, and episodes of {tuple(sorted(evaluated))}")
+    caveats = []
+    unplayed = [game for game in wanted if game not in evaluated]
+    if unplayed:
+        caveats.append(f"Not shown, for no agent was evaluated there: {name_games(unplayed, len(wanted))}.")
+    others = sorted(evaluated.difference(wanted))
+    if others:
+        caveats.append(f"Not shown, though episodes are in the tables: {name_games(others, len(evaluated))}.")
+    return shown, caveats
+
+
+def _unevaluated(runs: Sequence[_Run], episodes: Sequence[EpisodeResult]) -> list[str]:
+    """Runs that the page cannot show."""
+    evaluated = {(episode.agent, episode.seed) for episode in episodes}
+    return [
+        f"The run {run.folder} ({run.config.name}, seed {run.config.seed}) has no evaluated episode: no score has it."
+        for run in runs
+        if (run.config.name, run.config.seed) not in evaluated
+    ]
+
+
+def _agents(runs: Sequence[_Run], episodes: Sequence[EpisodeResult]) -> list[Agent]:
+    """Every agent of the tables but constant actions: the method first, of several sizes the largest, then cloning."""
+    configs = {run.config.name: run.config for run in runs}
+    sizes = {name: _num_parameters(config.model, config.games) for name, config in configs.items()}
+    labels = _labels(configs, sizes)
+    played = dict.fromkeys((row.agent, row.decoding) for row in episodes if not row.agent.startswith(CONSTANT_AGENT))
+    if not played:
+        raise ValueError(f"the tables must hold episodes of an agent beside {CONSTANT_AGENT}*, found none")
+    trained = {row.agent for row in episodes if row.checkpoint}
+    methods = {name for name, config in configs.items() if config.objective.name == "cql"} or set(configs)
+    methods = methods or trained or {name for name, _ in played}
+    agents = []
+    for name, decoding in played:
+        role: Role = "other"
+        if name in methods:
+            role = "method"
+        elif name in configs:
+            role = "bc_greedy" if decoding == "greedy" else "bc_sampled"
+        only = len([other for other, _ in played if other == name]) == 1
+        plain = (decoding == "greedy" and role == "method") or (only and name not in configs)
+        label = labels.get(name, name)
+        agents.append(
+            Agent(
+                agent=name,
+                decoding=decoding,
+                label=label if plain else f"{label} {decoding}",
+                role=role,
+                num_parameters=sizes.get(name),
+            )
+        )
+    order: tuple[Role, ...] = ("method", "bc_greedy", "bc_sampled", "other")
+    return sorted(agents, key=lambda agent: (order.index(agent.role), -(agent.num_parameters or 0)))
+
+
+def _labels(configs: Mapping[str, RunConfig], sizes: Mapping[str, int]) -> dict[str, str]:
+    """``Scaled QL`` if one agent is that, ``Scaled QL 79M`` if their sizes tell several apart, else their names."""
+    labels = {}
+    for name, config in configs.items():
+        alike = [other for other, found in configs.items() if found.objective.name == config.objective.name]
+        label = _LABELS[config.objective.name]
+        if len(alike) > 1:
+            written = [format_size(sizes[other]) for other in alike]
+            label = f"{label} {format_size(sizes[name])}" if len(set(written)) == len(written) else name
+        labels[name] = label
+    return labels
+
+
+def _num_parameters(model: ModelConfig, games: tuple[str, ...]) -> int:
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in build_actor(model, games).parameters())
+
+
+def _check_seeds_alike(runs: Sequence[_Run]) -> None:
     """Runs of one name are seeds of one agent only if they differ in nothing else that decides their results."""
     first: dict[str, tuple[Path, RunConfig]] = {}
     for folder, config in runs:
@@ -119,84 +240,38 @@ def _check_seeds_alike(runs: Sequence[tuple[Path, RunConfig]]) -> None:
             )
 
 
-def _versions(runs: Sequence[tuple[Path, RunConfig]]) -> dict[str, str]:
-    """Versions and machine of the first run's training."""
-    file = runs[0][0] / "versions.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+def _settings(runs: Sequence[_Run], labels: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """The resolved settings of each agent; where its seeds differ, the values of all."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for run in runs:
+        found.setdefault(labels[run.config.name], []).append(asdict(run.config))
+    return {label: _merge(values) for label, values in found.items()}
 
 
-def _find_store(folder: Path, store: str) -> Path | None:
-    """A run's store: where it was trained from, or beside the run if both have moved."""
-    places = (Path(store), folder.parent / Path(store).name)
-    return next((place for place in places if (place / "store.json").is_file()), None)
+def _versions(runs: Sequence[_Run]) -> dict[str, str]:
+    """Versions and machines of the runs' training; where they differ, those of all."""
+    files = [run.folder / "versions.json" for run in runs]
+    found = [json.loads(file.read_text(encoding="utf-8")) for file in files if file.is_file()]
+    names = dict.fromkeys(name for versions in found for name in versions)
+    return _merge([{name: versions.get(name, "unknown") for name in names} for versions in found]) if found else {}
 
 
-def _game_data(
-    runs: Sequence[tuple[Path, RunConfig]], games: Sequence[str], episodes: Sequence[EpisodeResult]
-) -> tuple[list[GameData], list[str]]:
-    """Statistics of the data of each game, and what could not be read."""
-    found = {(folder, config.data.store): _find_store(folder, config.data.store) for folder, config in runs}
-    missing = sorted({store for (_, store), path in found.items() if path is None})
-    caveats = [f"The store {store} was not found: the data's returns and statistics are missing." for store in missing]
-    stores = sorted({path.resolve() for path in found.values() if path is not None})
-    present = [FrameStore.open(store) for store in stores]
-    summaries: dict[str, list[GameSummary]] = {game: [] for game in games}
-    for store in present:
-        for summary in summarise(store):
-            if summary.game in summaries:
-                summaries[summary.game].append(summary)
-    result = []
-    for game, parts in summaries.items():
-        if not parts:
-            continue
-        names = parts[0].component_names
-        if any(part.component_names != names for part in parts):
-            raise ValueError(f"the stores {stores} must have the same behaviour components of {game}")
-        returns = np.concatenate([part.returns for part in parts])
-        components = np.concatenate([part.components for part in parts])
-        constants: dict[str, dict[int, float]] = {}  # by emulator seed: the same episode counts once
-        for episode in episodes:
-            if episode.game == game and episode.agent.startswith(CONSTANT_AGENT):
-                action = episode.agent.removeprefix(CONSTANT_AGENT)
-                constants.setdefault(action, {})[episode.episode_seed] = episode.episode_return
-        num_transitions = sum(part.num_transitions for part in parts)
-        result.append(
-            GameData(
-                game=game,
-                behaviour_text=" / ".join(dict.fromkeys(source for part in parts for source in part.sources)),
-                num_transitions=num_transitions,
-                num_episodes=len(returns),
-                bytes_per_transition=sum(part.num_bytes for part in parts) / num_transitions,
-                behaviour=_summary(returns),
-                components={
-                    name: _summary(returns[components == index])
-                    for index, name in enumerate(names)
-                    if (components == index).any()
-                },
-                action_counts=np.sum([part.action_counts for part in parts], axis=0).tolist(),
-                constant_actions={
-                    action: _summary(np.array([*returns_by_seed.values()]))
-                    for action, returns_by_seed in constants.items()
-                },
-                rewards="raw" if all(part.rewards == "raw" for part in parts) else "clipped",
-            )
-        )
-    return result, caveats
+def _merge(values: Sequence[Any]) -> Any:
+    """Nested mappings of the same keys as one, with different values side by side."""
+    if all(isinstance(value, Mapping) for value in values):
+        return {key: _merge([value[key] for value in values]) for key in values[0]}
+    distinct = list(dict.fromkeys(str(value) for value in values))
+    return values[0] if len(distinct) == 1 else " / ".join(distinct)
 
 
-def _summary(returns: np.ndarray) -> ReturnSummary:
-    std = float(returns.std(ddof=1)) if len(returns) > 1 else 0.0
-    return ReturnSummary(mean=float(returns.mean()), std=std, num_episodes=len(returns))
-
-
-def _curves(folder: Path, config: RunConfig, label: str) -> list[Curve]:
-    scalars = read_scalars(folder)
+def _curves(run: _Run, label: str) -> list[Curve]:
+    scalars = read_scalars(run.folder)
     return [
         Curve(
-            agent=config.name,
+            agent=run.config.name,
             label=label,
             metric=title,
-            seed=config.seed,
+            seed=run.config.seed,
             gradient_steps=[step for step, _ in scalars[name]],
             values=[value for _, value in scalars[name]],
         )
@@ -205,24 +280,29 @@ def _curves(folder: Path, config: RunConfig, label: str) -> list[Curve]:
     ]
 
 
-def _clips(path: Path, games: Sequence[str], method: RunConfig, episodes: Sequence[EpisodeResult]) -> list[Clip]:
+def _clips(runs: Sequence[_Run], games: Sequence[str], method: Agent, episodes: Sequence[EpisodeResult]) -> list[Clip]:
+    """The method's first evaluation episode in each game at its last checkpoint, in the first folder with a clip."""
+    final = [row for row in episodes if (row.agent, row.decoding, row.episode) == (method.agent, method.decoding, 0)]
+    last_step = max((row.gradient_step for row in final), default=0)
+    returns = {(row.seed, row.game): row.episode_return for row in final if row.gradient_step == last_step}
+    owners: dict[Path, list[int]] = {}  # a run's clips lie in its folder or beside it
+    for run in runs:
+        if run.config.name == method.agent:
+            for folder in (run.folder, run.folder.parent):
+                owners.setdefault(folder / "clips", []).append(run.config.seed)
     clips = []
     for game in games:
-        file = find_clip(path / "clips", game, method.name)
-        first = [
-            episode.episode_return
-            for episode in episodes
-            if (episode.agent, episode.seed, episode.game, episode.episode, episode.decoding)
-            == (method.name, method.seed, game, 0, "greedy")
+        found = [
+            (file, seeds)
+            for folder, seeds in owners.items()
+            if (file := find_clip(folder, game, method.agent, last_step)) is not None
         ]
-        if file is not None and first:
-            caption = f"First evaluation episode of seed {method.seed} (final score {first[0]:g}), not selected"
-            clips.append(
-                Clip(
-                    game=game,
-                    caption=caption,
-                    data=file.read_bytes(),
-                    mime="video/mp4" if file.suffix == ".mp4" else "image/gif",
-                )
-            )
+        if not found:
+            continue
+        file, seeds = found[0]
+        caption = "First evaluation episode"
+        if len(seeds) == 1 and (seeds[0], game) in returns:
+            caption += f" of seed {seeds[0]} (final score {returns[seeds[0], game]:g})"
+        mime: Literal["video/mp4", "image/gif"] = "video/mp4" if file.suffix == ".mp4" else "image/gif"
+        clips.append(Clip(game=game, caption=f"{caption}, not selected", data=file.read_bytes(), mime=mime))
     return clips

@@ -24,8 +24,9 @@ from torchrl_sql.evaluation.episodes import Decoding, EpisodeResult
 from torchrl_sql.evaluation.evaluate import evaluate
 from torchrl_sql.evaluation.policies import ConstantPolicy, NetworkPolicy, RandomPolicy
 from torchrl_sql.evaluation.rollout import Rollout
-from torchrl_sql.evaluation.scores import human_normalised, interquartile_mean, split_by_reference
+from torchrl_sql.evaluation.scores import human_normalised, split_by_reference
 from torchrl_sql.evaluation.shards import Shard
+from torchrl_sql.evaluation.statistics import interquartile_mean
 from torchrl_sql.games import ACTION_NAMES, GAMES
 from torchrl_sql.training.build import Trained, resolve_device, set_num_threads
 from torchrl_sql.training.checkpoint import mark_best

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from torchrl_sql.evaluation.episodes import EpisodeResult
+from torchrl_sql.evaluation.episodes import CalibrationPoint, EpisodeResult
 from torchrl_sql.evaluation.report import Agent, Clip, Curve, GameData, ReportData, ReturnSummary, write_report
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -135,12 +135,23 @@ def page(tmp_path_factory):
         EpisodeResult(
             agent=agent.agent, seed=seed, game=game, episode=number, episode_seed=number,
             episode_return=float(generator.poisson(20)), length_agent_steps=100, terminated=True, truncated=False,
-            gradient_step=5000, epsilon=0.001, sticky=0.25, max_env_frames=108_000, decoding=agent.decoding,
+            gradient_step=step, epsilon=0.001, sticky=0.25, max_env_frames=108_000, decoding=agent.decoding,
         )
         for agent in agents
+        for step in (2500, 5000)
         for seed in range(3)
         for game in games
         for number in range(5)
+    ]  # fmt: skip
+    calibration = [
+        CalibrationPoint(
+            agent="scaled_ql", gradient_step=5000, seed=0, game=game, episode_seed=number, agent_step=step,
+            predicted_value=float(generator.normal(3, 1)), discounted_return=float(generator.normal(2, 1)),
+            truncated=False,
+        )
+        for game in games
+        for number in range(3)
+        for step in range(0, 500, 50)
     ]  # fmt: skip
     good = ReturnSummary(mean=16.5, std=4.0, num_episodes=20)
     data = ReportData(
@@ -149,6 +160,7 @@ def page(tmp_path_factory):
         games=games,
         agents=agents,
         episodes=episodes,
+        calibration=calibration,
         game_data=[
             GameData(
                 game=game, behaviour_text="A third of the episodes follow a script.", num_transitions=100_000,
@@ -169,16 +181,34 @@ def page(tmp_path_factory):
     return write_report(data, tmp_path_factory.mktemp("run") / "report.html")
 
 
-@pytest.mark.parametrize("theme", ["light", "dark"])
-@pytest.mark.parametrize("width", [1280, 390])
-def test_page_in_chromium(browser, page, width, theme):
+@pytest.fixture(scope="module")
+def page_of_many_games(paper_scale_report, tmp_path_factory):
+    return write_report(paper_scale_report, tmp_path_factory.mktemp("run") / "report.html")
+
+
+@pytest.mark.parametrize(
+    ("name", "width", "theme"),
+    [
+        *(("page", width, theme) for width in (1280, 390) for theme in ("light", "dark")),
+        ("page_of_many_games", 1280, "light"),
+        ("page_of_many_games", 390, "dark"),
+    ],
+)
+def test_page_in_chromium(browser, name, width, theme, request):
+    page = request.getfixturevalue(name)
     browser.open(page, width=width, theme=theme)
+    pixels = browser.screenshot().astype(int)
+    browser.evaluate("document.querySelectorAll('details').forEach(details => { details.open = true }); 0")
     trouble = ("Log.entryAdded", "Runtime.exceptionThrown", "Runtime.consoleAPICalled", "Network.loadingFailed")
     assert [event for event in browser.events if event["method"] in trouble] == []
     requests = [e["params"]["request"]["url"] for e in browser.events if e["method"] == "Network.requestWillBeSent"]
     assert [url for url in requests if not url.startswith("data:")] == [page.as_uri()]
     assert browser.evaluate("document.documentElement.scrollWidth") == width  # nothing sticks out of the page
     assert browser.evaluate("[...document.images].every(image => image.complete && image.naturalWidth > 0)")
+    assert browser.evaluate(
+        "[...document.querySelectorAll('nav a')].every(link => document.querySelector(link.getAttribute('href')))"
+    )
+    assert browser.evaluate("[...document.querySelectorAll('a[download]')].every(link => link.href.length > 40)")
     # Text in plots stays legible: no label smaller than 6 CSS pixels.
     smallest = browser.evaluate(
         "Math.min(...[...document.querySelectorAll('svg text')].map(text => parseFloat(getComputedStyle(text).fontSize)"
@@ -192,7 +222,6 @@ def test_page_in_chromium(browser, page, width, theme):
         ".map(text => text.textContent)"
     )
     assert cut_off == []
-    pixels = browser.screenshot().astype(int)
     background = pixels[0, 0].mean()
     assert background > 245 if theme == "light" else background < 40
     assert pixels.shape[1] == width

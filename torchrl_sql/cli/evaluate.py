@@ -52,7 +52,11 @@ def add_commands(commands: Any) -> None:
     evaluate.set_defaults(run_command=_evaluate)
 
     report = commands.add_parser("report", help="write one HTML page about evaluated runs", description=_report.__doc__)
-    report.add_argument("runs", nargs="+", type=Path, help="folders that hold scores.csv; same-named runs are seeds")
+    report.add_argument(
+        "runs", nargs="+", type=Path, metavar="RUN_OR_SCORES",
+        help="folders that hold scores.csv, or such tables; same-named runs are seeds of one agent",
+    )  # fmt: skip
+    report.add_argument("--games", help="some of the games, separated by commas (default: the runs' games)")
     report.add_argument("--out", type=Path, help="the page (default: report.html in the first folder)")
     report.set_defaults(run_command=_report)
 
@@ -135,11 +139,15 @@ def _print_means(name: str, episodes: Sequence[EpisodeResult]) -> None:
 
 
 def _report(args: argparse.Namespace) -> None:
-    """Writes a self-contained page: tables, intervals, learning curves, data statistics, clips and settings."""
+    """Writes a self-contained page: aggregates with intervals, scores by game, learning curves, value calibration, data
+    statistics, clips and settings. Plots (PNG, SVG) and tables (CSV) can be saved from the page and lie beside it.
+    """
     from torchrl_sql.evaluation.report import format_score_table, write_report
+    from torchrl_sql.games import resolve_games
     from torchrl_sql.run_report import gather
 
-    data = gather(args.runs)
-    page = write_report(data, args.out or args.runs[0] / "report.html")
+    data = gather(args.runs, games=None if args.games is None else resolve_games(args.games))
+    first = args.runs[0]
+    page = write_report(data, args.out or (first if first.is_dir() else first.parent) / "report.html")
     print(format_score_table(data))
     print(f"\nReport: {page.resolve()}")

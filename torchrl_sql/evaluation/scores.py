@@ -1,25 +1,17 @@
-"""Statistics over evaluation episodes: normalised scores, robust aggregates and bootstrap intervals.
+"""Normalised scores, the returns of runs as an array, and published agents' scores.
 
-Aggregates follow Agarwal et al. (2021, arXiv:2108.13264) and agree with their library ``rliable``: a *run score* is the
-mean return of one training seed in one game, and an aggregate is a function of the matrix of run scores. Added here is
-the episode level: intervals resample the seeds of each game and, within every drawn seed, its episodes. A single seed
-therefore still has an interval, which covers the noise of its episodes and not that of training.
-
-Like ``rliable``, the bootstrap treats the runs of different games as independent. The games of a multi-game agent share
-one network a seed, so with several seeds an aggregate's interval may be too narrow; reports say so.
-
-Shape suffixes: R bootstrap resamples, S training seeds, G games, E episodes, T thresholds.
+Shape suffixes: S training seeds, G games, E episodes.
 """
 
 from __future__ import annotations
 
 import csv
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
-from typing import Literal, NamedTuple, TypeVar
+from typing import Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,17 +24,6 @@ Reference = Literal["human", "dqn"]
 
 Array = NDArray[np.float64]
 Score = TypeVar("Score", float, Array)
-
-CONFIDENCE = 0.95
-NUM_RESAMPLES = 2000
-
-
-class Interval(NamedTuple):
-    """A point estimate and its 95% percentile-bootstrap interval."""
-
-    point: float
-    low: float
-    high: float
 
 
 def normalised_score(score: Score, game: str, reference: Reference) -> Score:
@@ -99,14 +80,32 @@ class RunReturns:
     Attributes:
         games (tuple of str): ``G`` names.
         seeds (tuple of int): ``S`` training seeds, ascending.
-        values (array): ``[S, G, E]`` float64; entries past a run's count are NaN.
+        values (array): ``[S, G, E]`` float64, finite; entries past a run's count are NaN.
         counts (array): ``[S, G]`` int64, episodes of each run, at least 1.
+
+    Raises:
+        ValueError: if shapes, counts and values do not fit together, or a run is empty or has a return that is NaN.
     """
 
     games: tuple[str, ...]
     seeds: tuple[int, ...]
     values: Array
     counts: NDArray[np.int64]
+
+    def __post_init__(self) -> None:
+        shape = (len(self.seeds), len(self.games))
+        if self.values.shape[:-1] != shape or self.counts.shape != shape or 0 in shape:
+            raise ValueError(
+                f"values must be [S, G, E] and counts [S, G] for (S, G) = {shape}, at least one each, "
+                f"got {self.values.shape} and {self.counts.shape}"
+            )
+        used = np.arange(self.values.shape[-1]) < self.counts[..., None]
+        if not np.array_equal(np.isfinite(self.values), used) or self.counts.min() < 1:
+            s, g = np.argwhere((np.isfinite(self.values) != used).any(-1) | (self.counts < 1))[0]
+            raise ValueError(
+                f"a run of n >= 1 episodes must have n finite returns, then NaN; seed {self.seeds[s]} in "
+                f"{self.games[g]} has n = {self.counts[s, g]} and {self.values[s, g].tolist()}"
+            )
 
     @classmethod
     def from_episodes(
@@ -116,8 +115,9 @@ class RunReturns:
         agent: str,
         decoding: Decoding,
         games: Sequence[str] | None = None,
+        gradient_step: int | None = None,
     ) -> RunReturns:
-        """Collects one agent's episodes at its last gradient step, which all its seeds and games must have reached.
+        """Collects one agent's episodes at one gradient step, which all its seeds and games must have reached.
 
         The order of the rows does not matter.
 
@@ -128,10 +128,12 @@ class RunReturns:
             agent (str): whose rows to take.
             decoding (str): ``"greedy"`` or ``"sampled"`` rows.
             games (sequence of str, optional): games and their order; by default all the agent has, alphabetically.
+            gradient_step (int, optional): of the checkpoints; by default the last one evaluated.
 
         Raises:
-            ValueError: if there are no such rows, a (seed, game) pair has no episode, an episode is listed twice, or
-                epsilon, the sticky probability or the frame limit differ among the rows.
+            ValueError: if there are no such rows, a (seed, game) pair has no episode, an episode is listed twice,
+                a seed's come from different checkpoints, or epsilon, the sticky probability or the frame limit differ
+                among the rows.
         """
         rows = [row for row in episodes if row.agent == agent and row.decoding == decoding]
         if not rows:
@@ -141,12 +143,18 @@ class RunReturns:
             games = sorted({row.game for row in rows})
         if len(set(games)) != len(games) or not games:
             raise ValueError(f"games must be distinct and at least one, got {tuple(games)}")
-        last_step = max(row.gradient_step for row in rows)
-        rows = [row for row in rows if row.gradient_step == last_step and row.game in games]
+        step = max(row.gradient_step for row in rows) if gradient_step is None else gradient_step
+        rows = [row for row in rows if row.gradient_step == step and row.game in games]
         protocols = sorted({(row.epsilon, row.sticky, row.max_env_frames) for row in rows})
         if len(protocols) > 1:
             raise ValueError(
                 f"episodes of {agent!r} ({decoding}) mix protocols (epsilon, sticky, frame limit): {protocols}"
+            )
+        weights = {(row.seed, row.checkpoint) for row in rows}
+        if len(weights) > len({seed for seed, _ in weights}):
+            raise ValueError(
+                f"episodes of {agent!r} ({decoding}) at gradient step {step} mix checkpoints of one seed: "
+                f"{sorted(weights)}"
             )
         returns: dict[tuple[int, str], dict[int, float]] = defaultdict(dict)
         for row in rows:
@@ -154,15 +162,16 @@ class RunReturns:
             if row.episode in run:
                 raise ValueError(
                     f"episode {row.episode} of agent {agent!r} ({decoding}), seed {row.seed}, game {row.game}, "
-                    f"gradient step {last_step} is listed twice"
+                    f"gradient step {step} is listed twice"
                 )
             run[row.episode] = row.episode_return
         missing = [(seed, game) for seed in seeds for game in games if not returns[seed, game]]
         if missing:
             seed, game = missing[0]
             raise ValueError(
-                f"agent {agent!r} ({decoding}) has no episode at gradient step {last_step} for seed {seed} in {game}"
+                f"agent {agent!r} ({decoding}) has no episode at gradient step {step} for seed {seed} in {game}"
                 + (f", nor for {len(missing) - 1} other (seed, game) pairs" if len(missing) > 1 else "")
+                + "; evaluate it there, or choose the games that all have"
             )
         counts = np.array([[len(returns[seed, game]) for game in games] for seed in seeds], dtype=np.int64)
         values = np.full((*counts.shape, int(counts.max())), np.nan)
@@ -172,146 +181,9 @@ class RunReturns:
                 values[s, g, : len(run)] = [run[episode] for episode in sorted(run)]
         return cls(games=tuple(games), seeds=tuple(seeds), values=values, counts=counts)
 
-    def select(self, games: Sequence[str]) -> RunReturns:
-        """The same runs restricted to ``games``, in that order."""
-        columns = [self.games.index(game) for game in games]
-        return RunReturns(
-            games=tuple(games), seeds=self.seeds, values=self.values[:, columns], counts=self.counts[:, columns]
-        )
-
-    def normalised(self, reference: Reference) -> RunReturns:
-        """The same runs on the normalised scale.
-
-        Raises:
-            ValueError: if a game has no such reference score; see :func:`split_by_reference`.
-        """
-        values = np.stack(
-            [normalised_score(self.values[:, g], game, reference) for g, game in enumerate(self.games)], axis=1
-        )
-        return RunReturns(games=self.games, seeds=self.seeds, values=values, counts=self.counts)
-
     def run_scores(self) -> Array:
         """Mean over the episodes of each run, ``[S, G]``."""
         return np.nanmean(self.values, axis=-1)
-
-    def resampled_run_scores(self, num_resamples: int, generator: np.random.Generator) -> Array:
-        """Run scores of bootstrap resamples, ``[R, S, G]``: seeds within each game, then episodes within each seed."""
-        num_seeds, num_games, num_episodes = self.values.shape
-        resampled = np.empty((num_resamples, num_seeds, num_games))
-        for g in range(num_games):
-            seed_RS = generator.integers(num_seeds, size=(num_resamples, num_seeds))
-            count_RS = self.counts[seed_RS, g]
-            episode_RSE = generator.integers(count_RS[..., None], size=(num_resamples, num_seeds, num_episodes))
-            drawn_RSE = self.values[seed_RS[..., None], g, episode_RSE]
-            used_RSE = np.arange(num_episodes) < count_RS[..., None]
-            resampled[:, :, g] = np.where(used_RSE, drawn_RSE, 0.0).sum(-1) / count_RS
-        return resampled
-
-
-def interquartile_mean(scores: Array) -> Array:
-    """Mean of the middle half of the ``S * G`` run scores, ``[..., S, G] -> [...]``.
-
-    A quarter of the scores, rounded down, is dropped at either end, as in ``rliable``; below four scores none is.
-    """
-    flat = np.sort(scores.reshape(*scores.shape[:-2], -1), axis=-1)
-    cut = flat.shape[-1] // 4
-    return flat[..., cut : flat.shape[-1] - cut].mean(-1)
-
-
-def mean(scores: Array) -> Array:
-    """Mean over games of the mean over seeds, ``[..., S, G] -> [...]``."""
-    return scores.mean((-2, -1))
-
-
-def median(scores: Array) -> Array:
-    """Median over games of the mean over seeds, ``[..., S, G] -> [...]``."""
-    return np.median(scores.mean(-2), axis=-1)
-
-
-def optimality_gap(scores: Array) -> Array:
-    """How far the run scores fall short of 1 on average, scores above 1 counting as 1; ``[..., S, G] -> [...]``."""
-    return 1.0 - np.minimum(scores, 1.0).mean((-2, -1))
-
-
-AGGREGATES: dict[str, Callable[[Array], Array]] = {
-    "IQM": interquartile_mean,
-    "median": median,
-    "mean": mean,
-    "optimality gap": optimality_gap,
-}
-
-
-def bootstrap(
-    statistic: Callable[..., Array], *runs: RunReturns, num_resamples: int = NUM_RESAMPLES, seed: int = 0
-) -> tuple[Array, Array, Array]:
-    """A statistic of run scores with its 95% percentile interval from a stratified bootstrap.
-
-    Args:
-        statistic (callable): takes one ``[..., S, G]`` array for each of ``runs``, gives ``[..., *out]``.
-        *runs (RunReturns): the agents, resampled independently of each other.
-
-    Keyword Args:
-        num_resamples (int): bootstrap resamples.
-        seed (int): of the resampling; the same input and seed give the same interval.
-
-    Returns:
-        ``(point, low, high)``, each ``[*out]``.
-    """
-    if num_resamples < 1:
-        raise ValueError(f"num_resamples must be at least 1, got {num_resamples}")
-    generator = np.random.default_rng(seed)
-    resampled = statistic(*(run.resampled_run_scores(num_resamples, generator) for run in runs))
-    low, high = np.quantile(resampled, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2], axis=0)
-    return np.asarray(statistic(*(run.run_scores() for run in runs))), low, high
-
-
-def game_means(runs: RunReturns, *, num_resamples: int = NUM_RESAMPLES, seed: int = 0) -> dict[str, Interval]:
-    """Each game's mean over seeds of the run scores, with 95% intervals."""
-    estimates = bootstrap(lambda scores: scores.mean(-2), runs, num_resamples=num_resamples, seed=seed)
-    return {game: Interval(*(float(x[g]) for x in estimates)) for g, game in enumerate(runs.games)}
-
-
-def aggregates(runs: RunReturns, *, num_resamples: int = NUM_RESAMPLES, seed: int = 0) -> dict[str, Interval]:
-    """Every entry of :data:`AGGREGATES` over all games of ``runs`` (normalise first), with 95% intervals."""
-
-    def statistic(scores: Array) -> Array:
-        return np.stack([function(scores) for function in AGGREGATES.values()], axis=-1)
-
-    estimates = bootstrap(statistic, runs, num_resamples=num_resamples, seed=seed)
-    return {name: Interval(*(float(x[i]) for x in estimates)) for i, name in enumerate(AGGREGATES)}
-
-
-def performance_profile(
-    runs: RunReturns, thresholds: Array, *, num_resamples: int = NUM_RESAMPLES, seed: int = 0
-) -> tuple[Array, Array, Array]:
-    """Fraction of runs whose score exceeds each threshold (score distribution of arXiv:2108.13264, section 4.3).
-
-    Returns:
-        ``(fraction, low, high)``, each ``[T]``.
-    """
-
-    def statistic(scores: Array) -> Array:
-        return np.stack([(scores > threshold).mean((-2, -1)) for threshold in thresholds], axis=-1)
-
-    return bootstrap(statistic, runs, num_resamples=num_resamples, seed=seed)
-
-
-def probability_of_improvement(
-    x: RunReturns, y: RunReturns, *, num_resamples: int = NUM_RESAMPLES, seed: int = 0
-) -> Interval:
-    """Chance that a run of ``x`` beats a run of ``y`` in the same game (a tie counts half), averaged over games.
-
-    Raises:
-        ValueError: if the two have different games.
-    """
-    if x.games != y.games:
-        raise ValueError(f"both agents must have the same games in the same order, got {x.games} and {y.games}")
-
-    def statistic(scores_x: Array, scores_y: Array) -> Array:
-        difference = scores_x[..., :, None, :] - scores_y[..., None, :, :]
-        return (0.5 * (1.0 + np.sign(difference))).mean((-3, -2, -1))
-
-    return Interval(*(float(v) for v in bootstrap(statistic, x, y, num_resamples=num_resamples, seed=seed)))
 
 
 @cache

@@ -3,7 +3,7 @@
 The composition layer fills a :class:`ReportData`; :func:`write_report` computes every statistic from its episodes.
 """
 
-from torchrl_sql.evaluation.report.data import Agent, Clip, Curve, GameData, ReportData, ReturnSummary
+from torchrl_sql.evaluation.report.data import Agent, Clip, Curve, GameData, ReportData, ReturnSummary, Role
 from torchrl_sql.evaluation.report.page import format_score_table, write_report
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "GameData",
     "ReportData",
     "ReturnSummary",
+    "Role",
     "format_score_table",
     "write_report",
 ]

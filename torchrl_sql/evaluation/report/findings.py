@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from math import isfinite
 from typing import Literal, NamedTuple
 
 import numpy as np
 
-from torchrl_sql.evaluation.report.data import (
+from torchrl_sql.evaluation.report.analysis import (
     BEHAVIOUR,
     BEST_CONSTANT,
     HUMAN,
@@ -15,7 +15,10 @@ from torchrl_sql.evaluation.report.data import (
     Verdict,
     compare,
 )
-from torchrl_sql.evaluation.report.tables import REFERENCE_LABELS, format_score, published_table
+from torchrl_sql.evaluation.report.data import Agent
+from torchrl_sql.evaluation.report.score_tables import MIN_PUBLISHED_GAMES, published_games, published_iqm
+from torchrl_sql.evaluation.report.text import REFERENCE_LABELS, format_score, name_games, sentence
+from torchrl_sql.evaluation.statistics import Interval, aggregates
 
 
 class Finding(NamedTuple):
@@ -40,7 +43,8 @@ def findings(analysis: Analysis) -> list[Finding]:
     """
     label = analysis.method.label
     found = _aggregate_findings(analysis)
-    greedy = [(agent.label, agent.label) for agent in analysis.data.agents if agent.role == "bc_greedy"]
+    cloning = analysis.first("bc_greedy")
+    greedy = [] if cloning is None else [(cloning.label, cloning.label)]
     for policy, name in (*greedy, (BEHAVIOUR, "the behaviour mean of the data"), (BEST_CONSTANT, "always one action")):
         verdicts = analysis.verdicts(policy)
         for verdict, kind in _KINDS.items():
@@ -50,20 +54,11 @@ def findings(analysis: Analysis) -> list[Finding]:
             where = name_games(games, len(verdicts))
             text = {
                 "above": f"{label} scores higher than {name} on {where}.",
-                "overlap": f"{name[0].upper()}{name[1:]} is as good as {label} on {where}: the 95% intervals overlap.",
-                "below": f"{name[0].upper()}{name[1:]} scores higher than {label} on {where}.",
+                "overlap": f"{sentence(name)} cannot be told from {label} on {where}: the 95% intervals overlap.",
+                "below": f"{sentence(name)} scores higher than {label} on {where}.",
             }[verdict]
             found.append(Finding(kind, text))
-    return found + _seed_findings(analysis) + _human_findings(analysis)
-
-
-def name_games(games: Sequence[str], total: int) -> str:
-    """``Breakout and Freeway``, ``all 40 games``, ``5 of 40 games (...)``, or only the count beyond eight."""
-    if len(games) == total and total > 2:
-        return f"all {total} games"
-    if len(games) <= 3:
-        return " and ".join([", ".join(games[:-1]), games[-1]] if len(games) > 1 else games)
-    return f"{len(games)} of {total} games" + (f" ({', '.join(games)})" if len(games) <= 8 else "")
+    return found + _seed_findings(analysis) + _human_findings(analysis) + _published_findings(analysis)
 
 
 def _aggregate_findings(analysis: Analysis) -> list[Finding]:
@@ -72,21 +67,46 @@ def _aggregate_findings(analysis: Analysis) -> list[Finding]:
         return []
     label = analysis.method.label
     games, _ = analysis.split("human")
+    over = f"Human-normalised IQM over {len(games)} game{'s' * (len(games) > 1)}"
     ours = estimates[label]["IQM"]
     found = []
-    for other, found_aggregates in estimates.items():
-        if other == label:
-            continue
-        theirs = found_aggregates["IQM"]
+    for agent in _compared(analysis):
+        theirs = estimates[agent.label]["IQM"]
         verdict = compare(ours, theirs)
         relation = {"above": "above", "below": "below", "overlap": "not separable from"}[verdict]
-        text = (
-            f"Human-normalised IQM over {len(games)} game{'s' * (len(games) > 1)}: {label} {ours.point:.2f} "
-            f"[{ours.low:.2f}, {ours.high:.2f}] is {relation} {other} {theirs.point:.2f} "
-            f"[{theirs.low:.2f}, {theirs.high:.2f}]."
-        )
+        text = f"{over}: {label} {_iqm(ours)} is {relation} {agent.label} {_iqm(theirs)}."
+        found.append(Finding(_KINDS[verdict], text))
+    sizes = _sizes(analysis)
+    if sizes:
+        values = [estimates[agent.label]["IQM"] for agent in sizes]
+        verdict = compare(values[-1], values[0])
+        relation = {"above": "above", "below": "below", "overlap": "not separable from"}[verdict]
+        listed = ", ".join(f"{agent.label} {_iqm(value)}" for agent, value in zip(sizes, values, strict=True))
+        text = f"{over}, by size: {listed}; the largest is {relation} the smallest."
         found.append(Finding(_KINDS[verdict], text))
     return found
+
+
+def _iqm(interval: Interval) -> str:
+    return f"{interval.point:.2f} [{interval.low:.2f}, {interval.high:.2f}]"
+
+
+def _sizes(analysis: Analysis) -> list[Agent]:
+    """The method's sizes, ascending; empty with fewer than two."""
+    methods = [agent for agent in analysis.data.agents if agent.role == "method" and agent.num_parameters is not None]
+    methods = sorted(methods, key=lambda agent: agent.num_parameters or 0)
+    return methods if len({agent.num_parameters for agent in methods}) > 1 else []
+
+
+def _compared(analysis: Analysis) -> list[Agent]:
+    """Whom sentences compare the method with: of cloning the first agent, of the method none that is another size."""
+    firsts = (analysis.first("bc_greedy"), analysis.first("bc_sampled"))
+    sizes = _sizes(analysis)
+    return [
+        agent
+        for agent in analysis.data.agents
+        if agent != analysis.method and (agent in firsts or not agent.role.startswith("bc")) and agent not in sizes
+    ]
 
 
 def _seed_findings(analysis: Analysis) -> list[Finding]:
@@ -120,13 +140,30 @@ def _human_findings(analysis: Analysis) -> list[Finding]:
     return [Finding("neutral", f"{analysis.method.label} reaches the published human score on {where}.")]
 
 
+def _published_findings(analysis: Analysis) -> list[Finding]:
+    human_games, _ = analysis.split("human")
+    games = [game for game in published_games(analysis) if game in human_games]
+    if len(games) < MIN_PUBLISHED_GAMES:
+        return []
+    label = analysis.method.label
+    ours = aggregates(analysis.normalised("human")[label].select(games))["IQM"]
+    theirs = " and ".join(
+        f"{name.replace('_', ' ')} {published_iqm(name, games):.2f}" for name in ("Scaled_QL_80M", "MGDT_200M")
+    )
+    text = (
+        f"Over the {len(games)} games shared with published agents, {label} has a human-normalised IQM of "
+        f"{_iqm(ours)} beside {theirs} as published; protocols differ."
+    )
+    return [Finding("neutral", text)]
+
+
 def notes(analysis: Analysis) -> list[str]:
     """What limits the numbers shown, found from the data; the caller's own caveats follow."""
-    found = []
+    found: list[str] = []
     all_games = len(analysis.data.games)
     for reference, name in REFERENCE_LABELS.items():
         included, excluded = analysis.split(reference)
-        covered = f"{name[0].upper()}{name[1:]}-normalised aggregates cover"
+        covered = f"{sentence(name)}-normalised aggregates cover"
         if excluded:
             have = "has" if len(excluded) == 1 else "have"
             found.append(
@@ -157,17 +194,7 @@ def notes(analysis: Analysis) -> list[str]:
         found.append(
             f"{cut:,} of {len(episodes):,} episodes were cut at the frame limit; their return up to there counts."
         )
-    sticky = sorted({episode.sticky for episode in episodes})
-    if len(sticky) > 1:
-        found.append(f"The agents were not evaluated alike: sticky-action probabilities {sticky}. Compare with care.")
-    limits = sorted({episode.max_env_frames for episode in episodes})
-    if len(limits) > 1:
-        found.append(f"The agents were not evaluated alike: frame limits {limits}. Compare with care.")
-    steps = sorted({rows[0].gradient_step for rows in analysis.episodes.values()})
-    if len(steps) > 1:
-        found.append(
-            f"The agents were trained for different numbers of gradient steps: {', '.join(f'{s:,}' for s in steps)}."
-        )
+    found += _unlike(analysis)
     if any(data.best_constant_action or data.best_component for data in analysis.data.game_data):
         found.append(
             "The best component and the best constant action were picked by the very episodes that score them, which "
@@ -179,10 +206,55 @@ def notes(analysis: Analysis) -> list[str]:
             f"The data of {name_games(clipped, all_games)} holds clipped rewards, so its returns are no game scores "
             "and are not compared with any."
         )
-    if published_table(analysis) is None:
+    if not published_games(analysis):
         found.append(
             "None of the games shown is among the 15 for which scores of published multi-game agents are at hand."
         )
+    return found
+
+
+def _unlike(analysis: Analysis) -> list[str]:
+    """Where agents or checkpoints were not trained, evaluated or recorded alike."""
+    found = []
+    episodes = [episode for rows in analysis.episodes.values() for episode in rows]
+    for name, values in (
+        ("sticky-action probabilities", sorted({episode.sticky for episode in episodes})),
+        ("exploration probabilities", sorted({episode.epsilon for episode in episodes})),
+        ("frame limits", sorted({episode.max_env_frames for episode in episodes})),
+    ):
+        if len(values) > 1:
+            listed = ", ".join(f"{value:,g}" if value < 1 else f"{value:,}" for value in values)
+            found.append(f"The agents were not evaluated alike: {name} {listed}. Compare with care.")
+    steps = sorted({rows[0].gradient_step for rows in analysis.episodes.values()})
+    if len(steps) > 1:
+        found.append(
+            f"The agents were trained for different numbers of gradient steps: {', '.join(f'{s:,}' for s in steps)}."
+        )
+    said: dict[str, list[str]] = {}  # what is said of several agents is said once
+    for label, curve in analysis.learning_curves.items():
+        if curve.incomplete_steps:
+            listed = ", ".join(f"{step:,}" for step in curve.incomplete_steps)
+            text = (
+                f"the learning curve leaves out the checkpoints at {listed} gradient steps, where not every seed was "
+            )
+            said.setdefault(f"{text}evaluated in every game", []).append(label)
+    for label, games in analysis.calibration.items():
+        cut, used = (sum(getattr(g, name) for g in games.values()) for name in ("num_cut", "num_episodes"))
+        if cut:
+            text = (
+                f"value calibration leaves out {cut:,} of {cut + used:,} episodes, which were cut at the frame limit "
+            )
+            said.setdefault(f"{text}(their returns are incomplete; these are often an agent's best)", []).append(label)
+        missing = [game for game in analysis.data.games if game not in games]
+        if missing:
+            text = f"no predicted values were recorded in {name_games(missing, len(missing))}"
+            said.setdefault(text, []).append(label)
+    found += [f"{', '.join(labels)}: {text}." for text, labels in said.items()]
+    for logged in analysis.data.curves:
+        points = zip(logged.gradient_steps, logged.values, strict=True)
+        broken = [step for step, value in points if not isfinite(value)]
+        if broken:
+            found.append(f"{logged.metric} of {logged.label}, seed {logged.seed}, is not finite at step {broken[0]:,}.")
     return found
 
 
@@ -196,5 +268,6 @@ def _interval_note(fewest: int, most: int) -> str:
     return (
         f"Intervals are 95% percentile bootstraps that resample the {seeds} training seeds of each game and then their "
         "episodes. With so few seeds they tend to be too narrow; and the games of one seed share a network, which the "
-        "stratified bootstrap, as in rliable, does not model."
+        "stratified bootstrap, as in rliable, does not model. Resampling both levels counts the noise of episodes "
+        "twice: with few episodes this widens intervals and can move that of P(improvement) past its point."
     )

@@ -26,8 +26,10 @@ COLOURS = {  # light theme, dark theme; told apart with every common colour visi
     "rule": ("#dde0e4", "#343a42"),
     "paper": ("#fefefe", "#15181c"),
     "method": ("#0a5da6", "#63b1f2"),
-    "method2": ("#3c9a8b", "#5cc9b7"),
+    "method2": ("#3f8fcc", "#458fd0"),
+    "method3": ("#85b4da", "#3a6ea3"),
     "bc": ("#c2520a", "#f2964f"),
+    "bc2": ("#e09a62", "#b0672f"),
     "other": ("#8a4a9e", "#cb92dd"),
     "data": ("#8b929c", "#808893"),
 }

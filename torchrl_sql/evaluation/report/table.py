@@ -7,7 +7,11 @@ import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from textwrap import wrap
 from typing import NamedTuple
+
+MAX_TEXT_WIDTH = 110
+"""Of a table in the terminal whose headers stay on one line."""
 
 Record = Mapping[str, str | int | float | None]
 
@@ -40,13 +44,23 @@ class Table:
         return file.getvalue()
 
 
-def to_text(table: Table) -> str:
-    """A table for the terminal: columns aligned, details on lines of their own below their cell."""
-    grid = [[[name] for name in table.header]]
-    grid += [[[cell.text + ("*" if cell.strong else ""), *cell.detail] for cell in row] for row in table.rows]
-    widths = [max(len(line) for row in grid for line in row[column]) for column in range(len(table.header))]
+def to_text(table: Table, *, details: bool = True) -> str:
+    """A table for the terminal: columns aligned, details on lines below their cell; headers of wide ones are broken."""
+    rows = [
+        [[cell.text + ("*" if cell.strong else ""), *(cell.detail if details else ())] for cell in row]
+        for row in table.rows
+    ]
+    bodies = [
+        max((len(line) for row in rows for line in row[column]), default=0) for column in range(len(table.header))
+    ]
+    header = [[name] for name in table.header]
+    if sum(max(len(name), width) + 2 for name, width in zip(table.header, bodies, strict=True)) > MAX_TEXT_WIDTH:
+        header = [wrap(name, max(width, 8)) for name, width in zip(table.header, bodies, strict=True)]
+    deepest = max(len(lines) for lines in header)
+    header = [[""] * (deepest - len(lines)) + lines for lines in header]
+    widths = [max(body, *(len(line) for line in lines)) for body, lines in zip(bodies, header, strict=True)]
     lines = []
-    for number, row in enumerate(grid):
+    for number, row in enumerate([header, *rows]):
         for level in range(max(len(cell) for cell in row)):
             texts = [cell[level] if level < len(cell) else "" for cell in row]
             first, *rest = (

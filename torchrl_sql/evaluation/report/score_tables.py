@@ -1,42 +1,28 @@
-"""The report's tables, from the analysis of its data."""
+"""The report's tables of scores, from the analysis of its data."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 
-from torchrl_sql.evaluation.report.data import BEHAVIOUR, HUMAN, RANDOM, Analysis
+from torchrl_sql.evaluation.report.analysis import BEHAVIOUR, DQN, HUMAN, RANDOM, Analysis
 from torchrl_sql.evaluation.report.table import Cell, Record, Table
-from torchrl_sql.evaluation.scores import (
-    AGGREGATES,
-    Interval,
-    Reference,
-    interquartile_mean,
-    normalised_score,
-    published_scores,
-    split_by_reference,
-)
-from torchrl_sql.games import ACTION_NAMES
+from torchrl_sql.evaluation.report.text import REFERENCE_LABELS, format_interval, format_score, name_games, sentence
+from torchrl_sql.evaluation.scores import Reference, normalised_score, published_scores, split_by_reference
+from torchrl_sql.evaluation.statistics import AGGREGATES, Interval, interquartile_mean
+from torchrl_sql.games import GAMES
 
-REFERENCE_LABELS: dict[Reference, str] = {"human": "human", "dqn": "DQN"}
-
-
-def format_score(value: float) -> str:
-    """A raw score with the digits that matter: ``9.4``, ``312``, ``49,100``."""
-    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.1f}"
-
-
-def format_interval(interval: Interval) -> str:
-    """``[low, high]`` as raw scores."""
-    return f"[{format_score(interval.low)}, {format_score(interval.high)}]"
+MIN_PUBLISHED_GAMES = 5
+"""With fewer games that published agents share with a report, their IQM stands beside ours in the table only."""
 
 
 def score_table(analysis: Analysis) -> Table:
     """One row a game, one column a policy."""
     columns = analysis.policy_columns
+    counts = {label: sorted({int(n) for n in runs.counts.sum(0)}) for label, runs in analysis.runs.items()}
+    count_once = analysis.many_games and all(len(found) == 1 for found in counts.values())
     rows: list[list[Cell]] = []
     records: list[Record] = []
     for game in analysis.data.games:
@@ -48,9 +34,10 @@ def score_table(analysis: Analysis) -> Table:
                 row.append(Cell("–"))
                 continue
             interval, num_episodes, detail = policies[policy]
-            lines = [] if num_episodes is None else [format_interval(interval), f"n = {num_episodes:,}"]
-            lines += [detail] if detail else []
             is_agent = policy in analysis.runs
+            lines = [] if num_episodes is None else [format_interval(interval)]
+            lines += [] if num_episodes is None or (is_agent and count_once) else [f"n = {num_episodes:,}"]
+            lines += [detail] if detail else []
             row.append(Cell(format_score(interval.point), tuple(lines), is_agent and interval.point == best))
             records.append(
                 {
@@ -66,10 +53,17 @@ def score_table(analysis: Analysis) -> Table:
                 }
             )
         rows.append(row)
+    published = [name for name in (RANDOM, HUMAN, DQN) if name in columns]
+    if len({found[0] for found in counts.values()}) == 1:
+        episodes = f"{counts[analysis.method.label][0]:,} of each agent"
+    else:
+        episodes = ", ".join(f"{found[0]:,} of {label}" for label, found in counts.items())
     return Table(
         name="score_table",
-        caption="Mean raw return an episode, its 95% interval and number of episodes; random and human are published "
-        "scores. The best agent is in bold.",
+        caption="Mean raw return an episode, its 95% interval"
+        + (f"; episodes a game: {episodes}; " if count_once else " and number of episodes; ")
+        + f"{' and '.join([', '.join(published[:-1]), published[-1]] if len(published) > 1 else published)} are "
+        "published scores. The best agent is in bold.",
         header=("Game", *columns),
         rows=rows,
         records=records,
@@ -93,6 +87,7 @@ def aggregate_table(analysis: Analysis, reference: Reference) -> Table | None:
         estimates[BEHAVIOUR] = {
             name: Interval(float(function(scores)), math.nan, math.nan) for name, function in AGGREGATES.items()
         }
+    num_parameters = {agent.label: agent.num_parameters for agent in analysis.data.agents}
     rows: list[list[Cell]] = []
     records: list[Record] = []
     for label, found in estimates.items():
@@ -109,15 +104,47 @@ def aggregate_table(analysis: Analysis, reference: Reference) -> Table | None:
                     "high_95": interval.high,
                     "num_games": len(games),
                     "num_seeds": len(analysis.runs[label].seeds) if label in analysis.runs else None,
+                    "num_parameters": num_parameters.get(label),
                 }
             )
         rows.append(row)
     label = REFERENCE_LABELS[reference]
     return Table(
         name=f"aggregate_{reference}_normalised",
-        caption=f"{label[0].upper()}{label[1:]}-normalised score with 95% intervals: 0 is the published random score, "
-        f"1 the published {label} score. Higher is better, except for the optimality gap.",
+        caption=f"{sentence(label)}-normalised score with 95% intervals over "
+        f"{f'{len(games)} of the {len(analysis.data.games)}' if len(games) < len(analysis.data.games) else len(games)} "
+        f"game{'s' * (len(analysis.data.games) > 1)}: 0 is the published random score, 1 the published {label} score. "
+        "Higher is better, except for the optimality gap.",
         header=("Policy", "IQM", "Median", "Mean", "Optimality gap"),
+        rows=rows,
+        records=records,
+    )
+
+
+def reference_table(analysis: Analysis) -> Table:
+    """One row a game: the published scores that normalise it, and so the aggregates that it is part of."""
+    included = {reference: analysis.split(reference)[0] for reference in REFERENCE_LABELS}
+    rows: list[list[Cell]] = []
+    records: list[Record] = []
+    for game in analysis.data.games:
+        known = GAMES[game]
+        scores = (known.random_score, known.human_score, known.dqn_score)
+        within = [game in games for games in included.values()]
+        rows.append(
+            [
+                Cell(game),
+                *(Cell("–" if score is None else format_score(score)) for score in scores),
+                *(Cell("yes" if inside else "no") for inside in within),
+            ]
+        )
+        record: dict[str, str | int | float | None] = {"game": game}
+        record |= dict(zip(("random_score", "human_score", "dqn_score"), scores, strict=True))
+        record |= {f"in_{reference}_normalised": str(game in games).lower() for reference, games in included.items()}
+        records.append(record)
+    return Table(
+        name="games_in_aggregates",
+        caption="Published scores that normalise each game, and the aggregates that it is part of.",
+        header=("Game", "Random", "Human", "DQN", "In human-normalised", "In DQN-normalised"),
         rows=rows,
         records=records,
     )
@@ -129,7 +156,7 @@ def comparison_table(analysis: Analysis) -> Table:
     rows: list[list[Cell]] = []
     records: list[Record] = []
     for policy in analysis.policy_columns:
-        if policy in (method, RANDOM, HUMAN):
+        if policy in (method, RANDOM, HUMAN, DQN):
             continue
         verdicts = analysis.verdicts(policy)
         games = {
@@ -170,13 +197,17 @@ def _games_cell(games: Sequence[str], total: int) -> str:
 
 
 def seed_table(analysis: Analysis) -> Table | None:
-    """One row a seed and game, and one a seed over all games; None if no agent has more than one seed."""
+    """One row a seed and game, and one a seed over all games; None if no agent has more than one seed.
+
+    Of many games, only the rows over all games are shown.
+    """
     seeds = sorted({seed for runs in analysis.runs.values() for seed in runs.seeds})
     if len(seeds) < 2:
         return None
     human_games, _ = analysis.split("human")
     rows: list[list[Cell]] = []
     records: list[Record] = []
+    normalised = analysis.normalised("human")
     for game in (*analysis.data.games, *(["IQM"] if human_games else [])):
         for seed in seeds:
             row = [Cell(f"{game}, seed {seed}")]
@@ -190,119 +221,44 @@ def seed_table(analysis: Analysis) -> Table | None:
                     value, count = float(runs.run_scores()[s, g]), int(runs.counts[s, g])
                     row.append(Cell(format_score(value)))
                 else:
-                    scores = runs.select(human_games).normalised("human").run_scores()[s : s + 1]
-                    value, count = float(interquartile_mean(scores)), None
+                    value, count = float(interquartile_mean(normalised[label].scores[s : s + 1])), None
                     row.append(Cell(f"{value:.2f}"))
                 records.append({"game": game, "seed": seed, "policy": label, "mean": value, "num_episodes": count})
-            rows.append(row)
+            if not (analysis.many_games and human_games and game != "IQM"):
+                rows.append(row)
+    shown = "human-normalised IQM over games"
+    if not (analysis.many_games and human_games):
+        shown = f"mean raw return by game, and {shown}" if human_games else "mean raw return by game"
     return Table(
         name="seeds",
-        caption="Each training seed by itself: mean raw return by game, and human-normalised IQM over games.",
+        caption=f"Each training seed by itself: {shown}.",
         header=("Game and seed", *analysis.runs),
         rows=rows,
         records=records,
     )
 
 
-def protocol_table(analysis: Analysis) -> Table:
-    """One row an agent: how its episodes were played."""
-    rows: list[list[Cell]] = []
-    records: list[Record] = []
-    for agent in analysis.data.agents:
-        episode = analysis.episodes[agent.label][0]
-        counts = analysis.runs[agent.label].counts
-        record: dict[str, str | int | float | None] = {
-            "agent": agent.label,
-            "decoding": agent.decoding,
-            "epsilon": episode.epsilon,
-            "sticky": episode.sticky,
-            "max_env_frames": episode.max_env_frames,
-            "gradient_step": episode.gradient_step,
-            "num_seeds": len(counts),
-            "min_episodes_a_run": int(counts.min()),
-            "max_episodes_a_run": int(counts.max()),
-        }
-        rows.append(
-            [
-                Cell(agent.label),
-                Cell(agent.decoding),
-                Cell(f"{episode.epsilon:g}"),
-                Cell(f"{episode.sticky:g}"),
-                Cell(f"{episode.max_env_frames:,}"),
-                Cell(f"{episode.gradient_step:,}"),
-                Cell(f"{len(counts)}"),
-                Cell(f"{counts.min()}" if counts.min() == counts.max() else f"{counts.min()}–{counts.max()}"),
-            ]
-        )
-        records.append(record)
-    return Table(
-        name="protocol",
-        caption="How each agent's episodes were played.",
-        header=(
-            "Agent",
-            "Decoding",
-            "Epsilon",
-            "Sticky",
-            "Frame limit",
-            "Gradient steps",
-            "Seeds",
-            "Episodes a game and seed",
-        ),
-        rows=rows,
-        records=records,
-    )
+def published_games(analysis: Analysis) -> list[str]:
+    """The report's games in which every published agent has a score."""
+    agents = published_scores().values()
+    return [game for game in analysis.data.games if all(game in scores for scores in agents)]
 
 
-def data_table(analysis: Analysis) -> Table | None:
-    """One row a game: how much data, how good, how large."""
-    rows: list[list[Cell]] = []
-    records: list[Record] = []
-    for data in analysis.data.game_data:
-        clipped = ("clipped rewards",) if data.rewards == "clipped" else ()
-        row = [
-            Cell(data.game),
-            Cell(f"{data.num_transitions:,}"),
-            Cell(f"{data.num_episodes:,}"),
-            Cell(f"{format_score(data.behaviour.mean)} ± {format_score(data.behaviour.std)}", clipped),
-            Cell(f"{data.bytes_per_transition:,.0f}"),
-        ]
-        record: dict[str, str | int | float | None] = {
-            "game": data.game,
-            "num_transitions": data.num_transitions,
-            "num_episodes": data.num_episodes,
-            "bytes_per_transition": data.bytes_per_transition,
-            "rewards": data.rewards,
-            "behaviour_mean": data.behaviour.mean,
-            "behaviour_std": data.behaviour.std,
-        }
-        shares = [
-            f"{name}: {format_score(summary.mean)} ± {format_score(summary.std)}, n = {summary.num_episodes:,}"
-            for name, summary in data.components.items()
-        ]
-        row.append(Cell(shares[0] if shares else "–", tuple(shares[1:])))
-        record |= {f"action_{name}": int(n) for name, n in zip(ACTION_NAMES, data.action_counts, strict=True)}
-        rows.append(row)
-        records.append(record)
-    if not rows:
-        return None
-    return Table(
-        name="data",
-        caption="The training data. Returns are mean ± standard deviation over episodes; bytes are on disk.",
-        header=("Game", "Transitions", "Episodes", "Behaviour return", "Bytes a transition", "By component"),
-        rows=rows,
-        records=records,
-    )
+def published_iqm(agent: str, games: Sequence[str]) -> float:
+    """Human-normalised IQM of a published agent over ``games``, one score each."""
+    scores = published_scores()[agent]
+    return float(interquartile_mean(np.array([[normalised_score(scores[game], game, "human") for game in games]])))
 
 
 def published_table(analysis: Analysis) -> Table | None:
     """Published agents beside the method on the games both have; None if there are no such games."""
     agents = published_scores()
-    games = [game for game in analysis.data.games if all(game in scores for scores in agents.values())]
+    games = published_games(analysis)
     if not games:
         return None
     label = analysis.method.label
     ours = {game: analysis.game_means[label][game].point for game in games}
-    columns = {label: ours} | {f"{name.replace('_', ' ')}": scores for name, scores in agents.items()}
+    columns = {label: ours} | {name.replace("_", " "): scores for name, scores in agents.items()}
     rows = [
         [Cell(game), *(Cell(format_score(scores[game]), strong=name == label) for name, scores in columns.items())]
         for game in games
@@ -329,36 +285,9 @@ def published_table(analysis: Analysis) -> Table | None:
         rows.append(row)
     return Table(
         name="published_agents",
-        caption="Mean raw return on the games that published multi-game agents share with this report.",
+        caption=f"Mean raw return on {name_games(games, len(analysis.data.games))}, which published multi-game agents "
+        "share with this report.",
         header=("Game", *columns),
         rows=rows,
         records=records,
     )
-
-
-def settings_tables(analysis: Analysis) -> list[Table]:
-    """The resolved settings, one table a group, nested names joined with dots; and the versions."""
-    groups = dict(analysis.data.settings) | ({"Versions": analysis.data.versions} if analysis.data.versions else {})
-    tables = []
-    for title, values in groups.items():
-        items = _flatten(values)
-        tables.append(
-            Table(
-                name="settings_" + "".join(c if c.isalnum() else "_" for c in title.lower()),
-                caption=title,
-                header=("Setting", "Value"),
-                rows=[[Cell(key), Cell(value)] for key, value in items],
-                records=[{"setting": key, "value": value} for key, value in items],
-            )
-        )
-    return [table for table in tables if table.records]
-
-
-def _flatten(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    items: list[tuple[str, str]] = []
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            items += _flatten(value, f"{prefix}{key}.")
-        else:
-            items.append((f"{prefix}{key}", str(value)))
-    return items

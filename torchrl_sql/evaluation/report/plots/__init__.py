@@ -1,0 +1,1 @@
+"""The report's plots, from the analysis of its data."""

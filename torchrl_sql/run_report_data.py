@@ -1,0 +1,87 @@
+"""Statistics of the data that runs were trained on, for their report."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from torchrl_sql.data import FrameStore
+from torchrl_sql.data.inspect import GameSummary, summarise
+from torchrl_sql.evaluation.episodes import EpisodeResult
+from torchrl_sql.evaluation.report import GameData, ReturnSummary
+from torchrl_sql.stages import CONSTANT_AGENT
+
+
+def game_data(
+    runs: Sequence[tuple[Path, str]], games: Sequence[str], episodes: Sequence[EpisodeResult]
+) -> tuple[list[GameData], list[str]]:
+    """Statistics of the data of each game, and what could not be read.
+
+    Args:
+        runs (sequence of (Path, str)): each run's folder, and the store it was trained from.
+        games (sequence of str): whose data.
+        episodes (sequence of EpisodeResult): those of constant actions are summarised beside the data.
+
+    Raises:
+        ValueError: if the stores do not have the same behaviour components.
+    """
+    found = {(folder, store): _find_store(folder, store) for folder, store in runs}
+    missing = sorted({store for (_, store), path in found.items() if path is None})
+    caveats = [f"The store {store} was not found: the data's returns and statistics are missing." for store in missing]
+    stores = sorted({path.resolve() for path in found.values() if path is not None})
+    present = [FrameStore.open(store) for store in stores]
+    summaries: dict[str, list[GameSummary]] = {game: [] for game in games}
+    for store in present:
+        for summary in summarise(store):
+            if summary.game in summaries:
+                summaries[summary.game].append(summary)
+    result = []
+    for game, parts in summaries.items():
+        if not parts:
+            continue
+        names = parts[0].component_names
+        if any(part.component_names != names for part in parts):
+            raise ValueError(f"the stores {stores} must have the same behaviour components of {game}")
+        returns = np.concatenate([part.returns for part in parts])
+        components = np.concatenate([part.components for part in parts])
+        constants: dict[str, dict[int, float]] = {}  # by emulator seed: the same episode counts once
+        for episode in episodes:
+            if episode.game == game and episode.agent.startswith(CONSTANT_AGENT):
+                action = episode.agent.removeprefix(CONSTANT_AGENT)
+                constants.setdefault(action, {})[episode.episode_seed] = episode.episode_return
+        num_transitions = sum(part.num_transitions for part in parts)
+        result.append(
+            GameData(
+                game=game,
+                behaviour_text=" / ".join(dict.fromkeys(source for part in parts for source in part.sources)),
+                num_transitions=num_transitions,
+                num_episodes=len(returns),
+                bytes_per_transition=sum(part.num_bytes for part in parts) / num_transitions,
+                behaviour=_summary(returns),
+                components={
+                    name: _summary(returns[components == index])
+                    for index, name in enumerate(names)
+                    if (components == index).any()
+                },
+                action_counts=np.sum([part.action_counts for part in parts], axis=0).tolist(),
+                constant_actions={
+                    action: _summary(np.array([*returns_by_seed.values()]))
+                    for action, returns_by_seed in constants.items()
+                },
+                rewards="raw" if all(part.rewards == "raw" for part in parts) else "clipped",
+            )
+        )
+    return result, caveats
+
+
+def _summary(returns: np.ndarray) -> ReturnSummary:
+    std = float(returns.std(ddof=1)) if len(returns) > 1 else 0.0
+    return ReturnSummary(mean=float(returns.mean()), std=std, num_episodes=len(returns))
+
+
+def _find_store(folder: Path, store: str) -> Path | None:
+    """A run's store: where it was trained from, or beside the run if both have moved."""
+    places = (Path(store), folder.parent / Path(store).name)
+    return next((place for place in places if (place / "store.json").is_file()), None)
