@@ -92,10 +92,18 @@ def test_sizes_are_told_apart_by_parameters_largest_first(tmp_path):
 def test_seeds_that_differ_in_more_and_unlike_games_are_refused(tmp_path):
     first = run_folder(tmp_path / "a", seed=0)
     write(first / "scores.csv", episodes(seed=0))
-    other = run_folder(tmp_path / "b", "objective.cql_alpha=0.7", seed=1)
-    write(other / "scores.csv", episodes(seed=1))
-    with pytest.raises(ValueError, match="must differ in their seeds only"):
-        gather([first, other])
+    for number, change in enumerate(("objective.cql_alpha=0.7", "data.batch_size=7", "trainer.num_gradient_steps=300")):
+        other = run_folder(tmp_path / f"b{number}", change, seed=1)
+        write(other / "scores.csv", episodes(seed=1))
+        with pytest.raises(ValueError, match=f"must differ in their seeds only, but .*{change.replace('=', ' ')}, "):
+            gather([first, other])
+    again = run_folder(tmp_path / "again", "trainer.log_interval_gradient_steps=7", seed=1)  # decides nothing
+    write(again / "scores.csv", episodes(seed=1))
+    assert len({row.seed for row in gather([first, again]).episodes}) == 2
+    twice = run_folder(tmp_path / "twice", seed=0)
+    write(twice / "scores.csv", episodes(seed=0))
+    with pytest.raises(ValueError, match="must have different seeds, got 0 in both"):
+        gather([first, twice])
     third = run_folder(tmp_path / "c", name="other", games=("Freeway", "Pong"))
     write(third / "scores.csv", episodes("other", games=("Freeway", "Pong")))
     with pytest.raises(ValueError, match=r"must have the games .* choose with --games"):

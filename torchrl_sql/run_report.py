@@ -224,20 +224,34 @@ def _num_parameters(model: ModelConfig, games: tuple[str, ...]) -> int:
 
 def _check_seeds_alike(runs: Sequence[_Run]) -> None:
     """Runs of one name are seeds of one agent only if they differ in nothing else that decides their results."""
-    first: dict[str, tuple[Path, RunConfig]] = {}
-    for folder, config in runs:
-        other_folder, other = first.setdefault(config.name, (folder, config))
-        for section in ("model", "objective", "optim", "trainer"):
-            if getattr(config, section) != getattr(other, section):
+    first: dict[str, _Run] = {}
+    for run in runs:
+        folder, config = run
+        other_folder, other = first.setdefault(config.name, run)
+        there = _deciding(other)
+        for key, value in _deciding(config).items():
+            if value != there[key]:
                 raise ValueError(
-                    f"runs named {config.name!r} must differ in their seeds only, but {folder} has {section} "
-                    f"{getattr(config, section)}, {other_folder} has {getattr(other, section)}"
+                    f"runs named {config.name!r} must differ in their seeds only, but {folder} has {key} {value}, "
+                    f"{other_folder} has {there[key]}"
                 )
         if folder != other_folder and config.seed == other.seed:
             raise ValueError(
                 f"runs named {config.name!r} must have different seeds, got {config.seed} in both "
                 f"{other_folder} and {folder}"
             )
+
+
+def _deciding(config: RunConfig) -> dict[str, Any]:
+    """Settings that decide what is learned, beside the seed and the place of the data."""
+    values = asdict(config)
+    trainer = ("num_gradient_steps", "target_update_interval_gradient_steps", "precision")
+    return {
+        f"{section}.{key}": value
+        for section in ("data", "model", "objective", "optim", "trainer")
+        for key, value in values[section].items()
+        if (section != "trainer" or key in trainer) and f"{section}.{key}" not in ("data.store", "data.prefetch")
+    }
 
 
 def _settings(runs: Sequence[_Run], labels: Mapping[str, str]) -> dict[str, dict[str, Any]]:
