@@ -57,6 +57,8 @@ SchedulerParameters=sched_min_interval=0,bf_interval=1
 KillWait=3
 SlurmdTimeout=10
 MinJobAge=86400
+BatchStartTimeout=60
+MessageTimeout=30
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 SlurmctldParameters=preempt_send_user_signal
@@ -68,14 +70,14 @@ PartitionName=high Nodes=ALL PriorityTier=10 PreemptMode=OFF DefMemPerCPU=500
 
 
 def wait_for(what, seconds, message):
-    """Polls until ``what()`` is true and returns it."""
+    """Polls until ``what()`` is true and returns it; ``message`` may be a function."""
     end = time.monotonic() + seconds
     while True:
         value = what()
         if value:
             return value
         if time.monotonic() > end:
-            raise AssertionError(f"not within {seconds} s: {message}")
+            raise AssertionError(f"not within {seconds} s: {message() if callable(message) else message}")
         time.sleep(0.1)
 
 
@@ -289,7 +291,7 @@ class Run:
         return rows[-1][0] if rows else 0
 
     def wait_for_step(self, step, seconds=90):
-        wait_for(lambda: self.step() >= step, seconds, f"{self.folder} at step {step}: {self.log()}")
+        wait_for(lambda: self.step() >= step, seconds, lambda: f"{self.folder} at step {step}: {self.log()}")
 
     def wait_for_end(self, seconds=120):
         """Until nothing happens any more without anybody's doing; returns the state."""
@@ -304,7 +306,7 @@ class Run:
             over = state.state == "COMPLETED" or time.monotonic() - since > 4
             return over and state.state
 
-        return wait_for(ended, seconds, f"the end of {self.folder}: {self.log()}")
+        return wait_for(ended, seconds, lambda: f"the end of {self.folder}: {self.log()}")
 
     def signal(self, number, *, rank=None):
         """Sends a signal to one rank, or to all."""
@@ -313,7 +315,9 @@ class Run:
             os.kill(process, number)
 
     def log(self):
-        return "\n".join(path.read_text() for path in sorted(self.stage.folder.glob("*.out")))
+        """What its processes and SLURM say, for messages."""
+        files = [*sorted(self.stage.folder.glob("*.out")), self.slurm.folder / "slurmctld.log"]
+        return "\n".join([self.slurm.scontrol("show", "job"), *(path.read_text()[-20_000:] for path in files)])
 
     def result(self):
         """What a finished run leaves: weights, optimizer and sampler state, and the steps that were logged."""

@@ -138,7 +138,7 @@ def slurmd_killed(launch, slurm, node):
     run.wait_for_step(AT)
     slurm.kill_node(node)
     run.signal(signal.SIGSTOP)  # the run is short: it must not end before SLURM notices
-    slurm.wait_for(lambda: run.state == "PENDING", 40, "SLURM notices")
+    slurm.wait_for(lambda: run.state == "PENDING", 60, "SLURM notices")
     run.signal(signal.SIGCONT)
     slurm.start_node(node)
     return completes(run)

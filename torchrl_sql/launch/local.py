@@ -44,21 +44,18 @@ def run_local(stage: Stage, tasks: Sequence[int]) -> None:
 
 def _run(command: Sequence[str], environment: dict[str, str], log: Path) -> int:
     """Runs a command, copying its output; Ctrl-C reaches it from the terminal, and is for it to handle."""
-    with log.open("ab") as file:
-        process = subprocess.Popen(
-            command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-        )
-        assert process.stdout is not None
-        previous = signal.signal(signal.SIGINT, lambda signum, frame: None)
-        try:
+    process = subprocess.Popen(
+        command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    previous = signal.signal(signal.SIGINT, lambda signum, frame: None)
+    try:
+        with log.open("ab") as file, process:
+            assert process.stdout is not None
             while chunk := os.read(process.stdout.fileno(), 65_536):
                 file.write(chunk)
                 file.flush()
                 sys.stdout.buffer.write(chunk)
                 sys.stdout.flush()
-            return process.wait()
-        finally:
-            signal.signal(signal.SIGINT, previous)
-            if process.poll() is None:
-                process.terminate()
-                process.wait()
+    finally:
+        signal.signal(signal.SIGINT, previous)
+    return process.returncode
