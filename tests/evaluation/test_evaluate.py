@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -166,3 +168,10 @@ def test_a_plain_tensordict_module_is_a_policy():
     policy = TensorDictModule(lambda observation: torch.full((len(observation),), 2), ["observation"], ["action"])
     settings = {"num_episodes": 1, "epsilon": 0.0, "max_env_frames_per_episode": 400}
     assert evaluate(policy, "Freeway", **settings) == evaluate(ConstantPolicy(2), "Freeway", **settings)
+
+
+def test_the_example_of_the_documentation_runs(capsys):
+    page = Path(__file__).resolve().parents[2] / "docs" / "evaluation.md"
+    (code,) = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.S)
+    exec(compile(code, str(page), "exec"), {})
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["Freeway", "Freeway"]

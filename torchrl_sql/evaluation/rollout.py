@@ -8,6 +8,7 @@ shape, and with the shape fixed a row's outputs do not depend on the other rows.
 from __future__ import annotations
 
 import os
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -90,9 +91,15 @@ class _Slot:
         self.game_id: int
         self.observation: np.ndarray
 
+    @property
+    def game(self) -> str | None:
+        """The game whose emulator this is, if there is one yet."""
+        return None if self._vector is None else self._vector.game
+
     def start(self, rollout: Rollout, game_id: int) -> None:
-        if self._vector is None or self._vector.game != rollout.game:
+        if self.game != rollout.game:
             self._vector = AtariVector(rollout.game, 1, num_threads=1, **self._emulator)  # type: ignore[arg-type]
+        assert self._vector is not None
         self.rollout, self.game_id = rollout, game_id
         self.noise = _EpisodeNoise(rollout.episode_seed)
         self.observation = self._vector.reset(np.array([rollout.episode_seed]))[0]
@@ -195,7 +202,9 @@ def rollout(
 
     def start(slot: _Slot) -> None:
         """In the background: creating or resetting an emulator takes as long as some hundred steps."""
-        game, episode = queue.popleft()
+        # The same game again where there is one: its emulator need not be created.
+        game, episode = next((key for key in queue if key[0] == slot.game), queue[0])
+        queue.remove((game, episode))
         new = Rollout(game, episode, episode_seed(seed, game, episode))
         starting.append((slot, starters.submit(slot.start, new, games.index(game))))
 
@@ -234,7 +243,7 @@ def rollout(
 
     starting: deque[tuple[_Slot, Future[None]]] = deque()
     groups: list[list[_Slot]] = [[], []]
-    with ThreadPoolExecutor(num_threads, thread_name_prefix="start") as starters:
+    with ThreadPoolExecutor(num_threads, "start", _lower_priority) as starters:
         for _ in range(min(num_parallel, len(queue))):
             start(
                 _Slot(
@@ -248,6 +257,11 @@ def rollout(
                 yield from receive(group)
                 if group:
                     send(group)
+
+
+def _lower_priority() -> None:
+    """Emulator threads inherit it: dozens of them must not take turns with the one thread that decides."""
+    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), min(os.getpriority(os.PRIO_PROCESS, 0) + 5, 19))
 
 
 @torch.inference_mode()

@@ -1,0 +1,186 @@
+"""Steps a second of evaluation: against the emulator alone, the network alone, and a plain loop of TorchRL's parts.
+
+    python benchmarks/evaluate.py --json evaluate.json    # some minutes
+
+All sides play the same games with sticky actions, from running emulators; resets between episodes count, creating the
+emulators does not. One agent step is four emulator frames.
+
+- ``emulator``: :class:`torchrl_sql.envs.AtariVector` on one core, random actions, nothing else.
+- ``network``: the policy's forward on one core, at the number of rows that evaluation uses.
+- ``evaluation``: :func:`torchrl_sql.evaluation.rollout.rollout` with that network and one torch thread.
+- ``gym_loop``: one game at a time, one copy, gymnasium's ``AtariPreprocessing`` (OpenCV) in TorchRL's ``GymWrapper``
+  with ``CatFrames``, and the same policy, as a TorchRL user would write an evaluation. TorchRL's own ``Resize`` needs
+  torchvision, which this project does without.
+
+The pipeline has two cores, one for emulators and one for the network, so its limit is the slower of the two rates.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ale_py
+import gymnasium
+import numpy as np
+import torch
+from _machine import describe
+from gymnasium.wrappers import AtariPreprocessing
+from tensordict import TensorDict
+from tensordict.nn import TensorDictModule
+from torchrl.envs import CatFrames, Compose, GymWrapper, TransformedEnv, UnsqueezeTransform
+
+from torchrl_sql.envs import AtariVector
+from torchrl_sql.evaluation.policies import NetworkPolicy
+from torchrl_sql.evaluation.rollout import ROWS_PER_FORWARD, rollout
+from torchrl_sql.games import GAMES
+from torchrl_sql.modules import make_q_actor
+
+gymnasium.register_envs(ale_py)
+
+WARM_UP_SECONDS = 12.0
+PLAYED = ("Assault", "Breakout", "Freeway", "SpaceInvaders")
+
+
+def emulator_rate(seconds: float) -> float:
+    """Agent steps a second of one emulator thread, the games in equal shares."""
+    vectors = [AtariVector(game, 8, num_threads=1) for game in PLAYED]
+    for vector in vectors:
+        vector.reset(np.arange(8))
+    rng, steps, spent = np.random.default_rng(0), 0, 0.0
+    while spent < seconds:
+        for vector in vectors:
+            start = time.perf_counter()
+            _, _, terminated, truncated = vector.step(rng.integers(0, 18, 8))
+            if (ended := terminated | truncated).any():
+                vector.reset(np.arange(ended.sum()), ended)
+            spent += time.perf_counter() - start
+            steps += 8
+    return steps / spent
+
+
+def reset_seconds() -> float:
+    """Time to start an episode in an emulator that exists."""
+    vector = AtariVector("Breakout", 1, num_threads=1)
+    vector.reset(np.array([0]))
+    start = time.perf_counter()
+    for seed in range(10):
+        vector.reset(np.array([seed]))
+    return (time.perf_counter() - start) / 10
+
+
+def network_rate(policy: NetworkPolicy, seconds: float) -> float:
+    """Decisions a second."""
+    rows = ROWS_PER_FORWARD["cpu"]
+    batch = TensorDict(
+        observation=torch.randint(256, (rows, 4, 84, 84), dtype=torch.uint8),
+        game_id=torch.arange(rows) % len(PLAYED),
+        uniform=torch.zeros(rows, dtype=torch.float64),
+        batch_size=[rows],
+    )
+    with torch.inference_mode():
+        policy(batch.clone())
+        start, decisions = time.perf_counter(), 0
+        while time.perf_counter() - start < seconds:
+            policy(batch.clone())
+            decisions += rows
+    return decisions / (time.perf_counter() - start)
+
+
+class _Enough(Exception):
+    """Ends a rollout from within."""
+
+
+def evaluation_rate(policy: NetworkPolicy, seconds: float) -> float:
+    """Agent steps a second, after the seconds in which the emulators are created."""
+    times: list[float] = []
+    begin = time.perf_counter() + WARM_UP_SECONDS
+
+    def count(game: str, episode: int) -> bool:
+        if (now := time.perf_counter()) > begin:
+            times.append(now)
+            if now > begin + seconds:
+                raise _Enough
+        return False
+
+    episodes = [(game, episode) for episode in range(500) for game in PLAYED]
+    with contextlib.suppress(_Enough):
+        for _ in rollout(policy, PLAYED, episodes, epsilon=0.05, record=count):
+            pass
+    return len(times) / (times[-1] - begin)
+
+
+def gym_loop_rate(policy: NetworkPolicy, seconds: float) -> float:
+    """Agent steps a second of TorchRL's own parts, one game after the other."""
+    spent, steps = 0.0, 0
+    for game_id, game in enumerate(PLAYED):
+        emulator = gymnasium.make(f"ALE/{game}-v5", frameskip=1, repeat_action_probability=0.25, full_action_space=True)
+        env = TransformedEnv(
+            GymWrapper(AtariPreprocessing(emulator, noop_max=0), categorical_action_encoding=True),
+            Compose(UnsqueezeTransform(-3, in_keys=["observation"]), CatFrames(4, dim=-3, in_keys=["observation"])),
+        )
+
+        def decide(observation: torch.Tensor, game_id: int = game_id) -> torch.Tensor:
+            batch = TensorDict(
+                observation=observation.unsqueeze(0),
+                game_id=torch.tensor([game_id]),
+                uniform=torch.zeros(1, dtype=torch.float64),
+                batch_size=[1],
+            )
+            return policy(batch)["action"][0]
+
+        act = TensorDictModule(decide, ["observation"], ["action"])
+        with torch.inference_mode():
+            env.rollout(5, act)
+            start = time.perf_counter()
+            while time.perf_counter() - start < seconds / len(PLAYED):
+                steps += env.rollout(100, act).shape[0]
+        spent += time.perf_counter() - start
+        env.close()
+    return steps / spent
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--encoder", default="resnet_small")
+    parser.add_argument("--seconds", type=float, default=8.0, help="of each measurement (default: 8)")
+    parser.add_argument("--rounds", type=int, default=3, help="the sides take turns (default: 3)")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    policy = NetworkPolicy(make_q_actor(PLAYED, encoder=args.encoder).eval(), PLAYED)
+    sides: dict[str, Callable[[], float]] = {
+        "emulator": lambda: emulator_rate(args.seconds),
+        "network": lambda: network_rate(policy, args.seconds),
+        "evaluation": lambda: evaluation_rate(policy, args.seconds),
+        "gym_loop": lambda: gym_loop_rate(policy, args.seconds),
+    }
+    rounds: list[dict[str, float]] = []
+    for _ in range(args.rounds):
+        rounds.append({name: side() for name, side in sides.items()})
+        print("  ".join(f"{name} {rate:,.0f}" for name, rate in rounds[-1].items()), "agent steps/s", flush=True)
+    result: dict[str, Any] = {name: statistics.median(r[name] for r in rounds) for name in sides}
+    share = statistics.median(r["evaluation"] / min(r["emulator"], r["network"]) for r in rounds)
+    speedup = statistics.median(r["evaluation"] / r["gym_loop"] for r in rounds)
+    print(f"evaluation: {share:.0%} of the slower limit, {speedup:.1f} times the gym loop (medians of rounds)")
+    print(f"starting an episode: {(reset := reset_seconds()) * 1e3:.0f} ms")
+    if args.json:
+        machine = describe() | {"load_average": os.getloadavg()}
+        document = {"machine": machine, "encoder": args.encoder, "games": [GAMES[game].name for game in PLAYED]}
+        document |= {"agent_steps_per_second": result, "rounds": rounds, "share_of_slower_limit": share}
+        document |= {"times_gym_loop": speedup, "reset_seconds": reset}
+        args.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
