@@ -43,7 +43,7 @@ def make_run(tmp_path_factory):
             torch.manual_seed(step)
             loss = build_loss(config, build_actor(config.model, config.games))
             content = {"config": config.to_yaml(), "step": step, "trainer": {"loss": loss.state_dict()}}
-            save_checkpoint(folder / "checkpoints", step, content, num_kept=10)
+            save_checkpoint(folder / "checkpoints", step, content)
         return folder
 
     return make
