@@ -26,7 +26,7 @@ from torchrl_sql.launch.status import element, last_submission, task_states
 from torchrl_sql.stages import collect_data
 from torchrl_sql.training.build import find_checkpoint
 from torchrl_sql.training.checkpoint import load_checkpoint
-from torchrl_sql.training.run import read_scalars
+from torchrl_sql.training.logs import read_scalars
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel")

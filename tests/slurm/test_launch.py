@@ -90,6 +90,6 @@ def test_batch_script_of_ones_own(slurm, settings, make_run, uninterrupted, same
     capfd.readouterr()
     assert main(["logs", job, "--follow"]) == 0
     assert run.state == "COMPLETED", run.log()
-    assert "240/240" in capfd.readouterr().out
+    assert "trained at gradient step 240 of 240" in capfd.readouterr().out
     assert run.restarts == 1 and len(list((slurm.folder / "runs").glob("quickstart-*"))) == 1
     same(run.result(), uninterrupted)

@@ -49,7 +49,7 @@ torchrl_sql_end() {
     torchrl_sql_requeue "told to stop" "$code"
   fi
   torchrl_sql_is_ours "crashed (exit code $code)" "$code"
-  newest=$(ls "$(cat "$torchrl_sql_task/run_dir" 2>/dev/null)/checkpoints" 2>/dev/null | tail -n 1)
+  newest=$(ls "$(cat "$torchrl_sql_task/run_dir" 2>/dev/null)/checkpoints" 2>/dev/null | grep '^step_.*\.pt$' | tail -n 1)
   echo "$TORCHRL_SQL_LIFE exit code $code newest checkpoint: $newest" >>"$torchrl_sql_task/crashes"
   crashes=$(grep -c "newest checkpoint: $newest\$" "$torchrl_sql_task/crashes")
   if [ "$crashes" -ge "${TORCHRL_SQL_MAX_CRASHES:-5}" ]; then

@@ -71,7 +71,7 @@ def task_states(stage: Stage) -> list[TaskState]:
             state = "NOT SUBMITTED"
         else:
             state, note = "ENDED" if known is None else known.state, "unfinished; torchrl-sql resume continues it"
-        checkpoints = [] if task.run_dir is None else sorted(Path(task.run_dir, "checkpoints").glob("step_*"))
+        checkpoints = [] if task.run_dir is None else sorted(Path(task.run_dir, "checkpoints").glob("step_*.pt"))
         life = folder.newest_life()
         rows.append(
             TaskState(
