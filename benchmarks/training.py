@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ def large_run(folder: Path, batch_size: int, device: str) -> list[str]:
     return ["experiment=scaled_ql_resnet50", f"data.store={store.path}", f"run_dir={folder / 'run'}", *changes]
 
 
-def timed_updates(trainer: Trainer, batch: Any, while_true: Any) -> list[float]:
+def timed_updates(trainer: Trainer, batch: Any, while_true: Callable[[], bool]) -> list[float]:
     """Seconds of gradient steps, as long as ``while_true()``."""
     seconds = []
     while while_true():
@@ -225,16 +226,18 @@ def main() -> None:
     machine = describe() | {"torch_threads": torch.get_num_threads(), "load_before": os.getloadavg()[0]}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        rows = [
-            measure_agreement(1_000),
-            measure_checkpoint(folder, args.batch_size, args.device, args.rounds),
-            measure_resume(folder, args.batch_size, args.device, args.rounds - 1),
-            measure_data_wait(folder, args.steps),
+        measurements: list[Callable[[], dict[str, Any]]] = [
+            lambda: measure_agreement(1_000),
+            lambda: measure_data_wait(folder, args.steps),
+            lambda: measure_checkpoint(folder, args.batch_size, args.device, args.rounds),
+            lambda: measure_resume(folder, args.batch_size, args.device, args.rounds - 1),
         ]
-    for row in rows:
-        print(", ".join(f"{key} {value}" for key, value in row.items()))
-    if args.json:
-        args.json.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
+        rows = []
+        for measure in measurements:
+            rows.append(measure())
+            print(", ".join(f"{key} {value}" for key, value in rows[-1].items()), flush=True)
+            if args.json:  # after each: a run that is cut short keeps what it has
+                args.json.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
