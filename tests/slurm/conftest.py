@@ -171,14 +171,15 @@ class MiniSlurm:
             wait_for(lambda: process_name(pid) != name, 10, f"{name} ended")
 
     def processes(self):
-        """Every process that has this SLURM's folder in its environment or command line, except this one's."""
+        """Every process that has this SLURM's folder in its environment or command line; not this one and its children."""
         found = []
         for path in Path("/proc").glob("[0-9]*"):
             try:
                 text = (path / "environ").read_bytes() + (path / "cmdline").read_bytes()
+                parent = int((path / "stat").read_text().rpartition(")")[2].split()[1])
             except OSError:
                 continue
-            if str(self.folder).encode() in text and int(path.name) != os.getpid():
+            if str(self.folder).encode() in text and os.getpid() not in (int(path.name), parent):
                 found.append(int(path.name))
         return found
 
