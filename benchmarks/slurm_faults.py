@@ -39,7 +39,8 @@ def main() -> int:
             environment = os.environ | {"TORCHRL_SQL_SLURM_RECORD": str(lines)}
             code |= subprocess.run(command, cwd=ROOT, env=environment).returncode
             if lines.exists():
-                record["outcomes"] += [json.loads(line) for line in lines.read_text(encoding="utf-8").splitlines()]
+                found = [json.loads(line) for line in lines.read_text(encoding="utf-8").splitlines()]
+                record["outcomes"] += [outcome | {"commit": record["commit"]} for outcome in found]
         args.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     page = write_page(record)
     args.json.with_suffix(".md").write_text(page, encoding="utf-8")
@@ -51,7 +52,8 @@ def write_page(record: dict[str, Any]) -> str:
     """The record as a table."""
     outcomes = record["outcomes"]
     lines = ["# Faults of training jobs on SLURM", ""]
-    lines += [f"Command: `{record['command']}`, {record['date']}, commit `{record['commit']}`.", ""]
+    commits = ", ".join(sorted({outcome["commit"] for outcome in outcomes}))
+    lines += [f"Last command: `{record['command']}`, {record['date']}; commits: {commits}.", ""]
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     lines += [
         f"{record['slurm']}, two nodes on one host; {record['processor']}, {record['num_cores']} cores; {versions}."

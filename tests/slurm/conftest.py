@@ -171,7 +171,7 @@ class MiniSlurm:
             wait_for(lambda: process_name(pid) != name, 10, f"{name} ended")
 
     def processes(self):
-        """Every process that has this SLURM's folder in its environment or command line; not this one and its children."""
+        """Processes with this SLURM's folder in their environment or command line; not this one and its children."""
         found = []
         for path in Path("/proc").glob("[0-9]*"):
             try:
