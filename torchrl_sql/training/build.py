@@ -31,11 +31,14 @@ def set_num_threads(config: RunConfig) -> None:
 
 
 def resolve_device(name: str) -> torch.device:
-    """This process's device: ``auto`` is CUDA where there is one; of several GPUs, that of ``LOCAL_RANK``."""
+    """This process's device: ``auto`` is CUDA where there is one; of several GPUs, that of ``LOCAL_RANK``.
+
+    A CUDA device has its index: ``torch.cuda.set_device`` asks for one.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and torch.cuda.device_count() > 1:
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0) if torch.cuda.device_count() > 1 else 0}"
     return torch.device(name)
 
 

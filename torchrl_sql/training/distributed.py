@@ -110,7 +110,7 @@ def process_group(device: torch.device, *, timeout_seconds: float = 600) -> Iter
     are and where to meet. Without ``WORLD_SIZE``, or with 1, this is the only process and no group is made.
 
     Args:
-        device (torch.device): NCCL joins CUDA devices, gloo CPUs.
+        device (torch.device): NCCL joins CUDA devices (with their index), gloo CPUs.
 
     Keyword Args:
         timeout_seconds (float): how long to wait for the others, at the start and in a step.
@@ -133,7 +133,7 @@ def process_group(device: torch.device, *, timeout_seconds: float = 600) -> Iter
         rank=rank,
         world_size=world_size,
         timeout=timeout,
-        device_id=device if device.type == "cuda" and device.index is not None else None,
+        device_id=device if device.type == "cuda" else None,
     )
     try:
         yield Ranks(rank, world_size, device, distributed.new_group(backend="gloo", timeout=timeout))
