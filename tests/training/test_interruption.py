@@ -46,6 +46,21 @@ def test_a_second_interrupt_raises_at_once(capfd):
     assert signals.stop
 
 
+def test_a_dead_terminal_does_not_keep_a_run_from_saving():
+    reader, writer = os.pipe()
+    stderr = os.dup(2)
+    os.close(reader)
+    os.dup2(writer, 2)  # as after the end of ``train 2>&1 | tee log``
+    try:
+        with StopSignals() as signals:
+            receive(signal.SIGINT)
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        os.close(writer)
+    assert signals.stop
+
+
 def test_the_former_handlers_come_back():
     before = [signal.getsignal(number) for number in HANDLED]
     signals = StopSignals()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from contextlib import suppress
 from types import FrameType
 from typing import Any, Self
 
@@ -69,4 +70,5 @@ class StopSignals:
         self.requeue = self.requeue or number == signal.SIGUSR2
         if first:  # not through logging: its locks may be held where the signal came
             again = "; press Ctrl-C again to stop without saving" if number == signal.SIGINT else ""
-            os.write(2, f"\n{signal.Signals(number).name}: saving after this gradient step{again}\n".encode())
+            with suppress(OSError):  # nobody may read it any more: Ctrl-C ends a ``tee`` too
+                os.write(2, f"\n{signal.Signals(number).name}: saving after this gradient step{again}\n".encode())
