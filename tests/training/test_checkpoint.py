@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import errno
 import pickle
+import zipfile
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ import torch
 from torchrl_sql.training.checkpoint import (
     CheckpointError,
     best_step,
+    checkpoint_path,
     checkpoint_step,
     delete_superfluous,
     list_checkpoints,
@@ -80,9 +83,40 @@ def test_a_damaged_file_is_named_and_the_one_before_is_used(tmp_path, damage):
     found = load_latest_checkpoint(tmp_path, warn=warnings.append)
     assert found is not None and found[1]["step"] == 1
     assert len(warnings) == 1 and "step_000000002.pt" in warnings[0]
-    list_checkpoints(tmp_path)[0].write_bytes(b"")
-    with pytest.raises(CheckpointError, match="none of the 2 checkpoints"):
-        load_latest_checkpoint(tmp_path, warn=warnings.append)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_000000001.pt", "step_000000002.pt.damaged"]
+
+
+def test_a_damaged_newest_checkpoint_costs_no_good_one(tmp_path):
+    for step in (40, 80):
+        save(tmp_path, step)
+    checkpoint_path(tmp_path, 80).write_bytes(b"torn")
+    assert load_latest_checkpoint(tmp_path, warn=lambda text: None) is not None
+    save(tmp_path, 60)
+    delete_superfluous(tmp_path, num_kept=1, milestone_interval=None)
+    assert [checkpoint_step(path) for path in list_checkpoints(tmp_path)] == [60]
+
+
+def test_if_all_checkpoints_are_damaged_they_stay_and_say_so_again(tmp_path):
+    for step in (1, 2):
+        save(tmp_path, step).write_bytes(b"")
+    for _ in range(2):  # renamed, the second start would begin anew
+        with pytest.raises(CheckpointError, match="none of the 2 checkpoints"):
+            load_latest_checkpoint(tmp_path, warn=lambda text: None)
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ESTALE, "stale"), OSError(errno.EMFILE, "files"), MemoryError()])
+def test_a_file_that_cannot_be_read_at_present_is_not_called_damaged(tmp_path, monkeypatch, error):
+    save(tmp_path, 1), save(tmp_path, 2)
+
+    def failing(*args, **kwargs):
+        raise error
+
+    for module, name in ((torch, "load"), (zipfile.ZipFile, "testzip")):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, failing)
+            with pytest.raises(type(error)):
+                load_latest_checkpoint(tmp_path, warn=pytest.fail)
+    assert len(list_checkpoints(tmp_path)) == 2
 
 
 def test_pickled_code_is_refused(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -143,16 +144,21 @@ def load_checkpoint(path: Path, *, map_location: torch.device | str = "cpu") -> 
     Raises:
         CheckpointError: if the file is damaged or of another format.
         FileNotFoundError: if there is none.
+        OSError, MemoryError: if it cannot be read at present.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}")
     try:
-        if zipfile.ZipFile(path).testzip() is not None:  # torch.load does not compare the members' checksums
-            raise CheckpointError(f"{path} is damaged: a checksum does not match")
-        content = torch.load(path, map_location=map_location, weights_only=True)
-    except CheckpointError:
+        with path.open("rb") as file:
+            if zipfile.ZipFile(file).testzip() is not None:  # torch.load does not compare the members' checksums
+                raise CheckpointError(f"{path} is damaged: a checksum does not match")
+            file.seek(0)
+            content = torch.load(file, map_location=map_location, weights_only=True)
+    except (CheckpointError, MemoryError):
         raise
     except Exception as error:
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # EINVAL: seeking where a damaged file says
+            raise
         raise CheckpointError(
             f"{path} must be a checkpoint of torchrl_sql, got a file that fails to load: {error}"
         ) from error
@@ -173,20 +179,30 @@ def checkpoint_step(path: Path) -> int:
 
 
 def load_latest_checkpoint(folder: Path, *, warn: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
-    """Reads the newest usable checkpoint; a damaged one is passed over with a warning.
+    """Reads the newest usable checkpoint.
+
+    Damaged ones that are newer are passed over with a warning and renamed to ``*.pt.damaged``: as checkpoints they
+    would count as the newest, and good ones would be deleted for them.
 
     Returns:
         Its path and content, or ``None`` if the folder holds none.
 
     Raises:
-        CheckpointError: if there are checkpoints but none is usable.
+        CheckpointError: if there are checkpoints but none is usable; all keep their names.
+        OSError: if one cannot be read at present.
     """
     checkpoints = list_checkpoints(folder)
+    damaged: list[Path] = []
     for path in reversed(checkpoints):
         try:
-            return path, load_checkpoint(path)
+            content = load_checkpoint(path)
         except CheckpointError as error:
-            warn(f"{error}; using the one before")
+            damaged.append(path)
+            warn(f"{error}; it becomes {path.name}.damaged if one before it is good")
+            continue
+        for bad in damaged:
+            bad.rename(bad.with_name(f"{bad.name}.damaged"))
+        return path, content
     if checkpoints:
         raise CheckpointError(f"none of the {len(checkpoints)} checkpoints in {folder} can be read")
     return None
