@@ -35,7 +35,10 @@ logger = logging.getLogger(__name__)
 _CONTINUE, _STOP, _REQUEUE = range(3)
 """What a rank asks for after a step; the greatest number of all ranks counts."""
 
-_RESULT_SECTIONS = ("model", "objective", "optim")
+_RESULT_SECTIONS = ("data", "model", "objective", "optim")
+_OTHER_DATA_KEYS = ("store", "games", "prefetch")
+"""Not compared as they are: what the store holds has its fingerprint, and games their resolved names."""
+
 _RESULT_TRAINER_KEYS = ("num_gradient_steps", "target_update_interval_gradient_steps", "precision")
 
 
@@ -236,9 +239,10 @@ def _check_same_run(new: RunConfig, old: RunConfig, folder: Path) -> None:
 
     def relevant(config: RunConfig) -> dict[str, Any]:
         values = asdict(config)
-        flat = {"seed": config.seed, "data.games": list(config.games)}
-        flat |= {f"{section}.{key}": value for section in _RESULT_SECTIONS for key, value in values[section].items()}
-        flat |= {f"data.{key}": values["data"][key] for key in ("mixture", "batch_size", "n_steps")}
+        flat = {f"{section}.{key}": value for section in _RESULT_SECTIONS for key, value in values[section].items()}
+        for key in _OTHER_DATA_KEYS:
+            del flat[f"data.{key}"]
+        flat |= {"seed": config.seed, "data.games": list(config.games)}
         flat |= {f"trainer.{key}": values["trainer"][key] for key in _RESULT_TRAINER_KEYS}
         return flat
 
