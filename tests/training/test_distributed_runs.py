@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import signal
 
 import numpy as np
@@ -16,6 +15,7 @@ from torchrl_sql.training.checkpoint import list_checkpoints, load_checkpoint
 from torchrl_sql.training.logs import read_scalars
 
 NUM_STEPS = 8
+KILLED_AFTER = 5  # one step after a checkpoint, in the middle of a log interval
 
 
 class Runs:
@@ -86,7 +86,7 @@ def runs(tiny_overrides, run_ranks, tmp_path_factory):
             runs.job("four-ddp-stopped", ddp, signals=[(4, 3, usr2)]),
             runs.job("four-ddp-stopped", ddp),
         ),
-        (2, runs.job("two-ddp-killed", *micro, signals=[(random.Random().randrange(1, NUM_STEPS), 1, kill)])),
+        (2, runs.job("two-ddp-killed", *micro, signals=[(KILLED_AFTER, 1, kill)])),
         (2, runs.job("two-ddp-killed", *micro)),
     )
     return runs
