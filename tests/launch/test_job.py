@@ -85,11 +85,29 @@ def test_errors_of_machines_are_left_to_the_batch_script(live, error):
 def test_an_error_after_the_signal_is_put_down_to_it(live):
     def work():
         signal.raise_signal(signal.SIGUSR2)
-        time.sleep(0.2)
         raise ValueError("a worker died")
 
     assert live(work) == job.EXIT_REQUEUE
     assert live.task.text("FATAL") is None and live.task.text("requeue") == "0.0"
+
+
+@pytest.mark.parametrize(("kind", "marker"), [("bench", None), ("import", "0.0")])
+def test_what_starts_anew_asks_for_no_requeue(live, monkeypatch, kind, marker):
+    live.stage.tasks[0].arguments[0] = kind
+    live.stage.save()
+    monkeypatch.setattr(job, "_run_command", lambda arguments: fail(Interrupted("", requeue=True))())
+    assert live(None) == job.EXIT_REQUEUE
+    assert live.task.text("requeue") == marker
+
+
+def test_the_first_error_of_a_life_counts(live):
+    def work():
+        live.task.write("FATAL", "of rank 1")
+        raise ValueError("of rank 0")
+
+    with pytest.raises(ValueError):
+        live(work)
+    assert live.task.text("FATAL") == "of rank 1"
 
 
 def test_an_older_life_leaves_the_newer_ones_task_alone(live):
@@ -163,6 +181,15 @@ def test_a_process_that_hangs_is_queued_again_after_the_signal(hanging, tmp_path
     hanging.send_signal(signal.SIGUSR2)
     assert hanging.wait(10) == job.EXIT_REQUEUE
     assert TaskFolder(tmp_path).text("requeue") == "0.0"
+
+
+def test_the_watch_goes_on_when_files_cannot_be_read_or_written(hanging, tmp_path):
+    (tmp_path / "life").mkdir()  # reading it is an OSError that is no FileNotFoundError
+    (tmp_path / "requeue").mkdir()
+    time.sleep(1.5)
+    assert hanging.poll() is None
+    hanging.send_signal(signal.SIGUSR2)
+    assert hanging.wait(10) == job.EXIT_REQUEUE
 
 
 def test_an_orphan_ends_when_a_newer_life_starts(hanging, tmp_path):

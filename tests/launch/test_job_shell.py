@@ -21,7 +21,7 @@ def life(tmp_path):
     programs.mkdir()
     calls = tmp_path / "calls"
 
-    def run(code, *, shown=RUNNING, tasks="0", **environment):
+    def run(code, *, shown=RUNNING, tasks="0", errors="", **environment):
         (programs / "scontrol").write_text(
             f'#!/bin/sh\necho "$*" >>{calls}\n[ "$2" = show ] && echo "{shown}"\nexit 0\n'
         )
@@ -31,7 +31,7 @@ def life(tmp_path):
         script = f"{begin}; echo life $TORCHRL_SQL_LIFE; torchrl_sql_end {code}"
         own = {"PATH": f"{programs}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"} | environment
         done = subprocess.run(["bash", "-c", script], env=own, capture_output=True, text=True)
-        assert not done.stderr
+        assert errors in done.stderr and bool(errors) == bool(done.stderr)
         return done.returncode, done.stdout, calls.read_text().splitlines()
 
     run.task = task
@@ -111,3 +111,27 @@ def test_crashes_without_progress_are_counted(life, tmp_path):
     assert life(137, **limit)[2][-1] == "requeue 7"  # there was progress
     code, output, calls = life(137, **limit)
     assert code == 137 and calls == ["-o show job 7"] and "2 times without a new checkpoint: given up" in output
+
+
+def test_being_told_to_stop_without_progress_has_a_limit(life, tmp_path):
+    checkpoints = tmp_path / "run" / "checkpoints"
+    checkpoints.mkdir(parents=True)
+    (life.task / "run_dir").write_text(f"{tmp_path / 'run'}\n")
+    (life.task / "requeue").write_text("0.0\n")
+    limit = {"TORCHRL_SQL_MAX_CRASHES": "1"}
+    for step in (10, 20, 30):
+        (checkpoints / f"step_{step:09}.pt").touch()
+        _, output, calls = life(75, **limit)
+        assert calls[-1] == "requeue 7" and "told to stop; requeued" in output
+    code, output, calls = life(75, **limit)
+    assert code == 75 and calls == ["-o show job 7"] and "1 times without a new checkpoint: given up" in output
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_what_cannot_be_counted_is_not_queued_again(life, tmp_path, told):
+    (life.task / "run_dir").write_text(f"{tmp_path}\n")
+    (life.task / "crashes").symlink_to("/dev/full")
+    if told:
+        (life.task / "requeue").write_text("0.0\n")
+    code, output, calls = life(137, errors="No space left on device")
+    assert code == 137 and calls == ["-o show job 7"] and "cannot be written: not requeued" in output

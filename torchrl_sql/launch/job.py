@@ -27,6 +27,9 @@ logger = logging.getLogger(__name__)
 EXIT_STOPPED = 130
 """Exit code of a life that was told to stop, and saved."""
 
+_START_ANEW = ("bench", "report")
+"""Commands that do not continue where they were stopped."""
+
 
 class _RequeueRequested(KeyboardInterrupt):
     """SIGUSR2, in commands that need no more than to be run again."""
@@ -71,6 +74,8 @@ def _live(stage: Stage, index: int, task: TaskFolder, life: Life) -> int:
         except KeyboardInterrupt as interruption:
             requeue = watchdog.asked_to_requeue or getattr(interruption, "requeue", False)
             logger.info("%s", interruption or "interrupted")
+            if requeue and stage.tasks[index].arguments[0] in _START_ANEW:
+                return EXIT_REQUEUE  # without the request: it is tried again as often as if it had crashed
             return _end(task, life, "requeue" if requeue else "stopped")
         except Exception as error:
             if task.is_superseded(life):
@@ -80,7 +85,8 @@ def _live(stage: Stage, index: int, task: TaskFolder, life: Life) -> int:
                 return _end(task, life, "requeue")
             if is_transient(error) or task.text("requeue") == str(life) or task.done:
                 raise
-            task.write("FATAL", "".join(traceback.format_exception_only(error)).strip())
+            if task.text("FATAL") is None:  # what the first rank says is the cause
+                task.write("FATAL", "".join(traceback.format_exception_only(error)).strip())
             raise
     if rank() == 0:
         task.write("done", str(life))
@@ -104,7 +110,7 @@ def _train(task: TaskFolder) -> None:
 
 
 def _run_command(arguments: list[str]) -> None:
-    """Any other command: the same one continues where it was stopped."""
+    """Any other command: it is run again if it was stopped, and continues unless it is one of ``_START_ANEW``."""
     from torchrl_sql.cli import run
 
     signal.signal(signal.SIGUSR2, _raise_requeue)

@@ -32,7 +32,7 @@ torchrl_sql_holds() { [ "$(cat "$torchrl_sql_task/$1" 2>/dev/null)" = "$2" ]; }
 
 # torchrl_sql_end CODE: ends this life after its processes ended with CODE; the last command of a batch script.
 torchrl_sql_end() {
-  local code=$1 newest crashes
+  local code=$1 newest how count
   if [ -e "$torchrl_sql_task/done" ]; then torchrl_sql_say "done"; exit 0; fi
   if [ "$code" = 0 ]; then code=1; fi
   if [ -e "$torchrl_sql_task/FATAL" ]; then
@@ -44,19 +44,33 @@ torchrl_sql_end() {
     torchrl_sql_say "stopped; torchrl-sql resume continues it"
     exit "$code"
   fi
+  how="exit code $code"
   if torchrl_sql_holds requeue "$TORCHRL_SQL_LIFE"; then
     torchrl_sql_is_ours "told to stop" "$code"
-    torchrl_sql_requeue "told to stop" "$code"
+    # Only training says how far it came: what else asks for this makes progress.
+    if [ ! -e "$torchrl_sql_task/run_dir" ]; then torchrl_sql_requeue "told to stop" "$code"; fi
+    how="told to stop"
+  else
+    torchrl_sql_is_ours "crashed (exit code $code)" "$code"
   fi
-  torchrl_sql_is_ours "crashed (exit code $code)" "$code"
   newest=$(ls "$(cat "$torchrl_sql_task/run_dir" 2>/dev/null)/checkpoints" 2>/dev/null | grep '^step_.*\.pt$' | tail -n 1)
-  echo "$TORCHRL_SQL_LIFE exit code $code newest checkpoint: $newest" >>"$torchrl_sql_task/crashes"
-  crashes=$(grep -c "newest checkpoint: $newest\$" "$torchrl_sql_task/crashes")
-  if [ "$crashes" -ge "${TORCHRL_SQL_MAX_CRASHES:-5}" ]; then
-    torchrl_sql_say "crashed (exit code $code), $crashes times without a new checkpoint: given up"
+  # Who cannot count would queue the job again for ever.
+  if ! echo "$TORCHRL_SQL_LIFE $how newest checkpoint: $newest" >>"$torchrl_sql_task/crashes" \
+    || ! count=$(grep -c " ${how%% *} .*newest checkpoint: $newest\$" "$torchrl_sql_task/crashes"); then
+    torchrl_sql_say "$how, and $torchrl_sql_task/crashes cannot be written: not requeued; torchrl-sql resume continues it"
     exit "$code"
   fi
-  torchrl_sql_requeue "crashed (exit code $code), $crashes times without a new checkpoint" "$code"
+  if [ "$how" = "told to stop" ]; then
+    count=$((count - 1)) # the first that stops at a checkpoint made it
+  else
+    how="crashed ($how)"
+  fi
+  if [ "$count" -gt 0 ]; then how+=", $count times without a new checkpoint"; fi
+  if [ "$count" -ge "${TORCHRL_SQL_MAX_CRASHES:-5}" ]; then
+    torchrl_sql_say "$how: given up"
+    exit "$code"
+  fi
+  torchrl_sql_requeue "$how" "$code"
 }
 
 # torchrl_sql_is_ours WHY CODE: exits with CODE unless this life's job is still its own to queue again. A job that was

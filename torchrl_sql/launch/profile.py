@@ -42,7 +42,8 @@ class ClusterConfig:
     """How long before the time limit (or preemption) the job is told. A job that has not stopped after half of it is
     taken to hang: it is requeued from its newest checkpoint."""
     max_crashes: int = MISSING
-    """Crashes in a row, without a new checkpoint between them, after which a job is not requeued any more."""
+    """Crashes without a new checkpoint between them, or times that training was told to stop before it made a new one,
+    after which a job is not requeued any more."""
     array_parallelism: int = MISSING
     """Elements of an array that run at the same time."""
     python: str | None = MISSING

@@ -13,7 +13,7 @@ FATAL      an error that would come again: its text; not retried
 requeue    the life that ended on purpose, all saved, to be continued at once
 stopped    the life that ended on purpose, all saved, not to be continued by itself
 cancelled  the submission that a user cancelled
-crashes    a line a crash: the life, the exit code, the newest checkpoint at that time
+crashes    a line a life that crashed, or of training was told to stop: the life, how, the newest checkpoint then
 run_dir    the folder of the training run, where checkpoints are
 ========== ===========================================================================================
 

@@ -8,6 +8,7 @@ import select
 import signal
 import threading
 import time
+from contextlib import suppress
 from types import TracebackType
 from typing import Self
 
@@ -39,21 +40,20 @@ class Watchdog:
 
     Keyword Args:
         stop_seconds (float): time to react to SIGUSR2.
-
-    Attributes:
-        asked_to_requeue (bool): whether SIGUSR2 arrived.
     """
 
     def __init__(self, task: TaskFolder, life: Life, *, stop_seconds: float) -> None:
-        self.asked_to_requeue = False
         self._task = task
         self._life = life
         self._stop_seconds = stop_seconds
         self._ended = threading.Event()
+        self._received = b""
+        self._reading = threading.Lock()
         self._read, self._write = os.pipe()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def __enter__(self) -> Self:
+        os.set_blocking(self._read, False)
         os.set_blocking(self._write, False)
         self._previous = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
         self._thread.start()
@@ -69,23 +69,41 @@ class Watchdog:
         os.close(self._read)
         os.close(self._write)
 
+    @property
+    def asked_to_requeue(self) -> bool:
+        """Whether SIGUSR2 arrived; also if the thread has not run since."""
+        with self._reading, suppress(BlockingIOError):
+            while True:
+                self._received += os.read(self._read, 256)
+        return signal.SIGUSR2 in self._received
+
+    def _is_superseded(self) -> bool:
+        try:
+            return self._task.is_superseded(self._life)
+        except (OSError, ValueError) as error:  # shared file systems have passing troubles: ask again
+            logger.warning("the task's newest life is not readable: %s", error)
+            return False
+
     def _watch(self) -> None:
         deadline = None
         while True:
-            readable, _, _ = select.select([self._read], [], [], _POLL_SECONDS)
-            received = os.read(self._read, 256) if readable else b""
+            select.select([self._read], [], [], _POLL_SECONDS)
+            asked = self.asked_to_requeue
             if self._ended.is_set():
                 return
-            if signal.SIGUSR2 in received and deadline is None:
-                self.asked_to_requeue = True
+            if asked and deadline is None:
                 deadline = time.monotonic() + self._stop_seconds
-            if self._task.is_superseded(self._life):
-                logger.error("life %s was superseded by %s: exiting", self._life, self._task.newest_life())
+            if self._is_superseded():
+                logger.error("life %s was superseded by a newer one: exiting", self._life)
                 os._exit(EXIT_SUPERSEDED)
             if deadline is not None and time.monotonic() > deadline:
-                logger.error(
-                    "not stopped %g s after SIGUSR2 (a rank hangs): exiting, to continue from the newest checkpoint",
-                    self._stop_seconds,
-                )
-                self._task.write("requeue", str(self._life))
-                os._exit(EXIT_REQUEUE)
+                try:
+                    logger.error(
+                        "not stopped %g s after SIGUSR2 (a rank hangs): exiting, to continue from the last checkpoint",
+                        self._stop_seconds,
+                    )
+                    self._task.write("requeue", str(self._life))
+                except OSError as error:
+                    logger.error("no request to be requeued: %s", error)  # the batch script takes it for a crash
+                finally:
+                    os._exit(EXIT_REQUEUE)
