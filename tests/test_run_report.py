@@ -79,25 +79,53 @@ def test_runs_of_one_name_are_seeds_and_the_rest_is_told_apart(tmp_path):
     assert data.caveats == ["The store /nowhere/store was not found: the data's returns and statistics are missing."]
 
 
-def test_sizes_are_told_apart_by_parameters_largest_first(tmp_path):
-    for name in ("impala", "resnet34"):
+def test_sizes_are_told_apart_by_parameters_and_the_first_is_the_method(tmp_path):
+    for name in ("resnet34", "resnet50", "resnet18"):
         folder = run_folder(tmp_path / name, f"model.encoder={name}", name=name)
         write(folder / "scores.csv", episodes(name))
-    agents = gather([tmp_path / "impala", tmp_path / "resnet34"]).agents
-    assert [agent.agent for agent in agents] == ["resnet34", "impala"]
-    assert agents[0].num_parameters > agents[1].num_parameters > 10_000
+    agents = gather([tmp_path / "resnet34", tmp_path / "resnet18", tmp_path / "resnet50"]).agents
+    assert [(agent.agent, agent.role) for agent in agents] == [
+        (name, "method") for name in ("resnet34", "resnet50", "resnet18")
+    ]
+    assert agents[1].num_parameters > agents[0].num_parameters > agents[2].num_parameters > 10_000
     assert agents[0].label == f"Scaled QL {agents[0].num_parameters / 1e6:.0f}M"
+
+
+def test_an_ablation_is_called_by_its_name_and_is_no_size(tmp_path):
+    changes = {
+        "ours": "model.encoder=resnet34",
+        "larger_without_norm": "model.encoder=resnet50 model.feature_norm=false",
+        "impala": "model.encoder=impala",
+        "mse": "model.encoder=resnet50 objective.target=mse model.num_atoms=null model.value_prior_std=null",
+        "again": "model.encoder=resnet34",
+    }
+    for name, overrides in changes.items():
+        folder = run_folder(tmp_path / name, *overrides.split(), name=name)
+        write(folder / "scores.csv", episodes(name))
+    data = gather([tmp_path / name for name in changes])
+    assert {(a.agent, a.label, a.role) for a in data.agents} == {
+        ("ours", "Scaled QL", "method"), *((name, name, "other") for name in changes if name != "ours")
+    }  # fmt: skip
+    assert data.agents[0].agent == "ours" and set(data.settings) == {a.label for a in data.agents}
+
+
+CHANGES = ("objective.cql_alpha=0.7", "data.batch_size=7", "trainer.num_gradient_steps=300")
 
 
 def test_seeds_that_differ_in_more_and_unlike_games_are_refused(tmp_path):
     first = run_folder(tmp_path / "a", seed=0)
     write(first / "scores.csv", episodes(seed=0))
-    for number, change in enumerate(("objective.cql_alpha=0.7", "data.batch_size=7", "trainer.num_gradient_steps=300")):
+    for number, change in enumerate(CHANGES):
         other = run_folder(tmp_path / f"b{number}", change, seed=1)
         write(other / "scores.csv", episodes(seed=1))
         with pytest.raises(ValueError, match=f"must differ in their seeds only, but .*{change.replace('=', ' ')}, "):
             gather([first, other])
-    again = run_folder(tmp_path / "again", "trainer.log_interval_gradient_steps=7", seed=1)  # decides nothing
+    other = run_folder(tmp_path / "collected", "collection.num_agent_steps_per_game=7", seed=1)
+    write(other / "scores.csv", episodes(seed=1))
+    with pytest.raises(ValueError, match=r"must differ in their seeds only, but .* collection .*num_agent_st.*: 7"):
+        gather([first, other])
+    decides_nothing = ("trainer.log_interval_gradient_steps=7", "collection.seed=1")
+    again = run_folder(tmp_path / "again", *decides_nothing, seed=1)
     write(again / "scores.csv", episodes(seed=1))
     assert len({row.seed for row in gather([first, again]).episodes}) == 2
     twice = run_folder(tmp_path / "twice", seed=0)

@@ -8,9 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
-import torch
-
-from torchrl_sql.config import ModelConfig, RunConfig, load_run_config
+from torchrl_sql.config import RunConfig, load_run_config
 from torchrl_sql.evaluation.clips import find_clip
 from torchrl_sql.evaluation.episodes import (
     CALIBRATION,
@@ -20,13 +18,12 @@ from torchrl_sql.evaluation.episodes import (
     read_calibration,
     read_episodes,
 )
-from torchrl_sql.evaluation.report import Agent, Clip, Curve, ReportData, Role
-from torchrl_sql.evaluation.report.text import format_size, name_games
+from torchrl_sql.evaluation.report import Agent, Clip, Curve, ReportData
+from torchrl_sql.evaluation.report.text import name_games
 from torchrl_sql.evaluation.tables import files_of
 from torchrl_sql.games import GAMES
+from torchrl_sql.run_report_agents import deciding_settings, find_agents
 from torchrl_sql.run_report_data import game_data
-from torchrl_sql.stages import CONSTANT_AGENT
-from torchrl_sql.training.build import build_actor
 from torchrl_sql.training.logs import read_scalars
 
 _METRICS = {
@@ -38,7 +35,6 @@ _METRICS = {
     "feature_norm": "Feature norm before normalization",
     "grad_norm": "Gradient norm before clipping",
 }
-_LABELS = {"cql": "Scaled QL", "bc": "BC"}
 
 Row = TypeVar("Row", EpisodeResult, CalibrationPoint)
 
@@ -95,7 +91,7 @@ def gather(
     caveats += _unevaluated(runs, episodes)
     evaluated = {episode.agent for episode in episodes}
     runs = [run for run in runs if run.config.name in evaluated]
-    agents = _agents(runs, episodes)
+    agents = find_agents([run.config for run in runs], episodes)
     labels = {agent.agent: agent.label.removesuffix(f" {agent.decoding}") for agent in agents}
     unknown = [name for name in labels if name not in {run.config.name for run in runs}]
     if unknown:
@@ -170,66 +166,14 @@ def _unevaluated(runs: Sequence[_Run], episodes: Sequence[EpisodeResult]) -> lis
     ]
 
 
-def _agents(runs: Sequence[_Run], episodes: Sequence[EpisodeResult]) -> list[Agent]:
-    """Every agent of the tables but constant actions: the method first, of several sizes the largest, then cloning."""
-    configs = {run.config.name: run.config for run in runs}
-    sizes = {name: _num_parameters(config.model, config.games) for name, config in configs.items()}
-    labels = _labels(configs, sizes)
-    played = dict.fromkeys((row.agent, row.decoding) for row in episodes if not row.agent.startswith(CONSTANT_AGENT))
-    if not played:
-        raise ValueError(f"the tables must hold episodes of an agent beside {CONSTANT_AGENT}*, found none")
-    trained = {row.agent for row in episodes if row.checkpoint}
-    methods = {name for name, config in configs.items() if config.objective.name == "cql"} or set(configs)
-    methods = methods or trained or {name for name, _ in played}
-    agents = []
-    for name, decoding in played:
-        role: Role = "other"
-        if name in methods:
-            role = "method"
-        elif name in configs:
-            role = "bc_greedy" if decoding == "greedy" else "bc_sampled"
-        only = len([other for other, _ in played if other == name]) == 1
-        plain = (decoding == "greedy" and role == "method") or (only and name not in configs)
-        label = labels.get(name, name)
-        agents.append(
-            Agent(
-                agent=name,
-                decoding=decoding,
-                label=label if plain else f"{label} {decoding}",
-                role=role,
-                num_parameters=sizes.get(name),
-            )
-        )
-    order: tuple[Role, ...] = ("method", "bc_greedy", "bc_sampled", "other")
-    return sorted(agents, key=lambda agent: (order.index(agent.role), -(agent.num_parameters or 0)))
-
-
-def _labels(configs: Mapping[str, RunConfig], sizes: Mapping[str, int]) -> dict[str, str]:
-    """``Scaled QL`` if one agent is that, ``Scaled QL 79M`` if their sizes tell several apart, else their names."""
-    labels = {}
-    for name, config in configs.items():
-        alike = [other for other, found in configs.items() if found.objective.name == config.objective.name]
-        label = _LABELS[config.objective.name]
-        if len(alike) > 1:
-            written = [format_size(sizes[other]) for other in alike]
-            label = f"{label} {format_size(sizes[name])}" if len(set(written)) == len(written) else name
-        labels[name] = label
-    return labels
-
-
-def _num_parameters(model: ModelConfig, games: tuple[str, ...]) -> int:
-    with torch.device("meta"):
-        return sum(parameter.numel() for parameter in build_actor(model, games).parameters())
-
-
 def _check_seeds_alike(runs: Sequence[_Run]) -> None:
     """Runs of one name are seeds of one agent only if they differ in nothing else that decides their results."""
     first: dict[str, _Run] = {}
     for run in runs:
         folder, config = run
         other_folder, other = first.setdefault(config.name, run)
-        there = _deciding(other)
-        for key, value in _deciding(config).items():
+        there = deciding_settings(other)
+        for key, value in deciding_settings(config).items():
             if value != there[key]:
                 raise ValueError(
                     f"runs named {config.name!r} must differ in their seeds only, but {folder} has {key} {value}, "
@@ -240,18 +184,6 @@ def _check_seeds_alike(runs: Sequence[_Run]) -> None:
                 f"runs named {config.name!r} must have different seeds, got {config.seed} in both "
                 f"{other_folder} and {folder}"
             )
-
-
-def _deciding(config: RunConfig) -> dict[str, Any]:
-    """Settings that decide what is learned, beside the seed and the place of the data."""
-    values = asdict(config)
-    trainer = ("num_gradient_steps", "target_update_interval_gradient_steps", "precision")
-    return {
-        f"{section}.{key}": value
-        for section in ("data", "model", "objective", "optim", "trainer")
-        for key, value in values[section].items()
-        if (section != "trainer" or key in trainer) and f"{section}.{key}" not in ("data.store", "data.prefetch")
-    }
 
 
 def _settings(runs: Sequence[_Run], labels: Mapping[str, str]) -> dict[str, dict[str, Any]]:
