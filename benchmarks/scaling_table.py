@@ -18,13 +18,13 @@ from torchrl_sql.scaling import Measurements, format_plans, plan
 NETWORKS = ("resnet34", "resnet50", "resnet101")
 NUM_GPUS = (1, 8, 32, 128)
 
-# Assumed, not measured.
+# Assumed where nothing else is said.
 SUSTAINED_FLOPS = 75e12  # 30% of the 250 TFLOP/s that large bf16 matrix products reach on an A100
 LEAST_STEP_SECONDS = 0.015  # some 1,500 kernels, however small the batch
 NODE_BYTES_PER_SECOND = 200e9  # eight GPUs on NVLink
 NETWORKS_BYTES_PER_SECOND = {"100 Gb/s a node": 10e9, "8 x 200 Gb/s a node": 150e9}
-READ_TRANSITIONS_PER_SECOND = 40_000.0  # one reader thread; benchmarks/results/buffer.md
-READ_BYTES_PER_TRANSITION = 160 * 20 * 1.2  # 160 bytes a frame, chunks of 20 frames, 1.2 of them for 5 frames
+READ_TRANSITIONS_PER_SECOND = 31_800.0  # measured, one reader thread: benchmarks/results/buffer.md
+READ_BYTES_PER_TRANSITION = 157 * 20 * 1.2  # 157 bytes a frame, measured there; 1.2 chunks of 20 frames hold 5
 
 
 def count(network: str) -> tuple[int, float]:
