@@ -18,6 +18,7 @@ from torchrl_sql.data import shards as shards_module
 from torchrl_sql.data.frames import shard_path
 from torchrl_sql.data.mapping import MappedFile
 from torchrl_sql.data.shards import DamagedFramesError, FrameReader, Shard
+from torchrl_sql.data.verify import verify
 
 
 @pytest.fixture
@@ -209,8 +210,13 @@ def test_chunk_of_another_kind(pong):
     index[1] = len(chunk)
     data[-4:] = google_crc32c.value(bytes(data[-36:-4])).to_bytes(4, "little")
     path.write_bytes(data)
-    with pytest.raises(ValueError, match="chunks must hold 28224 bytes of zstd-compressed frames"):
+    message = (
+        r"chunk 0: it must hold 28224 bytes of frames, got 14112. It holds the frames of transitions 0 to 3 of Pong"
+    )
+    with pytest.raises(DamagedFramesError, match=message):
         AtariFrameStorage(pong.path.parent.parent)[0]
+    (damage,) = verify(FrameStore.open(pong.path.parent.parent))
+    assert "28224 bytes of frames, got 14112" in damage.reason
 
 
 def test_chunks_of_black_frames_are_stored(store):

@@ -56,7 +56,7 @@ def export_memmap(
         raise OSError(
             f"{target} needs {num_bytes:,} bytes for {len(storage):,} transitions, the disk has {free:,} free"
         )
-    unfinished = target.with_name(target.name + ".tmp")
+    unfinished = target.with_name(f".{target.name}.unfinished-export")
     if unfinished.exists():  # Of an export that was killed.
         shutil.rmtree(unfinished)
     out = one.expand(len(storage)).memmap_like(str(unfinished))

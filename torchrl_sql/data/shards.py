@@ -5,13 +5,13 @@ that the package writes: it maps the shard files into memory, looks chunks up in
 one call, compares their CRC32C, and copies the wanted frames. ``benchmarks/results/buffer.md`` has the comparison with
 TensorStore. Two things make threads scale:
 
-- The GIL is let go once for many chunks. Letting go of it at each system call and chunk, 1,800 times a batch, cost a
-  third of the speed beside a busy training thread, from which it must be asked back each time.
+- The GIL is let go once for many chunks, not at each system call and chunk, 1,800 times a batch: beside a busy training
+  thread it must be asked back each time.
 - Decoded chunks, 141 KB each, are freed at once, into a heap that keeps its memory: see :func:`_keep_freed_memory`.
 
 Pages that were read stay mapped. They belong to the page cache, which processes share and the kernel takes back when it
-needs to, but programs like ``ps`` count them as the process's. Unmapping them now and then kept that number small and
-made batches of a large store a quarter slower.
+needs to, but programs like ``ps`` count them as the process's. Unmapping them now and then would keep that number small
+and make batches of a large store slower.
 
 Legend: W windows, L frames of a window, K frames of a chunk, P pieces (of windows, each within a chunk).
 """
@@ -48,7 +48,7 @@ _MAX_SHARDS = 50_000
 
 _READS_TO_ANNOUNCE = 100
 """Reads, after the first and after each that waited for the disk, for which the disk is told beforehand what will be
-read. It then fetches all chunks of a batch at a time; where everything is in memory, telling it costs 3%."""
+read. It then fetches all chunks of a batch at a time; where everything is in memory, telling it only costs time."""
 
 _MISSING = 2**64 - 1
 """Offset and size of a chunk that was never written."""
@@ -92,13 +92,12 @@ class Shard:
 
     def __init__(self, path: Path, num_chunks: int) -> None:
         index_bytes = 16 * num_chunks + 4
-        num_bytes = path.stat().st_size
-        end = num_bytes - index_bytes
-        if end < 0:
-            raise ValueError(f"its {num_bytes} bytes cannot end in an index of {index_bytes}")
         self.file = MappedFile(path)
         self.file.advise(mmap.MADV_RANDOM)
         self.view = self.file.view
+        end = len(self.view) - index_bytes  # of the mapping itself: a writer may replace the file meanwhile
+        if end < 0:
+            raise ValueError(f"its {len(self.view)} bytes cannot end in an index of {index_bytes}")
         if google_crc32c.value(bytes(self.view[end:])) != _CRC32C_RESIDUE:
             raise ValueError("the CRC32C of its index does not match")
         self.index = memoryview(bytes(self.view[end:-4])).cast("Q")
@@ -228,9 +227,12 @@ class FrameReader:
             for local in range(end - begin):
                 offset, size = index[2 * local], index[2 * local + 1]
                 try:
-                    file.seek(0 if offset == _MISSING else offset)
-                    intact = offset != _MISSING and google_crc32c.value(file.read(size)) == _CRC32C_RESIDUE
-                    reason = "" if intact else _NEVER_WRITTEN if offset == _MISSING else _WRONG_CRC32C
+                    reason = _NEVER_WRITTEN
+                    if offset != _MISSING:
+                        file.seek(offset)
+                        chunk = file.read(size)
+                        intact = google_crc32c.value(chunk) == _CRC32C_RESIDUE
+                        reason = self._wrong_content(chunk[:-4]) if intact else _WRONG_CRC32C
                 except OSError as error:
                     reason = str(error)
                 if reason:
@@ -269,9 +271,20 @@ class FrameReader:
         for chunk, shard, offset, size in chunks:
             if google_crc32c.value(bytes(shard.view[offset : offset + size])) != _CRC32C_RESIDUE:
                 raise _BadChunks(chunk, chunk + 1, _WRONG_CRC32C)
+            if failure is not None and (reason := self._wrong_content(shard.view[offset : offset + size - 4])):
+                raise _BadChunks(chunk, chunk + 1, reason)
         if failure is not None:
-            raise ValueError(f"chunks must hold {sizes[0]} bytes of zstd-compressed frames: {failure}") from failure
+            raise failure  # Each chunk can be decoded by itself: not the data's fault.
         return [memoryview(decoded[number]) for number in range(len(chunks))]  # type: ignore[arg-type]
+
+    def _wrong_content(self, chunk: bytes | memoryview) -> str:
+        """What is wrong with a chunk whose checksum is right, or ``""``."""
+        num_bytes = self._chunk_frames * _FRAME_BYTES
+        try:
+            found = len(zstandard.ZstdDecompressor().decompress(chunk, max_output_size=num_bytes))
+        except zstandard.ZstdError as error:
+            return f"it must hold {num_bytes} bytes of zstd-compressed frames: {error}"
+        return "" if found == num_bytes else f"it must hold {num_bytes} bytes of frames, got {found}"
 
     def _load_shard(self, number: int) -> Shard:
         begin = number * self._chunks_per_shard
