@@ -8,7 +8,6 @@ shape, and with the shape fixed a row's outputs do not depend on the other rows.
 from __future__ import annotations
 
 import os
-import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -243,7 +242,7 @@ def rollout(
 
     starting: deque[tuple[_Slot, Future[None]]] = deque()
     groups: list[list[_Slot]] = [[], []]
-    with ThreadPoolExecutor(num_threads, "start", _lower_priority) as starters:
+    with ThreadPoolExecutor(num_threads, thread_name_prefix="start") as starters:
         for _ in range(min(num_parallel, len(queue))):
             start(
                 _Slot(
@@ -257,11 +256,6 @@ def rollout(
                 yield from receive(group)
                 if group:
                     send(group)
-
-
-def _lower_priority() -> None:
-    """Emulator threads inherit it: dozens of them must not take turns with the one thread that decides."""
-    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), min(os.getpriority(os.PRIO_PROCESS, 0) + 5, 19))
 
 
 @torch.inference_mode()
