@@ -13,7 +13,7 @@ emulators does not. One agent step is four emulator frames.
   torchvision, which this project does without.
 
 With one core for emulators and one for the network, the limit of the pipeline is the slower of the two rates. Emulator
-threads also use what the network leaves of its core, so the work of a step as a whole is compared with two cores as well.
+threads also use what the network leaves of its core, so a step's whole work is compared with two cores as well.
 """
 
 from __future__ import annotations
