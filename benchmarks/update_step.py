@@ -140,18 +140,23 @@ def our_step(network: str, side: str, dtype: str, mode: str, batch: TensorDict) 
     device = batch.device
     actor = make_actor(network, side, device)
     loss = DistributionalCQLLoss(actor, gamma=GAMMA, cql_alpha=CQL_ALPHA, double_q=side == "ours_double_q")
+    updater = HardUpdate(loss, value_network_update_interval=TARGET_INTERVAL)
     parameters = list(loss.parameters())
     trainer = Trainer(
         loss,
         None,  # type: ignore[arg-type]  # nothing is sampled
         torch.optim.Adam(parameters, lr=LEARNING_RATE, fused=True),
-        target_updater=HardUpdate(loss, value_network_update_interval=0),
-        target_update_interval=TARGET_INTERVAL,
         max_grad_norm=MAX_GRAD_NORM,
         call=SingleProcess(loss, compile=mode == "compiled"),
         precision=dtype,  # type: ignore[arg-type]
     )
-    return Variant(side, dtype, mode, lambda: trainer.update(batch.copy())["objective"], parameters)
+
+    def step() -> torch.Tensor:
+        metrics = trainer.update(batch.copy())
+        updater.step()
+        return metrics["objective"]
+
+    return Variant(side, dtype, mode, step, parameters)
 
 
 def make_variant(network: str, side: str, dtype: str, mode: str, batch: TensorDict) -> Variant:

@@ -44,13 +44,12 @@ def test_the_update_never_waits_for_the_device(batch_size, precision, target, do
     actor = make_q_actor(8, encoder="resnet_small", num_atoms=num_atoms, memory_format=torch.channels_last).to("cuda")
     loss = DistributionalCQLLoss(actor, target=target, double_q=double_q)
     optimizer = torch.optim.Adam(loss.parameters(), fused=True)
+    updater = HardUpdate(loss, value_network_update_interval=0)
     trainer = Trainer(
         loss,
         None,
         optimizer,
         scheduler=torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0),
-        target_updater=HardUpdate(loss, value_network_update_interval=0),
-        target_update_interval=2,
         max_grad_norm=10.0,
         precision=precision,
     )
@@ -60,6 +59,7 @@ def test_the_update_never_waits_for_the_device(batch_size, precision, target, do
     try:
         for _ in range(4):
             metrics = trainer.update(batch)
+            updater.step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert torch.isfinite(metrics["objective"])

@@ -12,6 +12,7 @@ from torchrl.objectives import HardUpdate
 
 from torchrl_sql.objectives import DistributionalCQLLoss
 from torchrl_sql.training import Trainer
+from torchrl_sql.training.parallel import SingleProcess
 from torchrl_sql.training.trainer import NonFiniteError
 
 
@@ -83,8 +84,7 @@ def test_update_is_sgd_on_the_sum_of_losses():
 def test_target_is_copied_at_exactly_every_interval():
     trainer = make_trainer(target_update_interval=3)
     history = []
-    for seed in range(6):
-        trainer.update(make_batch(seed))
+    for _ in trainer.train(6, log_interval=1):
         online, target = weights(trainer), weights(trainer, "target_value_network_params")
         history.append(all(torch.equal(online[key], target[key]) for key in online))
     assert history == [False, False, True, False, False, True]
@@ -99,7 +99,7 @@ def test_gradients_are_clipped_and_their_norm_reported_before():
 
 
 def test_train_reports_means_of_each_interval_and_stops_where_told():
-    stepped, looped = make_trainer(), make_trainer()
+    stepped, looped = (make_trainer(target_update_interval=10) for _ in range(2))
     single = [stepped.update(make_batch(s % 5))["loss_qvalue"].item() for s in range(7)]
     results = list(looped.train(7, log_interval=3))
     expected = [sum(single[:3]) / 3, sum(single[3:6]) / 3, single[6]]
@@ -130,7 +130,8 @@ def test_non_finite_rewards_are_named_in_the_first_steps():
 @pytest.mark.parametrize("fused", [True, False])
 def test_a_diverged_objective_stops_training_with_the_weights_before_it(fused):
     batches = [*(make_batch(s) for s in range(4)), make_batch(0, reward=float("nan")), make_batch(5)]
-    trainer, healthy = (make_trainer(batches, optimizer=partial(torch.optim.Adam, fused=fused)) for _ in range(2))
+    optimizer = partial(torch.optim.Adam, fused=fused)
+    trainer, healthy = (make_trainer(batches, optimizer=optimizer, target_update_interval=10) for _ in range(2))
     message = r"the gradient of step 5 is not finite; means of gradient steps 4 to 6: .*objective=nan"
     with pytest.raises(NonFiniteError, match=message) as caught:
         list(trainer.train(10, log_interval=3))
@@ -138,6 +139,43 @@ def test_a_diverged_objective_stops_training_with_the_weights_before_it(fused):
     list(healthy.train(4, log_interval=1))
     ours, theirs = weights(trainer), weights(healthy)
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs) == fused
+
+
+@pytest.mark.parametrize("broken_step", [5, 6])
+def test_a_target_is_not_updated_after_a_broken_step(broken_step):
+    batches = [make_batch(s) for s in range(broken_step - 1)]
+    broken, adam = make_batch(0, reward=float("nan")), partial(torch.optim.Adam, fused=True)
+    trainer, healthy = (
+        make_trainer([*batches, broken, *batches], optimizer=adam, target_update_interval=3) for _ in range(2)
+    )
+    with pytest.raises(NonFiniteError, match=f"the gradient of step {broken_step} is not finite"):
+        list(trainer.train(10, log_interval=10))
+    assert trainer.step == 6
+    list(healthy.train(broken_step - 1, log_interval=10))
+    for which in ("value_network_params", "target_value_network_params"):
+        ours, theirs = weights(trainer, which), weights(healthy, which)
+        assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+def test_an_infinite_objective_with_finite_gradients_breaks_its_step():
+    class Overflowing(SingleProcess):
+        num_calls = 0
+
+        def __call__(self, batch, **kwargs):
+            losses = super().__call__(batch, **kwargs)
+            self.num_calls += torch.is_grad_enabled()
+            if self.num_calls == 5:
+                losses["loss_cql"] = losses["loss_cql"] + torch.inf
+            return losses
+
+    adam = partial(torch.optim.Adam, fused=True)
+    trainer, healthy = (make_trainer(optimizer=adam, target_update_interval=10) for _ in range(2))
+    trainer._call = Overflowing(trainer.loss)
+    with pytest.raises(NonFiniteError, match=r"step 5 is not finite; means of gradient steps 4 to 6: .*objective=inf"):
+        list(trainer.train(10, log_interval=3))
+    list(healthy.train(4, log_interval=1))
+    ours, theirs = weights(trainer), weights(healthy)
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -117,7 +116,7 @@ class Trainer:
         self.microbatch_size = microbatch_size
         self.precision = precision
         self.step = 0
-        self._call = call or SingleProcess(loss)
+        self._call = SingleProcess(loss) if call is None else call
         self._interval = _Interval()
         # From the first gradient that is not finite on, steps are counted and, by fused optimizers, not taken: the
         # weights are still those before it when the host hears of it at the next result.
@@ -131,7 +130,7 @@ class Trainer:
         return self.ranks.device
 
     def update(self, batch: TensorDictBase) -> TensorDict:
-        """One gradient step; nothing is read back to the host.
+        """One gradient step; nothing is read back to the host. Target updates are :meth:`train`'s.
 
         Args:
             batch (TensorDictBase): what the loss reads, on the trainer's device.
@@ -154,8 +153,6 @@ class Trainer:
         if self.scheduler is not None:
             self.scheduler.step()
         self.step += 1
-        if self.target_updater is not None and self.step % self.target_update_interval == 0:
-            self.target_updater.step()
         return metrics
 
     def _accumulate_gradients(self, batch: TensorDictBase) -> TensorDict:
@@ -169,7 +166,9 @@ class Trainer:
             with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16"):
                 losses = self._call(microbatch, exchange=number == len(microbatches))
             objective = sum(value for key, value in losses.items() if key.startswith("loss_"))
-            (objective / len(microbatches)).backward()
+            # An objective that is not finite breaks its gradient, if it does not do so itself, on every rank.
+            factor = torch.where(objective.isfinite(), 1.0, torch.nan)
+            (objective / len(microbatches)).backward(factor)
             losses["objective"] = objective
             sums = losses.detach() if sums is None else sums + losses.detach()
         assert sums is not None
@@ -208,8 +207,8 @@ class Trainer:
             ``data_wait_fraction`` (share of time spent waiting for data).
 
         Raises:
-            NonFiniteError: if the objective or its gradient was not finite in the interval. With a fused optimizer the
-                weights and moments are then those before that step.
+            NonFiniteError: if the objective or its gradient was not finite since the last result or target update. With
+                a fused optimizer weights, moments and target are then those before that step.
         """
         self._interval.started = time.perf_counter()
         while self.step < num_gradient_steps:
@@ -220,6 +219,9 @@ class Trainer:
                 self._check_finite(batch)
                 self._num_checks_left -= 1
             self._interval.add(self.update(batch), batch.shape[0])
+            if self.target_updater is not None and self.step % self.target_update_interval == 0:
+                self.check_gradients()  # a target made after a broken step would not be that of the state before it
+                self.target_updater.step()
             if self.step % log_interval == 0 or self.step >= num_gradient_steps:
                 yield self._result()
             if stop():
@@ -239,8 +241,6 @@ class Trainer:
         told = f"means of gradient steps {first} to {self.step}: "
         told += ", ".join(f"{key}={value:g}" for key, value in result.items())
         self.check_gradients(told)
-        if not math.isfinite(result["objective"]):
-            raise NonFiniteError(f"the objective must be finite; {told}", step=first)
         return result | {
             "learning_rate": float(self.optimizer.param_groups[0]["lr"]),
             "samples_per_second": interval.num_timed_samples * self.ranks.world_size / seconds,
@@ -254,7 +254,7 @@ class Trainer:
             told (str): what else the error is to say.
 
         Raises:
-            NonFiniteError: if a gradient since the last start was not finite.
+            NonFiniteError: if a gradient (or objective) since the last start was not finite.
         """
         if num_broken_steps := int(self._num_broken_steps):
             step = self.step - num_broken_steps + 1
