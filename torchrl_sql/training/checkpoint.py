@@ -17,6 +17,9 @@ from torchrl_sql.data.run import sync_folder, write_atomically
 
 FORMAT = "torchrl_sql checkpoint 2"
 
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+"""Error numbers that training outlives."""
+
 _NAME = re.compile(r"step_(\d+)\.pt")
 
 

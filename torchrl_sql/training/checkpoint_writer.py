@@ -11,11 +11,9 @@ from typing import Any
 
 import torch
 
-from torchrl_sql.training.checkpoint import delete_superfluous, save_checkpoint
+from torchrl_sql.training.checkpoint import DISK_FULL, delete_superfluous, save_checkpoint
 
 logger = logging.getLogger(__name__)
-
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class HostCopies:
@@ -117,7 +115,7 @@ class CheckpointWriter:
         try:
             save_checkpoint(self.folder, step, content)
         except OSError as error:
-            if error.errno not in _DISK_FULL:
+            if error.errno not in DISK_FULL:
                 raise
             logger.error(
                 "DISK FULL: the checkpoint of gradient step %d was not written (%s); those in %s are kept, training "

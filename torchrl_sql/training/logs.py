@@ -7,6 +7,7 @@ import secrets
 import sys
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from torchrl.record.loggers import CSVLogger, Logger, TensorboardLogger, WandbLo
 from tqdm import tqdm
 
 from torchrl_sql.data.run import write_atomically
+from torchrl_sql.training.checkpoint import DISK_FULL
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +29,7 @@ class RunLog:
 
     Metrics go to ``folder`` (and to W&B, under the run id in ``folder/wandb_id``), as functions of the gradient step.
     What was logged after ``first_step`` is dropped: a continued run logs it again. Progress is a bar on a terminal,
-    else a line in the log every half minute.
+    else a line in the log every half minute. If the disk is full, the log says which metrics are missing.
 
     Args:
         folder (Path): the run's ``logs``.
@@ -66,14 +68,16 @@ class RunLog:
         self._bar.close()
         for run_logger in self._loggers:
             if isinstance(run_logger, TensorboardLogger):
-                run_logger.experiment.close()
+                with _outlives_full_disk(run_logger, self._step):
+                    run_logger.experiment.close()
 
     def result(self, step: int, metrics: Mapping[str, float]) -> None:
         """Logs the metrics of an interval that ended at ``step``; adds ``eta_seconds``."""
         eta = (time.perf_counter() - self._started) / (step - self._first_step) * (self._num_steps - step)
         for run_logger in self._loggers:
-            for name, value in {**metrics, "eta_seconds": eta}.items():
-                run_logger.log_scalar(f"train/{name}", value, step=step)
+            with _outlives_full_disk(run_logger, step):
+                for name, value in {**metrics, "eta_seconds": eta}.items():
+                    run_logger.log_scalar(f"train/{name}", value, step=step)
         self._num_results += 1
         self._data_wait_sum += metrics["data_wait_fraction"]
         text = (
@@ -110,6 +114,21 @@ def read_scalars(run_dir: Path) -> dict[str, list[tuple[int, float]]]:
     return {
         path.stem: [(int(step), float(value)) for step, value in _rows(path)] for path in sorted(folder.glob("*.csv"))
     }
+
+
+@contextmanager
+def _outlives_full_disk(run_logger: Logger, step: int) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+        logger.error(
+            "DISK FULL: metrics of gradient step %d may be missing in %s (%s); training goes on",
+            step,
+            run_logger.exp_name,
+            error,
+        )
 
 
 class _PurgingTensorboardLogger(TensorboardLogger):
