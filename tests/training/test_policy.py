@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tensordict import TensorDict
 
@@ -54,6 +55,20 @@ def test_any_checkpoint_can_be_exported(make_config, tmp_path):
     assert all(torch.equal(value, weights[name]) for name, value in policy.state_dict().items() if name in weights)
     final = torchrl_sql.load_policy(folder / POLICY_FILE).state_dict()
     assert any(not torch.equal(value, final[name]) for name, value in weights.items())
+
+
+def test_a_policy_that_does_not_fit_on_the_disk_leaves_nothing(make_config, tmp_path, monkeypatch):
+    def failing(weights, path, metadata):
+        path.write_bytes(b"torn")
+        raise SafetensorError("I/O error: No space left on device")
+
+    folder = train(make_config())
+    target = tmp_path / "out" / "policy.safetensors"
+    target.parent.mkdir()
+    monkeypatch.setattr("torchrl_sql.training.policy.save_file", failing)
+    with pytest.raises(OSError, match=r"policy.safetensors could not be written: .*No space left"):
+        export_policy(folder, target)
+    assert list(target.parent.iterdir()) == []
 
 
 def test_the_three_lines_of_the_readme(make_config):

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torchrl.modules import DistributionalQValueActor, QValueActor
 
 from torchrl_sql.config import RunConfig, run_config_from_yaml
+from torchrl_sql.data.run import sync_folder
 from torchrl_sql.training.build import build_actor, load_actor
 from torchrl_sql.training.checkpoint import CheckpointError
 
@@ -32,6 +33,7 @@ def export_policy(checkpoint: Path, path: Path) -> None:
 
     Raises:
         CheckpointError: if the checkpoint is damaged.
+        OSError: if the file cannot be written; nothing is left of it.
     """
     actor, config, gradient_step = load_actor(checkpoint)
     metadata = {
@@ -43,10 +45,16 @@ def export_policy(checkpoint: Path, path: Path) -> None:
     weights = {name: value.contiguous().clone() for name, value in actor.state_dict().items()}
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        save_file(weights, temporary, metadata=metadata)
+        try:
+            save_file(weights, temporary, metadata=metadata)
+        except SafetensorError as error:
+            raise OSError(f"{path} could not be written: {error}") from error
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+    sync_folder(path.parent)
 
 
 def load_policy(path: Path | str, *, device: torch.device | str = "cpu") -> DistributionalQValueActor | QValueActor:
