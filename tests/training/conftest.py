@@ -2,10 +2,12 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -54,9 +56,12 @@ def make_config(tiny_overrides, tmp_path):
 
 
 def free_port():
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
+    """A port that only a server takes: ephemeral ones (from 32768 on) may be gone when the ranks meet."""
+    for port in random.sample(range(20_000, 32_000), 100):
+        with socket.socket() as server, suppress(OSError):
+            server.bind(("127.0.0.1", port))
+            return port
+    raise OSError("no free port among 100")
 
 
 @pytest.fixture(scope="session")
