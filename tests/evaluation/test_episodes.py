@@ -130,10 +130,16 @@ def test_reading_gives_back_what_was_written_in_parts(tmp_path_factory, rows, sp
     assert read_episodes(table) == sorted(rows, key=lambda row: row.key)
 
 
+@pytest.mark.parametrize("text", ["", "agent,se"])
+def test_a_table_whose_writer_has_not_written_the_header_yet_has_no_rows(tmp_path, text):
+    (tmp_path / "scores.csv").write_text(text)
+    assert read_episodes(tmp_path / "scores.csv") == []
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", r"scores.csv: header must be agent,seed,.*, got an empty file"),
+        ("\n", r"scores.csv: header must be agent,seed,.*, got an empty line"),
         ("game,return\n", r"header must be agent,seed,.*, got game,return"),
         (LINE.replace("12.5", "nan"), r"scores.csv, line 3: episode_return must be finite, got nan"),
         (LINE.replace("12.5", "many"), r"line 3: episode_return must be float, got 'many'"),

@@ -51,7 +51,7 @@ def read_table(table: Path, kind: type[Row], key: Callable[[Row], Any]) -> list[
         raise FileNotFoundError(f"{table} must be a table of evaluation, found neither it nor parts of it")
     rows: dict[Any, tuple[Row, Path]] = {}
     for file in files:
-        for row in _read_file(file, kind, just_made=file != table):
+        for row in _read_file(file, kind):
             other, where = rows.setdefault(key(row), (row, file))
             if other != row:
                 raise ValueError(f"{file} and {where} hold different results of one thing: {row} and {other}")
@@ -120,10 +120,10 @@ def columns(kind: type) -> tuple[str, ...]:
     return tuple(field.name for field in fields(kind))
 
 
-def _read_file(path: Path, kind: type[Row], *, just_made: bool) -> list[Row]:
-    """The rows of one file; ``just_made`` says that it may be empty, its writer being about to start."""
+def _read_file(path: Path, kind: type[Row]) -> list[Row]:
+    """The rows of one file; an empty one has none, its writer being about to write the header."""
     lines = _finished_lines(path, path.read_bytes())
-    if just_made and not lines:
+    if not lines:
         return []
     reader = csv.reader(io.StringIO(lines, newline=""))
     names = columns(kind)
@@ -155,7 +155,7 @@ def _finished_lines(path: Path, content: bytes) -> str:
 def _read_header(path: Path, reader: Any, expected: tuple[str, ...]) -> None:
     header: list[str] = next(reader, [])
     if tuple(header) != expected:
-        raise ValueError(f"{path}: header must be {','.join(expected)}, got {','.join(header) or 'an empty file'}")
+        raise ValueError(f"{path}: header must be {','.join(expected)}, got {','.join(header) or 'an empty line'}")
 
 
 def _to_text(value: object) -> str:
