@@ -191,14 +191,17 @@ def test_clips_of_the_last_checkpoint_are_shown_with_their_seed(tmp_path):
     for seed, folder in zip((4, 5), folders, strict=True):
         write(folder / "scores.csv", episodes(seed=seed, value=seed + 0.5))
         (folder / "clips").mkdir()
-    (folders[1] / "clips" / "Freeway-scaled_ql-100.mp4").write_bytes(b"new")
-    (folders[0] / "clips" / "Freeway-scaled_ql-50.mp4").write_bytes(b"old")
+    (folders[1] / "clips" / "Freeway-scaled_ql-greedy-seed5-100.mp4").write_bytes(b"new")
+    (folders[0] / "clips" / "Freeway-scaled_ql-greedy-seed4-50.mp4").write_bytes(b"old")
     (clip,) = gather(folders).clips
     assert (clip.game, clip.mime, clip.data) == ("Freeway", "video/mp4", b"new")
     assert clip.caption == "First evaluation episode of seed 5 (final score 5.5), not selected"
     (tmp_path / "clips").mkdir()
-    (tmp_path / "clips" / "Breakout-scaled_ql-100.gif").write_bytes(b"gif")  # beside two runs: whose it is, is unknown
-    assert gather(folders).clips[0].caption == "First evaluation episode, not selected"
+    (tmp_path / "clips" / "Breakout-scaled_ql-greedy-seed4-100.gif").write_bytes(b"gif")  # beside two runs
+    (tmp_path / "clips" / "Breakout-scaled_ql-sampled-seed4-100.mp4").write_bytes(b"sampled")
+    clip = gather(folders).clips[0]
+    assert clip.data == b"gif"
+    assert clip.caption == "First evaluation episode of seed 4 (final score 4.5), not selected"
 
 
 def test_only_random_play_can_be_reported(tmp_path):

@@ -231,24 +231,30 @@ def _clips(runs: Sequence[_Run], games: Sequence[str], method: Agent, episodes: 
     final = [row for row in episodes if (row.agent, row.decoding, row.episode) == (method.agent, method.decoding, 0)]
     last_step = max((row.gradient_step for row in final), default=0)
     returns = {(row.seed, row.game): row.episode_return for row in final if row.gradient_step == last_step}
-    owners: dict[Path, list[int]] = {}  # a run's clips lie in its folder or beside it
-    for run in runs:
-        if run.config.name == method.agent:
-            for folder in (run.folder, run.folder.parent):
-                owners.setdefault(folder / "clips", []).append(run.config.seed)
     clips = []
     for game in games:
         found = [
-            (file, seeds)
-            for folder, seeds in owners.items()
-            if (file := find_clip(folder, game, method.agent, last_step)) is not None
+            (file, run.config.seed)
+            for run in runs
+            if run.config.name == method.agent
+            for folder in (run.folder, run.folder.parent)  # a run's clips lie in its folder or beside it
+            if (
+                file := find_clip(
+                    folder / "clips",
+                    game,
+                    agent=method.agent,
+                    decoding=method.decoding,
+                    training_seed=run.config.seed,
+                    gradient_step=last_step,
+                )
+            )
         ]
         if not found:
             continue
-        file, seeds = found[0]
-        caption = "First evaluation episode"
-        if len(seeds) == 1 and (seeds[0], game) in returns:
-            caption += f" of seed {seeds[0]} (final score {returns[seeds[0], game]:g})"
+        file, seed = found[0]
+        caption = f"First evaluation episode of seed {seed}"
+        if (seed, game) in returns:
+            caption += f" (final score {returns[seed, game]:g})"
         mime: Literal["video/mp4", "image/gif"] = "video/mp4" if file.suffix == ".mp4" else "image/gif"
         clips.append(Clip(game=game, caption=f"{caption}, not selected", data=file.read_bytes(), mime=mime))
     return clips

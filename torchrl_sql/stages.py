@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,8 +10,6 @@ from statistics import fmean
 from typing import Any
 
 import numpy as np
-import torch
-from torch import nn
 from tqdm import tqdm
 
 from torchrl_sql.config import ConfigError, EvaluationConfig, RunConfig
@@ -22,7 +19,7 @@ from torchrl_sql.envs.behaviour import describe
 from torchrl_sql.evaluation.clips import find_clip, write_clip
 from torchrl_sql.evaluation.episodes import Decoding, EpisodeResult
 from torchrl_sql.evaluation.evaluate import evaluate
-from torchrl_sql.evaluation.policies import ConstantPolicy, NetworkPolicy, RandomPolicy
+from torchrl_sql.evaluation.policies import ConstantPolicy, NetworkPolicy, RandomPolicy, digest_of_weights
 from torchrl_sql.evaluation.rollout import Rollout
 from torchrl_sql.evaluation.scores import human_normalised, split_by_reference
 from torchrl_sql.evaluation.shards import Shard
@@ -124,18 +121,23 @@ def evaluate_checkpoint(
     """
     actor, config, gradient_step = trained
     set_num_threads(config)
-    digest = _digest(actor)
+    digest = digest_of_weights(actor)
     actor.to(resolve_device(device or config.trainer.device))
     games = config.games if games is None else games
     has_values = config.objective.name == "cql"
+    who: dict[str, Any] = {
+        "agent": config.name,
+        "training_seed": config.seed,
+        "gradient_step": gradient_step,
+        "decoding": decoding,
+    }
 
     def draw(episode: Rollout) -> None:
         assert clips is not None
         write_clip(
             episode,
             clips,
-            agent=config.name,
-            gradient_step=gradient_step,
+            **who,
             value_name="Q-values" if has_values else "logits",
             sticky_action_probability=evaluation.sticky_action_probability,
             max_env_frames_per_episode=evaluation.max_env_frames_per_episode,
@@ -144,18 +146,13 @@ def evaluate_checkpoint(
     return evaluate(
         NetworkPolicy(actor, config.games, decoding=decoding),
         games,
-        agent=config.name,
-        training_seed=config.seed,
-        gradient_step=gradient_step,
-        decoding=decoding,
+        **who,
         checkpoint=digest,
         policy_games=config.games,
         gamma=config.objective.gamma if has_values and decoding == "greedy" else None,
         shard=shard,
         folder=folder,
-        recorded_games=()
-        if clips is None
-        else [game for game in games if find_clip(clips, game, config.name, gradient_step) is None],
+        recorded_games=() if clips is None else [game for game in games if find_clip(clips, game, **who) is None],
         on_recorded=draw,
         **_protocol(evaluation),
     )
@@ -239,12 +236,3 @@ def _protocol(evaluation: EvaluationConfig) -> dict[str, Any]:
         "max_env_frames_per_episode": evaluation.max_env_frames_per_episode,
         "seed": evaluation.seed,
     }
-
-
-def _digest(actor: nn.Module) -> str:
-    """Tells weights apart."""
-    digest = hashlib.sha256()
-    for name, value in actor.state_dict().items():
-        digest.update(name.encode())
-        digest.update(value.cpu().contiguous().view(torch.uint8).numpy() if value.ndim else str(value.item()).encode())
-    return f"sha256:{digest.hexdigest()[:16]}"

@@ -15,6 +15,7 @@ from torchrl_sql.evaluation.policies import ConstantPolicy, RandomPolicy
 from torchrl_sql.evaluation.rollout import Rollout, rollout
 
 PROTOCOL = {"sticky_action_probability": 0.25, "max_env_frames_per_episode": 80}
+WHO = {"agent": "ours", "decoding": "sampled", "training_seed": 3}
 
 
 @pytest.fixture(scope="module")
@@ -52,35 +53,34 @@ def test_bars_follow_the_values_and_name_the_action(episode):
 
 
 def test_mp4_is_playable_and_found(episode, tmp_path):
-    path = write_clip(episode, tmp_path / "clips", agent="ours", gradient_step=40, **PROTOCOL)
-    assert path.name == "Breakout-ours-40.mp4" and [p.name for p in path.parent.iterdir()] == [path.name]
+    path = write_clip(episode, tmp_path / "clips", **WHO, gradient_step=40, **PROTOCOL)
+    assert path.name == "Breakout-ours-sampled-seed3-40.mp4" and [p.name for p in path.parent.iterdir()] == [path.name]
     decode = [imageio_ffmpeg.get_ffmpeg_exe(), "-i", str(path), "-f", "null", "-"]
     said = subprocess.run(decode, capture_output=True, text=True, check=True).stderr
     assert "Video: h264" in said and "yuv420p" in said and "1008x480" in said and "15 fps" in said
     assert re.findall(r"frame= *(\d+)", said)[-1] == "20"
-    (path.parent / "Breakout-ours-100.gif").touch()
-    (path.parent / "Breakout-ours-x-200.gif").touch()
-    assert find_clip(path.parent, "Breakout", "ours") == path.parent / "Breakout-ours-100.gif"
-    assert find_clip(path.parent, "Breakout", "ours", 40) == path
-    assert find_clip(path.parent, "Pong", "ours") is None and find_clip(tmp_path / "nowhere", "Pong", "ours") is None
+    assert find_clip(path.parent, "Breakout", **WHO, gradient_step=40) == path
+    for other in ({"decoding": "greedy"}, {"training_seed": 0}, {"agent": "theirs"}, {"gradient_step": 4}):
+        assert find_clip(path.parent, "Breakout", **{**WHO, "gradient_step": 40, **other}) is None
+    assert find_clip(path.parent, "Pong", **WHO, gradient_step=40) is None
 
 
 def test_without_an_encoder_it_is_a_gif(episode, tmp_path, monkeypatch):
     monkeypatch.setattr(clips, "has_video_encoder", lambda: False)
-    path = write_clip(episode, tmp_path, agent="ours", gradient_step=0, **PROTOCOL)
+    path = write_clip(episode, tmp_path, **WHO, gradient_step=0, **PROTOCOL)
     with Image.open(path) as image:
         assert path.suffix == ".gif" and image.size == (504, 240) and image.n_frames == 20
 
 
 def test_an_agent_without_values_is_drawn(tmp_path):
     (played,) = rollout(ConstantPolicy(2), ["Freeway"], [("Freeway", 0)], record=lambda *_: True, **PROTOCOL)
-    assert write_clip(played, tmp_path, agent="up", gradient_step=0, **PROTOCOL).stat().st_size > 1_000
+    assert write_clip(played, tmp_path, **WHO, gradient_step=0, **PROTOCOL).stat().st_size > 1_000
 
 
 def test_a_replay_that_differs_and_an_unrecorded_episode_are_refused(episode, tmp_path):
     wrong = Rollout("Breakout", 0, episode.episode_seed, rewards=[7.0] * 20, actions=episode.actions)
     with pytest.raises(ValueError, match=r"must replay Breakout, seed \d+, as it was played: step 0 gave 7, now 0"):
-        write_clip(wrong, tmp_path, agent="ours", gradient_step=0, **PROTOCOL)
+        write_clip(wrong, tmp_path, **WHO, gradient_step=0, **PROTOCOL)
     with pytest.raises(ValueError, match="must be recorded to be drawn, got no actions"):
-        write_clip(Rollout("Breakout", 0, 1), tmp_path, agent="ours", gradient_step=0, **PROTOCOL)
+        write_clip(Rollout("Breakout", 0, 1), tmp_path, **WHO, gradient_step=0, **PROTOCOL)
     assert not list(tmp_path.iterdir())

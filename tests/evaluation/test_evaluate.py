@@ -109,6 +109,32 @@ def test_several_agents_and_steps_share_a_table_and_an_episode_is_recorded_again
     assert not (tmp_path / "calibration.csv").exists()
 
 
+def test_other_weights_in_one_folder_are_refused_and_a_policy_without_any_needs_a_name(tmp_path):
+    settings = {"num_episodes": 1, "max_env_frames_per_episode": 80, "folder": tmp_path}
+    (row,) = evaluate(network(), "Breakout", **settings)
+    assert row.agent == "policy" and row.checkpoint.startswith("sha256:")
+    other = network()
+    with torch.no_grad():
+        next(other.parameters()).add_(1)
+    with pytest.raises(ValueError, match=r"holds episodes of policy .* choose another folder"):
+        evaluate(other, "Breakout", **settings)
+    with pytest.raises(ValueError, match="agent must be given with a folder for a policy without parameters"):
+        evaluate(ConstantPolicy(2), "Breakout", **settings)
+
+
+def test_an_episode_that_ends_otherwise_when_played_again_is_refused(tmp_path):
+    settings = {"num_episodes": 1, "folder": tmp_path, **WHO}
+    (row,) = evaluate(RandomPolicy(["Breakout"]), "Breakout", **settings)
+    (tmp_path / "scores.csv").unlink()
+    with TableWriter(tmp_path / "scores.csv", EpisodeResult) as writer:
+        writer.append([dataclasses.replace(row, episode_return=123.0)])
+    recorded = []
+    again = {"recorded_games": ["Breakout"], "on_recorded": recorded.append}
+    with pytest.raises(ValueError, match=r"must end as the table says, .*return=123.0.*, got .*return=[01]\.0"):
+        evaluate(RandomPolicy(["Breakout"]), "Breakout", **settings, **again)
+    assert not recorded
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from torchrl_sql.envs import replay
+from torchrl_sql.evaluation.episodes import Decoding
 from torchrl_sql.evaluation.rollout import Rollout
 from torchrl_sql.games import ACTION_NAMES, GAMES
 
@@ -38,11 +38,16 @@ def has_video_encoder() -> bool:
     return importlib.util.find_spec("imageio_ffmpeg") is not None
 
 
-def find_clip(folder: Path, game: str, agent: str, gradient_step: int | None = None) -> Path | None:
-    """The clip of an agent in a game, at a gradient step or (default) the last there is; None without one."""
-    pattern = re.compile(re.escape(f"{game}-{agent}-") + r"(\d+)\.(?:mp4|gif)")
-    found = {int(match[1]): path for path in folder.glob("*") if (match := pattern.fullmatch(path.name))}
-    return found.get(max(found, default=0) if gradient_step is None else gradient_step)
+def find_clip(
+    folder: Path, game: str, *, agent: str, decoding: Decoding, training_seed: int, gradient_step: int
+) -> Path | None:
+    """The clip of an agent in a game, None without one."""
+    stem = _stem(game, agent, decoding, training_seed, gradient_step)
+    return next((path for suffix in ("mp4", "gif") if (path := folder / f"{stem}.{suffix}").is_file()), None)
+
+
+def _stem(game: str, agent: str, decoding: Decoding, training_seed: int, gradient_step: int) -> str:
+    return f"{game}-{agent}-{decoding}-seed{training_seed}-{gradient_step}"
 
 
 def write_clip(
@@ -50,12 +55,16 @@ def write_clip(
     folder: Path,
     *,
     agent: str,
+    decoding: Decoding,
+    training_seed: int,
     gradient_step: int,
     value_name: str = "Q-values",
     sticky_action_probability: float,
     max_env_frames_per_episode: int,
 ) -> Path:
-    """Plays a recorded episode again and writes ``<game>-<agent>-<gradient step>.mp4`` (or ``.gif``) in one move.
+    """Plays a recorded episode again and writes ``<game>-<agent>-<decoding>-seed<seed>-<step>.mp4`` (or ``.gif``).
+
+    The file appears whole, in one move.
 
     Args:
         episode (Rollout): with actions (and the policy's values, if it has any) recorded.
@@ -63,7 +72,9 @@ def write_clip(
 
     Keyword Args:
         agent (str): for the file's name and the heading.
-        gradient_step (int): likewise.
+        decoding ("greedy" or "sampled"): for the file's name, as the next.
+        training_seed (int): of the agent.
+        gradient_step (int): as ``agent``.
         value_name (str): what the values are.
         sticky_action_probability (float): as the episode was played.
         max_env_frames_per_episode (int): likewise.
@@ -74,7 +85,8 @@ def write_clip(
     if not episode.actions:
         raise ValueError(f"episode {episode.episode} of {episode.game} must be recorded to be drawn, got no actions")
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{episode.game}-{agent}-{gradient_step}.{'mp4' if has_video_encoder() else 'gif'}"
+    stem = _stem(episode.game, agent, decoding, training_seed, gradient_step)
+    path = folder / f"{stem}.{'mp4' if has_video_encoder() else 'gif'}"
     temporary = path.with_name(f".{path.name}.tmp")
     heading = f"{episode.game}   {agent}" + (f"   gradient step {gradient_step:,}" if gradient_step else "")
     images = _draw(

@@ -18,6 +18,7 @@ from torchrl_sql.evaluation.episodes import (
     EpisodeResult,
     read_episodes,
 )
+from torchrl_sql.evaluation.policies import digest_of_weights
 from torchrl_sql.evaluation.rollout import Rollout, check_settings, episode_seed, rollout
 from torchrl_sql.evaluation.shards import Shard
 from torchrl_sql.evaluation.tables import TableWriter, part_of
@@ -34,7 +35,7 @@ def evaluate(
     max_env_frames_per_episode: int = 108_000,
     seed: int = 0,
     folder: Path | None = None,
-    agent: str = "policy",
+    agent: str | None = None,
     training_seed: int = 0,
     gradient_step: int = 0,
     decoding: Decoding = "greedy",
@@ -66,11 +67,12 @@ def evaluate(
         seed (int): of emulator and exploration.
         folder (Path, optional): where ``scores.csv`` (and, with ``gamma``, ``calibration.csv``) are: episodes they
             hold are not played again, each finished one is added at once, rows of other agents stay.
-        agent (str): who plays; this and the next four are columns of :class:`EpisodeResult`.
+        agent (str): who plays; this and the next four are columns of :class:`EpisodeResult`. Default ``policy``, but
+            needed with a folder if the policy has no parameters by which its rows can be told from another's.
         training_seed (int): its column ``seed``.
         gradient_step (int): how long the policy was trained.
         decoding ("greedy" or "sampled"): how the policy takes its actions.
-        checkpoint (str): which weights they are.
+        checkpoint (str): which weights they are; with a folder, a hash of the policy's by default.
         policy_games (sequence of str, optional): the games in the order of the policy's ``game_id``; default ``games``.
         gamma (float, optional): discount of training, if the policy writes Q-values as ``action_value`` ``[B, 18]``:
             they are recorded beside the realised returns, see :class:`CalibrationPoint`.
@@ -82,8 +84,9 @@ def evaluate(
         The episodes of this agent and this share, those that the table held included, sorted.
 
     Raises:
-        ValueError: for games that the policy does not know, no episodes, a policy of another action set, and if the
-            table holds episodes of another protocol or of another checkpoint under the same name.
+        ValueError: for games that the policy does not know, no episodes, a policy of another action set, one without
+            parameters and name, and if the table holds episodes of another protocol, of another checkpoint under the
+            same name, or another result of an episode that is played again.
         BlockingIOError: if another process is writing this part of the table.
     """
     games = resolve_games(games)
@@ -94,10 +97,16 @@ def evaluate(
     if num_episodes < 1:
         raise ValueError(f"num_episodes must be at least 1, got {num_episodes}")
     check_settings(policy, epsilon, sticky_action_probability, max_env_frames_per_episode)
+    if folder is not None and not checkpoint:
+        if next(policy.parameters(), None) is not None:
+            checkpoint = digest_of_weights(policy)
+        elif agent is None:
+            raise ValueError("agent must be given with a folder for a policy without parameters, got None")
+    name = "policy" if agent is None else agent
 
     def result(game: str, episode: int, played: Rollout) -> EpisodeResult:
         return EpisodeResult(
-            agent=agent,
+            agent=name,
             seed=training_seed,
             game=game,
             episode=episode,
@@ -134,7 +143,7 @@ def evaluate(
             )
             rows = read_episodes(folder / SCORES)
             _check_protocol(folder, rows, (epsilon, sticky_action_probability, max_env_frames_per_episode))
-            who = (agent, decoding, gradient_step, training_seed)
+            who = (name, decoding, gradient_step, training_seed)
             rows = [row for row in rows if row.key[:4] == who]
             _check_agent(folder, rows, checkpoint, seed)
         finished = {(row.game, row.episode): row for row in rows}
@@ -143,7 +152,7 @@ def evaluate(
             tqdm(
                 total=len(own),
                 initial=len(own) - len(missing),
-                desc=f"evaluate {agent}" + (f" at step {gradient_step:,}" if gradient_step else ""),
+                desc=f"evaluate {name}" + (f" at step {gradient_step:,}" if gradient_step else ""),
                 unit="episode",
                 mininterval=0.5 if sys.stderr.isatty() else 10,
                 dynamic_ncols=True,
@@ -161,10 +170,16 @@ def evaluate(
             record=lambda game, episode: episode == 0 and game in recorded_games,
         ):
             key = (played.game, played.episode)
+            row = result(*key, played)
+            if finished.get(key, row) != row:
+                raise ValueError(
+                    f"an episode played again must end as the table says, {finished[key]}, got {row}: it was written "
+                    "on another machine or by other versions"
+                )
             if played.actions:
                 on_recorded(played)
             if key not in finished:
-                finished[key] = result(*key, played)
+                finished[key] = row
                 if folder is not None:
                     if calibration is not None and gamma is not None:
                         calibration.append(_calibration_points(finished[key], played, gamma))

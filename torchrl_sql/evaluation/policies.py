@@ -6,11 +6,13 @@ Legend: B batch, G games, A actions.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 
 import torch
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
+from torch import nn
 from torchrl.data import Composite, OneHot
 from torchrl.modules import DistributionalQValueActor, QValueActor
 
@@ -132,3 +134,12 @@ def check_action_set(policy: torch.nn.Module) -> None:
         )
     if isinstance(spec, OneHot):
         raise ValueError("the policy's action must be an index in 0..17 (Categorical spec), got a one-hot spec")
+
+
+def digest_of_weights(module: nn.Module) -> str:
+    """Tells weights apart: a hash of the module's state."""
+    digest = hashlib.sha256()
+    for name, value in module.state_dict().items():
+        digest.update(name.encode())
+        digest.update(value.cpu().contiguous().view(torch.uint8).numpy() if value.ndim else str(value.item()).encode())
+    return f"sha256:{digest.hexdigest()[:16]}"
