@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import shutil
 import subprocess
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
@@ -20,8 +22,9 @@ class GitState(NamedTuple):
     commit: str | None
     """``None`` for an installed package."""
     untracked: list[str]
+    """Names of files that git neither has nor ignores."""
     diff: str
-    """Changes of tracked files since ``commit``, for ``git apply``."""
+    """Changes since ``commit``, for ``git apply``: of tracked files, and untracked ones of what runs."""
 
 
 def git_state() -> GitState:
@@ -34,14 +37,18 @@ def git_state() -> GitState:
     if not (root / ".git").exists() or shutil.which("git") is None:
         return GitState(None, [], "")
 
-    def git(*arguments: str) -> str:
+    def git(*arguments: str, ends: Sequence[int] = (0,)) -> str:
         done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True)
-        if done.returncode != 0:
+        if done.returncode not in ends:
             raise OSError(f"git {' '.join(arguments)} in {root}: {done.stderr.strip()}")
         return done.stdout
 
-    untracked = git("ls-files", "--others", "--exclude-standard").splitlines()
-    return GitState(git("rev-parse", "HEAD").strip(), untracked, git("diff", "--binary", "HEAD"))
+    others = ("ls-files", "--others", "--exclude-standard", "-z")
+    untracked = git(*others).split("\0")[:-1]
+    diff = git("diff", "--binary", "HEAD")
+    for file in git(*others, "--", "torchrl_sql", "configs").split("\0")[:-1]:
+        diff += git("diff", "--binary", "--no-index", "--", os.devnull, file, ends=(0, 1))  # 1: they differ
+    return GitState(git("rev-parse", "HEAD").strip(), untracked, diff)
 
 
 def versions() -> dict[str, str]:
