@@ -8,11 +8,14 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import FrameType
 
 from torchrl_sql.launch.job import EXIT_STOPPED
 from torchrl_sql.launch.slurm import resources
 from torchrl_sql.launch.stage import Stage
 from torchrl_sql.launch.task import LIFE_VARIABLE, Life
+
+_PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def run_local(stage: Stage, tasks: Sequence[int]) -> None:
@@ -35,19 +38,32 @@ def run_local(stage: Stage, tasks: Sequence[int]) -> None:
     for index in tasks:
         command = [*start, "torchrl_sql.launch.job", str(stage.folder), str(index)]
         log = stage.folder / f"local{life.submission}_{index}_0_log.out"
-        code = _run(command, environment, log)
-        if code != 0 and not stage.task_folder(index).done:
-            if code in (EXIT_STOPPED, -signal.SIGINT) or stage.task_folder(index).text("stopped") == str(life):
+        code, told = _run(command, environment, log)
+        if told or (code != 0 and not stage.task_folder(index).done):
+            if told or code in (EXIT_STOPPED, -signal.SIGINT) or stage.task_folder(index).text("stopped") == str(life):
                 raise KeyboardInterrupt(f"stopped; torchrl-sql resume {stage.folder.parents[1]} --local continues")
             raise OSError(f"{' '.join(stage.tasks[index].arguments)} failed with code {code}; its log is {log}")
 
 
-def _run(command: Sequence[str], environment: dict[str, str], log: Path) -> int:
-    """Runs a command, copying its output; Ctrl-C reaches it from the terminal, and is for it to handle."""
+def _run(command: Sequence[str], environment: dict[str, str], log: Path) -> tuple[int, bool]:
+    """Runs a command, copying its output; returns its code, and whether this process was told to end meanwhile.
+
+    Ctrl-C reaches the command from the terminal, and is for it to handle; SIGTERM is passed on, SIGHUP as SIGTERM.
+    """
+    told = False
+
+    def receive(number: int, frame: FrameType | None) -> None:
+        nonlocal told
+        told = True
+        if number != signal.SIGINT:
+            process.terminate()
+
     process = subprocess.Popen(
         command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
-    previous = signal.signal(signal.SIGINT, lambda signum, frame: None)
+    # Who ignores SIGHUP (nohup) goes on doing so.
+    handled = [number for number in _PASSED_ON if signal.getsignal(number) != signal.SIG_IGN]
+    previous = {number: signal.signal(number, receive) for number in handled}
     try:
         with log.open("ab") as file, process:
             assert process.stdout is not None
@@ -57,5 +73,6 @@ def _run(command: Sequence[str], environment: dict[str, str], log: Path) -> int:
                 sys.stdout.buffer.write(chunk)
                 sys.stdout.flush()
     finally:
-        signal.signal(signal.SIGINT, previous)
-    return process.returncode
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    return process.returncode, told
