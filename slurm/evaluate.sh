@@ -18,5 +18,6 @@
 # Modules and the virtual environment (or container: TORCHRL_SQL_PYTHON) of the node.
 if [ -f .venv/bin/activate ]; then source .venv/bin/activate; fi
 
-source "$(${TORCHRL_SQL_PYTHON:-python} -c 'import torchrl_sql; print(*torchrl_sql.__path__)')/launch/job.sh"
+# The text, not the path: a container's Python is not where the host's bash could read it.
+source <(${TORCHRL_SQL_PYTHON:-python} -c 'import torchrl_sql as t; print(open(t.__path__[0] + "/launch/job.sh").read())')
 torchrl_sql_main evaluate "$@"

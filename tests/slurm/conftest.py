@@ -12,7 +12,7 @@ import subprocess
 import tempfile
 import threading
 import time
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 
 import pytest
@@ -160,14 +160,16 @@ class MiniSlurm:
             for name in [*(f"slurmd-{node}" for node in self.nodes), "slurmctld", "munged"]:
                 self._end(self.folder / f"{name}.pid", name.split("-")[0])
             for pid in self.processes():
-                os.kill(pid, signal.SIGKILL)
+                with suppress(ProcessLookupError):  # it may end by itself just now
+                    os.kill(pid, signal.SIGKILL)
 
     def _end(self, file, name):
         if not file.is_file():
             return
         pid = int(file.read_text())
         if process_name(pid) == name:
-            os.kill(pid, signal.SIGTERM)
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
             wait_for(lambda: process_name(pid) != name, 10, f"{name} ended")
 
     def processes(self):
@@ -225,9 +227,11 @@ def slurm():
         signal.signal(signal.SIGTERM, ended)
         os.environ.clear()
         os.environ.update(before)
-        cluster.stop()
-        wait_for(lambda: not cluster.processes(), 10, "no process left")
-        shutil.rmtree(folder)
+        try:
+            cluster.stop()
+            wait_for(lambda: not cluster.processes(), 10, "no process left")
+        finally:
+            shutil.rmtree(folder)
 
 
 @pytest.fixture(scope="session")
