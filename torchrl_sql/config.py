@@ -274,6 +274,27 @@ def _checked(config: Any) -> RunConfig:
     return run_config
 
 
+def check_ranks(config: RunConfig, num_ranks: int) -> None:
+    """Checks that the batch divides among processes, and each one's share into microbatches.
+
+    Args:
+        config (RunConfig): a checked run.
+        num_ranks (int): processes that train it together.
+
+    Raises:
+        ConfigError: if it does not.
+    """
+    batch_size, microbatch_size = config.data.batch_size, config.trainer.microbatch_size
+    if batch_size % num_ranks:
+        raise ConfigError(f"data.batch_size must be a multiple of the {num_ranks} processes, got {batch_size}")
+    share = batch_size // num_ranks
+    if microbatch_size is not None and share % microbatch_size:
+        raise ConfigError(
+            f"trainer.microbatch_size must be null or a divisor of each process's batch of {share}, "
+            f"got {microbatch_size}"
+        )
+
+
 def _first_line(error: Exception) -> str:
     return str(error).splitlines()[0]
 

@@ -10,7 +10,9 @@ from torchrl_sql.cli import main
 from torchrl_sql.evaluation.episodes import read_episodes
 from torchrl_sql.launch.plan import plan_training
 from torchrl_sql.launch.profile import compose_cluster_config
+from torchrl_sql.launch.slurm import JobState
 from torchrl_sql.launch.stage import find_launch, find_stages, new_stage
+from torchrl_sql.launch.status import follow, task_states
 
 TINY = [
     "experiment=quickstart",
@@ -68,6 +70,14 @@ def test_help_of_a_kind(here, capsys):
         (["sweep", "experiment=quickstart", "cluster=cpu"], "launch sweep several"),
         (["train", "experiment=quickstart", "--gpus", "cluster=cpu"], "settings must be key=value, got '--gpus'"),
         (["train", "experiment=quickstart", "loss.alhpa=1", "cluster=cpu"], "'loss'"),
+        (
+            ["train", "experiment=quickstart", "data.batch_size=9", "cluster=gpus8"],
+            "data.batch_size must be a multiple of the 8 processes, got 9",
+        ),
+        (
+            ["train", "experiment=quickstart", "data.batch_size=16", "trainer.microbatch_size=4", "cluster=gpus8"],
+            "trainer.microbatch_size must be null or a divisor of each process's batch of 2, got 4",
+        ),
         (["evaluate", "cluster=cpu"], "launch evaluate needs runs"),
         (["train", "experiment=quickstart", "--import", "x", "cluster=cpu"], "--import belongs to launch chain"),
         (["train", "experiment=quickstart", "--shards", "2", "cluster=cpu"], "--shards belongs to launch evaluate"),
@@ -144,6 +154,12 @@ def test_resume_submits_what_is_unfinished(stage, monkeypatch, capsys):
     assert (stage.folder / "34_submission.sh").read_text() == out.replace("--time=9", "--time=1440")
 
 
+def test_resume_checks_the_batch_against_new_processes(stage, monkeypatch, capsys):
+    monkeypatch.setenv("PATH", f"{stage.folder.parents[3]}/bin:/usr/bin:/bin")
+    assert main(["resume", "runs/a", "--dry-run", "cluster.tasks_per_node=7"]) == 1
+    assert "data.batch_size must be a multiple of the 7 processes" in capsys.readouterr().err
+
+
 def test_logs(stage, monkeypatch, capsys):
     monkeypatch.setattr("torchrl_sql.launch.status._FOLLOW_SECONDS", 0)
     monkeypatch.setenv("PATH", f"{stage.folder.parents[3]}/bin:/usr/bin:/bin")
@@ -153,6 +169,42 @@ def test_logs(stage, monkeypatch, capsys):
     assert main(["logs", "12", "--task", "1"]) == 0
     assert main(["logs", "12", "--task", "1", "--follow"]) == 0
     assert capsys.readouterr().out == "step 5\nstep 5\n"
+
+
+def test_status_asks_slurm_once_a_job(stage, monkeypatch):
+    asked = []
+    monkeypatch.setattr("torchrl_sql.launch.status.job_states", lambda job: asked.append(job) or {})
+    assert [state.state for state in task_states(stage)] == ["ENDED", "ENDED"]
+    assert asked == ["12"]
+
+
+def test_following_asks_slurm_seldom_and_outlives_its_hiccups(stage, monkeypatch):
+    log = stage.folder / "12_0_0_log.out"
+    log.write_text("")
+    asked = []
+
+    class Clock:
+        now = 0
+
+        def monotonic(self):
+            return self.now
+
+        def sleep(self, seconds):
+            self.now += int(seconds)
+            log.write_text("x" * self.now)
+
+    clock = Clock()
+
+    def answer(job):
+        asked.append(clock.now)
+        if clock.now == 20:
+            raise OSError("Unable to contact slurm controller")
+        return {0: JobState("RUNNING", 0, "None", "n1")} if clock.now < 60 else {}
+
+    monkeypatch.setattr("torchrl_sql.launch.status.time", clock)
+    monkeypatch.setattr("torchrl_sql.launch.status.job_states", answer)
+    assert "".join(follow(stage, 0, rank=0)) == "x" * 64
+    assert asked == [0, 20, 40, 60, 61, 62, 63, 64]
 
 
 @pytest.mark.slow

@@ -36,6 +36,17 @@ def test_seeds_share_a_name_and_other_choices_do_not(tmp_path):
     assert len({planned.task.run_dir for planned in sizes}) == 4
 
 
+@pytest.mark.parametrize("values", ["seed=0,0", "name='a b','a,b'"])
+def test_two_runs_never_share_a_folder(tmp_path, values):
+    with pytest.raises(ConfigError, match="would share the folder"):
+        plan_training(["experiment=quickstart", values], tmp_path)
+
+
+def test_a_label_too_long_for_a_folder_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="too long for the name"):
+        plan_training(["experiment=quickstart", f"name={'a' * 300},b"], tmp_path)
+
+
 def test_what_the_launcher_decides_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="give --into instead of run_dir=x"):
         plan_training(["experiment=quickstart", "run_dir=x"], tmp_path)

@@ -69,6 +69,8 @@ def test_script_of_an_array_in_a_container_after_another_job(make_stage):
 def test_only_training_takes_all_nodes(kind, num_gpus):
     config = resources(compose_cluster_config(["cluster=gpus32"]), kind)
     assert (config.nodes, config.tasks_per_node, config.gpus_per_node) == (1, 1, num_gpus)
+    assert config.memory is None  # gpus32 asks for all of a node's
+    assert resources(compose_cluster_config(["cluster=gpus32", "cluster.memory=8G"]), kind).memory == "8G"
 
 
 def test_submitting_without_slurm(make_stage, monkeypatch, tmp_path):

@@ -83,6 +83,7 @@ def _launch(args: argparse.Namespace) -> None:
     is preempted or crashes is queued again and continues from its newest checkpoint.
     """
     from torchrl_sql.cli import parse
+    from torchrl_sql.config import check_ranks, run_config_from_yaml
     from torchrl_sql.launch.plan import choose_root, plan_command, plan_evaluation, plan_training
     from torchrl_sql.launch.profile import compose_cluster_config, split_overrides
     from torchrl_sql.launch.stage import new_stage
@@ -105,6 +106,9 @@ def _launch(args: argparse.Namespace) -> None:
             raise ValueError(f"settings must be key=value, got {bad[0]!r}")
         root = choose_root(plan_training(words, Path("unnamed"))[0].name, out=args.into)
         planned = {"train": plan_training(words, root)}
+        for task in planned["train"]:
+            assert task.config is not None
+            check_ranks(run_config_from_yaml(task.config, source=task.task.label), cluster.num_tasks)
         if (len(planned["train"]) > 1) != (args.kind == "sweep") and args.kind != "chain":
             found = f"{len(planned['train'])} combinations of settings"
             raise ValueError(f"launch train takes one, launch sweep several, got launch {args.kind} with {found}")
@@ -229,6 +233,7 @@ def _resume(args: argparse.Namespace) -> None:
     """Submits the unfinished tasks of a launch again: cancelled, failed or stopped ones. They continue from their
     newest checkpoints, with the settings that they were launched with.
     """
+    from torchrl_sql.config import check_ranks, load_run_config
     from torchrl_sql.launch.profile import compose_cluster_config, override_cluster_config
     from torchrl_sql.launch.status import task_states
 
@@ -245,6 +250,10 @@ def _resume(args: argparse.Namespace) -> None:
             stage.cluster = compose_cluster_config(args.overrides)
         else:
             stage.cluster = override_cluster_config(stage.cluster, args.overrides)
+        if stage.kind == "train":
+            for index in stage.unfinished:
+                config = load_run_config(stage.task_folder(index).path / "config.yaml")
+                check_ranks(config, stage.cluster.num_tasks)
         stage.stop_seconds = stage.cluster.signal_delay_seconds / 2
         if not args.dry_run:
             stage.save()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import secrets
 from collections.abc import Sequence
@@ -19,6 +20,10 @@ from torchrl_sql.launch.stage import Task
 
 RUNS = Path("runs")
 """Where launches make their folders."""
+
+
+_MAX_NAME_BYTES = 255
+"""Of Linux's file systems."""
 
 
 class PlannedTask(NamedTuple):
@@ -88,6 +93,15 @@ def plan_training(overrides: Sequence[str], root: Path) -> list[PlannedTask]:
             config.name = f"{config.name}-{folder_name(agent)}"
         task = Task(label=label, arguments=["train", *own], run_dir=config.run_dir)
         planned.append(PlannedTask(task, config.to_yaml(), config.name))
+    labels: dict[str | None, str] = {}
+    for task, _, _ in planned:
+        if task.run_dir in labels:
+            raise ConfigError(f"{labels[task.run_dir]} and {task.label} would share the folder {task.run_dir}")
+        labels[task.run_dir] = task.label
+        if len(os.fsencode(Path(task.run_dir or "").name)) > _MAX_NAME_BYTES:
+            raise ConfigError(
+                f"{task.label} is too long for the name of a run's folder: sweep fewer settings at a time"
+            )
     return planned
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from torchrl_sql.config import ConfigError
 from torchrl_sql.launch.plan import RUNS, choose_root, expand_sweep, plan_command, plan_training
-from torchrl_sql.launch.stage import Stage, new_stage
+from torchrl_sql.launch.stage import new_stage, readable_stages
 
 
 def prepare(kind: str, arguments: Sequence[str], environment: Mapping[str, str]) -> Path:
@@ -56,8 +56,11 @@ def prepare(kind: str, arguments: Sequence[str], environment: Mapping[str, str])
 
 def _of_job(job: str, command: str) -> Path | None:
     """The newest stage that this job made; ids start anew with a new cluster, so the command must be the same too."""
-    stages = [Stage.load(file.parent.resolve()) for file in RUNS.glob("*/launch/*/launch.json")]
-    own = [s for s in stages if s.command == command and any(submission.job == job for submission in s.submissions)]
+    own = [
+        s
+        for s in readable_stages(RUNS)
+        if s.command == command and any(submission.job == job for submission in s.submissions)
+    ]
     return max(own, key=lambda stage: stage.created).folder if own else None
 
 

@@ -35,7 +35,8 @@ class ClusterConfig:
     """Processes on each node; one a GPU where there are GPUs."""
     cpus_per_task: int = MISSING
     memory: str | None = MISSING
-    """Of each node, as SLURM writes it, e.g. ``64G``; 0 is all of it, null the partition's default."""
+    """Of each node, as SLURM writes it, e.g. ``64G``; 0 is all of it (for training and ``bench``), null the
+    partition's default."""
     timeout_minutes: int = MISSING
     """The job's time limit. A job that needs longer saves, is requeued and continues, as often as it takes."""
     signal_delay_seconds: int = MISSING

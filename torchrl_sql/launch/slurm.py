@@ -30,11 +30,15 @@ class _Executor(SlurmExecutor):
 
 
 def resources(cluster: ClusterConfig, kind: str) -> ClusterConfig:
-    """What a stage of this kind takes: training and bench all nodes, all else one process, and evaluation one GPU."""
+    """What a stage of this kind takes: training and bench all nodes, all else one process, and evaluation one GPU.
+
+    All memory of a node (0) is for who takes whole nodes; the others get the partition's default.
+    """
     if kind in ("train", "bench"):
         return cluster
     num_gpus = min(1, cluster.gpus_per_node) if kind == "evaluate" else 0
-    return replace(cluster, nodes=1, tasks_per_node=1, gpus_per_node=num_gpus)
+    memory = None if re.fullmatch(r"0+[KMGT]?", cluster.memory or "") else cluster.memory
+    return replace(cluster, nodes=1, tasks_per_node=1, gpus_per_node=num_gpus, memory=memory)
 
 
 def make_executor(stage: Stage, tasks: Sequence[int], *, submission: int, after: str | None = None) -> SlurmExecutor:

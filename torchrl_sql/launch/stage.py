@@ -7,7 +7,8 @@ folder a task (see :mod:`torchrl_sql.launch.task`). ROOT is new for each launch.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,6 +17,8 @@ from typing import Any
 from torchrl_sql.launch.profile import ClusterConfig, cluster_config_from_dict
 from torchrl_sql.launch.provenance import git_state, versions
 from torchrl_sql.launch.task import TaskFolder
+
+logger = logging.getLogger(__name__)
 
 FORMAT = "torchrl_sql launch 1"
 
@@ -79,16 +82,19 @@ class Stage:
             content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise ValueError(f"{file} must be the record of a launch: {error}") from None
-        if content.pop("format", None) != FORMAT:
+        if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
             raise ValueError(f"{file} must be of format {FORMAT!r}")
-        cluster = content.pop("cluster")
-        return cls(
-            folder=folder,
-            cluster=None if cluster is None else cluster_config_from_dict(cluster),
-            tasks=[Task(**task) for task in content.pop("tasks")],
-            submissions=[Submission(**submission) for submission in content.pop("submissions")],
-            **content,
-        )
+        try:
+            cluster = content.pop("cluster")
+            return cls(
+                folder=folder,
+                cluster=None if cluster is None else cluster_config_from_dict(cluster),
+                tasks=[Task(**task) for task in content.pop("tasks")],
+                submissions=[Submission(**submission) for submission in content.pop("submissions")],
+                **content,
+            )
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{file} must be the record of a launch: {error}") from None
 
     def create(self, configs: Sequence[str | None]) -> None:
         """Makes the stage's folder.
@@ -190,6 +196,15 @@ def find_stages(root: Path) -> list[Stage]:
     return sorted((Stage.load(file.parent.resolve()) for file in files), key=lambda stage: stage.created)
 
 
+def readable_stages(runs: Path) -> Iterator[Stage]:
+    """Every stage of the launches in ``runs``, but for those whose records cannot be read: with a warning."""
+    for file in runs.glob("*/launch/*/launch.json"):
+        try:
+            yield Stage.load(file.parent.resolve())
+        except ValueError as error:
+            logger.warning("passed over: %s", error)
+
+
 def find_launch(run_or_job: str, *, runs: Path = Path("runs")) -> Path:
     """The folder of a launch.
 
@@ -207,11 +222,14 @@ def find_launch(run_or_job: str, *, runs: Path = Path("runs")) -> Path:
     if not job.isdigit():
         return Path(run_or_job)
     found = [
-        (submission.submitted, file.parents[2])
-        for file in runs.glob("*/launch/*/launch.json")
-        for submission in Stage.load(file.parent).submissions
-        if submission.job in (job, run_or_job)
+        (submission.submitted, stage.folder.parents[1], submission.job)
+        for stage in readable_stages(runs)
+        for submission in stage.submissions
+        if submission.job in (job, run_or_job) or (job == run_or_job and submission.job.split("_")[0] == job)
     ]
     if not found:
         raise ValueError(f"no launch in {runs.resolve()} belongs to job {run_or_job}; give the run's folder")
+    elements = sorted({name for _, _, name in found if name != run_or_job and "_" in name})
+    if run_or_job == job and len(elements) > 1:
+        raise ValueError(f"job {job} is an array, each element a launch of its own: give one of {', '.join(elements)}")
     return max(found)[1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -10,7 +11,11 @@ from typing import NamedTuple
 from torchrl_sql.launch.slurm import JobState, job_states
 from torchrl_sql.launch.stage import Stage, Submission
 
+logger = logging.getLogger(__name__)
+
 _FOLLOW_SECONDS = 1.0
+_STATE_SECONDS = 20.0
+"""Between two questions to SLURM's controller, which serves the whole cluster, about a job that runs."""
 _POLLS_AFTER_END = 5
 """While a job is requeued, SLURM's states pass through failures for a second or two."""
 
@@ -55,8 +60,9 @@ def task_states(stage: Stage) -> list[TaskState]:
         job = "" if submission is None else element(submission, index)
         known: JobState | None = None
         if submission is not None and submission.job != "local" and not folder.done:
-            states = asked.setdefault(submission.job, {}) or job_states(submission.job)
-            asked[submission.job] = states
+            if submission.job not in asked:
+                asked[submission.job] = job_states(submission.job)
+            states = asked[submission.job]
             position = submission.tasks.index(index) if len(submission.tasks) > 1 else next(iter(states), 0)
             known = states.get(position)
         fatal = folder.text("FATAL")
@@ -117,11 +123,22 @@ def log_file(stage: Stage, index: int, *, rank: int) -> Path | None:
 
 
 def follow(stage: Stage, index: int, *, rank: int) -> Iterator[str]:
-    """A task's log, as it grows, until the task ends for good."""
+    """A task's log, as it grows, until the task ends for good.
+
+    Raises:
+        OSError: if SLURM does not answer at the start; later that passes.
+    """
     position, path, num_polls_after_end = 0, log_file(stage, index, rank=rank), 0
+    state, asked = task_states(stage)[index], time.monotonic()
     while num_polls_after_end < _POLLS_AFTER_END:
-        state = task_states(stage)[index]  # before reading: what a job writes last must not be missed
-        num_polls_after_end = 0 if state.is_alive else num_polls_after_end + 1
+        # Before reading: what a job writes last must not be missed.
+        if not state.is_alive or stage.task_folder(index).done or time.monotonic() - asked >= _STATE_SECONDS:
+            try:
+                state = task_states(stage)[index]
+                num_polls_after_end = 0 if state.is_alive else num_polls_after_end + 1
+            except OSError as error:
+                logger.warning("%s", error)
+            asked = time.monotonic()
         path = path or log_file(stage, index, rank=rank)
         if path is not None:
             with path.open(encoding="utf-8", errors="replace") as file:
