@@ -25,6 +25,7 @@ from torchrl_sql.evaluation.report import (
 from torchrl_sql.evaluation.report.analysis import Analysis, compare
 from torchrl_sql.evaluation.report.context_tables import learning_curve_table, protocol_table
 from torchrl_sql.evaluation.report.findings import findings, notes
+from torchrl_sql.evaluation.report.plots.aggregates import scaling_plot
 from torchrl_sql.evaluation.report.plots.curves import thinned
 from torchrl_sql.evaluation.report.score_tables import (
     aggregate_table,
@@ -37,7 +38,7 @@ from torchrl_sql.evaluation.report.score_tables import (
 from torchrl_sql.evaluation.report.table import to_text
 from torchrl_sql.evaluation.report.text import format_score, format_size, name_games
 from torchrl_sql.evaluation.statistics import Interval
-from torchrl_sql.games import TRAIN_40
+from torchrl_sql.games import GAMES, TRAIN_40
 
 OURS = Agent(agent="ours", label="Ours", role="method")
 BC = Agent(agent="bc", label="BC greedy", role="bc_greedy")
@@ -206,6 +207,38 @@ def test_learning_curve_by_hand():
         note.startswith("Ours: the learning curve leaves out the checkpoints at 70 gradient")
         for note in notes(analysis)
     )
+
+
+def test_an_interrupted_checkpoint_is_named():
+    rows = [r for r in make().episodes if r.agent == "bc"]
+    for step, lengths in ((50, (2, 1)), (70, (2, 2)), (100, (2, 2))):
+        for seed in (0, 1):
+            rows += episodes("ours", "Breakout", [1.0] * lengths[seed], seed=seed, step=step)
+            rows += episodes("ours", "Freeway", [1.0] * 2, seed=seed, step=step)
+    found = [note for note in notes(Analysis(make(episodes=rows))) if "checkpoint" in note]
+    assert len(found) == 1 and "at the checkpoints 50 (1 to 2); if" in found[0] and "the long ones" in found[0]
+    rows = [r for r in rows if r.gradient_step != 50 and (r.gradient_step == 100 or r.episode == 0)]
+    found = [note for note in notes(Analysis(make(episodes=rows))) if "checkpoint" in note]
+    assert found == ["Ours: episodes a game and seed differ between checkpoints: 1 at 70, 2 at 100."]
+
+
+def test_sampled_play_and_ablations_are_no_sizes():
+    ours = dataclasses.replace(OURS, num_parameters=10**6)
+    sampled = dataclasses.replace(ours, label="Ours sampled", decoding="sampled", num_parameters=2 * 10**6)
+    ablation = dataclasses.replace(BC, role="other", num_parameters=3 * 10**6)
+    rows = make().episodes
+    rows += [dataclasses.replace(row, decoding="sampled") for row in rows if row.agent == "ours"]
+    analysis = Analysis(make(agents=[ours, sampled, ablation], episodes=rows))
+    assert scaling_plot(analysis) is None and not any("by size" in text for _, text in findings(analysis))
+
+
+def test_captions_of_games_without_published_scores(monkeypatch):
+    analysis = Analysis(single_seed(["Carnival"]))
+    bare = dataclasses.replace(GAMES["Carnival"], random_score=None, human_score=None, dqn_score=None)
+    assert "; published scores: Random, DQN. The best" in score_table(analysis).caption
+    monkeypatch.setitem(GAMES, "Carnival", bare)
+    caption = score_table(Analysis(single_seed(["Carnival"]))).caption
+    assert caption == "Mean raw return an episode, its 95% interval and number of episodes. The best agent is in bold."
 
 
 def test_games_in_aggregates():

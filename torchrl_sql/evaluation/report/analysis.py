@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, NamedTuple
@@ -42,10 +42,14 @@ def compare(ours: Interval, theirs: Interval) -> Verdict:
 
 
 class LearningCurve(NamedTuple):
-    """One agent's scores at each checkpoint that was evaluated in full, and the checkpoints that were not."""
+    """One agent's scores at each checkpoint where every seed played every game, and the other checkpoints.
+
+    ``num_episodes`` has the fewest and the most episodes that a seed played of a game, by those checkpoints.
+    """
 
     scores: dict[int, BootstrapScores]
     incomplete_steps: tuple[int, ...]
+    num_episodes: dict[int, tuple[int, int]]
 
 
 @dataclass(frozen=True)
@@ -123,19 +127,20 @@ class Analysis:
         for agent in self.data.agents:
             final = self.runs[agent.label]
             wanted = {(seed, game) for seed in final.seeds for game in final.games}
-            found: dict[int, set[tuple[int, str]]] = defaultdict(set)
+            found: dict[int, Counter[tuple[int, str]]] = defaultdict(Counter)
             for row in self._by_agent[agent.label]:
-                found[row.gradient_step].add((row.seed, row.game))
+                found[row.gradient_step][row.seed, row.game] += 1
             steps = sorted(found)
             if len(steps) < 2:
                 continue
-            complete = [step for step in steps if found[step] == wanted]
+            complete = [step for step in steps if found[step].keys() == wanted]
             curves[agent.label] = LearningCurve(
                 {
                     step: self.scores[agent.label] if step == steps[-1] else self._bootstrap(self._returns(agent, step))
                     for step in complete
                 },
                 tuple(step for step in steps if step not in complete),
+                {step: (min(found[step].values()), max(found[step].values())) for step in complete},
             )
         return curves
 

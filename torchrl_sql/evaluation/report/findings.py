@@ -93,7 +93,11 @@ def _iqm(interval: Interval) -> str:
 
 def _sizes(analysis: Analysis) -> list[Agent]:
     """The method's sizes, ascending; empty with fewer than two."""
-    methods = [agent for agent in analysis.data.agents if agent.role == "method" and agent.num_parameters is not None]
+    methods = [
+        agent
+        for agent in analysis.data.agents
+        if (agent.role, agent.decoding) == ("method", analysis.method.decoding) and agent.num_parameters is not None
+    ]
     methods = sorted(methods, key=lambda agent: agent.num_parameters or 0)
     return methods if len({agent.num_parameters for agent in methods}) > 1 else []
 
@@ -186,7 +190,7 @@ def notes(analysis: Analysis) -> list[str]:
     if counts.min() != counts.max():
         found.append(
             f"Runs have between {counts.min()} and {counts.max()} episodes a game and seed; every run counts the same, "
-            "whatever its number of episodes."
+            "whatever its number of episodes. What an interrupted evaluation lacks are the long episodes."
         )
     episodes = [episode for rows in analysis.episodes.values() for episode in rows]
     cut = sum(episode.truncated and not episode.terminated for episode in episodes)
@@ -238,6 +242,16 @@ def _unlike(analysis: Analysis) -> list[str]:
                 f"the learning curve leaves out the checkpoints at {listed} gradient steps, where not every seed was "
             )
             said.setdefault(f"{text}evaluated in every game", []).append(label)
+        uneven = [f"{step:,} ({low} to {high})" for step, (low, high) in curve.num_episodes.items() if low < high]
+        if uneven:
+            text = (
+                f"unequal numbers of episodes a game and seed at the checkpoints {', '.join(uneven)}; if their "
+                "evaluation was interrupted, the missing episodes are the long ones and the curve is biased there"
+            )
+            said.setdefault(text, []).append(label)
+        elif len(set(curve.num_episodes.values())) > 1:
+            listed = ", ".join(f"{low} at {step:,}" for step, (low, _) in curve.num_episodes.items())
+            said.setdefault(f"episodes a game and seed differ between checkpoints: {listed}", []).append(label)
     for label, games in analysis.calibration.items():
         cut, used = (sum(getattr(g, name) for g in games.values()) for name in ("num_cut", "num_episodes"))
         if cut:

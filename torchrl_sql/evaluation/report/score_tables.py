@@ -61,9 +61,9 @@ def score_table(analysis: Analysis) -> Table:
     return Table(
         name="score_table",
         caption="Mean raw return an episode, its 95% interval"
-        + (f"; episodes a game: {episodes}; " if count_once else " and number of episodes; ")
-        + f"{' and '.join([', '.join(published[:-1]), published[-1]] if len(published) > 1 else published)} are "
-        "published scores. The best agent is in bold.",
+        + (f"; episodes a game: {episodes}" if count_once else " and number of episodes")
+        + (f"; published scores: {', '.join(published)}" if published else "")
+        + ". The best agent is in bold.",
         header=("Game", *columns),
         rows=rows,
         records=records,

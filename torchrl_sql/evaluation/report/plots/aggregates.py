@@ -89,13 +89,13 @@ def profile_plot(analysis: Analysis) -> Plot | None:
 
 
 def scaling_plot(analysis: Analysis) -> Plot | None:
-    """IQM against the number of parameters, when a role comes in at least two sizes."""
+    """IQM against the number of parameters, when the method or cloning comes in at least two sizes."""
     estimates = analysis.aggregates("human")
-    series: dict[str, list[Agent]] = {}
+    series: dict[tuple[str, str], list[Agent]] = {}
     for agent in analysis.data.agents:
-        if agent.num_parameters is not None:
-            series.setdefault(agent.role, []).append(agent)
-    series = {role: agents for role, agents in series.items() if len({a.num_parameters for a in agents}) > 1}
+        if agent.num_parameters is not None and agent.role != "other":
+            series.setdefault((agent.role, agent.decoding), []).append(agent)
+    series = {key: agents for key, agents in series.items() if len({a.num_parameters for a in agents}) > 1}
     if not estimates or not series:
         return None
     figure, axes = new_figure(2.9)
