@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -169,8 +170,11 @@ def mark_if_best(run_dir: Path, trained: Trained, episodes: Sequence[EpisodeResu
         episodes (sequence of EpisodeResult): all of its greedy episodes in all of its games, under the run's protocol.
 
     Returns:
-        Whether it is the best now.
+        Whether it is the best now. It cannot be with fewer episodes of a game than the run's protocol has.
     """
+    counts = Counter(each.game for each in episodes)
+    if any(counts[game] < trained.config.evaluation.num_episodes_per_game for game in trained.config.games):
+        return False
     scored, _ = split_by_reference(trained.config.games, "human")
     if not scored:
         return False

@@ -114,8 +114,11 @@ def _evaluate_agent(name: str, args: argparse.Namespace, shard: Shard) -> Path:
         )
         own_protocol = not given.keys() - {"num_episodes_per_game"}
         in_run = checkpoint.parent.name == "checkpoints"
-        if in_run and args.decoding == "greedy" and games is None and shard.count == 1 and own_protocol:
-            mark_if_best(checkpoint.parent.parent, trained, episodes)
+        if in_run and args.decoding == "greedy" and games is None and own_protocol:
+            if shard.count == 1:
+                mark_if_best(checkpoint.parent.parent, trained, episodes)
+            else:
+                print("A share of the episodes does not mark the run's best checkpoint; the same command without does.")
     _print_means(name, episodes)
     return folder
 
