@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 
 from torchrl_sql.cli import main
 from torchrl_sql.config import compose_run_config
+from torchrl_sql.data import FrameStore
 from torchrl_sql.evaluation.episodes import CalibrationPoint, EpisodeResult
 from torchrl_sql.evaluation.tables import TableWriter, part_of
 from torchrl_sql.run_report import gather
@@ -148,6 +150,26 @@ def test_what_was_not_evaluated_is_said(tmp_path):
     assert data.games == GAMES
     assert "Not shown, for no agent was evaluated there: Pong." in data.caveats
     assert any(text.endswith("(scaled_ql, seed 1) has no evaluated episode: no score has it.") for text in data.caveats)
+
+
+def test_the_data_shown_is_the_part_that_the_method_was_trained_on(tmp_path):
+    returns = {"one": [1.0, 9.0, 3.0], "two": [50.0, 50.0, 50.0]}
+    for name, values in returns.items():
+        store = FrameStore.create(tmp_path / name)
+        for game in GAMES:
+            with store.writer(game, source=name) as writer:
+                for value in values:
+                    writer.add_episode(
+                        np.zeros((2, 84, 84), np.uint8), np.zeros(1, np.uint8), np.array([value], np.float32), True
+                    )
+    ours = run_folder(tmp_path / "ours", f"data.store={tmp_path / 'one'}", "data.every_kth_episode=2")
+    write(ours / "scores.csv", episodes())
+    other = run_folder(tmp_path / "other", f"data.store={tmp_path / 'two'}", "model.feature_norm=false", name="other")
+    write(other / "scores.csv", episodes("other"))
+    data = gather([ours, other])
+    assert [(d.game, d.behaviour.mean, d.num_episodes) for d in data.game_data] == [(game, 2.0, 2) for game in GAMES]
+    assert "The data's returns and statistics are those of the method; other had other data." in data.caveats
+    assert any("the part that was trained on: Part(first_fraction=1.0, every_kth_episode=2" in c for c in data.caveats)
 
 
 # Tables without runs

@@ -23,7 +23,7 @@ from torchrl_sql.evaluation.report.text import name_games
 from torchrl_sql.evaluation.tables import files_of
 from torchrl_sql.games import GAMES
 from torchrl_sql.run_report_agents import deciding_settings, find_agents
-from torchrl_sql.run_report_data import game_data
+from torchrl_sql.run_report_data import game_data, other_data
 from torchrl_sql.training.logs import read_scalars
 
 _METRICS = {
@@ -99,7 +99,11 @@ def gather(
             f"No run was found of {', '.join(unknown)}: what it is, its settings, parameters, data and training curves "
             "are unknown here."
         )
-    statistics, missing = game_data([(run.folder, run.config.data.store) for run in runs], shown, episodes)
+    method_runs = [run for run in runs if run.config.name == agents[0].agent]
+    statistics, missing = game_data([(run.folder, run.config.data) for run in method_runs], shown, episodes)
+    if method_runs:
+        others = {labels[run.config.name]: run.config.data for run in runs if run not in method_runs}
+        caveats += other_data(method_runs[0].config.data, others)
     return ReportData(
         title=title or ", ".join(labels),
         introduction=introduction,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from torchrl_sql.config import DataConfig
 from torchrl_sql.data import FrameStore
+from torchrl_sql.data.episodes import Part
 from torchrl_sql.data.inspect import GameSummary, summarise
 from torchrl_sql.evaluation.episodes import EpisodeResult
 from torchrl_sql.evaluation.report import GameData, ReturnSummary
@@ -15,28 +17,28 @@ from torchrl_sql.stages import CONSTANT_AGENT
 
 
 def game_data(
-    runs: Sequence[tuple[Path, str]], games: Sequence[str], episodes: Sequence[EpisodeResult]
+    runs: Sequence[tuple[Path, DataConfig]], games: Sequence[str], episodes: Sequence[EpisodeResult]
 ) -> tuple[list[GameData], list[str]]:
     """Statistics of the data of each game, and what could not be read.
 
     Args:
-        runs (sequence of (Path, str)): each run's folder, and the store it was trained from.
+        runs (sequence of (Path, DataConfig)): folder and data of each run of one agent, which differ in the stores at
+            most: only the part of the stores that was trained on is summarised.
         games (sequence of str): whose data.
         episodes (sequence of EpisodeResult): those of constant actions are summarised beside the data.
 
     Raises:
         ValueError: if the stores do not have the same behaviour components.
     """
-    found = {(folder, store): _find_store(folder, store) for folder, store in runs}
+    found = {(folder, data.store): _find_store(folder, data.store) for folder, data in runs}
     missing = sorted({store for (_, store), path in found.items() if path is None})
     caveats = [f"The store {store} was not found: the data's returns and statistics are missing." for store in missing]
     stores = sorted({path.resolve() for path in found.values() if path is not None})
     present = [FrameStore.open(store) for store in stores]
     summaries: dict[str, list[GameSummary]] = {game: [] for game in games}
     for store in present:
-        for summary in summarise(store):
-            if summary.game in summaries:
-                summaries[summary.game].append(summary)
+        for summary in summarise(store, games, part=_part(runs[0][1])):
+            summaries[summary.game].append(summary)
     result = []
     for game, parts in summaries.items():
         if not parts:
@@ -74,6 +76,26 @@ def game_data(
             )
         )
     return result, caveats
+
+
+def _part(data: DataConfig) -> Part:
+    return Part(
+        first_fraction=data.first_fraction,
+        every_kth_episode=data.every_kth_episode,
+        transitions_per_game=data.transitions_per_game,
+    )
+
+
+def other_data(method: DataConfig, others: Mapping[str, DataConfig]) -> list[str]:
+    """What is to be said where not all agents (by label) were trained on the method's data, or the method on a part."""
+    part = _part(method)
+    caveats = [] if part == Part() else [f"The data's statistics are those of the part that was trained on: {part}."]
+    unlike = [label for label, data in others.items() if (data.store, _part(data)) != (method.store, part)]
+    if unlike:
+        caveats.append(
+            f"The data's returns and statistics are those of the method; {', '.join(unlike)} had other data."
+        )
+    return caveats
 
 
 def _summary(returns: np.ndarray) -> ReturnSummary:

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from torchrl_sql.data import AtariFrameStorage
+from torchrl_sql.data.episodes import Part
 from torchrl_sql.data.inspect import contact_sheet, draw_contact_sheets, format_summaries, summarise
 
 
@@ -37,6 +38,18 @@ def test_summary_by_hand(store, summaries):
 def test_unsampleable_as_the_storage_counts_them(store, summaries):
     assert [s.num_unsampleable for s in summaries] == [0, 1]
     assert AtariFrameStorage(store).num_unsampleable == 1
+
+
+def test_summary_of_a_part_by_hand(store, summaries):
+    (breakout,) = summarise(store, ["Breakout", "Qbert"], part=Part(transitions_per_game=4))
+    assert (breakout.num_transitions, breakout.returns.tolist()) == (4, [1.5, -2.0])
+    assert (breakout.lengths.tolist(), breakout.components.tolist()) == ([3, 2], [0, 1])
+    assert breakout.action_counts.tolist() == [1, 2] + [0] * 15 + [1]
+    (breakout,) = summarise(store, ["Breakout"], part=Part(every_kth_episode=2))
+    assert (breakout.num_transitions, breakout.returns.tolist()) == (7, [1.5, 4.0])
+    assert breakout.bytes_per_transition == pytest.approx(summaries[0].bytes_per_transition, abs=0.5)
+    (pong,) = summarise(store, ["Pong"], part=Part(first_fraction=0.5))
+    assert (pong.num_transitions, len(pong.returns)) == (8, 2)  # the first 9, but one lacks the frame that follows
 
 
 def test_table(summaries):

@@ -109,6 +109,11 @@ class EpisodeIndex:
     def __len__(self) -> int:
         return int(self.game_offsets[-1])
 
+    @property
+    def num_drawable_steps(self) -> np.ndarray:
+        """int64 ``[E]``: of each episode so many transitions can be drawn, its first ones."""
+        return self._count
+
     def locate(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Episode and step within it, int64 ``[B]`` each, of transitions int64 ``[B]`` in ``0..len - 1``."""
         episode = np.searchsorted(self._end, index, side="right")

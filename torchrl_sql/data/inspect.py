@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
+from torchrl_sql.data.episodes import EpisodeIndex, Part
+from torchrl_sql.data.run import Run
 from torchrl_sql.data.shards import FrameReader
 from torchrl_sql.data.store import FrameStore
 from torchrl_sql.games import ACTION_NAMES, FRAME_SHAPE, NUM_ACTIONS
@@ -23,9 +25,9 @@ class GameSummary:
 
     Attributes:
         game (str): name of the game.
-        num_transitions (int): stored agent steps.
+        num_transitions (int): agent steps.
         num_unsampleable (int): those that one-step targets cannot use, because the frame that follows was never stored.
-        num_bytes (int): on disk, indices and manifests included.
+        num_bytes (int): on disk, indices and manifests included; of a part, its share by transitions.
         returns (array): float64 ``[episodes]``, sums of the stored rewards.
         lengths (array): int64 ``[episodes]``, agent steps.
         components (array): int64 ``[episodes]``, which of ``component_names`` played.
@@ -58,13 +60,23 @@ class GameSummary:
         return prod(FRAME_SHAPE) / self.bytes_per_transition
 
 
-def summarise(store: FrameStore) -> Iterator[GameSummary]:
+def summarise(
+    store: FrameStore, games: Sequence[str] | None = None, *, part: Part | None = None
+) -> Iterator[GameSummary]:
     """Yields the summary of each game of a store, in its order.
+
+    Args:
+        store (FrameStore): where they are.
+        games (sequence of str, optional): some of them; default all. Absent ones are passed over.
+
+    Keyword Args:
+        part (Part, optional): summarise the transitions that one-step targets can draw from this part, and the
+            (whole) episodes that these are of; default all that is stored.
 
     Raises:
         ValueError, FileNotFoundError: if a manifest or a member is damaged or missing.
     """
-    for game in store.games:
+    for game in store.games if games is None else [game for game in store.games if game in games]:
         runs = store.runs_of(game)
         names: list[str] = []
         components = []
@@ -75,22 +87,39 @@ def summarise(store: FrameStore) -> Iterator[GameSummary]:
             position = np.array([names.index(name) for name in run.manifest.components])
             components.append(position[run.episodes["component"]])
         episodes = np.concatenate([run.episodes for run in runs])
+        used = episodes["num_steps"].astype(np.int64)
+        if part is not None:
+            used = EpisodeIndex((game,), runs, n_steps=1, part=part).num_drawable_steps
+        kept = slice(None) if part is None else used > 0
+        ends = np.cumsum([run.num_episodes for run in runs])[:-1]
+        used_by_run = np.split(used, ends)
+        num_bytes, num_stored = sum(_folder_bytes(run.path) for run in runs), sum(run.num_steps for run in runs)
         rewards = {run.manifest.rewards for run in runs}
         yield GameSummary(
             game=game,
-            num_transitions=sum(run.num_steps for run in runs),
-            num_unsampleable=int((~episodes["terminated"] & ~episodes["has_final_frame"]).sum()),
-            num_bytes=sum(_folder_bytes(run.path) for run in runs),
-            returns=np.concatenate([run.episode_returns() for run in runs]),
-            lengths=episodes["num_steps"].astype(np.int64),
-            components=np.concatenate(components),
+            num_transitions=int(used.sum()),
+            num_unsampleable=int((~episodes["terminated"] & ~episodes["has_final_frame"])[kept].sum()),
+            num_bytes=round(num_bytes * int(used.sum()) / max(num_stored, 1)),
+            returns=np.concatenate([run.episode_returns() for run in runs])[kept],
+            lengths=episodes["num_steps"].astype(np.int64)[kept],
+            components=np.concatenate(components)[kept],
             component_names=tuple(names),
             action_counts=sum(
-                (np.bincount(run.actions, minlength=NUM_ACTIONS) for run in runs), np.zeros(NUM_ACTIONS, np.int64)
+                (
+                    np.bincount(run.actions[_first_steps_of_each(run, counts)], minlength=NUM_ACTIONS)
+                    for run, counts in zip(runs, used_by_run, strict=True)
+                ),
+                np.zeros(NUM_ACTIONS, np.int64),
             ),
             rewards=rewards.pop() if len(rewards) == 1 else "mixed",
             sources=tuple(dict.fromkeys(run.manifest.source for run in runs)),
         )
+
+
+def _first_steps_of_each(run: Run, counts: np.ndarray) -> np.ndarray:
+    """Whether (bool ``[num_steps]``) a step is among the first ``counts`` of its episode."""
+    lengths = run.episodes["num_steps"]
+    return np.arange(run.num_steps) < np.repeat(run.first_steps() + counts, lengths)
 
 
 def format_summaries(summaries: Sequence[GameSummary]) -> str:
