@@ -70,8 +70,12 @@ def _run(command: Sequence[str], environment: dict[str, str], log: Path) -> tupl
             while chunk := os.read(process.stdout.fileno(), 65_536):
                 file.write(chunk)
                 file.flush()
-                sys.stdout.buffer.write(chunk)
-                sys.stdout.flush()
+                try:
+                    sys.stdout.buffer.write(chunk)
+                    sys.stdout.flush()
+                except OSError:
+                    if not told:  # else the terminal is gone: the command still saves, and its log says so
+                        raise
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
