@@ -50,6 +50,7 @@ def test_any_checkpoint_can_be_exported(make_config, tmp_path):
     folder = train(make_config())
     older = list_checkpoints(folder / "checkpoints")[0]
     export_policy(older, tmp_path / "older.safetensors")
+    assert (tmp_path / "older.safetensors").stat().st_mode == older.stat().st_mode
     policy = torchrl_sql.load_policy(str(tmp_path / "older.safetensors"))
     weights = load_actor(older).actor.state_dict()
     assert all(torch.equal(value, weights[name]) for name, value in policy.state_dict().items() if name in weights)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import torch
@@ -12,7 +13,7 @@ from torchrl.modules import DistributionalQValueActor, QValueActor
 
 from torchrl_sql.config import RunConfig, run_config_from_yaml
 from torchrl_sql.data.run import sync_folder
-from torchrl_sql.training.build import build_actor, load_actor
+from torchrl_sql.training.build import build_actor, find_checkpoint, load_actor
 from torchrl_sql.training.checkpoint import CheckpointError
 
 POLICY_FILE = "policy.safetensors"
@@ -35,6 +36,7 @@ def export_policy(checkpoint: Path, path: Path) -> None:
         CheckpointError: if the checkpoint is damaged.
         OSError: if the file cannot be written; nothing is left of it.
     """
+    checkpoint = find_checkpoint(checkpoint)
     actor, config, gradient_step = load_actor(checkpoint)
     metadata = {
         "format": _POLICY_FORMAT,
@@ -49,6 +51,7 @@ def export_policy(checkpoint: Path, path: Path) -> None:
             save_file(weights, temporary, metadata=metadata)
         except SafetensorError as error:
             raise OSError(f"{path} could not be written: {error}") from error
+        shutil.copymode(checkpoint, temporary)  # safetensors' own is for the owner alone
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
