@@ -63,6 +63,7 @@ def test_runs_of_one_name_are_seeds_and_the_rest_is_told_apart(tmp_path):
         folder = run_folder(tmp_path / f"ql{seed}", seed=seed, metrics=metrics)
         (folder / "versions.json").write_text(json.dumps({"torch": f"2.1{seed}", "python": "3.11"}))
         write(folder / "scores.csv", episodes(seed=seed))
+        (folder / "evaluation_versions.json").write_text(json.dumps([{"ale-py": "0.12"}, {"ale-py": f"0.{seed}"}]))
     bc = run_folder(tmp_path / "bc", "objective=bc", "model.num_atoms=null", "model.value_prior_std=null", name="bc")
     write(bc / "scores.csv", episodes("bc") + episodes("bc", decoding="sampled"))
     data = gather([bc, tmp_path / "ql0", tmp_path / "ql1"])
@@ -77,7 +78,7 @@ def test_runs_of_one_name_are_seeds_and_the_rest_is_told_apart(tmp_path):
     ]
     assert data.settings["Scaled QL"]["seed"] == "0 / 1"
     assert data.settings["Scaled QL"]["data"]["store"] == "/nowhere/store"
-    assert data.versions == {"torch": "2.10 / 2.11", "python": "3.11"}
+    assert data.versions == {"torch": "2.10 / 2.11", "python": "3.11", "evaluation: ale-py": "0.12 / 0.0 / 0.1"}
     assert data.caveats == ["The store /nowhere/store was not found: the data's returns and statistics are missing."]
 
 

@@ -13,7 +13,17 @@ from torchrl_sql.stages import collect_data, evaluate_checkpoint, evaluate_const
 from torchrl_sql.training import load_actor, train
 
 NUM_CONSTANT_ACTION_EPISODES = 5
-_MADE_HERE = ("store", "scaled_ql", "bc", "clips", "report_files", "scores.csv", "calibration.csv", "report.html")
+_MADE_HERE = (
+    "store",
+    "scaled_ql",
+    "bc",
+    "clips",
+    "report_files",
+    "scores.csv",
+    "calibration.csv",
+    "evaluation_versions.json",
+    "report.html",
+)
 
 
 def quickstart(

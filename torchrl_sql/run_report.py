@@ -12,6 +12,7 @@ from torchrl_sql.config import RunConfig, load_run_config
 from torchrl_sql.evaluation.clips import find_clip
 from torchrl_sql.evaluation.episodes import (
     CALIBRATION,
+    EVALUATION_VERSIONS,
     SCORES,
     CalibrationPoint,
     EpisodeResult,
@@ -116,7 +117,7 @@ def gather(
         curves=[curve for run in runs for curve in _curves(run, labels[run.config.name])],
         clips=_clips(runs, shown, agents[0], episodes),
         settings=_settings(runs, labels),
-        versions=_versions(runs),
+        versions=_versions(runs, [*folders]),
     )
 
 
@@ -198,10 +199,16 @@ def _settings(runs: Sequence[_Run], labels: Mapping[str, str]) -> dict[str, dict
     return {label: _merge(values) for label, values in found.items()}
 
 
-def _versions(runs: Sequence[_Run]) -> dict[str, str]:
-    """Versions and machines of the runs' training; where they differ, those of all."""
+def _versions(runs: Sequence[_Run], folders: Sequence[Path]) -> dict[str, str]:
+    """Versions and machines of the runs' training and of evaluation; where they differ, those of all."""
     files = [run.folder / "versions.json" for run in runs]
-    found = [json.loads(file.read_text(encoding="utf-8")) for file in files if file.is_file()]
+    trained = [json.loads(file.read_text(encoding="utf-8")) for file in files if file.is_file()]
+    tables = [file for folder in folders for file in files_of(folder / EVALUATION_VERSIONS)]
+    played = [versions for file in tables for versions in json.loads(file.read_text(encoding="utf-8"))]
+    return _side_by_side(trained) | {f"evaluation: {name}": text for name, text in _side_by_side(played).items()}
+
+
+def _side_by_side(found: Sequence[Mapping[str, str]]) -> dict[str, str]:
     names = dict.fromkeys(name for versions in found for name in versions)
     return _merge([{name: versions.get(name, "unknown") for name in names} for versions in found]) if found else {}
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from torchrl_sql.evaluation.rollout import Rollout
 from torchrl_sql.evaluation.shards import Shard
 from torchrl_sql.evaluation.tables import TableWriter
 from torchrl_sql.modules import make_q_actor
+from torchrl_sql.versions import software_versions
 
 GAMES = ("Breakout", "Freeway")
 WHO = {"agent": "a", "gradient_step": 7, "max_env_frames_per_episode": 240}
@@ -62,9 +64,13 @@ def test_shards_and_interruptions_end_in_the_same_tables(tmp_path, monkeypatch):
     for index in range(2):
         mine = evaluate(network(), GAMES, num_episodes=3, folder=parts, shard=Shard(index, 2), **settings)
         assert len(mine) == 3
-    assert sorted(path.name for path in parts.iterdir()) == [
+    assert sorted(path.name for path in parts.glob("*.csv")) == [
         f"{name}.part-{number}-of-2.csv" for name in ("calibration", "scores") for number in (1, 2)
     ]
+    versions = [json.loads(path.read_text()) for path in parts.glob("evaluation_versions*.json")]
+    assert versions == [[software_versions()]] * 2
+    for path in parts.glob("evaluation_versions*.json"):
+        path.unlink()
     assert read_episodes(parts / "scores.csv") == whole
     assert read_calibration(parts / "calibration.csv") == predicted
 

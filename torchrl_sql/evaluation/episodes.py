@@ -15,6 +15,8 @@ Decoding = Literal["greedy", "sampled"]
 
 SCORES = "scores.csv"
 """File name of the table of episodes."""
+EVALUATION_VERSIONS = "evaluation_versions.json"
+"""File name of the versions and machines that played; with parts, like the tables."""
 CALIBRATION = "calibration.csv"
 """File name of the table of predicted values."""
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import sys
 from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import ExitStack
@@ -12,6 +14,7 @@ from tqdm import tqdm
 
 from torchrl_sql.evaluation.episodes import (
     CALIBRATION,
+    EVALUATION_VERSIONS,
     SCORES,
     CalibrationPoint,
     Decoding,
@@ -23,6 +26,7 @@ from torchrl_sql.evaluation.rollout import Rollout, check_settings, episode_seed
 from torchrl_sql.evaluation.shards import Shard
 from torchrl_sql.evaluation.tables import TableWriter, part_of
 from torchrl_sql.games import resolve_games
+from torchrl_sql.versions import software_versions
 
 
 def evaluate(
@@ -66,7 +70,8 @@ def evaluate(
         max_env_frames_per_episode (int): emulator frames at which an episode is cut.
         seed (int): of emulator and exploration.
         folder (Path, optional): where ``scores.csv`` (and, with ``gamma``, ``calibration.csv``) are: episodes they
-            hold are not played again, each finished one is added at once, rows of other agents stay.
+            hold are not played again, each finished one is added at once, rows of other agents stay. Versions and
+            machine are added to ``evaluation_versions.json``.
         agent (str): who plays; this and the next four are columns of :class:`EpisodeResult`. Default ``policy``, but
             needed with a folder if the policy has no parameters by which its rows can be told from another's.
         training_seed (int): its column ``seed``.
@@ -148,6 +153,8 @@ def evaluate(
             _check_agent(folder, rows, checkpoint, seed)
         finished = {(row.game, row.episode): row for row in rows}
         missing = [key for key in own if key not in finished or (key[0] in recorded_games and key[1] == 0)]
+        if folder is not None and missing:
+            _record_versions(part_of(folder / EVALUATION_VERSIONS, shard.index, shard.count))
         bar = stack.enter_context(
             tqdm(
                 total=len(own),
@@ -186,6 +193,16 @@ def evaluate(
                     scores.append([finished[key]])
             bar.update()
     return sorted((finished[key] for key in own), key=lambda row: row.key)
+
+
+def _record_versions(path: Path) -> None:
+    """Adds what plays now to a JSON list; the lock on the table of scores keeps other writers away."""
+    known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    versions = software_versions()
+    if versions not in known:
+        temporary = path.with_name(f".{path.name}.tmp")
+        temporary.write_text(json.dumps([*known, versions], indent=1) + "\n", encoding="utf-8")
+        os.replace(temporary, path)
 
 
 def _check_protocol(folder: Path, rows: Iterable[EpisodeResult], wanted: tuple[float, float, int]) -> None:

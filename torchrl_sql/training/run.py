@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import platform
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Self
 
@@ -29,6 +26,7 @@ from torchrl_sql.training.logs import RunLog
 from torchrl_sql.training.policy import POLICY_FILE, export_policy
 from torchrl_sql.training.trainer import NonFiniteError, Trainer
 from torchrl_sql.training.watch import StallWatch
+from torchrl_sql.versions import software_versions
 
 logger = logging.getLogger(__name__)
 
@@ -225,13 +223,6 @@ def _load_latest(folder: Path, ranks: Ranks) -> tuple[Path, dict[str, Any]] | No
         return None
     path = checkpoint_path(folder, step)
     return path, load_checkpoint(path)
-
-
-def software_versions() -> dict[str, str]:
-    """The machine, and versions of what computes the results."""
-    names = ("torchrl_sql", "torch", "torchrl", "tensordict", "ale-py", "numpy", "tensorstore")
-    machine = {"machine": f"{platform.machine()}, {os.cpu_count()} cores"}
-    return machine | {"python": platform.python_version()} | {name: version(name) for name in names}
 
 
 def _check_same_run(new: RunConfig, old: RunConfig, folder: Path) -> None:
