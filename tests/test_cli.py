@@ -57,7 +57,9 @@ def test_quickstart_makes_what_it_promises(quickstart):
     assert all(number == 2 for number in counted.values())
     agents = {(agent, decoding) for agent, decoding, _ in counted}
     assert {("scaled_ql", "greedy"), ("bc", "greedy"), ("bc", "sampled"), ("constant_UP", "greedy")} <= agents
-    assert {path.stem for path in (quickstart / "clips").iterdir()} == {"Breakout-scaled_ql-6", "Freeway-scaled_ql-6"}
+    assert {path.stem for path in (quickstart / "clips").iterdir()} == {
+        f"{game}-scaled_ql-greedy-seed3-6" for game in ("Breakout", "Freeway")
+    }
 
 
 def test_quickstart_again_only_writes_the_report_again(quickstart, capsys):
