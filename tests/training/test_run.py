@@ -293,3 +293,12 @@ def test_learning_rate_warms_up_then_falls_to_its_fraction(make_config):
 def test_missing_store_is_named(make_config):
     with pytest.raises(FileNotFoundError, match="nowhere"):
         train(make_config("data.store=/nowhere"))
+
+
+def test_batch_that_ranks_cannot_share_is_refused_before_the_store_is_opened(make_config):
+    config = make_config("trainer.microbatch_size=3", "data.batch_size=9", "data.store=nowhere")
+    config.trainer.microbatch_size = 4
+    with pytest.raises(
+        ConfigError, match="microbatch_size must be null or a divisor of each process's batch of 9, got 4"
+    ):
+        train(config)

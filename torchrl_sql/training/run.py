@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Self
 
-from torchrl_sql.config import ConfigError, RunConfig, run_config_from_yaml
+from torchrl_sql.config import ConfigError, RunConfig, check_ranks, run_config_from_yaml
 from torchrl_sql.data import FrameStore
 from torchrl_sql.data.run import write_atomically
 from torchrl_sql.training.build import build_trainer, resolve_device
@@ -69,6 +69,7 @@ def train(config: RunConfig, *, stop: StopSignals | None = None) -> Path:
 def _train(config: RunConfig, ranks: Ranks, signals: StopSignals) -> Path:
     folder = Path(config.run_dir)
     num_steps = config.trainer.num_gradient_steps
+    check_ranks(config, ranks.world_size)
     fingerprint = FrameStore.open(config.data.store).fingerprint(config.games)
     found = _load_latest(folder / "checkpoints", ranks)
     if found is not None:
