@@ -15,6 +15,7 @@ TOLD = """
 import signal, sys, time
 from pathlib import Path
 from torchrl_sql.launch.local import _run
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # tests may run under nohup, which ignores it
 child = (
     "import os, signal, time\\n"
     "def end(*_): os.write(1, b'saved\\\\n'); time.sleep(0.2); os.write(1, b'not lost\\\\n'); os._exit(130)\\n"
