@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -227,8 +226,11 @@ def read_json(path: Path, expected_format: str) -> dict[str, Any]:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Writes a small file so that a crash leaves the old content or the new one, on disk; several may write at once."""
-    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
+    """Writes a small file so that a crash leaves the old content or the new one, on disk.
+
+    The temporary file has one name, so that what a killed writer leaves is gone after the next write.
+    """
+    temporary = path.with_name(path.name + ".tmp")
     try:
         with temporary.open("w", encoding="utf-8") as file:
             file.write(text)
