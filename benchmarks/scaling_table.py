@@ -13,9 +13,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from torchrl_sql.games import TRAIN_40
 from torchrl_sql.modules import make_q_actor
+from torchrl_sql.modules.q_network import Encoder
 from torchrl_sql.scaling import Measurements, format_plans, plan
 
-NETWORKS = ("resnet34", "resnet50", "resnet101")
+NETWORKS: tuple[Encoder, ...] = ("resnet34", "resnet50", "resnet101")
 NUM_GPUS = (1, 8, 32, 128)
 
 # Assumed where nothing else is said.
@@ -27,12 +28,12 @@ READ_TRANSITIONS_PER_SECOND = 31_800.0  # measured, one reader thread: benchmark
 READ_BYTES_PER_TRANSITION = 157 * 20 * 1.2  # 157 bytes a frame, measured there; 1.2 chunks of 20 frames hold 5
 
 
-def count(network: str) -> tuple[int, float]:
+def count(network: Encoder) -> tuple[int, float]:
     """Parameters, and operations of a gradient step for one sample.
 
     Forward, and backward at twice its price, of the online network; forward of the target network.
     """
-    actor = make_q_actor(TRAIN_40, encoder=network)  # type: ignore[arg-type]
+    actor = make_q_actor(TRAIN_40, encoder=network)
     batch = TensorDict(
         observation=torch.zeros(2, 4, 84, 84, dtype=torch.uint8), game_id=torch.zeros(2, dtype=torch.long), batch_size=2
     )

@@ -85,7 +85,7 @@ def measure_checkpoint(folder: Path, batch_size: int, device: str, rounds: int) 
         writer.save(step, state)
         stalls.append(gathering + writer.stall_seconds - before)
         started = time.perf_counter()
-        busy += timed_updates(trainer, batch, lambda: writer.newest_step != step)  # noqa: B023 - called at once
+        busy += timed_updates(trainer, batch, lambda step=step: writer.newest_step != step)
         writes.append(time.perf_counter() - started)
     writer.close()
     trainer.replay.shutdown()

@@ -34,13 +34,14 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from _machine import describe
 from tensordict import TensorDict
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
+from torchrl.data import TensorDictReplayBuffer
 from torchrl.objectives import DistributionalDQNLoss, HardUpdate
 
 from torchrl_sql.modules import make_q_actor
@@ -135,7 +136,7 @@ def torchrl_step(network: str, dtype: str, mode: str, batch: TensorDict) -> Vari
     return Variant("torchrl", dtype, mode, step, parameters)
 
 
-def our_step(network: str, side: str, dtype: str, mode: str, batch: TensorDict) -> Variant:
+def our_step(network: str, side: str, dtype: Literal["fp32", "bf16"], mode: str, batch: TensorDict) -> Variant:
     """The trainer's step."""
     device = batch.device
     actor = make_actor(network, side, device)
@@ -144,11 +145,11 @@ def our_step(network: str, side: str, dtype: str, mode: str, batch: TensorDict) 
     parameters = list(loss.parameters())
     trainer = Trainer(
         loss,
-        None,  # type: ignore[arg-type]  # nothing is sampled
+        TensorDictReplayBuffer(),  # empty: nothing is sampled
         torch.optim.Adam(parameters, lr=LEARNING_RATE, fused=True),
         max_grad_norm=MAX_GRAD_NORM,
         call=SingleProcess(loss, compile=mode == "compiled"),
-        precision=dtype,  # type: ignore[arg-type]
+        precision=dtype,
     )
 
     def step() -> torch.Tensor:

@@ -314,13 +314,13 @@ def check(config: RunConfig) -> None:
             raise ConfigError(f"{key} must be {must}, got {value!r}")
 
     try:
-        config.games  # noqa: B018 - resolving is the check
+        games = config.games
     except (ValueError, TypeError) as error:
         raise ConfigError(f"data.games: {error}") from None
     require(config.num_threads is None or config.num_threads >= 1, "num_threads", "at least 1, or null")
     objective, model, optim, trainer = config.objective, config.model, config.optim, config.trainer
     data = config.data
-    weights = data.mixture if isinstance(data.mixture, list) else [1.0] * len(config.games)
+    weights = data.mixture if isinstance(data.mixture, list) else [1.0] * len(games)
     require(
         (data.mixture in ("games", "transitions") or isinstance(data.mixture, list))
         and len(weights) == len(config.games)

@@ -6,6 +6,7 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -23,7 +24,7 @@ from torchrl_sql.evaluation.evaluate import evaluate
 from torchrl_sql.evaluation.policies import ConstantPolicy, NetworkPolicy, RandomPolicy, digest_of_weights
 from torchrl_sql.evaluation.rollout import Rollout
 from torchrl_sql.evaluation.scores import human_normalised, split_by_reference
-from torchrl_sql.evaluation.shards import Shard
+from torchrl_sql.evaluation.shards import WHOLE, Shard
 from torchrl_sql.evaluation.statistics import interquartile_mean
 from torchrl_sql.games import ACTION_NAMES, GAMES
 from torchrl_sql.training.build import Trained, resolve_device, set_num_threads
@@ -87,9 +88,13 @@ def collect_data(config: RunConfig) -> FrameStore:
                     seed=collection.seed,
                     sticky_action_probability=collection.sticky_action_probability,
                     max_env_frames_per_episode=collection.max_env_frames_per_episode,
-                    progress=lambda num_steps, bar=bar: bar.update(num_steps - bar.n),  # type: ignore[misc]
+                    progress=partial(_advance, bar),
                 )
     return store
+
+
+def _advance(bar: tqdm, num_done: int) -> None:
+    bar.update(num_done - bar.n)
 
 
 def evaluate_checkpoint(
@@ -100,7 +105,7 @@ def evaluate_checkpoint(
     games: Sequence[str] | None = None,
     decoding: Decoding = "greedy",
     device: str | None = None,
-    shard: Shard = Shard(),  # noqa: B008  (immutable)
+    shard: Shard = WHOLE,
     clips: Path | None = None,
 ) -> list[EpisodeResult]:
     """Evaluates a trained network; the agent's name in the tables is its run's.
@@ -190,7 +195,7 @@ def evaluate_simple_agent(
     folder: Path,
     *,
     training_seed: int = 0,
-    shard: Shard = Shard(),  # noqa: B008  (immutable)
+    shard: Shard = WHOLE,
 ) -> list[EpisodeResult]:
     """Evaluates an agent that needs no training: the bars that learning must clear, and a check of published scores.
 

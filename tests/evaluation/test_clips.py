@@ -42,7 +42,8 @@ def test_replay_shows_the_same_episode_in_colour(episode):
 
 
 def test_bars_follow_the_values_and_name_the_action(episode):
-    images = [np.asarray(image) for image in clips._draw(episode, "heading", "Q-values", **PROTOCOL)]
+    views = replay("Breakout", episode.episode_seed, episode.actions, **PROTOCOL)
+    images = [np.asarray(image) for image in clips._draw(episode, views, "heading", "Q-values")]
     assert len(images) == 20 and images[0].shape == (480, 1008, 3)
     bars = [image[clips._BARS_TOP :, clips._BAR_LEFT : clips._BAR_RIGHT] for image in images]
     colours = [tuple(int(c[i : i + 2], 16) for i in (1, 3, 5)) for c in (clips._BAR, clips._CHOSEN)]

@@ -11,6 +11,7 @@ import os
 import sys
 import traceback
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -33,10 +34,10 @@ def train_jobs(phase: dict[str, Any], rank: int) -> None:
                 os.kill(os.getpid(), signals[self.step])
             return metrics
 
-        Trainer.update = update_then_signal  # type: ignore[method-assign]
         os.environ["MASTER_PORT"] = str(job["port"])
         try:
-            train(compose_run_config(job["overrides"]))
+            with patch.object(Trainer, "update", update_then_signal):
+                train(compose_run_config(job["overrides"]))
             outcome = "trained"
         except Interrupted as interruption:
             outcome = f"{interruption}, requeue={interruption.requeue}"

@@ -70,7 +70,7 @@ def _add_launch_options(parser: argparse.ArgumentParser, *, into: bool = True) -
     how.add_argument("--dry-run", action="store_true", help="print the batch scripts and stop")
     how.add_argument("--local", action="store_true", help="run here, in the foreground, without SLURM")
     if into:
-        parser.add_argument("--into", type=Path, help="new folder of the launch (default: runs/NAME-DATE-TIME-XXXX)")
+        parser.add_argument("--into", type=Path, help="new folder of the launch (default: runs/NAME-DATE-TIME-RANDOM)")
         parser.add_argument("--import", dest="source", metavar="ARGUMENTS", help="chain: of torchrl-sql import")
         parser.add_argument(
             "--shards", type=int, metavar="N", help="evaluate, chain: elements an evaluation is split into"

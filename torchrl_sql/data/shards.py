@@ -275,6 +275,7 @@ class FrameReader:
                 raise _BadChunks(chunk, chunk + 1, reason)
         if failure is not None:
             raise failure  # Each chunk can be decoded by itself: not the data's fault.
+        # Segments are buffers, which zstandard's annotations can say from Python 3.12 on only.
         return [memoryview(decoded[number]) for number in range(len(chunks))]  # type: ignore[arg-type]
 
     def _wrong_content(self, chunk: bytes | memoryview) -> str:

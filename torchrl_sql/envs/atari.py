@@ -123,7 +123,12 @@ class AtariVector:
 
 
 def replay(
-    game: str, seed: int, actions: Sequence[int], **vector_kwargs: float
+    game: str,
+    seed: int,
+    actions: Sequence[int],
+    *,
+    sticky_action_probability: float,
+    max_env_frames_per_episode: int,
 ) -> Iterator[tuple[np.ndarray, np.ndarray, float]]:
     """Plays the actions of a known episode again, which gives the same episode, to look at it.
 
@@ -131,13 +136,26 @@ def replay(
         game (str): its game.
         seed (int): its emulator seed.
         actions (sequence of int): its actions, 0..17.
-        **vector_kwargs: its ``sticky_action_probability`` and ``max_env_frames_per_episode``, see :class:`AtariVector`.
+
+    Keyword Args:
+        sticky_action_probability (float): as it was played, see :class:`AtariVector`.
+        max_env_frames_per_episode (int): likewise.
 
     Yields:
         for each action: the observation uint8 ``[4, 84, 84]`` and the screen uint8 ``[210, 160, 3]`` on which it was
         taken, and the raw reward that followed.
     """
-    views = [AtariVector(game, 1, num_threads=1, screen=screen, **vector_kwargs) for screen in (False, True)]  # type: ignore[arg-type]
+    views = [
+        AtariVector(
+            game,
+            1,
+            sticky_action_probability=sticky_action_probability,
+            max_env_frames_per_episode=max_env_frames_per_episode,
+            num_threads=1,
+            screen=screen,
+        )
+        for screen in (False, True)
+    ]
     observation, screen = (view.reset(np.array([seed]))[0] for view in views)
     for action in actions:
         for view in views:

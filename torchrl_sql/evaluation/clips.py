@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -89,13 +89,14 @@ def write_clip(
     path = folder / f"{stem}.{'mp4' if has_video_encoder() else 'gif'}"
     temporary = path.with_name(f".{path.name}.tmp")
     heading = f"{episode.game}   {agent}" + (f"   gradient step {gradient_step:,}" if gradient_step else "")
-    images = _draw(
-        episode,
-        heading,
-        value_name,
+    views = replay(
+        episode.game,
+        episode.episode_seed,
+        episode.actions[:MAX_AGENT_STEPS],
         sticky_action_probability=sticky_action_probability,
         max_env_frames_per_episode=max_env_frames_per_episode,
     )
+    images = _draw(episode, views, heading, value_name)
     try:
         (_write_mp4 if path.suffix == ".mp4" else _write_gif)(temporary, images)
         os.replace(temporary, path)
@@ -138,13 +139,15 @@ def _write_gif(path: Path, images: Iterator[Image.Image]) -> None:
     )
 
 
-def _draw(episode: Rollout, heading: str, value_name: str, **emulator: float) -> Iterator[Image.Image]:
-    """One picture an agent step."""
+def _draw(
+    episode: Rollout, views: Iterable[tuple[np.ndarray, np.ndarray, float]], heading: str, value_name: str
+) -> Iterator[Image.Image]:
+    """One picture an agent step, of what :func:`replay` shows."""
     font, small = ImageFont.load_default(17), ImageFont.load_default(13)
     actions = GAMES[episode.game].minimal_actions
     values = np.array(episode.action_values)[:, actions] if episode.action_values else None
-    score, steps = 0.0, episode.actions[:MAX_AGENT_STEPS]
-    for step, (stack, screen, reward) in enumerate(replay(episode.game, episode.episode_seed, steps, **emulator)):
+    score = 0.0
+    for step, (stack, screen, reward) in enumerate(views):
         image = Image.new("RGB", (_WIDTH, _HEIGHT), _BACKGROUND)
         draw = ImageDraw.Draw(image)
         draw.text((_SCREEN[0], 12), heading, _TEXT, font)
@@ -156,7 +159,8 @@ def _draw(episode: Rollout, heading: str, value_name: str, **emulator: float) ->
         for i, frame in enumerate(stack):
             picture = Image.fromarray(frame).resize((_STACK_SIDE, _STACK_SIDE), Image.Resampling.BILINEAR)
             image.paste(picture, (_PANEL_LEFT + i * (_STACK_SIDE + _STACK_GAP), _STACK_TOP))
-        _draw_bars(draw, small, actions, steps[step], None if values is None else values[step], values, value_name)
+        chosen, of_step = episode.actions[step], None if values is None else values[step]
+        _draw_bars(draw, small, actions, chosen, of_step, values, value_name)
         yield image
         if reward != episode.rewards[step]:
             raise ValueError(

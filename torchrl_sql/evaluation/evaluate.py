@@ -23,7 +23,7 @@ from torchrl_sql.evaluation.episodes import (
 )
 from torchrl_sql.evaluation.policies import digest_of_weights
 from torchrl_sql.evaluation.rollout import Rollout, check_settings, episode_seed, rollout
-from torchrl_sql.evaluation.shards import Shard
+from torchrl_sql.evaluation.shards import WHOLE, Shard
 from torchrl_sql.evaluation.tables import TableWriter, part_of
 from torchrl_sql.games import resolve_games
 from torchrl_sql.versions import software_versions
@@ -46,7 +46,7 @@ def evaluate(
     checkpoint: str = "",
     policy_games: Sequence[str] | None = None,
     gamma: float | None = None,
-    shard: Shard = Shard(),  # noqa: B008  (immutable)
+    shard: Shard = WHOLE,
     recorded_games: Collection[str] = (),
     on_recorded: Callable[[Rollout], None] = lambda rollout: None,
 ) -> list[EpisodeResult]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from tensordict import TensorDictBase
@@ -38,8 +39,8 @@ class NetworkPolicy(TensorDictModuleBase):
         ValueError: for another decoding, other action sets and, when playing, values that are not finite.
     """
 
-    in_keys = ["observation", "game_id", "uniform"]  # noqa: RUF012  (TensorDict modules declare them so)
-    out_keys = ["action", "action_value"]  # noqa: RUF012
+    in_keys: ClassVar[list[str]] = ["observation", "game_id", "uniform"]
+    out_keys: ClassVar[list[str]] = ["action", "action_value"]
 
     def __init__(self, actor: QValueActor, games: Sequence[str], *, decoding: Decoding = "greedy"):
         super().__init__()
@@ -75,8 +76,8 @@ class RandomPolicy(TensorDictModuleBase):
     Reads: ``game_id``, ``uniform``. Writes: ``action`` ``[B]`` int64.
     """
 
-    in_keys = ["game_id", "uniform"]  # noqa: RUF012
-    out_keys = ["action"]  # noqa: RUF012
+    in_keys: ClassVar[list[str]] = ["game_id", "uniform"]
+    out_keys: ClassVar[list[str]] = ["action"]
 
     def __init__(self, games: Sequence[str]):
         super().__init__()
@@ -94,8 +95,8 @@ class ConstantPolicy(TensorDictModuleBase):
     Writes: ``action`` ``[B]`` int64.
     """
 
-    in_keys = ["game_id"]  # noqa: RUF012
-    out_keys = ["action"]  # noqa: RUF012
+    in_keys: ClassVar[list[str]] = ["game_id"]
+    out_keys: ClassVar[list[str]] = ["action"]
 
     def __init__(self, action: int):
         super().__init__()

@@ -81,8 +81,9 @@ class _EpisodeNoise:
 class _Slot:
     """One emulator and the episode it plays."""
 
-    def __init__(self, **emulator: float) -> None:
-        self._emulator = emulator
+    def __init__(self, *, sticky_action_probability: float, max_env_frames_per_episode: int) -> None:
+        self._sticky_action_probability = sticky_action_probability
+        self._max_env_frames_per_episode = max_env_frames_per_episode
         self._vector: AtariVector | None = None
         self._stepping = False
         self.rollout: Rollout
@@ -97,7 +98,13 @@ class _Slot:
 
     def start(self, rollout: Rollout, game_id: int) -> None:
         if self.game != rollout.game:
-            self._vector = AtariVector(rollout.game, 1, num_threads=1, **self._emulator)  # type: ignore[arg-type]
+            self._vector = AtariVector(
+                rollout.game,
+                1,
+                sticky_action_probability=self._sticky_action_probability,
+                max_env_frames_per_episode=self._max_env_frames_per_episode,
+                num_threads=1,
+            )
         assert self._vector is not None
         self.rollout, self.game_id = rollout, game_id
         self.noise = _EpisodeNoise(rollout.episode_seed)

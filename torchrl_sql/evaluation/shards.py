@@ -46,3 +46,7 @@ class Shard:
     def has(self, game_number: int, episode: int) -> bool:
         """Whether an episode is this shard's: those of one game go to different shards, and those of one number too."""
         return (game_number + episode) % self.count == self.index
+
+
+WHOLE = Shard()
+"""All of the work."""

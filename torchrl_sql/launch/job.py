@@ -130,7 +130,7 @@ def is_transient(error: Exception) -> bool:
     """
     if isinstance(error, (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError)):
         return False
-    if isinstance(error, (NotImplementedError, RecursionError)):
+    if isinstance(error, (NotImplementedError, RecursionError)):  # RuntimeErrors, but of the program itself
         return False
     return isinstance(error, (RuntimeError, OSError, MemoryError, EOFError))
 

@@ -37,7 +37,7 @@ class PlannedTask(NamedTuple):
 
 
 def choose_root(name: str, *, out: Path | None = None) -> Path:
-    """A folder for a launch that does not exist yet: ``runs/NAME-DATE-TIME-XXXX``, or ``out``.
+    """A folder for a launch that does not exist yet: ``runs/NAME-DATE-TIME-RANDOM``, or ``out``.
 
     Raises:
         ConfigError: if ``out`` exists.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from tensordict import NestedKey, TensorDict, TensorDictBase, TensorDictParams
 from tensordict.nn import TensorDictModule, dispatch
@@ -47,7 +47,7 @@ class DiscreteBCLoss(LossModule):
         priority_weight: NestedKey = "priority_weight"
 
     default_keys = _AcceptedKeys
-    out_keys = ["loss_bc", "accuracy"]  # noqa: RUF012 (TorchRL's way to declare them)
+    out_keys: ClassVar[list[str]] = ["loss_bc", "accuracy"]
 
     actor_network: TensorDictModule
     actor_network_params: TensorDictParams
