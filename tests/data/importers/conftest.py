@@ -189,11 +189,35 @@ def check_transitions(store: FrameStore, game: str, expected: Sequence[Expected]
     np.testing.assert_array_equal(found["next", "terminated"].numpy()[:, 0], [t["terminated"] for t in naive])
 
 
+def new_log(
+    root: Path, *, game: str = "Pong", run: int = 1, capacity: int = 10, seed: int = 0, **kwargs
+) -> DopamineLog:
+    folder = root / game / str(run) / "replay_logs"
+    return DopamineLog(folder, capacity, len(GAMES[game].minimal_actions), **kwargs)
+
+
+@pytest.fixture
+def log(tmp_path):
+    """Rows: A 0-3 (1 step), B 4-13 (7), C 14-18 (2), D 19-30 (9); logged at 9, 19, 29 and, finally, 31."""
+    log = new_log(tmp_path / "dqn")
+    for num_steps in (1, 7, 2, 9):
+        log.play(num_steps)
+    log.log_final()
+    assert log.logged == [(0, 9), (9, 19), (19, 29), (29, 31)]
+    return log
+
+
+@pytest.fixture
+def small_store(tmp_path):
+    return FrameStore.create(tmp_path / "store", chunk_frames=2, shard_frames=8)
+
+
 @pytest.fixture(scope="session")
 def dopamine() -> SimpleNamespace:
     """The helpers of this file (test folders are not importable)."""
     return SimpleNamespace(
         Log=DopamineLog,
+        new_log=new_log,
         expected=expected_episodes,
         stored=stored_episodes,
         check_same=check_same,
