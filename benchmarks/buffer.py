@@ -40,7 +40,6 @@ import numpy as np
 import tensorstore as ts
 import torch
 from _episodes import EIGHT_GAMES, Episode, play
-from _machine import describe
 from tensordict import TensorDict
 from torchrl.data import (
     CompressedListStorage,
@@ -52,7 +51,8 @@ from torchrl.data import (
 )
 
 from torchrl_sql.data import FrameStore, OfflineAtariReplay
-from torchrl_sql.data.inspect import summarise
+from torchrl_sql.data.summary import summarise
+from torchrl_sql.provenance import describe_benchmark
 
 BATCH_SIZE = 512
 NUM_FRAMES = 5
@@ -146,9 +146,9 @@ def tensorstore_reader(store: FrameStore, num_threads: int) -> Callable[[], np.n
     spec = {"driver": "zarr3", "recheck_cached_metadata": "open", "recheck_cached_data": "open"}
     arrays = [
         ts.open({**spec, "kvstore": {"driver": "file", "path": f"{run.path}/frames/"}}, context=context).result()
-        for run in store.runs
+        for run in store.recordings
     ]
-    ends = np.cumsum([run.num_frames - NUM_FRAMES for run in store.runs])
+    ends = np.cumsum([run.num_frames - NUM_FRAMES for run in store.recordings])
 
     def sample() -> np.ndarray:
         start = np.random.default_rng().integers(0, ends[-1], BATCH_SIZE)
@@ -339,7 +339,7 @@ def main() -> None:
         print(measure_cold(args.measure_cold[0], Path(args.measure_cold[1])))
         return
     torch.set_num_threads(1)
-    machine = describe()
+    machine = describe_benchmark()
     games = collect(args.transitions)
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         found = in_memory(games, Path(folder), args)

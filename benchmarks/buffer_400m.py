@@ -32,18 +32,18 @@ from typing import Any
 
 import numpy as np
 from _episodes import EIGHT_GAMES, play
-from _machine import describe
 from buffer import empty_page_cache
 
-from torchrl_sql.data import AtariFrameStorage, FrameStore, OfflineAtariReplay, Run
+from torchrl_sql.data import AtariFrameStorage, FrameStore, OfflineAtariReplay, Recording
 from torchrl_sql.data.frames import shard_path
-from torchrl_sql.data.run import MEMBERS
+from torchrl_sql.data.recording import MEMBERS
 from torchrl_sql.games import TRAIN_40
+from torchrl_sql.provenance import describe_benchmark
 
 BATCH_SIZE = 512
 
 
-def write_shard(store: FrameStore, game: str) -> Run:
+def write_shard(store: FrameStore, game: str) -> Recording:
     """A run of exactly one full shard; its last episode is cut."""
     left = store.shard_frames
     with store.writer(game, source="random policy with repeated actions") as writer:
@@ -54,10 +54,10 @@ def write_shard(store: FrameStore, game: str) -> Run:
             left -= length
             if not left:
                 break
-    return store.run(game)
+    return store.recording(game)
 
 
-def fill_run(store: FrameStore, game: str, shard: Run, num_shards: int, distinct_bytes: int) -> int:
+def fill_run(store: FrameStore, game: str, shard: Recording, num_shards: int, distinct_bytes: int) -> int:
     """A run of ``num_shards`` times the same shard; returns the bytes of frames that were copied."""
     folder = store.path / game / "0"
     source = shard_path(shard.path / "frames", 0)
@@ -192,7 +192,7 @@ def main() -> None:
         function = {"warm": measure_warm, "cold": measure_cold}[kind]
         print(json.dumps(function(Path(path), int(first), int(second))))
         return
-    machine = describe()
+    machine = describe_benchmark()
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         path = Path(folder) / "store"
         figures = build(Path(folder), args.transitions_per_game, int(args.distinct_gigabytes * 1e9))

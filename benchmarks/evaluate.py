@@ -33,7 +33,6 @@ import ale_py
 import gymnasium
 import numpy as np
 import torch
-from _machine import describe
 from gymnasium.wrappers import AtariPreprocessing
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
@@ -44,6 +43,7 @@ from torchrl_sql.evaluation.policies import NetworkPolicy
 from torchrl_sql.evaluation.rollout import ROWS_PER_FORWARD, rollout
 from torchrl_sql.games import GAMES
 from torchrl_sql.modules import make_q_actor
+from torchrl_sql.provenance import describe_benchmark
 
 gymnasium.register_envs(ale_py)
 
@@ -178,7 +178,7 @@ def main() -> None:
     print(f"            {speedup:.1f} times the gym loop (medians of rounds)")
     print(f"starting an episode: {(reset := reset_seconds()) * 1e3:.0f} ms")
     if args.json:
-        machine = describe() | {"load_average": os.getloadavg()}
+        machine = describe_benchmark() | {"load_average": os.getloadavg()}
         document = {"machine": machine, "encoder": args.encoder, "games": [GAMES[game].name for game in PLAYED]}
         document |= {"agent_steps_per_second": result, "rounds": rounds, "share_of_slower_limit": share}
         document |= {"share_of_two_cores": both, "times_gym_loop": speedup, "reset_seconds": reset}

@@ -24,10 +24,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
-from _machine import describe
 
 from torchrl_sql.envs.atari import AtariVector
 from torchrl_sql.games import GAMES, resolve_games
+from torchrl_sql.provenance import describe_benchmark
 
 IMPORT = """
 import json, resource, sys, time
@@ -162,7 +162,7 @@ def main() -> None:
         files = sorted((root / "dqn").rglob("*.gz"))
         checkpoints = f"0-{args.checkpoints - 1}"
         figures: dict[str, object] = {
-            "machine": describe(),
+            "machine": describe_benchmark(),
             "games": list(games),
             "num_rows": num_rows,
             "raw_bytes": num_rows * (84 * 84 + 9),

@@ -25,13 +25,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _machine import describe
 from torchrl.objectives import HardUpdate
 
 from torchrl_sql.data import FrameStore, OfflineAtariReplay
 from torchrl_sql.envs import WEAK_SKILLS, SkillMixture, collect
 from torchrl_sql.modules import make_q_actor
 from torchrl_sql.objectives import DistributionalCQLLoss
+from torchrl_sql.provenance import describe_benchmark
 from torchrl_sql.training import Trainer
 
 GAMES = ("Freeway", "Assault")
@@ -42,7 +42,7 @@ def make_store(path: Path, num_agent_steps: int) -> FrameStore:
     store = FrameStore.create(path)
     for game in GAMES:
         policy = SkillMixture(game, WEAK_SKILLS)
-        with store.writer(game, source="weak scripted play", components=policy.component_names) as writer:
+        with store.writer(game, source="weak scripted play", behaviours=policy.behaviour_names) as writer:
             collect(writer, policy, game, num_agent_steps, max_env_frames_per_episode=10_000)
     return store
 
@@ -79,7 +79,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    machine, rows = describe(), []
+    machine, rows = describe_benchmark(), []
     with tempfile.TemporaryDirectory() as folder:
         store = make_store(Path(folder) / "store", args.agent_steps)
         for objective, scale, learned in itertools.product(GAMMAS, args.scales, (True, False)):

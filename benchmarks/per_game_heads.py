@@ -22,10 +22,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from _machine import describe
 from torch import Tensor
 
 from torchrl_sql.modules import PerGameLinear
+from torchrl_sql.provenance import describe_benchmark
 
 NUM_OUTPUTS = 918
 
@@ -91,7 +91,7 @@ def main() -> None:
         parser.error("--clock processor needs --device cpu and --threads 1")
     if args.threads:
         torch.set_num_threads(args.threads)
-    machine = describe() | {"torch_threads": torch.get_num_threads(), "load_before": os.getloadavg()[0]}
+    machine = describe_benchmark() | {"torch_threads": torch.get_num_threads(), "load_before": os.getloadavg()[0]}
     rows = []
     for num_features in args.features:
         for num_games in args.games:

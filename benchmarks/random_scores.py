@@ -16,10 +16,10 @@ from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
-from _machine import describe
 
 from torchrl_sql.evaluation.episodes import SCORES, read_episodes
 from torchrl_sql.games import GAMES
+from torchrl_sql.provenance import describe_benchmark
 
 TEXT = """\
 # The random agent against the published random scores
@@ -70,7 +70,7 @@ def main() -> None:
             others.append(game)
         interval = f"[{mean - 1.96 * error:,.1f}, {mean + 1.96 * error:,.1f}]"
         rows.append(f"| {game} | {mean:,.1f} {interval} | {len(values)} | {published:,.1f} | {distance:+.1f} |")
-    machine = describe()
+    machine = describe_benchmark()
     print(
         TEXT.format(
             sticky=episodes[0].sticky,

@@ -11,10 +11,10 @@ import torch
 from tensordict import TensorDict
 from torch.utils.flop_counter import FlopCounterMode
 
+from torchrl_sql.bench import Measurements, format_plans, plan
 from torchrl_sql.games import TRAIN_40
 from torchrl_sql.modules import make_q_actor
 from torchrl_sql.modules.q_network import Encoder
-from torchrl_sql.scaling import Measurements, format_plans, plan
 
 NETWORKS: tuple[Encoder, ...] = ("resnet34", "resnet50", "resnet101")
 NUM_GPUS = (1, 8, 32, 128)

@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from _machine import describe
+from torchrl_sql.provenance import describe_benchmark
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -28,7 +28,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path, default=ROOT / "benchmarks" / "results" / "slurm_faults.json")
     args = parser.parse_args()
     slurm = subprocess.run(["slurmctld", "-V"], capture_output=True, text=True, check=True).stdout.strip()
-    record = describe() | {"slurm": slurm, "outcomes": []}
+    record = describe_benchmark() | {"slurm": slurm, "outcomes": []}
     if args.json.exists():  # a measurement in several sittings
         record["outcomes"] = json.loads(args.json.read_text(encoding="utf-8"))["outcomes"]
     code = 0

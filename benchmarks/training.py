@@ -28,18 +28,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from _machine import describe
 
+from torchrl_sql.collection import collect_data
 from torchrl_sql.config import compose_run_config
 from torchrl_sql.data import FrameStore
 from torchrl_sql.games import TRAIN_40
-from torchrl_sql.stages import collect_data
+from torchrl_sql.provenance import describe_benchmark
 from torchrl_sql.training import Trainer, train
 from torchrl_sql.training.build import build_trainer
 from torchrl_sql.training.checkpoint import list_checkpoints
-from torchrl_sql.training.checkpoint_writer import CheckpointWriter
-from torchrl_sql.training.distributed import process_group
 from torchrl_sql.training.logs import read_scalars
+from torchrl_sql.training.ranks import process_group
+from torchrl_sql.training.writer import CheckpointWriter
 
 NUM_STEPS_BETWEEN = 1_000
 
@@ -223,7 +223,7 @@ def main() -> None:
         agree(args.agree)
         return
     os.environ.setdefault("RL_WARNINGS", "False")
-    machine = describe() | {"torch_threads": torch.get_num_threads(), "load_before": os.getloadavg()[0]}
+    machine = describe_benchmark() | {"torch_threads": torch.get_num_threads(), "load_before": os.getloadavg()[0]}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         measurements: list[Callable[[], dict[str, Any]]] = [

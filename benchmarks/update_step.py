@@ -37,7 +37,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from _machine import describe
 from tensordict import TensorDict
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
@@ -46,6 +45,7 @@ from torchrl.objectives import DistributionalDQNLoss, HardUpdate
 
 from torchrl_sql.modules import make_q_actor
 from torchrl_sql.objectives import DistributionalCQLLoss
+from torchrl_sql.provenance import describe_benchmark
 from torchrl_sql.training import Trainer
 from torchrl_sql.training.parallel import SingleProcess
 
@@ -338,7 +338,7 @@ def main() -> None:
     args.batch_size = args.batch_size or (512 if device.type == "cuda" else 32)
     networks = args.networks or (list(NUM_GAMES) if device.type == "cuda" else ["resnet_small"])
 
-    machine = describe() | {
+    machine = describe_benchmark() | {
         "torch_threads": torch.get_num_threads(),
         "clock": args.clock,
         "load_before": os.getloadavg()[0],

@@ -22,7 +22,7 @@ from torchrl_sql.envs import WEAK_SKILLS, SkillMixture, collect
 
 def collect_store(path: Path, game: str, steps: int) -> FrameStore:
     policy, store = SkillMixture(game, WEAK_SKILLS), FrameStore.create(path)
-    with store.writer(game, source="scripted play with noise", components=policy.component_names) as writer:
+    with store.writer(game, source="scripted play with noise", behaviours=policy.behaviour_names) as writer:
         collect(writer, policy, game, steps)
     return store
 

@@ -45,7 +45,7 @@ def test_quickstart_makes_what_it_promises(quickstart):
     assert not re.search(r'(src|href)="https?://', page.replace('href="https://arxiv.org', ""))
     store = FrameStore.open(quickstart / "store")
     assert store.games == ("Breakout", "Freeway")
-    assert all(store.run(game).num_steps >= 400 for game in store.games)
+    assert all(store.recording(game).num_steps >= 400 for game in store.games)
     for name in ("scaled_ql", "bc"):
         assert (quickstart / name / "config.yaml").is_file()
         assert list_checkpoints(quickstart / name / "checkpoints")

@@ -6,10 +6,11 @@ import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from torchrl_sql.collection import collect_data
 from torchrl_sql.config import ConfigError, RunConfig, compose_run_config
-from torchrl_sql.evaluation.report import format_score_table, write_report
-from torchrl_sql.run_report import gather
-from torchrl_sql.stages import collect_data, evaluate_checkpoint, evaluate_constant_actions
+from torchrl_sql.evaluation.agents import evaluate_checkpoint, evaluate_constant_actions
+from torchrl_sql.report import format_score_table, write_report
+from torchrl_sql.report.gather import gather
 from torchrl_sql.training import load_actor, train
 
 NUM_CONSTANT_ACTION_EPISODES = 5

@@ -24,7 +24,7 @@ class Episode:
     actions: np.ndarray
     rewards: np.ndarray
     terminated: bool
-    component: int = 0
+    behaviour: int = 0
 
 
 def make_episode(first_tag: int, num_steps: int, *, terminated: bool = True, final: bool = False) -> Episode:
@@ -48,7 +48,7 @@ def make_episodes(shapes: Sequence[tuple[int, bool, bool]], first_tag: int = 0) 
 
 def add(writer: Any, episodes: Sequence[Episode]) -> None:
     for e in episodes:
-        writer.add_episode(e.frames, e.actions, e.rewards, e.terminated, component=e.component)
+        writer.add_episode(e.frames, e.actions, e.rewards, e.terminated, behaviour=e.behaviour)
 
 
 def write(store: FrameStore, game: str, episodes: Sequence[Episode], **kwargs: Any) -> None:

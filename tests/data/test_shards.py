@@ -25,7 +25,7 @@ from torchrl_sql.data.verify import verify
 def pong(store, lab):
     """Episodes of 5, 13 and 9 steps; frames 0-5, 6-18 and 19-28; chunks of 4 and shards of 8 frames."""
     lab.write(store, "Pong", lab.make_episodes([(5, False, True), (13, True, False), (9, True, True)]))
-    return store.run("Pong")
+    return store.recording("Pong")
 
 
 @given(st.binary(max_size=100))
@@ -224,7 +224,7 @@ def test_chunks_of_black_frames_are_stored(store):
     with store.writer("Pong", source="test") as writer:
         writer.add_episode(np.zeros((20, 84, 84), np.uint8), [0] * 20, [0.0] * 20, True)
     assert not AtariFrameStorage(store)[:]["observation"].any()
-    shutil.rmtree(store.run("Pong").path / "frames" / "c" / "1")
+    shutil.rmtree(store.recording("Pong").path / "frames" / "c" / "1")
     with pytest.raises(DamagedFramesError, match="the file is missing"):
         AtariFrameStorage(store)[10]
 

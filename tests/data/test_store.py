@@ -18,22 +18,22 @@ from hypothesis import strategies as st
 
 from torchrl_sql.data import AtariFrameStorage, FrameStore
 from torchrl_sql.data import writer as writer_module
-from torchrl_sql.data.run import Manifest
+from torchrl_sql.data.recording import Manifest
 
 
 def test_known_episodes_come_back(store, lab):
     first, second = lab.make_episodes([(5, True, False), (6, False, True)])
-    second.component = 1
-    with store.writer("Pong", source="by hand", components=("good", "lazy"), metadata={"note": [1, 2]}) as writer:
+    second.behaviour = 1
+    with store.writer("Pong", source="by hand", behaviours=("good", "lazy"), metadata={"note": [1, 2]}) as writer:
         lab.add(writer, [first, second])
-    run = store.run("Pong")
+    run = store.recording("Pong")
     assert (run.num_frames, run.num_steps, run.num_episodes) == (12, 11, 2)
     np.testing.assert_array_equal(run.open_frames()[:12].read().result(), np.concatenate([first.frames, second.frames]))
     np.testing.assert_array_equal(run.actions, np.concatenate([first.actions, second.actions]))
     np.testing.assert_array_equal(run.rewards, np.concatenate([first.rewards, second.rewards]))
     assert run.episodes.tolist() == [(0, 5, True, False, 0), (5, 6, False, True, 1)]
     np.testing.assert_allclose(run.episode_returns(), [first.rewards.sum(), second.rewards.sum()], rtol=1e-6)
-    assert run.manifest.components == ("good", "lazy")
+    assert run.manifest.behaviours == ("good", "lazy")
     assert run.manifest.metadata == {"note": [1, 2]}
     assert store.games == ("Pong",)
 
@@ -73,10 +73,10 @@ def test_readers_see_only_commits(store, lab):
     writer.commit(metadata={"done": 1})
     before = AtariFrameStorage(store)
     lab.add(writer, [second])
-    assert store.run("Pong").num_steps == 5
+    assert store.recording("Pong").num_steps == 5
     writer.close()
-    assert store.run("Pong").num_steps == 8
-    assert store.run("Pong").manifest.metadata == {"done": 1}
+    assert store.recording("Pong").num_steps == 8
+    assert store.recording("Pong").manifest.metadata == {"done": 1}
     assert len(before) == 5
     assert before[4]["next", "terminated"].item()
     np.testing.assert_array_equal(before[2]["observation"][-1].numpy(), first.frames[2])
@@ -88,12 +88,12 @@ def test_exception_inside_with_does_not_commit(store, lab):
         raise KeyError
     assert store.games == ()
     lab.write(store, "Pong", lab.make_episodes([(4, True, False)]))
-    assert store.run("Pong").num_steps == 4
+    assert store.recording("Pong").num_steps == 4
 
 
 def test_empty_writer_leaves_no_run(store):
     store.writer("Pong", source="test").close()
-    assert store.runs == ()
+    assert store.recordings == ()
 
 
 def test_one_writer_a_run(store, lab):
@@ -133,7 +133,7 @@ GOOD = {"frames": np.zeros((3, 84, 84), np.uint8), "actions": [0, 1, 2], "reward
         ({"rewards": [0.0, np.nan, 0.0]}, r"rewards must be finite, got nan"),
         ({"rewards": [0.0, np.inf, 0.0]}, r"rewards must be finite, got inf"),
         ({"terminated": 1}, r"terminated must be a bool, got 1"),
-        ({"component": 1}, r"component must lie in 0..0, got 1"),
+        ({"behaviour": 1}, r"behaviour must lie in 0..0, got 1"),
     ],
 )
 def test_bad_episodes_are_refused_whole(store, change, message):
@@ -141,7 +141,7 @@ def test_bad_episodes_are_refused_whole(store, change, message):
         with pytest.raises(ValueError, match=message):
             writer.add_episode(**{**GOOD, **change})
         writer.add_episode(**GOOD)
-    assert store.run("Pong").num_steps == 3
+    assert store.recording("Pong").num_steps == 3
 
 
 def test_clipped_runs_take_only_clipped_rewards(store):
@@ -176,11 +176,11 @@ def test_bad_arguments_are_named(tmp_path, store, lab):
     lab.write(store, "Pong", lab.make_episodes([(2, True, False)]))
     lab.write(store, "Pong", lab.make_episodes([(2, True, False)]), run="1")
     with pytest.raises(ValueError, match=r"runs \['0', '1'\]: name one"):
-        store.run("Pong")
+        store.recording("Pong")
     with pytest.raises(ValueError, match=r"run must be one of \['0', '1'\]"):
-        store.run("Pong", "2")
+        store.recording("Pong", "2")
     with pytest.raises(ValueError, match=r"'Breakout' is not in the store .* which holds Pong"):
-        store.run("Breakout")
+        store.recording("Breakout")
     with pytest.raises(ValueError, match=r"rewards of .* is 'raw', cannot append 'clipped'"):
         store.writer("Pong", source="test", rewards="clipped")
     store.writer("Pong", source="test").close()  # The refused writer released its lock.
@@ -309,7 +309,7 @@ def check_prefix(store: FrameStore, episodes: list, lab) -> int:
     """The store holds exactly the first so many episodes; returns how many."""
     if not store.games:
         return 0
-    run = store.run("Pong")
+    run = store.recording("Pong")
     kept = episodes[: run.num_episodes]
     batch = AtariFrameStorage(store)[:]
     expected = list(lab.reference(kept, 1, 0.99))
@@ -337,7 +337,7 @@ def test_killed_at_any_write_leaves_a_commit_and_resumes_to_the_same_bytes(tmp_p
         return call
 
     for name in ("_write_shard", "_set_rows", "_append", "_open_member"):
-        monkeypatch.setattr(writer_module.RunWriter, name, watched(getattr(writer_module.RunWriter, name)))
+        monkeypatch.setattr(writer_module.RecordingWriter, name, watched(getattr(writer_module.RecordingWriter, name)))
     for name in ("fsync", "replace"):
         monkeypatch.setattr(os, name, watched(getattr(os, name)))
     for part in (episodes[:2], episodes[2:]):
@@ -393,14 +393,14 @@ def test_sigkill_leaves_a_valid_store(store):
     for delay in (0.0, 0.013):
         child = subprocess.Popen([sys.executable, "-c", KILLED, str(store.path)], stdout=subprocess.PIPE, text=True)
         assert child.stdout is not None and child.stdout.readline() == "ready\n"
-        while not store.games or store.run("Pong").num_episodes < done + 6:
+        while not store.games or store.recording("Pong").num_episodes < done + 6:
             assert child.poll() is None
             time.sleep(0.01)
         time.sleep(delay)
         child.send_signal(signal.SIGKILL)
         child.wait()
         child.stdout.close()
-        run = store.run("Pong")
+        run = store.recording("Pong")
         done = run.num_episodes
         numbers = np.repeat(np.arange(done), np.arange(done) % 7 + 1)
         np.testing.assert_array_equal(run.actions, numbers % 18)

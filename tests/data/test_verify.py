@@ -125,7 +125,7 @@ def test_any_flipped_bit_is_found(intact, data):
     """In any file but the manifests, wherever committed data lies; and nothing else is blamed."""
     with tempfile.TemporaryDirectory() as folder:
         store = FrameStore.open(shutil.copytree(intact.path, Path(folder) / "store"))
-        run = data.draw(st.sampled_from(store.runs))
+        run = data.draw(st.sampled_from(store.recordings))
         shards = [shard_path(run.path / "frames", number) for number in range(-(-run.num_frames // 8))]
         file = data.draw(
             st.sampled_from([run.path / name for name in ("actions.u8", "rewards.f32", "episodes.bin")] + shards)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from torchrl_sql.envs import AtariVector, replay
+from torchrl_sql.envs import AtariVector, replay_episode
 from torchrl_sql.evaluation import clips
 from torchrl_sql.evaluation.clips import find_clip, write_clip
 from torchrl_sql.evaluation.policies import ConstantPolicy, RandomPolicy
@@ -27,7 +27,7 @@ def episode():
 
 
 def test_replay_shows_the_same_episode_in_colour(episode):
-    views = list(replay("Breakout", episode.episode_seed, episode.actions, **PROTOCOL))
+    views = list(replay_episode("Breakout", episode.episode_seed, episode.actions, **PROTOCOL))
     vector = AtariVector("Breakout", 1, **PROTOCOL)
     observation = vector.reset(np.array([episode.episode_seed]))
     for (seen, screen, reward), action in zip(views, episode.actions, strict=True):
@@ -42,7 +42,7 @@ def test_replay_shows_the_same_episode_in_colour(episode):
 
 
 def test_bars_follow_the_values_and_name_the_action(episode):
-    views = replay("Breakout", episode.episode_seed, episode.actions, **PROTOCOL)
+    views = replay_episode("Breakout", episode.episode_seed, episode.actions, **PROTOCOL)
     images = [np.asarray(image) for image in clips._draw(episode, views, "heading", "Q-values")]
     assert len(images) == 20 and images[0].shape == (480, 1008, 3)
     bars = [image[clips._BARS_TOP :, clips._BAR_LEFT : clips._BAR_RIGHT] for image in images]

@@ -7,11 +7,11 @@ import json
 import pytest
 
 from torchrl_sql.cli import main
+from torchrl_sql.config.cluster import compose_cluster_config
 from torchrl_sql.evaluation.episodes import read_episodes
+from torchrl_sql.launch.group import find_launch, find_stages, new_stage
 from torchrl_sql.launch.plan import plan_training
-from torchrl_sql.launch.profile import compose_cluster_config
 from torchrl_sql.launch.slurm import JobState
-from torchrl_sql.launch.stage import find_launch, find_stages, new_stage
 from torchrl_sql.launch.status import follow, task_states
 
 TINY = [

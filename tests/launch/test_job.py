@@ -11,10 +11,10 @@ import time
 import pytest
 
 from torchrl_sql.launch import job
-from torchrl_sql.launch.stage import Task, new_stage
+from torchrl_sql.launch.group import Task, new_stage
 from torchrl_sql.launch.task import LIFE_VARIABLE, Life, TaskFolder
 from torchrl_sql.training.checkpoint import CheckpointError
-from torchrl_sql.training.interruption import Interrupted
+from torchrl_sql.training.signals import Interrupted
 
 
 @pytest.fixture

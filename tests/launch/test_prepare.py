@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from torchrl_sql.config import ConfigError
+from torchrl_sql.launch.group import Stage, find_launch
 from torchrl_sql.launch.prepare import prepare
-from torchrl_sql.launch.stage import Stage, find_launch
 
 JOB = {"SLURM_JOB_ID": "5"}
 

@@ -7,10 +7,10 @@ import sys
 
 import pytest
 
+from torchrl_sql.config.cluster import compose_cluster_config
+from torchrl_sql.launch.group import Task, new_stage
 from torchrl_sql.launch.plan import plan_training
-from torchrl_sql.launch.profile import compose_cluster_config
 from torchrl_sql.launch.slurm import JobState, job_states, parse_job_states, resources, script_text, submit
-from torchrl_sql.launch.stage import Task, new_stage
 
 
 @pytest.fixture

@@ -19,11 +19,11 @@ import pytest
 import torch
 
 from torchrl_sql.cli import main
+from torchrl_sql.collection import collect_data
 from torchrl_sql.config import compose_run_config
+from torchrl_sql.launch.group import Stage, find_stages
 from torchrl_sql.launch.slurm import job_states
-from torchrl_sql.launch.stage import Stage, find_stages
 from torchrl_sql.launch.status import element, last_submission, task_states
-from torchrl_sql.stages import collect_data
 from torchrl_sql.training.build import find_checkpoint
 from torchrl_sql.training.checkpoint import load_checkpoint
 from torchrl_sql.training.logs import read_scalars

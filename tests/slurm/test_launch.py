@@ -11,7 +11,7 @@ import pytest
 
 from torchrl_sql.cli import main
 from torchrl_sql.evaluation.episodes import read_episodes
-from torchrl_sql.launch.stage import find_launch, find_stages
+from torchrl_sql.launch.group import find_launch, find_stages
 from torchrl_sql.launch.status import task_states
 
 pytestmark = pytest.mark.slurm

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from torchrl_sql.collection import collect_data
 from torchrl_sql.config import compose_run_config
-from torchrl_sql.stages import collect_data
 
 TINY = [
     "experiment=quickstart",

@@ -18,7 +18,7 @@ from torchrl_sql.cli import main
 from torchrl_sql.config import ConfigError
 from torchrl_sql.data import GameMixtureSamplerWithoutReplacement, OfflineAtariReplay
 from torchrl_sql.evaluation.episodes import read_episodes
-from torchrl_sql.evaluation.scores import human_normalised
+from torchrl_sql.statistics.scores import human_normalised
 from torchrl_sql.training import Interrupted, load_actor, train
 from torchrl_sql.training.build import build_trainer, learning_rate_factor
 from torchrl_sql.training.checkpoint import best_step, checkpoint_step, list_checkpoints, load_checkpoint

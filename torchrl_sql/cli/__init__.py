@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from torchrl_sql.cli import bench, cluster, data, evaluate, train
+from torchrl_sql.cli import bench, data, evaluate, launch, train
 
 DESCRIPTION = """\
 Scaled Q-learning (Kumar et al., ICLR 2023) in TorchRL: one policy for many Atari games, learned offline.
@@ -70,6 +70,6 @@ def _parser() -> argparse.ArgumentParser:
         prog="torchrl-sql", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for group in (train, evaluate, data, cluster, bench):
+    for group in (train, evaluate, data, launch, bench):
         group.add_commands(commands)
     return parser

@@ -30,11 +30,11 @@ def _bench(args: argparse.Namespace) -> None:
     import json
     from dataclasses import asdict
 
+    from torchrl_sql.bench import format_measurements, format_plans, plan
+    from torchrl_sql.bench.measure import measure
     from torchrl_sql.config import compose_run_config
-    from torchrl_sql.scaling import format_measurements, format_plans, plan
-    from torchrl_sql.scaling.measure import measure
     from torchrl_sql.training.build import resolve_device
-    from torchrl_sql.training.distributed import process_group
+    from torchrl_sql.training.ranks import process_group
 
     config = compose_run_config(args.overrides)
     samples = _numbers("--samples", args.samples)

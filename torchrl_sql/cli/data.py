@@ -52,8 +52,8 @@ def add_commands(commands: Any) -> None:
 
 def _collect(args: argparse.Namespace) -> None:
     """Fills data.store with episodes of scripted behaviour policies, as the experiment's collection settings say."""
+    from torchrl_sql.collection import collect_data
     from torchrl_sql.config import compose_run_config
-    from torchrl_sql.stages import collect_data
 
     store = collect_data(compose_run_config(args.overrides))
     _print_store(store.path)
@@ -110,7 +110,7 @@ def _verify(args: argparse.Namespace) -> None:
 def _inspect(args: argparse.Namespace) -> None:
     """Shows transitions, episodes, returns, actions and bytes of each game in a store, and frames as a picture."""
     from torchrl_sql.data import FrameStore
-    from torchrl_sql.data.inspect import draw_contact_sheets
+    from torchrl_sql.data.summary import draw_contact_sheets
 
     if args.contact_sheet is not None and args.contact_sheet.suffix.lower() != ".png":
         raise ValueError(f"--contact-sheet must name a .png file, got {args.contact_sheet}")
@@ -136,6 +136,6 @@ def _export(args: argparse.Namespace) -> None:
 
 def _print_store(path: Path) -> None:
     from torchrl_sql.data import FrameStore
-    from torchrl_sql.data.inspect import format_summaries, summarise
+    from torchrl_sql.data.summary import format_summaries, summarise
 
     print(format_summaries(list(summarise(FrameStore.open(path)))))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torchrl_sql.evaluation.episodes import EpisodeResult
-    from torchrl_sql.evaluation.shards import Shard
+    from torchrl_sql.evaluation.share import Shard
 
 
 def add_commands(commands: Any) -> None:
@@ -65,7 +65,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     """Plays agents in the emulator and adds each finished episode to scores.csv. Episodes that it has already are not
     played again: the same command continues an interrupted evaluation.
     """
-    from torchrl_sql.evaluation.shards import Shard
+    from torchrl_sql.evaluation.share import Shard
 
     shard = Shard.from_environment() if args.shard is None else Shard.parse(args.shard)
     folders = [_evaluate_agent(agent, args, shard) for agent in args.agents]
@@ -74,9 +74,9 @@ def _evaluate(args: argparse.Namespace) -> None:
 
 
 def _evaluate_agent(name: str, args: argparse.Namespace, shard: Shard) -> Path:
+    from torchrl_sql.evaluation.agents import SIMPLE_PROTOCOL, evaluate_checkpoint, evaluate_simple_agent, mark_if_best
     from torchrl_sql.evaluation.clips import has_video_encoder
     from torchrl_sql.games import resolve_games
-    from torchrl_sql.stages import SIMPLE_PROTOCOL, evaluate_checkpoint, evaluate_simple_agent, mark_if_best
     from torchrl_sql.training.build import find_checkpoint, load_actor
 
     options = {
@@ -145,9 +145,9 @@ def _report(args: argparse.Namespace) -> None:
     """Writes a self-contained page: aggregates with intervals, scores by game, learning curves, value calibration, data
     statistics, clips and settings. Plots (PNG, SVG) and tables (CSV) can be saved from the page and lie beside it.
     """
-    from torchrl_sql.evaluation.report import format_score_table, write_report
     from torchrl_sql.games import resolve_games
-    from torchrl_sql.run_report import gather
+    from torchrl_sql.report import format_score_table, write_report
+    from torchrl_sql.report.gather import gather
 
     data = gather(args.runs, games=None if args.games is None else resolve_games(args.games))
     first = args.runs[0]

@@ -1,11 +1,11 @@
 """Frames on disk to TensorDict batches: store, storage, sampler, replay buffer."""
 
+from torchrl_sql.data.recording import Recording
 from torchrl_sql.data.replay import OfflineAtariReplay
-from torchrl_sql.data.run import Run
 from torchrl_sql.data.sampler import GameMixtureSampler, GameMixtureSamplerWithoutReplacement
 from torchrl_sql.data.storage import AtariFrameStorage
 from torchrl_sql.data.store import FrameStore
-from torchrl_sql.data.writer import RunWriter
+from torchrl_sql.data.writer import RecordingWriter
 
 __all__ = [
     "AtariFrameStorage",
@@ -13,6 +13,6 @@ __all__ = [
     "GameMixtureSampler",
     "GameMixtureSamplerWithoutReplacement",
     "OfflineAtariReplay",
-    "Run",
-    "RunWriter",
+    "Recording",
+    "RecordingWriter",
 ]

@@ -32,7 +32,7 @@ import zstandard
 
 from torchrl_sql.data.frames import FrameLayout, shard_path
 from torchrl_sql.data.mapping import MappedFile
-from torchrl_sql.data.run import Run
+from torchrl_sql.data.recording import Recording
 from torchrl_sql.games import FRAME_SHAPE
 
 _CRC32C_RESIDUE = 0x48674BC7
@@ -112,14 +112,14 @@ class FrameReader:
     Several threads may read at a time, also after ``fork``.
 
     Args:
-        runs (sequence of Run): ``R`` runs of one store. Rows beyond their committed frames are never read.
+        runs (sequence of Recording): ``R`` runs of one store. Rows beyond their committed frames are never read.
 
     Raises:
         FileNotFoundError, ValueError: if a frame array is missing, malformed, shorter than its manifest says, or
             chunked in another way than the others.
     """
 
-    def __init__(self, runs: Sequence[Run]) -> None:
+    def __init__(self, runs: Sequence[Recording]) -> None:
         layouts = [FrameLayout.read(run.path / "frames") for run in runs]
         for run, layout in zip(runs, layouts, strict=True):
             path = run.path / "frames"
@@ -307,7 +307,7 @@ class FrameReader:
         run = self._run_of_shard(number)
         return shard_path(self._runs[run].path / "frames", number - int(self._first_shard[run]))
 
-    def _describe(self, error: _BadChunks) -> tuple[Run, FrameDamage]:
+    def _describe(self, error: _BadChunks) -> tuple[Recording, FrameDamage]:
         number, local = divmod(error.begin, self._chunks_per_shard)
         index = self._run_of_shard(number)
         run = self._runs[index]

@@ -17,8 +17,8 @@ import torch
 from tensordict import TensorDict
 from torchrl.data.replay_buffers import Storage
 
-from torchrl_sql.data.episodes import EpisodeIndex, Part
-from torchrl_sql.data.run import Manifest, Run, fingerprint
+from torchrl_sql.data.index import EpisodeIndex, Part
+from torchrl_sql.data.recording import Manifest, Recording, fingerprint
 from torchrl_sql.data.shards import FrameReader
 from torchrl_sql.data.store import FrameStore
 from torchrl_sql.games import FRAME_SHAPE, FRAME_STACK, resolve_games
@@ -91,11 +91,11 @@ class AtariFrameStorage(Storage):
         names = resolve_games(games) if games is not None else store.games
         if not names:
             raise ValueError(f"the store {store.path} holds no games yet")
-        runs = [run for name in names for run in store.runs_of(name)]
+        runs = [run for name in names for run in store.recordings_of(name)]
         self._init_from_runs(store.path.absolute(), names, runs, n_steps=n_steps, gamma=float(gamma), part=part)
 
     def _init_from_runs(
-        self, path: Path, games: tuple[str, ...], runs: list[Run], *, n_steps: int, gamma: float, part: Part
+        self, path: Path, games: tuple[str, ...], runs: list[Recording], *, n_steps: int, gamma: float, part: Part
     ) -> None:
         self._path = path
         self.games = games
@@ -269,7 +269,7 @@ class AtariFrameStorage(Storage):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         manifests: list[Manifest] = state["manifests"]
-        runs = [Run(state["path"] / manifest.game / manifest.run, manifest) for manifest in manifests]
+        runs = [Recording(state["path"] / manifest.game / manifest.run, manifest) for manifest in manifests]
         self._init_from_runs(state["path"], state["games"], runs, **state["options"])
 
     def __repr__(self) -> str:

@@ -24,9 +24,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from torchrl_sql.data.run import VERSION, Run, fingerprint, json_field, read_json, write_atomically
+from torchrl_sql.data.recording import VERSION, Recording, fingerprint
 from torchrl_sql.data.shards import FrameReader
-from torchrl_sql.data.writer import RunWriter
+from torchrl_sql.data.writer import RecordingWriter
+from torchrl_sql.files import json_field, read_json, write_text
 from torchrl_sql.games import FRAME_SHAPE, resolve_games
 
 STORE_FORMAT = "torchrl_sql.frame_store"
@@ -46,7 +47,7 @@ class FrameStore:
         >>> with store.writer("Pong", source="zeros, for the example") as writer:
         ...     frames = np.zeros((3, 84, 84), np.uint8)
         ...     writer.add_episode(frames, actions=[0, 2], rewards=[0.0, 1.0], terminated=True)
-        >>> store.run("Pong").episode_returns()
+        >>> store.recording("Pong").episode_returns()
         array([1.])
         >>> folder.cleanup()
     """
@@ -98,7 +99,7 @@ class FrameStore:
         folder.mkdir(parents=True, exist_ok=True)
         settings = {"chunk_frames": chunk_frames, "shard_frames": shard_frames, "zstd_level": zstd_level}
         text = json.dumps({"format": STORE_FORMAT, "version": VERSION, **settings}, indent=1, sort_keys=True)
-        write_atomically(folder / "store.json", text + "\n")
+        write_text(folder / "store.json", text + "\n")
         return cls(folder, **settings)
 
     @classmethod
@@ -112,40 +113,40 @@ class FrameStore:
         file = Path(path) / "store.json"
         if not file.is_file():
             raise FileNotFoundError(f"{path} is not a store: {file} is missing")
-        fields = read_json(file, STORE_FORMAT)
+        fields = read_json(file, STORE_FORMAT, newest_version=VERSION)
         settings = {key: json_field(fields, key, int, file) for key in ("chunk_frames", "shard_frames", "zstd_level")}
         return cls(Path(path), **settings)
 
     @property
-    def runs(self) -> tuple[Run, ...]:
+    def recordings(self) -> tuple[Recording, ...]:
         """All committed runs, by game and name."""
-        return tuple(Run(file.parent) for file in sorted(self.path.glob("*/*/manifest.json")))
+        return tuple(Recording(file.parent) for file in sorted(self.path.glob("*/*/manifest.json")))
 
     @property
     def games(self) -> tuple[str, ...]:
         """Games with at least one committed run, in alphabetical order."""
-        return tuple(dict.fromkeys(run.game for run in self.runs))
+        return tuple(dict.fromkeys(run.game for run in self.recordings))
 
-    def runs_of(self, game: str) -> tuple[Run, ...]:
+    def recordings_of(self, game: str) -> tuple[Recording, ...]:
         """The committed runs of one game.
 
         Raises:
             ValueError: if the game is unknown or the store holds none of it.
         """
         resolve_games([game])
-        runs = tuple(Run(file.parent) for file in sorted((self.path / game).glob("*/manifest.json")))
+        runs = tuple(Recording(file.parent) for file in sorted((self.path / game).glob("*/manifest.json")))
         if not runs:
             held = ", ".join(self.games) or "no games"
             raise ValueError(f"game {game!r} is not in the store {self.path}, which holds {held}")
         return runs
 
-    def run(self, game: str, name: str | None = None) -> Run:
+    def recording(self, game: str, name: str | None = None) -> Recording:
         """One run; ``name`` may be left out where the game has only one.
 
         Raises:
             ValueError: if there is no such run, or several and no name.
         """
-        runs = self.runs_of(game)
+        runs = self.recordings_of(game)
         names = [run.name for run in runs]
         if name is None and len(runs) > 1:
             raise ValueError(f"game {game!r} has the runs {names}: name one")
@@ -160,18 +161,18 @@ class FrameStore:
         run: str = "0",
         source: str,
         rewards: Literal["raw", "clipped"] = "raw",
-        components: Sequence[str] = ("behaviour",),
+        behaviours: Sequence[str] = ("behaviour",),
         metadata: Mapping[str, Any] | None = None,
-    ) -> RunWriter:
-        """Opens a run for writing: a new one, or an existing one to append to. See :class:`RunWriter`."""
+    ) -> RecordingWriter:
+        """Opens a run for writing: a new one, or an existing one to append to. See :class:`RecordingWriter`."""
         resolve_games([game])
         if not _RUN_NAME.fullmatch(run):
             raise ValueError(f"run must be made of letters, digits, '.', '_' and '-', got {run!r}")
-        return RunWriter(
+        return RecordingWriter(
             self.path / game / run,
             source=source,
             rewards=rewards,
-            components=tuple(components),
+            behaviours=tuple(behaviours),
             metadata=metadata,
             chunk_frames=self.chunk_frames,
             shard_frames=self.shard_frames,
@@ -191,7 +192,7 @@ class FrameStore:
         Returns:
             float32 ``[84, 84]`` in 0..255.
         """
-        runs = self.runs_of(game)
+        runs = self.recordings_of(game)
         reader = FrameReader(runs)
         num_frames = np.array([run.num_frames for run in runs])
         ends = np.cumsum(num_frames)
@@ -206,7 +207,7 @@ class FrameStore:
 
     def fingerprint(self, games: Sequence[str] | None = None) -> str:
         """SHA-256 over the manifests: equal for equal contents wherever the store lies, for checkpoints."""
-        runs = self.runs if games is None else [run for game in games for run in self.runs_of(game)]
+        runs = self.recordings if games is None else [run for game in games for run in self.recordings_of(game)]
         return fingerprint(runs)
 
     def __repr__(self) -> str:

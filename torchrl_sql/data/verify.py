@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from torchrl_sql.data.run import MEMBERS, Run
+from torchrl_sql.data.recording import MEMBERS, Recording
 from torchrl_sql.data.shards import FrameReader
 from torchrl_sql.data.store import FrameStore
 
@@ -56,7 +56,7 @@ def verify(store: FrameStore, *, progress: Callable[[int, int], None] = lambda d
     checks: list[Callable[[], Iterator[Damage]]] = []
     for folder in folders:
         try:
-            run = Run(folder)
+            run = Recording(folder)
             checks += [_member_check(run, key) for key in MEMBERS]
             reader = FrameReader([run])
             checks += [_shard_check(run, reader, number) for number in range(reader.num_shards)]
@@ -67,7 +67,7 @@ def verify(store: FrameStore, *, progress: Callable[[int, int], None] = lambda d
         progress(number + 1, len(checks))
 
 
-def _member_check(run: Run, key: str) -> Callable[[], Iterator[Damage]]:
+def _member_check(run: Recording, key: str) -> Callable[[], Iterator[Damage]]:
     name, dtype, count_field = MEMBERS[key]
     file, size = run.path / name, getattr(run.manifest, count_field) * dtype.itemsize
 
@@ -90,7 +90,7 @@ def _member_check(run: Run, key: str) -> Callable[[], Iterator[Damage]]:
     return check
 
 
-def _shard_check(run: Run, reader: FrameReader, number: int) -> Callable[[], Iterator[Damage]]:
+def _shard_check(run: Recording, reader: FrameReader, number: int) -> Callable[[], Iterator[Damage]]:
     def check() -> Iterator[Damage]:
         for path, reason, first_frame, stop_frame in reader.check_shard(number):
             try:

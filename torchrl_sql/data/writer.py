@@ -18,11 +18,12 @@ import numpy.typing as npt
 import tensorstore as ts
 
 from torchrl_sql.data.frames import create_frame_array, open_frame_array
-from torchrl_sql.data.run import EPISODE_DTYPE, MEMBERS, Manifest, Run, write_atomically
+from torchrl_sql.data.recording import EPISODE_DTYPE, MEMBERS, Manifest, Recording
+from torchrl_sql.files import write_text
 from torchrl_sql.games import FRAME_SHAPE, NUM_ACTIONS
 
 
-class RunWriter:
+class RecordingWriter:
     """Appends episodes to one run. Made by :meth:`FrameStore.writer`; a context manager.
 
     Readers see what was committed: :meth:`commit` replaces the manifest after everything it counts is on disk. A
@@ -33,7 +34,7 @@ class RunWriter:
     One writer a run at a time (an advisory lock, released if the process dies).
 
     Raises:
-        ValueError: if the run exists with another source, kind of rewards or components.
+        ValueError: if the run exists with another source, kind of rewards or behaviours.
         BlockingIOError: if another writer has the run open.
     """
 
@@ -43,7 +44,7 @@ class RunWriter:
         *,
         source: str,
         rewards: Literal["raw", "clipped"],
-        components: tuple[str, ...],
+        behaviours: tuple[str, ...],
         metadata: Mapping[str, Any] | None,
         chunk_frames: int,
         shard_frames: int,
@@ -51,8 +52,8 @@ class RunWriter:
     ) -> None:
         if rewards not in ("raw", "clipped"):
             raise ValueError(f"rewards must be 'raw' or 'clipped', got {rewards!r}")
-        if not 1 <= len(components) <= 256:
-            raise ValueError(f"components must be 1 to 256 names, got {len(components)}")
+        if not 1 <= len(behaviours) <= 256:
+            raise ValueError(f"behaviours must be 1 to 256 names, got {len(behaviours)}")
         self._path = path
         self._shard_frames = shard_frames
         self._path.mkdir(parents=True, exist_ok=True)
@@ -61,7 +62,7 @@ class RunWriter:
             stack.enter_context(_lock(self._path))
             file = self._path / "manifest.json"
             committed = Manifest.read(file) if file.exists() else None
-            for name, given in (("source", source), ("rewards", rewards), ("components", components)):
+            for name, given in (("source", source), ("rewards", rewards), ("behaviours", behaviours)):
                 if committed is not None and getattr(committed, name) != given:
                     raise ValueError(f"{name} of {file} is {getattr(committed, name)!r}, cannot append {given!r}")
             if committed is None:
@@ -74,7 +75,7 @@ class RunWriter:
                 tail = np.zeros((0, *FRAME_SHAPE), np.uint8)
             else:
                 self._array = open_frame_array(self._path / "frames")
-                tail = self._recover_tail(Run(self._path, committed))
+                tail = self._recover_tail(Recording(self._path, committed))
             self._files = {key: stack.enter_context(self._open_member(key, committed)) for key in MEMBERS}
             self._open = stack.pop_all()
         self._manifest = committed or Manifest(
@@ -82,7 +83,7 @@ class RunWriter:
             run=path.name,
             source=source,
             rewards=rewards,
-            components=components,
+            behaviours=behaviours,
             num_frames=0,
             num_steps=0,
             num_episodes=0,
@@ -125,7 +126,7 @@ class RunWriter:
         rewards: npt.ArrayLike,
         terminated: bool,
         *,
-        component: int = 0,
+        behaviour: int = 0,
     ) -> None:
         """Adds one whole episode of ``T`` steps.
 
@@ -138,7 +139,7 @@ class RunWriter:
                 can be sampled only if the final frame is there.
 
         Keyword Args:
-            component (int): which of the run's behaviour components acted.
+            behaviour (int): which of the run's behaviours acted.
 
         Raises:
             ValueError: for other shapes, dtypes or values; the episode is not added.
@@ -163,11 +164,11 @@ class RunWriter:
             raise ValueError(f"rewards must be {kind}, got {rewards[~(np.abs(rewards) <= limit)][0]}")
         if not isinstance(terminated, (bool, np.bool_)):
             raise ValueError(f"terminated must be a bool, got {terminated!r}")
-        if not 0 <= component < len(self._manifest.components):
-            raise ValueError(f"component must lie in 0..{len(self._manifest.components) - 1}, got {component}")
+        if not 0 <= behaviour < len(self._manifest.behaviours):
+            raise ValueError(f"behaviour must lie in 0..{len(self._manifest.behaviours) - 1}, got {behaviour}")
 
         episode = np.zeros(1, EPISODE_DTYPE)
-        episode[0] = (self._num_frames, num_steps, terminated, len(frames) > num_steps, component)
+        episode[0] = (self._num_frames, num_steps, terminated, len(frames) > num_steps, behaviour)
         with self._failing():
             self._append("actions", actions.astype(np.uint8))
             self._append("rewards", rewards.astype("<f4"))
@@ -199,7 +200,7 @@ class RunWriter:
                 crc32=dict(self._crc32),
                 metadata=self._manifest.metadata if metadata is None else _json_copy(metadata),
             )
-            write_atomically(self._path / "manifest.json", self._manifest.to_json())
+            write_text(self._path / "manifest.json", self._manifest.to_json())
 
     def close(self, *, commit: bool = True) -> None:
         """Commits (unless told not to) and releases the run. Closing twice does nothing."""
@@ -214,7 +215,7 @@ class RunWriter:
                 self._finish_write()
             self._open.close()
 
-    def __enter__(self) -> RunWriter:
+    def __enter__(self) -> RecordingWriter:
         return self
 
     def __exit__(
@@ -254,7 +255,7 @@ class RunWriter:
         file.seek(size)
         return file
 
-    def _recover_tail(self, run: Run) -> np.ndarray:
+    def _recover_tail(self, run: Recording) -> np.ndarray:
         """Removes shards of a killed writer; returns the committed frames of the last, partly filled shard."""
         full = run.num_frames - run.num_frames % self._shard_frames
         tail = np.array(run.open_frames()[full : run.num_frames].read().result())

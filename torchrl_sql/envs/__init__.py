@@ -1,7 +1,7 @@
 """The emulator, and behaviour policies that collect data in it."""
 
-from torchrl_sql.envs.atari import AtariEnv, AtariVector, replay
-from torchrl_sql.envs.behaviour import SKILLS, WEAK_SKILLS, Component, SkillMixture
-from torchrl_sql.envs.collect import collect
+from torchrl_sql.envs.atari import AtariEnv, AtariVector, replay_episode
+from torchrl_sql.envs.behaviours import SKILLS, WEAK_SKILLS, Behaviour, SkillMixture
+from torchrl_sql.envs.collector import collect
 
-__all__ = ["SKILLS", "WEAK_SKILLS", "AtariEnv", "AtariVector", "Component", "SkillMixture", "collect", "replay"]
+__all__ = ["SKILLS", "WEAK_SKILLS", "AtariEnv", "AtariVector", "Behaviour", "SkillMixture", "collect", "replay_episode"]

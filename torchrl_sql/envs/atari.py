@@ -122,7 +122,7 @@ class AtariVector:
         return self.recv()
 
 
-def replay(
+def replay_episode(
     game: str,
     seed: int,
     actions: Sequence[int],

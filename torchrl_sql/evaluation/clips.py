@@ -7,16 +7,16 @@ smaller and shorter GIF.
 from __future__ import annotations
 
 import importlib.util
-import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from torchrl_sql.envs import replay
+from torchrl_sql.envs import replay_episode
 from torchrl_sql.evaluation.episodes import Decoding
 from torchrl_sql.evaluation.rollout import Rollout
+from torchrl_sql.files import replacing
 from torchrl_sql.games import ACTION_NAMES, GAMES
 
 MAX_AGENT_STEPS = 900
@@ -87,9 +87,8 @@ def write_clip(
     folder.mkdir(parents=True, exist_ok=True)
     stem = _stem(episode.game, agent, decoding, training_seed, gradient_step)
     path = folder / f"{stem}.{'mp4' if has_video_encoder() else 'gif'}"
-    temporary = path.with_name(f".{path.name}.tmp")
     heading = f"{episode.game}   {agent}" + (f"   gradient step {gradient_step:,}" if gradient_step else "")
-    views = replay(
+    views = replay_episode(
         episode.game,
         episode.episode_seed,
         episode.actions[:MAX_AGENT_STEPS],
@@ -97,11 +96,8 @@ def write_clip(
         max_env_frames_per_episode=max_env_frames_per_episode,
     )
     images = _draw(episode, views, heading, value_name)
-    try:
+    with replacing(path) as temporary:
         (_write_mp4 if path.suffix == ".mp4" else _write_gif)(temporary, images)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
     return path
 
 

@@ -1,5 +1,5 @@
 """Policies that evaluation provides: trained networks, random play, always one action. Any other TensorDict module will
-do as well: see :func:`torchrl_sql.evaluation.evaluate`.
+do as well: see :func:`torchrl_sql.evaluation.runner`.
 
 Legend: B batch, G games, A actions.
 """

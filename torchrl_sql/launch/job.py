@@ -17,8 +17,8 @@ from types import FrameType
 
 from submitit import JobEnvironment
 
+from torchrl_sql.launch.group import Stage
 from torchrl_sql.launch.ranks import rank, torchrun_environment
-from torchrl_sql.launch.stage import Stage
 from torchrl_sql.launch.task import LIFE_VARIABLE, Life, TaskFolder
 from torchrl_sql.launch.watchdog import EXIT_REQUEUE, EXIT_SUPERSEDED, Watchdog
 
@@ -39,7 +39,7 @@ def run_task(stage_folder: str, index: int) -> None:
     """Works on a task until it is done, or this life of it ends; then leaves the process by :class:`SystemExit`.
 
     Args:
-        stage_folder (str): folder of the :class:`~torchrl_sql.launch.stage.Stage`.
+        stage_folder (str): folder of the :class:`~torchrl_sql.launch.group.Stage`.
         index (int): which of its tasks.
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", force=True)  # submitit has its own
@@ -102,7 +102,7 @@ def _train(task: TaskFolder) -> None:
     """Trains on all ranks of the job."""
     from torchrl_sql.config import load_run_config
     from torchrl_sql.training import train
-    from torchrl_sql.training.interruption import StopSignals
+    from torchrl_sql.training.signals import StopSignals
 
     config = load_run_config(task.path / "config.yaml")
     with StopSignals() as stop:

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
+from torchrl_sql.launch.group import Stage
 from torchrl_sql.launch.job import EXIT_STOPPED
 from torchrl_sql.launch.slurm import resources
-from torchrl_sql.launch.stage import Stage
 from torchrl_sql.launch.task import LIFE_VARIABLE, Life
 
 _PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)

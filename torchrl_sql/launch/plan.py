@@ -16,7 +16,7 @@ from hydra.errors import OverrideParseException
 
 from torchrl_sql.cli import parse
 from torchrl_sql.config import ConfigError, compose_run_config
-from torchrl_sql.launch.stage import Task
+from torchrl_sql.launch.group import Task
 
 RUNS = Path("runs")
 """Where launches make their folders."""

@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from torchrl_sql.config import ConfigError
+from torchrl_sql.launch.group import new_stage, readable_stages
 from torchrl_sql.launch.plan import RUNS, choose_root, expand_sweep, plan_command, plan_training
-from torchrl_sql.launch.stage import new_stage, readable_stages
 
 
 def prepare(kind: str, arguments: Sequence[str], environment: Mapping[str, str]) -> Path:

@@ -14,9 +14,9 @@ from typing import NamedTuple
 
 from submitit import SlurmExecutor
 
+from torchrl_sql.config.cluster import ClusterConfig
+from torchrl_sql.launch.group import Stage
 from torchrl_sql.launch.job import run_task
-from torchrl_sql.launch.profile import ClusterConfig
-from torchrl_sql.launch.stage import Stage
 
 JOB_SHELL = Path(__file__).resolve().parent / "job.sh"
 

@@ -8,8 +8,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from torchrl_sql.launch.group import Stage, Submission
 from torchrl_sql.launch.slurm import JobState, job_states
-from torchrl_sql.launch.stage import Stage, Submission
 
 logger = logging.getLogger(__name__)
 

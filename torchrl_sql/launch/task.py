@@ -22,9 +22,10 @@ run_dir    the folder of the training run, where checkpoints are
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import NamedTuple
+
+from torchrl_sql.files import write_text
 
 LIFE_VARIABLE = "TORCHRL_SQL_LIFE"
 """Environment variable by which a batch script tells its processes their life."""
@@ -67,9 +68,7 @@ class TaskFolder:
 
     def write(self, name: str, text: str) -> None:
         """Writes a file in one move."""
-        temporary = self.path / f".{name}.{os.uname().nodename}.{os.getpid()}"
-        temporary.write_text(text + "\n", encoding="utf-8")
-        os.replace(temporary, self.path / name)
+        write_text(self.path / name, text + "\n", concurrent=True)
 
     @property
     def done(self) -> bool:

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torchrl_sql.training.build import load_actor
-    from torchrl_sql.training.interruption import Interrupted, StopSignals
     from torchrl_sql.training.policy import export_policy, load_policy
     from torchrl_sql.training.run import train
+    from torchrl_sql.training.signals import Interrupted, StopSignals
     from torchrl_sql.training.trainer import Trainer
 
 __all__ = ["Interrupted", "StopSignals", "Trainer", "export_policy", "load_actor", "load_policy", "train"]

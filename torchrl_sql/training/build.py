@@ -19,8 +19,8 @@ from torchrl_sql.games import FRAME_SHAPE
 from torchrl_sql.modules import make_q_actor
 from torchrl_sql.objectives import DiscreteBCLoss, DistributionalCQLLoss
 from torchrl_sql.training.checkpoint import CheckpointError, list_checkpoints, load_checkpoint
-from torchrl_sql.training.distributed import Ranks
 from torchrl_sql.training.parallel import LossCall, Replicated, Sharded, SingleProcess
+from torchrl_sql.training.ranks import Ranks
 from torchrl_sql.training.trainer import Trainer
 
 

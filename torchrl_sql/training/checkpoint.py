@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import re
 import zipfile
 from collections.abc import Callable
@@ -13,7 +12,7 @@ from typing import IO, Any, cast
 
 import torch
 
-from torchrl_sql.data.run import sync_folder, write_atomically
+from torchrl_sql.files import replacing, write_text
 
 FORMAT = "torchrl_sql checkpoint 2"
 
@@ -51,22 +50,14 @@ def save_checkpoint(folder: Path, step: int, content: dict[str, Any]) -> Path:
 
 def write_content(path: Path, content: dict[str, Any]) -> None:
     """Writes what :func:`load_checkpoint` reads, see :func:`save_checkpoint`."""
-    temporary = path.with_name(f"{path.stem}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as raw:
-            file = _KeepsError(raw)
-            try:
-                torch.save({"format": FORMAT, **content}, cast(IO[bytes], file))
-            except RuntimeError:
-                if file.error is not None:  # torch reports a failed write without saying why it failed
-                    raise file.error from None
-                raise
-            raw.flush()
-            os.fsync(raw.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync_folder(path.parent)
+    with replacing(path, concurrent=True) as temporary, temporary.open("wb") as raw:
+        file = _KeepsError(raw)
+        try:
+            torch.save({"format": FORMAT, **content}, cast(IO[bytes], file))
+        except RuntimeError:
+            if file.error is not None:  # torch reports a failed write without saying why it failed
+                raise file.error from None
+            raise
 
 
 class _KeepsError:
@@ -126,7 +117,7 @@ def mark_best(run_dir: Path, step: int, score: float) -> bool:
     better = best is None or score > best[1] or not checkpoint_path(folder, best[0]).is_file()
     if not better or not checkpoint_path(folder, step).is_file():
         return False
-    write_atomically(folder / "best.json", json.dumps({"step": step, "score": score}) + "\n")
+    write_text(folder / "best.json", json.dumps({"step": step, "score": score}) + "\n", concurrent=True)
     return True
 
 

@@ -16,7 +16,7 @@ from torch.utils.tensorboard import SummaryWriter
 from torchrl.record.loggers import CSVLogger, Logger, TensorboardLogger, WandbLogger
 from tqdm import tqdm
 
-from torchrl_sql.data.run import write_atomically
+from torchrl_sql.files import write_text
 from torchrl_sql.training.checkpoint import DISK_FULL
 
 logger = logging.getLogger(__name__)
@@ -147,7 +147,7 @@ def _wandb_id(folder: Path) -> str:
     path = folder / "wandb_id"
     if not path.is_file():
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, secrets.token_hex(4) + "\n")
+        write_text(path, secrets.token_hex(4) + "\n")
     return path.read_text(encoding="utf-8").strip()
 
 
@@ -163,4 +163,4 @@ def _rows(path: Path) -> Iterator[list[str]]:
 def _trim_scalars(logs: Path, *, last_step: int) -> None:
     for path in logs.glob("csv/scalars/**/*.csv"):
         kept = [row for row in _rows(path) if len(row) == 2 and int(row[0]) <= last_step]
-        write_atomically(path, "".join(f"{step},{value}\n" for step, value in kept))
+        write_text(path, "".join(f"{step},{value}\n" for step, value in kept))

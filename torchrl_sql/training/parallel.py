@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torchrl.objectives import LossModule, TargetNetUpdater
 
-from torchrl_sql.training.distributed import Ranks
+from torchrl_sql.training.ranks import Ranks
 
 
 class LossCall(Protocol):

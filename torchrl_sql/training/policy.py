@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from safetensors.torch import save_file
 from torchrl.modules import DistributionalQValueActor, QValueActor
 
 from torchrl_sql.config import RunConfig, run_config_from_yaml
-from torchrl_sql.data.run import sync_folder
+from torchrl_sql.files import replacing
 from torchrl_sql.training.build import build_actor, find_checkpoint, load_actor
 from torchrl_sql.training.checkpoint import CheckpointError
 
@@ -45,19 +44,12 @@ def export_policy(checkpoint: Path, path: Path) -> None:
         "gradient_step": str(gradient_step),
     }
     weights = {name: value.contiguous().clone() for name, value in actor.state_dict().items()}
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
+    with replacing(path, concurrent=True) as temporary:
         try:
             save_file(weights, temporary, metadata=metadata)
         except SafetensorError as error:
             raise OSError(f"{path} could not be written: {error}") from error
         shutil.copymode(checkpoint, temporary)  # safetensors' own is for the owner alone
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync_folder(path.parent)
 
 
 def load_policy(path: Path | str, *, device: torch.device | str = "cpu") -> DistributionalQValueActor | QValueActor:

@@ -11,7 +11,8 @@ from typing import Any, Self
 
 from torchrl_sql.config import ConfigError, RunConfig, check_ranks, run_config_from_yaml
 from torchrl_sql.data import FrameStore
-from torchrl_sql.data.run import write_atomically
+from torchrl_sql.files import write_text
+from torchrl_sql.provenance import software_versions
 from torchrl_sql.training.build import build_trainer, resolve_device
 from torchrl_sql.training.checkpoint import (
     checkpoint_path,
@@ -19,14 +20,13 @@ from torchrl_sql.training.checkpoint import (
     load_latest_checkpoint,
     write_content,
 )
-from torchrl_sql.training.checkpoint_writer import CheckpointWriter, HostCopies
-from torchrl_sql.training.distributed import Ranks, process_group
-from torchrl_sql.training.interruption import Interrupted, StopSignals
 from torchrl_sql.training.logs import RunLog
 from torchrl_sql.training.policy import POLICY_FILE, export_policy
+from torchrl_sql.training.ranks import Ranks, process_group
+from torchrl_sql.training.signals import Interrupted, StopSignals
+from torchrl_sql.training.stall import StallWatch
 from torchrl_sql.training.trainer import NonFiniteError, Trainer
-from torchrl_sql.training.watch import StallWatch
-from torchrl_sql.versions import software_versions
+from torchrl_sql.training.writer import CheckpointWriter, HostCopies
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ def train(config: RunConfig, *, stop: StopSignals | None = None) -> Path:
     """Trains a run, or continues it from its newest checkpoint; a finished run returns at once.
 
     To be called by every process of a run: alone, or by each that torchrun or a launcher started (see
-    :func:`~torchrl_sql.training.distributed.process_group`). The folder ``config.run_dir`` holds ``config.yaml``,
+    :func:`~torchrl_sql.training.ranks.process_group`). The folder ``config.run_dir`` holds ``config.yaml``,
     ``checkpoints/`` and ``logs/``. A run that is interrupted and continued takes the same gradient steps as one that
     ran through.
 
@@ -93,8 +93,8 @@ def _train(config: RunConfig, ranks: Ranks, signals: StopSignals) -> Path:
     versions = software_versions()
     if ranks.is_main:
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / "config.yaml", config.to_yaml())
-        write_atomically(folder / "versions.json", json.dumps(versions, indent=1) + "\n")
+        write_text(folder / "config.yaml", config.to_yaml())
+        write_text(folder / "versions.json", json.dumps(versions, indent=1) + "\n")
 
     about = {
         "config": config.to_yaml(),

@@ -13,8 +13,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torchrl.objectives import LossModule, TargetNetUpdater
 
-from torchrl_sql.training.distributed import Ranks
 from torchrl_sql.training.parallel import LossCall, SingleProcess, part_like, whole
+from torchrl_sql.training.ranks import Ranks
 
 _NUM_CHECKED_STEPS = 3
 """First gradient steps after a start in which the loss checks rewards and network outputs for non-finite values."""

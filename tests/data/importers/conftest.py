@@ -102,7 +102,7 @@ class Expected:
     actions: np.ndarray
     rewards: np.ndarray
     terminated: bool
-    component: int = 0
+    behaviour: int = 0
 
 
 def covered(log: DopamineLog, checkpoints: Sequence[int]) -> list[tuple[int, int]]:
@@ -139,7 +139,7 @@ def expected_episodes(
 
 def stored_episodes(store: FrameStore, game: str, run: str = "1") -> list[Expected]:
     """Episodes of the store, in time order, told by the numbers in their frames."""
-    data = store.run(game, run)
+    data = store.recording(game, run)
     frames = data.open_frames()[: data.num_frames].read().result()
     episodes = []
     first_steps = data.first_steps()

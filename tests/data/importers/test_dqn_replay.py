@@ -15,7 +15,7 @@ from torchrl_sql.games import GAMES
 
 def test_three_checkpoints_by_hand(dopamine, lab, log, tmp_path, small_store):
     (summary,) = import_dqn_replay(tmp_path / "dqn", small_store.path, games="Pong", checkpoints="0-2")
-    run = small_store.run("Pong", "1")
+    run = small_store.recording("Pong", "1")
     # B is around the last row of checkpoint 1, so it comes after C; D's end is not there.
     assert run.episodes["num_steps"].tolist() == [1, 2, 7, 7]
     assert run.episodes["terminated"].tolist() == [True, True, True, False]
@@ -59,7 +59,7 @@ def test_final_flush_alone_and_first_checkpoint_missing(dopamine, log, tmp_path,
     """Without the checkpoint before, how the first episode began is unknown."""
     (summary,) = import_dqn_replay(tmp_path / "dqn", small_store.path, games="Pong", checkpoints="1-2")
     assert summary.dropped == {"episode start missing": 5, "padding": 6}
-    assert small_store.run("Pong").episodes["num_steps"].tolist() == [2, 7]
+    assert small_store.recording("Pong").episodes["num_steps"].tolist() == [2, 7]
     with pytest.raises(ImportFailedError, match="checkpoints 3: there is no episode in it"):
         import_dqn_replay(tmp_path / "dqn", tmp_path / "other", games="Pong", checkpoints="3")
     assert FrameStore.open(tmp_path / "other").games == ()
@@ -69,10 +69,10 @@ def test_checkpoint_left_out_cuts_the_episode(dopamine, log, tmp_path, small_sto
     """Rows 0-8 and 19-28: B is cut; whether rows 19-21 are padding or black frames shows only in the row before."""
     (summary,) = import_dqn_replay(tmp_path / "dqn", small_store.path, games="Pong", checkpoints=[0, 2])
     dopamine.check_same(dopamine.stored(small_store, "Pong"), dopamine.expected(log, "Pong", [0, 2]))
-    assert small_store.run("Pong").episodes["num_steps"].tolist() == [1, 2]
+    assert small_store.recording("Pong").episodes["num_steps"].tolist() == [1, 2]
     assert summary.num_cut == 1
     assert summary.dropped == {"past the cursor": 1, "padding": 6, "episode start missing": 10}
-    assert small_store.run("Pong").manifest.source == "DQN-Replay, Pong run 1, checkpoints 0,2"
+    assert small_store.recording("Pong").manifest.source == "DQN-Replay, Pong run 1, checkpoints 0,2"
 
 
 def test_lost_lap_is_noticed(dopamine, tmp_path, small_store, caplog):
@@ -84,7 +84,7 @@ def test_lost_lap_is_noticed(dopamine, tmp_path, small_store, caplog):
     (summary,) = import_dqn_replay(tmp_path / "dqn", small_store.path, games="Pong", checkpoints="0-2")
     assert "_ckpt.1.gz does not continue" in caplog.text
     dopamine.check_same(dopamine.stored(small_store, "Pong"), dopamine.expected(log, "Pong", range(3)))
-    assert small_store.run("Pong").episodes["num_steps"].tolist() == [6, 3]
+    assert small_store.recording("Pong").episodes["num_steps"].tolist() == [6, 3]
     assert summary.dropped == {"past the cursor": 1, "padding": 6, "episode start missing": 14}
 
 
@@ -97,7 +97,7 @@ def test_time_outs_are_truncated(dopamine, lab, tmp_path, small_store):
         tmp_path / "dqn", small_store.path, games="Pong", checkpoints="0", max_episode_steps=7
     )
     assert (summary.num_truncated, summary.num_cut) == (2, 0)
-    assert small_store.run("Pong").episodes["terminated"].tolist() == [True, False, True, True, False]
+    assert small_store.recording("Pong").episodes["terminated"].tolist() == [True, False, True, True, False]
     assert summary.mean_clipped_return == sum(e.rewards.sum() for e in log.episodes) / 5
     dopamine.check_transitions(small_store, "Pong", dopamine.expected(log, "Pong", [0], limit=7), lab)
 
@@ -109,7 +109,7 @@ def test_black_frames_are_not_padding(dopamine, lab, tmp_path, small_store):
     log.log_final()
     (summary,) = import_dqn_replay(tmp_path / "dqn", small_store.path, games="Pong", checkpoints="0")
     assert summary.dropped == {"past the cursor": 5, "padding": 6}
-    run = small_store.run("Pong")
+    run = small_store.recording("Pong")
     assert run.episodes["num_steps"].tolist() == [9, 20]
     np.testing.assert_array_equal(run.open_frames()[:9].read().result(), log.episodes[0].frames)
 
@@ -129,7 +129,7 @@ def test_minimal_actions_become_full_ones(dopamine, tmp_path, small_store, game)
     log.log_final()
     import_dqn_replay(tmp_path / "dqn", small_store.path, games=game, checkpoints="0")
     expected = [GAMES[game].minimal_actions[action] for action in log.episodes[0].actions]
-    np.testing.assert_array_equal(small_store.run(game).actions, expected)
+    np.testing.assert_array_equal(small_store.recording(game).actions, expected)
 
 
 def test_several_games_and_runs(dopamine, tmp_path, small_store):

@@ -125,7 +125,7 @@ def test_damaged_files_are_named_and_other_games_go_on(
     assert set(error.value.failures) == {"Pong"}
     assert name in str(error.value) or f"_ckpt.{name[-4]}.gz" in str(error.value)
     assert [s.game for s in error.value.summaries] == ["Breakout"]
-    assert [(run.game, run.name) for run in small_store.runs] == [("Breakout", "1"), ("Pong", "mine")]
+    assert [(run.game, run.name) for run in small_store.recordings] == [("Breakout", "1"), ("Pong", "mine")]
     after = lab.tree(small_store.path)
     assert {path: after[path] for path in before} == before
     dopamine.check_same(dopamine.stored(small_store, "Breakout"), dopamine.expected(other, "Breakout", [0, 1]))

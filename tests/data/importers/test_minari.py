@@ -91,7 +91,7 @@ def check(store, episodes, lab, full_actions, run):
     np.testing.assert_array_equal(batch["action"].numpy(), [t["action"] for t in transitions])
     np.testing.assert_allclose(batch["next", "reward"].numpy()[:, 0], [t["reward"] for t in transitions])
     np.testing.assert_array_equal(batch["next", "terminated"].numpy()[:, 0], [t["terminated"] for t in transitions])
-    np.testing.assert_array_equal(store.run("Pong", run).rewards, np.concatenate([e.rewards for e in expected]))
+    np.testing.assert_array_equal(store.recording("Pong", run).rewards, np.concatenate([e.rewards for e in expected]))
 
 
 PONG = np.array([0, 1, 3, 4, 11, 12])
@@ -101,7 +101,7 @@ def test_frames_with_minimal_actions(lab, store, write):
     episodes = played(lab)
     (summary,) = import_minari(write(episodes), store.path, game="Pong")
     check(store, episodes, lab, PONG, "pong-test-v0")
-    manifest = store.run("Pong").manifest
+    manifest = store.recording("Pong").manifest
     assert (manifest.source, manifest.rewards) == ("Minari data set pong/test-v0", "raw")
     assert (summary.num_rows_read, summary.num_transitions, summary.dropped) == (18, 18, {})
     assert (summary.num_episodes, summary.num_truncated, summary.num_cut) == (3, 1, 1)
@@ -135,7 +135,7 @@ def test_emulator_frames_and_the_game_of_the_environment(tmp_path, store, write)
     name = write([(observations, actions, rewards, "truncated")], name="atari/pong/mine-v3", env=env)
     env.close()
     import_minari(tmp_path / "minari" / name, store.path)
-    run = store.run("Pong", "atari-pong-mine-v3")
+    run = store.recording("Pong", "atari-pong-mine-v3")
     np.testing.assert_array_equal(run.open_frames()[:61].read().result(), observations)
     np.testing.assert_array_equal(run.actions, PONG[actions])
     assert np.ptp(run.open_frames()[10].read().result()) > 100
@@ -144,7 +144,7 @@ def test_emulator_frames_and_the_game_of_the_environment(tmp_path, store, write)
 def test_jpeg_is_reported(lab, store, write, caplog):
     import_minari(write(played(lab), jpeg=True), store.path, game="Pong")
     assert "may hold its frames as JPEG" in caplog.text
-    assert store.run("Pong").num_steps == 18
+    assert store.recording("Pong").num_steps == 18
 
 
 def test_lossless_is_not_reported(lab, store, write, caplog):

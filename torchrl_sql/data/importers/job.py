@@ -16,8 +16,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from torchrl_sql.data.run import Manifest, Run
+from torchrl_sql.data.recording import Manifest, Recording
 from torchrl_sql.data.store import FrameStore
+from torchrl_sql.files import sync_folder
 
 STAGING_FOLDER = ".importing"
 """Folder inside a store where unfinished imports lie; not part of the store."""
@@ -121,7 +122,7 @@ class ImportSummary:
     mean_clipped_return: float
 
     @classmethod
-    def of_run(cls, run: Run) -> ImportSummary:
+    def of_run(cls, run: Recording) -> ImportSummary:
         """Reads the summary of a finished import from its manifest."""
         record = run.manifest.metadata["import"]
         num_whole = run.num_episodes - record["num_cut"]
@@ -173,7 +174,7 @@ def run_import(job: ImportJob, report: Callable[[int, int], None]) -> ImportSumm
     source, store = job.source, FrameStore.open(job.store_path)
     target = store.path / source.game / job.run
     if (target / "manifest.json").exists():
-        run = Run(target)
+        run = Recording(target)
         if _recorded_request(run.manifest) != source.request:
             raise FileExistsError(
                 f"{target} is there already, from {run.manifest.source}: choose another store, or delete it"
@@ -222,18 +223,10 @@ def run_import(job: ImportJob, report: Callable[[int, int], None]) -> ImportSumm
     target.parent.mkdir(exist_ok=True)
     os.rename(staged, target)
     for folder in (target.parent, store.path):
-        _sync_folder(folder)
-    return ImportSummary.of_run(Run(target))
+        sync_folder(folder)
+    return ImportSummary.of_run(Recording(target))
 
 
 def _recorded_request(manifest: Manifest) -> Any:
     record = manifest.metadata.get("import")
     return record.get("request") if isinstance(record, dict) else None
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

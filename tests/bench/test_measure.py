@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from torchrl_sql.bench.measure import measure, read_bytes_per_transition
+from torchrl_sql.cli import main
+from torchrl_sql.config import compose_run_config
+from torchrl_sql.data import FrameStore
+from torchrl_sql.training.ranks import Ranks
+
+ALONE = Ranks(0, 1, torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    store = FrameStore.create(tmp_path_factory.mktemp("data") / "store", chunk_frames=4, shard_frames=8)
+    with store.writer("Pong", source="noise") as writer:
+        frames = np.random.default_rng(0).integers(256, size=(41, 84, 84), dtype=np.uint8)
+        writer.add_episode(frames, actions=[0] * 40, rewards=[0.0] * 40, terminated=False)
+    return store
+
+
+@pytest.fixture
+def settings(store):
+    return ["experiment=quickstart", f"data.store={store.path}", "data.games=[Pong]", "data.batch_size=8"]
+
+
+def test_measures_what_a_plan_needs(settings):
+    config = compose_run_config(settings)
+    measured = measure(config, ALONE, samples_per_gpu=[8, 2], num_repeats=2)
+    assert list(measured.step_seconds) == [2, 8]
+    assert all(0 < seconds < 60 for seconds in measured.step_seconds.values())
+    assert measured.read_transitions_per_second > 0
+    assert measured.num_parameters > 100_000
+    assert measured.node_bytes_per_second is measured.network_bytes_per_second is None
+
+
+@pytest.mark.parametrize("samples", [0, 9])
+def test_batches_larger_than_the_runs_are_refused(settings, samples):
+    with pytest.raises(ValueError, match=rf"samples_per_gpu must be within 1 and data.batch_size=8, got {samples}"):
+        measure(compose_run_config(settings), ALONE, samples_per_gpu=[4, samples], num_repeats=1)
+
+
+@pytest.mark.parametrize(
+    ("n_steps", "chunks"),
+    [(1, 2.0), (4, 2.75), (20, 3.5)],
+    # Chunks of 4 frames, starting at phase 0..3. 5 frames: 2 chunks at any phase. 8 frames: 2, 3, 3, 3.
+    # Two stacks far apart: twice 1, 2, 2, 2.
+)
+def test_bytes_fetched_by_hand(store, n_steps, chunks):
+    frame_bytes = sum(path.stat().st_size for path in (store.path / "Pong").rglob("*") if path.is_file()) / 40
+    assert read_bytes_per_transition(store, n_steps=n_steps) == pytest.approx(frame_bytes * 4 * chunks)
+
+
+def test_command_prints_measurements_and_a_plan(settings, tmp_path, capsys):
+    file = tmp_path / "measured.json"
+    assert main(["bench", *settings, "--samples", "8,4", "--repeats", "1", "--gpus", "1,2", "--json", str(file)]) == 0
+    printed = capsys.readouterr().out
+    assert "step of 8 samples a device" in printed
+    assert "no plan for 2 GPUs: network_bytes_per_second must be known" in printed
+    assert "4,000 gradient steps of 8 transitions" in printed
+    assert json.loads(file.read_text())["step_seconds"].keys() == {"4", "8"}
+
+
+def test_command_refuses_words_for_numbers(settings, capsys):
+    assert main(["bench", *settings, "--samples", "few"]) == 1
+    assert "--samples must be whole numbers separated by commas, got 'few'" in capsys.readouterr().err

@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from torchrl_sql.data import AtariFrameStorage
+from torchrl_sql.data.index import Part
+from torchrl_sql.data.summary import contact_sheet, draw_contact_sheets, format_summaries, summarise
+
+
+@pytest.fixture
+def summaries(store, lab):
+    """Breakout in two runs with other behaviours; Pong with two cut episodes, one without its final frame."""
+    first, second, third = lab.make_episodes([(3, True, False), (2, True, False), (4, True, True)])
+    first.rewards[:], second.rewards[:], third.rewards[:] = [1, 0.5, 0], [-2, 0], [1, 1, 1, 1]
+    first.actions[:], second.actions[:], third.actions[:] = [0, 1, 1], [17, 1], [0, 0, 0, 0]
+    second.behaviour = 1
+    lab.write(store, "Breakout", [first, second], run="a", behaviours=("skilled", "random"))
+    lab.write(store, "Breakout", [third], run="b", behaviours=("random",), rewards="clipped")
+    lab.write(store, "Pong", lab.make_episodes([(5, False, False), (6, False, True), (7, True, False)], 100))
+    return list(summarise(store))
+
+
+def test_summary_by_hand(store, summaries):
+    breakout, pong = summaries
+    assert (breakout.game, pong.game) == ("Breakout", "Pong")
+    assert (breakout.num_transitions, pong.num_transitions) == (9, 18)
+    assert breakout.returns.tolist() == [1.5, -2.0, 4.0]
+    assert breakout.lengths.tolist() == [3, 2, 4]
+    assert breakout.behaviour_names == ("skilled", "random") and breakout.behaviours.tolist() == [0, 1, 1]
+    assert breakout.action_counts.tolist() == [5, 3] + [0] * 15 + [1]
+    assert (breakout.rewards, pong.rewards) == ("mixed", "raw") and breakout.sources == ("test",)
+    num_bytes = sum(f.stat().st_size for f in (store.path / "Pong").rglob("*") if f.is_file())
+    assert pong.num_bytes == num_bytes and pong.bytes_per_transition == num_bytes / 18
+    assert pong.ratio_to_raw == pytest.approx(7056 * 18 / num_bytes)
+
+
+def test_unsampleable_as_the_storage_counts_them(store, summaries):
+    assert [s.num_unsampleable for s in summaries] == [0, 1]
+    assert AtariFrameStorage(store).num_unsampleable == 1
+
+
+def test_summary_of_a_part_by_hand(store, summaries):
+    (breakout,) = summarise(store, ["Breakout", "Qbert"], part=Part(transitions_per_game=4))
+    assert (breakout.num_transitions, breakout.returns.tolist()) == (4, [1.5, -2.0])
+    assert (breakout.lengths.tolist(), breakout.behaviours.tolist()) == ([3, 2], [0, 1])
+    assert breakout.action_counts.tolist() == [1, 2] + [0] * 15 + [1]
+    (breakout,) = summarise(store, ["Breakout"], part=Part(every_kth_episode=2))
+    assert (breakout.num_transitions, breakout.returns.tolist()) == (7, [1.5, 4.0])
+    assert breakout.bytes_per_transition == pytest.approx(summaries[0].bytes_per_transition, abs=0.5)
+    (pong,) = summarise(store, ["Pong"], part=Part(first_fraction=0.5))
+    assert (pong.num_transitions, len(pong.returns)) == (8, 2)  # the first 9, but one lacks the frame that follows
+
+
+def test_table(summaries):
+    lines = format_summaries(summaries).splitlines()
+    assert lines[2].split()[:3] == ["Breakout", "9", "3"] and "1.17 ± 2.46" in lines[2]
+    assert "random" in lines[4] and "1.00 ± 3.00" in lines[4]
+    assert lines[5].strip() == "actions: NOOP 56%, FIRE 33%, DOWNLEFTFIRE 11%"
+    assert "cannot be sampled, as the frame that follows is not stored: 1 transitions" in "\n".join(lines)
+    assert lines[-1].startswith("2 games, 27 transitions, ")
+
+
+def test_contact_sheet_by_hand(store, lab):
+    """Breakout: frames 0..9 in run a and 100..109 in run b, of which every fifth is shown."""
+    for run, tag in (("a", 0), ("b", 100)):
+        lab.write(store, "Breakout", lab.make_episodes([(10, True, False)], tag), run=run)
+    sheet = contact_sheet(store, "Breakout", num_columns=2, num_rows=2)
+    assert sheet.shape == (168, 168) and sheet.dtype == np.uint8
+    frames = np.concatenate([run.open_frames().read().result() for run in store.recordings_of("Breakout")])
+    np.testing.assert_array_equal(sheet, np.block([[frames[0], frames[5]], [frames[10], frames[15]]]))
+    assert contact_sheet(store, "Breakout").shape == (8 * 84, 12 * 84)  # More tiles than frames: some twice.
+    with pytest.raises(ValueError, match="'Pong' is not in the store"):
+        contact_sheet(store, "Pong")
+
+
+def test_sheets_of_all_games(store, lab):
+    with pytest.raises(ValueError, match="holds no games yet"):
+        draw_contact_sheets(store)
+    for tag, game in enumerate(("Breakout", "Pong", "Qbert")):
+        lab.write(store, game, lab.make_episodes([(40, True, False)], 100 * tag))
+    image = np.asarray(draw_contact_sheets(store, num_columns=4))
+    block = 16 + 3 * 84  # A label, and three rows for each of three games.
+    assert image.shape == (3 * block, 4 * 84)
+    for number, game in enumerate(store.games):
+        label, frames = np.split(image[number * block : (number + 1) * block], [16])
+        assert label.min() < 50 and np.median(label) == 255  # Black on white.
+        np.testing.assert_array_equal(frames, contact_sheet(store, game, num_columns=4, num_rows=3))

@@ -1,0 +1,282 @@
+"""Reports of run folders and tables of scores, made of files that no training wrote."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from torchrl_sql.cli import main
+from torchrl_sql.config import compose_run_config
+from torchrl_sql.data import FrameStore
+from torchrl_sql.evaluation.episodes import CalibrationPoint, EpisodeResult
+from torchrl_sql.evaluation.tables import TableWriter, part_of
+from torchrl_sql.report.gather import gather
+
+GAMES = ("Breakout", "Freeway")
+
+
+def episodes(agent="scaled_ql", *, games=GAMES, seed=0, step=100, value=5.0, count=2, **changes):
+    fields = {
+        "episode_seed": 0, "length_agent_steps": 9, "terminated": True, "truncated": False, "epsilon": 0.001,
+        "sticky": 0.25, "max_env_frames": 108_000, "decoding": "greedy", "checkpoint": f"step.pt sha256:{agent}{seed}",
+    }  # fmt: skip
+    return [
+        EpisodeResult(
+            agent=agent, seed=seed, game=game, episode=number, episode_return=value + number, gradient_step=step,
+            **(fields | changes),
+        )
+        for game in games
+        for number in range(count)
+    ]  # fmt: skip
+
+
+def write(path, rows):
+    with TableWriter(path, type(rows[0])) as table:
+        table.append(rows)
+    return path
+
+
+def run_folder(folder, *overrides, name="scaled_ql", seed=0, games=GAMES, metrics=None):
+    """A run as training leaves it, without its checkpoints."""
+    config = compose_run_config(
+        [
+            "experiment=quickstart", f"data.games=[{','.join(games)}]", f"name={name}", f"seed={seed}",
+            f"run_dir={folder}", "data.store=/nowhere/store", *overrides,
+        ]
+    )  # fmt: skip
+    (folder / "logs" / "csv" / "scalars" / "train").mkdir(parents=True)
+    (folder / "config.yaml").write_text(config.to_yaml())
+    for metric, text in (metrics or {}).items():
+        (folder / "logs" / "csv" / "scalars" / "train" / f"{metric}.csv").write_text(text)
+    return folder
+
+
+# Runs
+
+
+def test_runs_of_one_name_are_seeds_and_the_rest_is_told_apart(tmp_path):
+    metrics = {"loss_qvalue": "10,3.0\n20,2.0\n", "learning_rate": "10,0.1\n"}
+    for seed in (0, 1):
+        folder = run_folder(tmp_path / f"ql{seed}", seed=seed, metrics=metrics)
+        (folder / "versions.json").write_text(json.dumps({"torch": f"2.1{seed}", "python": "3.11"}))
+        write(folder / "scores.csv", episodes(seed=seed))
+        (folder / "evaluation_versions.json").write_text(json.dumps([{"ale-py": "0.12"}, {"ale-py": f"0.{seed}"}]))
+    bc = run_folder(tmp_path / "bc", "objective=bc", "model.num_atoms=null", "model.value_prior_std=null", name="bc")
+    write(bc / "scores.csv", episodes("bc") + episodes("bc", decoding="sampled"))
+    data = gather([bc, tmp_path / "ql0", tmp_path / "ql1"])
+    assert [(a.label, a.role, a.decoding) for a in data.agents] == [
+        ("Scaled QL", "method", "greedy"),
+        ("BC greedy", "bc_greedy", "greedy"),
+        ("BC sampled", "bc_sampled", "sampled"),
+    ]
+    assert data.games == GAMES
+    assert [(c.label, c.seed, c.metric, list(c.values)) for c in data.curves] == [
+        ("Scaled QL", seed, "TD loss (nats)", [3.0, 2.0]) for seed in (0, 1)
+    ]
+    assert data.settings["Scaled QL"]["seed"] == "0 / 1"
+    assert data.settings["Scaled QL"]["data"]["store"] == "/nowhere/store"
+    assert data.versions == {"torch": "2.10 / 2.11", "python": "3.11", "evaluation: ale-py": "0.12 / 0.0 / 0.1"}
+    assert data.caveats == ["The store /nowhere/store was not found: the data's returns and statistics are missing."]
+
+
+def test_sizes_are_told_apart_by_parameters_and_the_first_is_the_method(tmp_path):
+    for name in ("resnet34", "resnet50", "resnet18"):
+        folder = run_folder(tmp_path / name, f"model.encoder={name}", name=name)
+        write(folder / "scores.csv", episodes(name))
+    agents = gather([tmp_path / "resnet34", tmp_path / "resnet18", tmp_path / "resnet50"]).agents
+    assert [(agent.agent, agent.role) for agent in agents] == [
+        (name, "method") for name in ("resnet34", "resnet50", "resnet18")
+    ]
+    assert agents[1].num_parameters > agents[0].num_parameters > agents[2].num_parameters > 10_000
+    assert agents[0].label == f"Scaled QL {agents[0].num_parameters / 1e6:.0f}M"
+
+
+def test_an_ablation_is_called_by_its_name_and_is_no_size(tmp_path):
+    changes = {
+        "ours": "model.encoder=resnet34",
+        "larger_without_norm": "model.encoder=resnet50 model.feature_norm=false",
+        "impala": "model.encoder=impala",
+        "mse": "model.encoder=resnet50 objective.target=mse model.num_atoms=null model.value_prior_std=null",
+        "again": "model.encoder=resnet34",
+    }
+    for name, overrides in changes.items():
+        folder = run_folder(tmp_path / name, *overrides.split(), name=name)
+        write(folder / "scores.csv", episodes(name))
+    data = gather([tmp_path / name for name in changes])
+    assert {(a.agent, a.label, a.role) for a in data.agents} == {
+        ("ours", "Scaled QL", "method"), *((name, name, "other") for name in changes if name != "ours")
+    }  # fmt: skip
+    assert data.agents[0].agent == "ours" and set(data.settings) == {a.label for a in data.agents}
+
+
+CHANGES = ("objective.cql_alpha=0.7", "data.batch_size=7", "trainer.num_gradient_steps=300")
+
+
+def test_seeds_that_differ_in_more_and_unlike_games_are_refused(tmp_path):
+    first = run_folder(tmp_path / "a", seed=0)
+    write(first / "scores.csv", episodes(seed=0))
+    for number, change in enumerate(CHANGES):
+        other = run_folder(tmp_path / f"b{number}", change, seed=1)
+        write(other / "scores.csv", episodes(seed=1))
+        with pytest.raises(ValueError, match=f"must differ in their seeds only, but .*{change.replace('=', ' ')}, "):
+            gather([first, other])
+    other = run_folder(tmp_path / "collected", "collection.num_agent_steps_per_game=7", seed=1)
+    write(other / "scores.csv", episodes(seed=1))
+    with pytest.raises(ValueError, match=r"must differ in their seeds only, but .* collection .*num_agent_st.*: 7"):
+        gather([first, other])
+    decides_nothing = ("trainer.log_interval_gradient_steps=7", "collection.seed=1")
+    again = run_folder(tmp_path / "again", *decides_nothing, seed=1)
+    write(again / "scores.csv", episodes(seed=1))
+    assert len({row.seed for row in gather([first, again]).episodes}) == 2
+    twice = run_folder(tmp_path / "twice", seed=0)
+    write(twice / "scores.csv", episodes(seed=0))
+    with pytest.raises(ValueError, match="must have different seeds, got 0 in both"):
+        gather([first, twice])
+    third = run_folder(tmp_path / "c", name="other", games=("Freeway", "Pong"))
+    write(third / "scores.csv", episodes("other", games=("Freeway", "Pong")))
+    with pytest.raises(ValueError, match=r"must have the games .* choose with --games"):
+        gather([first, third])
+    assert gather([first, third], games=["Freeway"]).games == ("Freeway",)
+
+
+def test_what_was_not_evaluated_is_said(tmp_path):
+    both = tmp_path / "both"
+    run_folder(both / "ql0", seed=0, games=(*GAMES, "Pong"))
+    run_folder(both / "ql1", seed=1, games=(*GAMES, "Pong"))
+    write(both / "scores.csv", episodes(seed=0))
+    data = gather([both])
+    assert data.games == GAMES
+    assert "Not shown, for no agent was evaluated there: Pong." in data.caveats
+    assert any(text.endswith("(scaled_ql, seed 1) has no evaluated episode: no score has it.") for text in data.caveats)
+
+
+def test_the_data_shown_is_the_part_that_the_method_was_trained_on(tmp_path):
+    returns = {"one": [1.0, 9.0, 3.0], "two": [50.0, 50.0, 50.0]}
+    for name, values in returns.items():
+        store = FrameStore.create(tmp_path / name)
+        for game in GAMES:
+            with store.writer(game, source=name) as writer:
+                for value in values:
+                    writer.add_episode(
+                        np.zeros((2, 84, 84), np.uint8), np.zeros(1, np.uint8), np.array([value], np.float32), True
+                    )
+    ours = run_folder(tmp_path / "ours", f"data.store={tmp_path / 'one'}", "data.every_kth_episode=2")
+    write(ours / "scores.csv", episodes())
+    other = run_folder(tmp_path / "other", f"data.store={tmp_path / 'two'}", "model.feature_norm=false", name="other")
+    write(other / "scores.csv", episodes("other"))
+    data = gather([ours, other])
+    assert [(d.game, d.behaviour.mean, d.num_episodes) for d in data.game_data] == [(game, 2.0, 2) for game in GAMES]
+    assert "The data's returns and statistics are those of the method; other had other data." in data.caveats
+    assert any("the part that was trained on: Part(first_fraction=1.0, every_kth_episode=2" in c for c in data.caveats)
+
+
+# Tables without runs
+
+
+def test_tables_parts_and_the_same_rows_twice(tmp_path):
+    rows = episodes(count=3) + episodes("random", checkpoint="", step=0, decoding="sampled")
+    whole = write(tmp_path / "scores.csv", rows[:2])
+    part = write(part_of(whole, 0, 2), rows[2:])
+    data = gather([tmp_path, part, whole])
+    assert sorted(data.episodes, key=lambda row: row.key) == sorted(rows, key=lambda row: row.key)
+    assert [(a.label, a.role) for a in data.agents] == [("scaled_ql", "method"), ("random", "other")]
+    assert len(gather([part]).episodes) == len(rows) - 2
+    assert any("No run was found of scaled_ql, random" in text for text in data.caveats)
+
+
+def test_two_results_of_one_episode_are_refused(tmp_path):
+    first = write(tmp_path / "a" / "scores.csv", episodes())
+    other = write(tmp_path / "b" / "scores.csv", episodes(value=6.0))
+    with pytest.raises(ValueError, match="hold different results of one thing"):
+        gather([first, other])
+
+
+def test_predicted_values_are_read_from_beside_the_scores(tmp_path):
+    rows = episodes()
+    write(tmp_path / "scores.csv", rows)
+    points = [
+        CalibrationPoint(
+            agent=row.agent, gradient_step=row.gradient_step, seed=row.seed, game=row.game, episode_seed=row.episode,
+            agent_step=0, predicted_value=1.0, discounted_return=2.0, truncated=False,
+        )
+        for row in rows
+    ]  # fmt: skip
+    write(tmp_path / "calibration.csv", points)
+    assert gather([tmp_path]).calibration == gather([tmp_path / "scores.csv"]).calibration
+    assert len(gather([tmp_path]).calibration) == len(points)
+
+
+def test_clips_of_the_last_checkpoint_are_shown_with_their_seed(tmp_path):
+    folders = [run_folder(tmp_path / f"ql{seed}", seed=seed) for seed in (4, 5)]
+    for seed, folder in zip((4, 5), folders, strict=True):
+        write(folder / "scores.csv", episodes(seed=seed, value=seed + 0.5))
+        (folder / "clips").mkdir()
+    (folders[1] / "clips" / "Freeway-scaled_ql-greedy-seed5-100.mp4").write_bytes(b"new")
+    (folders[0] / "clips" / "Freeway-scaled_ql-greedy-seed4-50.mp4").write_bytes(b"old")
+    (clip,) = gather(folders).clips
+    assert (clip.game, clip.mime, clip.data) == ("Freeway", "video/mp4", b"new")
+    assert clip.caption == "First evaluation episode of seed 5 (final score 5.5), not selected"
+    (tmp_path / "clips").mkdir()
+    (tmp_path / "clips" / "Breakout-scaled_ql-greedy-seed4-100.gif").write_bytes(b"gif")  # beside two runs
+    (tmp_path / "clips" / "Breakout-scaled_ql-sampled-seed4-100.mp4").write_bytes(b"sampled")
+    clip = gather(folders).clips[0]
+    assert clip.data == b"gif"
+    assert clip.caption == "First evaluation episode of seed 4 (final score 4.5), not selected"
+
+
+def test_only_random_play_can_be_reported(tmp_path):
+    write(tmp_path / "scores.csv", episodes("random", checkpoint="", step=0))
+    assert [agent.role for agent in gather([tmp_path]).agents] == ["method"]
+
+
+# Bad input, through the command
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (episodes()[:0], "must hold episodes, found none"),
+        (episodes("constant_UP"), "must hold episodes of an agent beside constant_*"),
+        (episodes() + episodes(seed=1, games=["Freeway"]), "no episode at gradient step 100 for seed 1 in Breakout"),
+        (episodes() + episodes("other", games=["Freeway"]), "'other' (greedy) has no episode at gradient step 100"),
+        (episodes() + episodes(seed=1, step=50), "no episode at gradient step 100 for seed 1 in Breakout"),
+    ],
+)
+def test_bad_tables_end_in_one_line(tmp_path, capsys, rows, message):
+    with TableWriter(tmp_path / "scores.csv", EpisodeResult) as table:
+        table.append(rows)
+    assert main(["report", str(tmp_path)]) == 1
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_a_score_that_is_no_number_is_named_by_line(tmp_path, capsys):
+    table = write(tmp_path / "scores.csv", episodes(value=7.25))
+    table.write_text(table.read_text().replace("7.25", "nan", 1))
+    assert main(["report", str(tmp_path)]) == 1
+    assert f"{table}, line 2: episode_return must be finite, got nan" in capsys.readouterr().err
+
+
+def test_games_can_be_chosen_and_must_be_there(tmp_path, capsys):
+    write(tmp_path / "scores.csv", episodes() + episodes("other", games=["Freeway"]))
+    out = tmp_path / "pages" / "freeway.html"
+    assert main(["report", str(tmp_path / "scores.csv"), "--games", "Freeway", "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert "Freeway" in printed and "Breakout" not in printed and f"Report: {out}" in printed
+    assert "Not shown, though episodes are in the tables: Breakout." in out.read_text()
+    assert main(["report", str(tmp_path), "--games", "Pong"]) == 1
+    assert "games must have been evaluated, got ('Pong',)" in capsys.readouterr().err
+
+
+def test_unequal_numbers_of_episodes_are_stated(tmp_path, capsys):
+    rows = episodes(count=5) + episodes("other", count=2)
+    rows = [dataclasses.replace(row, truncated=True, terminated=False) if row.episode == 4 else row for row in rows]
+    write(tmp_path / "scores.csv", rows)
+    assert main(["report", str(tmp_path)]) == 0
+    page = (tmp_path / "report.html").read_text()
+    assert "Runs have between 2 and 5 episodes a game and seed" in page
+    assert "2 of 14 episodes were cut at the frame limit" in page

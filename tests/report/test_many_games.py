@@ -1,0 +1,106 @@
+"""A report at the paper's scale: 40 games, three sizes, cloning, three seeds, five checkpoints."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+
+import pytest
+
+from torchrl_sql.games import TRAIN_40
+from torchrl_sql.report import Clip, format_score_table, write_report
+from torchrl_sql.report import page as page_module
+from torchrl_sql.report.analysis import Analysis
+from torchrl_sql.report.findings import findings
+from torchrl_sql.report.score_tables import aggregate_table, published_games, seed_table
+
+
+@pytest.fixture(scope="module")
+def analysis(paper_scale_report):
+    return Analysis(paper_scale_report)
+
+
+@pytest.fixture(scope="module")
+def page(paper_scale_report, tmp_path_factory):
+    return write_report(paper_scale_report, tmp_path_factory.mktemp("paper") / "report.html")
+
+
+def read(page, name):
+    with (page.parent / "report_files" / f"{name}.csv").open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_every_kind_of_plot_is_there_and_games_share_them(page):
+    files = {path.stem for path in (page.parent / "report_files").glob("*.svg")}
+    assert {name for name in files if not name.startswith("curve_")} == {
+        "aggregates", "aggregates_dqn", "performance_profile", "scaling", "scores_by_game_1", "scores_by_game_2",
+        "learning_curve", *(f"learning_curves_by_game_{number}" for number in range(1, 5)), "calibration",
+        "published_agents",
+    }  # fmt: skip
+    assert files == {path.stem for path in (page.parent / "report_files").glob("*.png")}
+
+
+def test_page_stays_small(page):
+    assert page.stat().st_size < 8e6
+
+
+def test_which_games_are_in_which_aggregate(page, analysis):
+    rows = {
+        row["game"]: (row["in_human_normalised"], row["in_dqn_normalised"]) for row in read(page, "games_in_aggregates")
+    }
+    assert set(rows) == set(TRAIN_40)
+    assert [game for game, within in rows.items() if within != ("true", "true")] == ["Carnival", "Pooyan"]
+    assert rows["Carnival"] == ("false", "true")
+    assert "over 38 of the 40 games" in aggregate_table(analysis, "human").caption
+    assert "over 40 games" in aggregate_table(analysis, "dqn").caption
+    assert "Carnival and Pooyan have no published human score" in page.read_text()
+    records = {(r["policy"], r["aggregate"]): r for r in read(page, "aggregate_human_normalised")}
+    assert records["Scaled QL 31M", "IQM"]["num_parameters"] == "31210000"
+    assert records["Scaled QL 31M", "IQM"]["num_games"] == "38"
+
+
+def test_tables_hold_every_game_agent_checkpoint_and_seed(page, analysis):
+    scores = read(page, "score_table")
+    assert {(r["policy"], r["game"]) for r in scores} >= {
+        (agent.label, game) for agent in analysis.data.agents for game in TRAIN_40
+    }
+    assert {r["policy"] for r in scores} > {"DQN", "Human", "Random"}  # DQN stands in for data of clipped rewards
+    curves = read(page, "learning_curves")
+    assert len(curves) == 4 * 5 * 41  # greedy agents, checkpoints, games and all
+    assert len(read(page, "seeds")) == 3 * 5 * 41
+    assert [row[0].text for row in seed_table(analysis).rows] == ["IQM, seed 0", "IQM, seed 1", "IQM, seed 2"]
+
+
+def test_findings_speak_of_sizes_once_and_of_published_agents(analysis):
+    found = [text for _, text in findings(analysis)]
+    (sizes,) = (text for text in found if "by size" in text)
+    assert sizes.index("31M") < sizes.index("60M") < sizes.index("79M")
+    assert sizes.endswith("the largest is above the smallest.")
+    assert not any("is above Scaled QL" in text or "separable from Scaled QL" in text for text in found)
+    assert len([text for text in found if text.startswith("Human-normalised IQM")]) == 3  # two of cloning, one of sizes
+    games = [game for game in published_games(analysis) if game != "Carnival"]
+    (published,) = (text for text in found if "as published" in text)
+    assert published.startswith(f"Over the {len(games)} games shared with published agents, Scaled QL 79M has")
+    assert "protocols differ" in published
+
+
+def test_terminal_table_has_one_line_a_game_and_fits(paper_scale_report):
+    lines = format_score_table(paper_scale_report).splitlines()
+    assert max(len(line) for line in lines) <= 110
+    assert len([line for line in lines if line.split()[:1] == ["Breakout"]]) == 1
+    assert "12 of each agent" in " ".join(lines)
+
+
+def test_clips_beyond_the_budget_are_named(paper_scale_report, tmp_path, monkeypatch):
+    monkeypatch.setattr(page_module, "MAX_CLIP_BYTES", 250)
+    data = dataclasses.replace(
+        paper_scale_report,
+        clips=[
+            Clip(game=game, caption="c", data=bytes(100), mime="video/mp4") for game in ("Amidar", "Boxing", "Krull")
+        ],
+        curves=(),
+        num_resamples=10,
+    )
+    text = write_report(data, tmp_path / "report.html").read_text()
+    assert text.count("<video ") == 2
+    assert "Clips of Krull are not in this page" in text

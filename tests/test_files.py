@@ -1,0 +1,36 @@
+from __future__ import annotations
+
+import errno
+
+import pytest
+
+from torchrl_sql import files
+from torchrl_sql.files import write_text
+
+
+def test_the_new_text_takes_the_place_of_the_old(tmp_path):
+    path = tmp_path / "note.json"
+    for text in ("old, and longer", "new"):
+        write_text(path, text)
+        assert path.read_text() == text
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_a_killed_writer_left_is_gone_after_the_next_write(tmp_path):
+    path = tmp_path / "note.json"
+    (tmp_path / "note.json.tmp").write_text("half a")
+    write_text(path, "whole")
+    assert path.read_text() == "whole" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_failed_write_leaves_the_old_text_alone(tmp_path, monkeypatch):
+    path = tmp_path / "note.json"
+    write_text(path, "old")
+
+    def failing(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "no room")
+
+    monkeypatch.setattr(files.os, "fsync", failing)
+    with pytest.raises(OSError, match="no room"):
+        write_text(path, "new")
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]

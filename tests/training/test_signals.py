@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from torchrl_sql.training.signals import Interrupted, StopSignals
+
+HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
+
+
+def receive(number):
+    os.kill(os.getpid(), number)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "requeue"),
+    [
+        ([signal.SIGTERM], False),
+        ([signal.SIGINT], False),
+        ([signal.SIGUSR2], True),
+        ([signal.SIGTERM, signal.SIGUSR2], True),
+        ([signal.SIGUSR2, signal.SIGTERM, signal.SIGTERM], True),
+    ],
+)
+def test_signals_only_set_flags(numbers, requeue, capfd):
+    with StopSignals() as signals:
+        assert (signals.stop, signals.requeue) == (False, False)
+        for number in numbers:
+            receive(number)
+        assert (signals.stop, signals.requeue) == (True, requeue)
+    said = capfd.readouterr().err
+    assert said.count("saving after this gradient step") == 1 and said.strip().startswith(numbers[0].name)
+
+
+def test_a_second_interrupt_raises_at_once(capfd):
+    with StopSignals() as signals:
+        receive(signal.SIGTERM)
+        receive(signal.SIGINT)  # the first of its kind
+        with pytest.raises(KeyboardInterrupt):
+            receive(signal.SIGINT)
+    assert signals.stop
+
+
+def test_a_dead_terminal_does_not_keep_a_run_from_saving():
+    reader, writer = os.pipe()
+    stderr = os.dup(2)
+    os.close(reader)
+    os.dup2(writer, 2)  # as after the end of ``train 2>&1 | tee log``
+    try:
+        with StopSignals() as signals:
+            receive(signal.SIGINT)
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        os.close(writer)
+    assert signals.stop
+
+
+def test_the_former_handlers_come_back():
+    before = [signal.getsignal(number) for number in HANDLED]
+    signals = StopSignals()
+    signals.install()
+    signals.install()
+    assert all(signal.getsignal(number) == signals._receive for number in HANDLED)
+    signals.restore()
+    signals.restore()
+    assert [signal.getsignal(number) for number in HANDLED] == before
+
+
+def test_a_blocked_signal_that_came_before_is_delivered_on_installing(capfd):
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2})
+    signal.pthread_kill(threading.get_ident(), signal.SIGUSR2)  # not os.kill: other threads do not block it
+    with StopSignals() as signals:
+        assert signals.requeue
+        assert signal.SIGUSR2 not in signal.pthread_sigmask(signal.SIG_BLOCK, set())
+
+
+def test_it_can_be_installed_before_torch_is_imported():
+    code = "import sys; from torchrl_sql.training import StopSignals, Interrupted; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
+
+def test_interrupted_says_whether_to_requeue():
+    error = Interrupted("stopped", requeue=True)
+    assert error.requeue and str(error) == "stopped" and isinstance(error, KeyboardInterrupt)

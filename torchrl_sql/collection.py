@@ -1,0 +1,67 @@
+"""Data collection: behaviour policies play in the emulator, a store keeps it."""
+
+from __future__ import annotations
+
+import sys
+from functools import partial
+
+from tqdm import tqdm
+
+from torchrl_sql.config import ConfigError, RunConfig
+from torchrl_sql.data import FrameStore
+from torchrl_sql.envs import WEAK_SKILLS, SkillMixture, collect
+from torchrl_sql.envs.behaviours import describe
+
+
+def collect_data(config: RunConfig) -> FrameStore:
+    """Fills ``config.data.store`` as ``config.collection`` says; continues an interrupted collection.
+
+    Raises:
+        ConfigError: if the configuration has no ``collection``, or the store was collected in
+            another way.
+    """
+    collection = config.collection
+    if collection is None:
+        raise ConfigError(f"experiment {config.name!r} has no collection settings: its data comes from elsewhere")
+    how = {
+        "seed": collection.seed,
+        "num_agent_steps_per_game": collection.num_agent_steps_per_game,
+        "sticky_action_probability": collection.sticky_action_probability,
+        "max_env_frames_per_episode": collection.max_env_frames_per_episode,
+    }
+    policies = {game: SkillMixture(game) for game in config.games}
+    store = FrameStore.create(config.data.store, exist_ok=True)
+    for game, policy in policies.items():
+        found = dict(store.recording(game).manifest.metadata) if game in store.games else how
+        if found != how:
+            raise ConfigError(
+                f"the store {config.data.store} holds {game} collected with {found}, wanted {how}; choose another "
+                "data.store or delete it"
+            )
+        with store.writer(
+            game, source=describe(game, WEAK_SKILLS), behaviours=policy.behaviour_names, metadata=how
+        ) as writer:
+            bar = tqdm(
+                total=collection.num_agent_steps_per_game,
+                initial=writer.num_steps,
+                desc=f"collect {game}",
+                unit="step",
+                mininterval=0.5 if sys.stderr.isatty() else 10,
+                dynamic_ncols=True,
+            )
+            with bar:
+                collect(
+                    writer,
+                    policy,
+                    game,
+                    collection.num_agent_steps_per_game,
+                    seed=collection.seed,
+                    sticky_action_probability=collection.sticky_action_probability,
+                    max_env_frames_per_episode=collection.max_env_frames_per_episode,
+                    progress=partial(_advance, bar),
+                )
+    return store
+
+
+def _advance(bar: tqdm, num_done: int) -> None:
+    bar.update(num_done - bar.n)

@@ -1,0 +1,184 @@
+"""Sub-optimal behaviour policies: weak scripted skills mixed with noise, drawn anew for each episode.
+
+They stand in for the first 20% of a DQN's training run where that data set is not at hand: the data contains good
+decisions, but no good policy to copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from torchrl_sql.games import ACTION_NAMES, GAMES
+
+NOOP, FIRE, UP, RIGHT, LEFT, DOWN, RIGHTFIRE, LEFTFIRE = (
+    ACTION_NAMES.index(name) for name in ("NOOP", "FIRE", "UP", "RIGHT", "LEFT", "DOWN", "RIGHTFIRE", "LEFTFIRE")
+)
+
+
+class Skill(NamedTuple):
+    """A script for one game.
+
+    Attributes:
+        description (str): what it does, for the record of a data set; change it whenever the script changes.
+        act (callable): newest frame, uint8 ``[84, 84]`` -> action in 0..17.
+    """
+
+    description: str
+    act: Callable[[np.ndarray], int]
+
+
+_BREAKOUT_AIR = np.s_[38:75, 5:79]
+"""Between bricks, paddle and walls."""
+
+
+def _toward(
+    target: float, position: float, *, below: int, there: int = NOOP, above: int, dead_zone: float = 1.5
+) -> int:
+    if target < position - dead_zone:
+        return below
+    return above if target > position + dead_zone else there
+
+
+def _breakout(frame: np.ndarray) -> int:
+    _, ball = np.nonzero(frame[_BREAKOUT_AIR])
+    (paddle,) = np.nonzero(frame[76, 5:79])
+    if len(ball) == 0 or len(paddle) == 0:
+        return NOOP
+    return _toward(ball.mean(), paddle.mean(), below=LEFT, above=RIGHT)
+
+
+def _breakout_serve(frame: np.ndarray) -> int | None:
+    return None if frame[_BREAKOUT_AIR].any() else FIRE
+
+
+def _space_invaders(frame: np.ndarray) -> int:
+    rows, columns = np.nonzero(frame[12:60] > 60)
+    ship = np.nonzero(frame[75:78] > 60)[1]
+    if len(rows) == 0 or len(ship) == 0:
+        return FIRE
+    lowest = columns[rows >= rows.max() - 2]
+    nearest = lowest[np.abs(lowest - ship.mean()).argmin()]
+    return _toward(float(nearest), ship.mean(), below=LEFTFIRE, there=FIRE, above=RIGHTFIRE)
+
+
+SKILLS: dict[str, Skill] = {
+    "Breakout": Skill("Moves the paddle under the ball.", _breakout),
+    "Freeway": Skill("Walks up, whatever comes.", lambda frame: UP),
+    "Assault": Skill("Fires straight up, whatever comes.", lambda frame: UP),
+    "SpaceInvaders": Skill("Fires from under the lowest invader, through the shields if need be.", _space_invaders),
+}
+"""The games that have a scripted skill."""
+
+REFLEXES: dict[str, tuple[str, Callable[[np.ndarray], int | None]]] = {
+    "Breakout": (
+        "Fires when no ball is seen below the bricks: the game stands still until the player serves.",
+        _breakout_serve,
+    )
+}
+"""What every policy of a game does, however weak: description, and newest frame -> action (None: does not apply)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Behaviour:
+    """One kind of episode in a mixture.
+
+    Attributes:
+        name (str): label kept with each episode.
+        skill_probability (tuple of float): range of the probability of following the script at a step; one value is
+            drawn uniformly for each episode.
+        noise (str): the other actions: ``"uniform"`` over the game's legal actions, or ``"biased"``, a distribution
+            drawn for each episode from a Dirichlet(0.5).
+        repeat_probability (tuple of float): range of the probability of repeating the last action, drawn likewise.
+    """
+
+    name: str
+    skill_probability: tuple[float, float]
+    noise: Literal["uniform", "biased"]
+    repeat_probability: tuple[float, float] = (0.0, 0.6)
+
+
+WEAK_SKILLS = (
+    Behaviour(name="skilled", skill_probability=(0.3, 0.7), noise="uniform"),
+    Behaviour(name="weak", skill_probability=(0.0, 0.3), noise="uniform"),
+    Behaviour(name="random", skill_probability=(0.0, 0.0), noise="biased"),
+)
+"""A third of the episodes each: half skilled, hardly skilled, not skilled at all."""
+
+
+def describe(game: str, behaviours: Sequence[Behaviour]) -> str:
+    """A game's script and mixture in words, for the record of a data set."""
+    noises = {
+        "uniform": "actions uniform over the legal ones",
+        "biased": "actions from a distribution over the legal ones drawn for each episode (Dirichlet 0.5)",
+    }
+
+    def one(behaviour: Behaviour) -> str:
+        low, high = behaviour.skill_probability
+        skill = f"follows the script at {low:.0%} to {high:.0%} of the steps, else " if high > 0 else "plays "
+        repeat = f"the last action is repeated with a probability of up to {behaviour.repeat_probability[1]:.0%}"
+        return f"{1 / len(behaviours):.0%} of episodes ({behaviour.name}): {skill}{noises[behaviour.noise]}; {repeat}."
+
+    reflex = [f"Always: {REFLEXES[game][0]}"] if game in REFLEXES else []
+    return " ".join([f"The script: {SKILLS[game].description}", *reflex, *map(one, behaviours)])
+
+
+class SkillMixture:
+    """A behaviour policy of one game: each episode draws a behaviour of the mixture and its noise.
+
+    Args:
+        game (str): a game of :data:`SKILLS`.
+        behaviours (sequence of Behaviour): kinds of episodes, equally likely.
+
+    Raises:
+        ValueError: if the game has no scripted skill.
+    """
+
+    def __init__(self, game: str, behaviours: Sequence[Behaviour] = WEAK_SKILLS):
+        if game not in SKILLS:
+            raise ValueError(f"game must have a scripted skill ({', '.join(SKILLS)}), got {game!r}")
+        self._skill = SKILLS[game].act
+        self._reflex = REFLEXES[game][1] if game in REFLEXES else lambda frame: None
+        self._legal = np.array(GAMES[game].minimal_actions)
+        self._behaviours = tuple(behaviours)
+        self.behaviour_names = tuple(behaviour.name for behaviour in behaviours)
+
+    def start_episode(self, rng: np.random.Generator) -> tuple[int, Callable[[np.ndarray], int]]:
+        """Draws an episode's behaviour and noise.
+
+        Args:
+            rng (numpy.random.Generator): the only source of randomness of the episode.
+
+        Returns:
+            The behaviour's index, and the episode's policy: newest frame uint8 ``[84, 84]`` -> action in 0..17.
+        """
+        index = int(rng.integers(len(self._behaviours)))
+        behaviour = self._behaviours[index]
+        skill_probability = rng.uniform(*behaviour.skill_probability)
+        repeat_probability = rng.uniform(*behaviour.repeat_probability)
+        num_actions = len(self._legal)
+        if behaviour.noise == "biased":
+            noise = rng.dirichlet(np.full(num_actions, 0.5))
+        else:
+            noise = np.full(num_actions, 1.0 / num_actions)
+        thresholds = noise.cumsum()
+        last_action = NOOP
+
+        def act(frame: np.ndarray) -> int:
+            nonlocal last_action
+            repeat, follow, draw = rng.random(3)
+            forced = self._reflex(frame)
+            if forced is not None:
+                return forced
+            if repeat >= repeat_probability:
+                if follow < skill_probability:
+                    last_action = self._skill(frame)
+                else:
+                    position = min(int(np.searchsorted(thresholds, draw, side="right")), num_actions - 1)
+                    last_action = int(self._legal[position])
+            return last_action
+
+        return index, act

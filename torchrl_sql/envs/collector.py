@@ -1,0 +1,146 @@
+"""Plays behaviour policies in the emulator and hands whole episodes to a store."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+
+from torchrl_sql.envs.atari import AtariVector
+from torchrl_sql.games import GAMES
+
+_COMMIT_INTERVAL_AGENT_STEPS = 10_000
+
+
+class BehaviourPolicy(Protocol):
+    """What :func:`collect` plays, e.g. :class:`torchrl_sql.envs.behaviours.SkillMixture`."""
+
+    @property
+    def behaviour_names(self) -> tuple[str, ...]:
+        """Labels of the kinds of episodes."""
+
+    def start_episode(self, rng: np.random.Generator) -> tuple[int, Callable[[np.ndarray], int]]:
+        """Returns a behaviour index and the policy of one episode: newest frame ``[84, 84]`` -> action in 0..17."""
+
+
+class EpisodeWriter(Protocol):
+    """Where episodes go; the writer of :class:`torchrl_sql.data.FrameStore` is one."""
+
+    @property
+    def num_episodes(self) -> int:
+        """Episodes held, those just added included."""
+
+    @property
+    def num_steps(self) -> int:
+        """Agent steps held, those just added included."""
+
+    def add_episode(
+        self, frames: np.ndarray, actions: np.ndarray, rewards: np.ndarray, *, terminated: bool, behaviour: int
+    ) -> None:
+        """Appends an episode."""
+
+    def commit(self) -> None:
+        """Publishes what was appended."""
+
+
+@dataclass
+class _Episode:
+    index: int
+    behaviour: int
+    act: Callable[[np.ndarray], int]
+    frames: list[np.ndarray]
+    actions: list[int] = field(default_factory=list)
+    rewards: list[float] = field(default_factory=list)
+    terminated: bool = False
+
+
+def collect(
+    writer: EpisodeWriter,
+    policy: BehaviourPolicy,
+    game: str,
+    num_agent_steps: int,
+    *,
+    seed: int = 0,
+    num_envs: int = 8,
+    sticky_action_probability: float = 0.25,
+    max_env_frames_per_episode: int = 108_000,
+    progress: Callable[[int], None] = lambda num_agent_steps: None,
+) -> None:
+    """Appends whole episodes until the writer holds at least ``num_agent_steps`` steps.
+
+    Episode ``i`` is a function of (``seed``, ``game``, ``i``) and is written in order, so an interrupted collection
+    that is called again ends in the same store as one that ran through. Truncated episodes are stored with their
+    final frame.
+
+    Args:
+        writer (EpisodeWriter): where episodes go; those it already holds are not played again.
+        policy (BehaviourPolicy): what chooses the actions.
+        game (str): a name from :data:`torchrl_sql.games.GAMES`.
+        num_agent_steps (int): transitions wanted, those already in ``writer`` included.
+
+    Keyword Args:
+        seed (int): seed of emulator and policy.
+        num_envs (int): episodes played at a time.
+        sticky_action_probability (float): see :class:`~torchrl_sql.envs.atari.AtariVector`.
+        max_env_frames_per_episode (int): emulator frames after which an episode is truncated.
+        progress (callable): is given the number of agent steps in the store after each episode.
+    """
+    if writer.num_steps >= num_agent_steps:
+        return
+    vector = AtariVector(
+        game,
+        num_envs,
+        sticky_action_probability=sticky_action_probability,
+        max_env_frames_per_episode=max_env_frames_per_episode,
+    )
+    game_index = list(GAMES).index(game)
+    next_index = first_index = writer.num_episodes
+    slots: dict[int, _Episode] = {}
+    finished: dict[int, _Episode] = {}
+    starting = np.ones(num_envs, dtype=np.bool_)
+    num_committed = writer.num_steps
+
+    while True:
+        seeds = []
+        for slot in np.flatnonzero(starting).tolist():
+            rng = np.random.default_rng([seed, game_index, next_index])
+            seeds.append(int(rng.integers(2**31 - 1)))
+            behaviour, act = policy.start_episode(rng)
+            slots[slot] = _Episode(next_index, behaviour, act, frames=[])
+            next_index += 1
+        if seeds:
+            observation = vector.reset(np.array(seeds), starting)
+            for slot in np.flatnonzero(starting).tolist():
+                slots[slot].frames.append(observation[slot, -1].copy())
+
+        actions = np.array([slots[slot].act(slots[slot].frames[-1]) for slot in range(num_envs)])
+        observation, reward, terminated, truncated = vector.step(actions)
+        starting = terminated | truncated
+        for slot, episode in slots.items():
+            episode.actions.append(int(actions[slot]))
+            episode.rewards.append(float(reward[slot]))
+            if not terminated[slot]:
+                episode.frames.append(observation[slot, -1].copy())
+            if starting[slot]:
+                episode.terminated = bool(terminated[slot])
+                finished[episode.index] = episode
+
+        while first_index in finished:
+            episode = finished.pop(first_index)
+            first_index += 1
+            writer.add_episode(
+                np.stack(episode.frames),
+                np.array(episode.actions),
+                np.array(episode.rewards, dtype=np.float32),
+                terminated=episode.terminated,
+                behaviour=episode.behaviour,
+            )
+            progress(writer.num_steps)
+            done = writer.num_steps >= num_agent_steps
+            if done or writer.num_steps - num_committed >= _COMMIT_INTERVAL_AGENT_STEPS:
+                writer.commit()
+                num_committed = writer.num_steps
+            if done:
+                return

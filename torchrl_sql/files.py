@@ -1,0 +1,82 @@
+"""Durable small files: a crash leaves the old content or the new one, never a part."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+@contextmanager
+def replacing(path: Path, *, concurrent: bool = False) -> Iterator[Path]:
+    """Write a file under a temporary name beside ``path`` and move it there, on disk, if the block succeeds.
+
+    Args:
+        path (Path): the file to create or replace; its folder exists.
+
+    Keyword Args:
+        concurrent (bool): processes may write ``path`` at the same time, on several hosts: the temporary name is this
+            process's own. Otherwise there is one temporary name, so the next write removes what a killed one left.
+
+    Yields:
+        The temporary path, which ends in ``.tmp``.
+
+    Raises:
+        OSError: if it cannot be written; ``path`` is untouched then and nothing is left beside it.
+    """
+    writer = f".{os.uname().nodename}.{os.getpid()}" if concurrent else ""
+    temporary = path.with_name(f"{path.name}{writer}.tmp")
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+def write_text(path: Path, text: str, *, concurrent: bool = False) -> None:
+    """Replace a small file's text in one move, see :func:`replacing`."""
+    with replacing(path, concurrent=concurrent) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def sync_folder(path: Path) -> None:
+    """Put the names in a folder on disk: a rename survives a power cut only after it."""
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def read_json(path: Path, expected_format: str, *, newest_version: int) -> dict[str, Any]:
+    """Read a JSON object with a format and version; return its other fields.
+
+    Raises:
+        ValueError: if the file is not JSON, not of the expected format, or of a newer version.
+    """
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(fields, dict) or fields.pop("format", None) != expected_format:
+        raise ValueError(f"{path} is not a {expected_format} header")
+    version = fields.pop("version", None)
+    if not isinstance(version, int) or version > newest_version:
+        raise ValueError(
+            f"{path} has format version {version!r}, this package reads up to {newest_version}: upgrade it"
+        )
+    return fields
+
+
+def json_field(fields: Mapping[str, Any], key: str, kind: type, path: Path) -> Any:
+    """One field of a JSON object; ``ValueError`` if it is missing or not of ``kind``."""
+    value = fields.get(key)
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise ValueError(f"{path}: {key} must be a JSON {kind.__name__}, got {value!r}")
+    return value

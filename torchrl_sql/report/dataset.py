@@ -1,0 +1,109 @@
+"""Statistics of the data that runs were trained on, for their report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from torchrl_sql.config import DataConfig
+from torchrl_sql.data import FrameStore
+from torchrl_sql.data.index import Part
+from torchrl_sql.data.summary import GameSummary, summarise
+from torchrl_sql.evaluation.agents import CONSTANT_AGENT
+from torchrl_sql.evaluation.episodes import EpisodeResult
+from torchrl_sql.report import GameData, ReturnSummary
+
+
+def game_data(
+    runs: Sequence[tuple[Path, DataConfig]], games: Sequence[str], episodes: Sequence[EpisodeResult]
+) -> tuple[list[GameData], list[str]]:
+    """Statistics of the data of each game, and what could not be read.
+
+    Args:
+        runs (sequence of (Path, DataConfig)): folder and data of each run of one agent, which differ in the stores at
+            most: only the part of the stores that was trained on is summarised.
+        games (sequence of str): whose data.
+        episodes (sequence of EpisodeResult): those of constant actions are summarised beside the data.
+
+    Raises:
+        ValueError: if the stores do not have the same behaviours.
+    """
+    found = {(folder, data.store): _find_store(folder, data.store) for folder, data in runs}
+    missing = sorted({store for (_, store), path in found.items() if path is None})
+    caveats = [f"The store {store} was not found: the data's returns and statistics are missing." for store in missing]
+    stores = sorted({path.resolve() for path in found.values() if path is not None})
+    present = [FrameStore.open(store) for store in stores]
+    summaries: dict[str, list[GameSummary]] = {game: [] for game in games}
+    for store in present:
+        for summary in summarise(store, games, part=_part(runs[0][1])):
+            summaries[summary.game].append(summary)
+    result = []
+    for game, parts in summaries.items():
+        if not parts:
+            continue
+        names = parts[0].behaviour_names
+        if any(part.behaviour_names != names for part in parts):
+            raise ValueError(f"the stores {stores} must have the same behaviours of {game}")
+        returns = np.concatenate([part.returns for part in parts])
+        behaviours = np.concatenate([part.behaviours for part in parts])
+        constants: dict[str, dict[int, float]] = {}  # by emulator seed: the same episode counts once
+        for episode in episodes:
+            if episode.game == game and episode.agent.startswith(CONSTANT_AGENT):
+                action = episode.agent.removeprefix(CONSTANT_AGENT)
+                constants.setdefault(action, {})[episode.episode_seed] = episode.episode_return
+        num_transitions = sum(part.num_transitions for part in parts)
+        result.append(
+            GameData(
+                game=game,
+                behaviour_text=" / ".join(dict.fromkeys(source for part in parts for source in part.sources)),
+                num_transitions=num_transitions,
+                num_episodes=len(returns),
+                bytes_per_transition=sum(part.num_bytes for part in parts) / num_transitions,
+                behaviour=_summary(returns),
+                behaviours={
+                    name: _summary(returns[behaviours == index])
+                    for index, name in enumerate(names)
+                    if (behaviours == index).any()
+                },
+                action_counts=np.sum([part.action_counts for part in parts], axis=0).tolist(),
+                constant_actions={
+                    action: _summary(np.array([*returns_by_seed.values()]))
+                    for action, returns_by_seed in constants.items()
+                },
+                rewards="raw" if all(part.rewards == "raw" for part in parts) else "clipped",
+            )
+        )
+    return result, caveats
+
+
+def _part(data: DataConfig) -> Part:
+    return Part(
+        first_fraction=data.first_fraction,
+        every_kth_episode=data.every_kth_episode,
+        transitions_per_game=data.transitions_per_game,
+    )
+
+
+def other_data(method: DataConfig, others: Mapping[str, DataConfig]) -> list[str]:
+    """What is to be said where not all agents (by label) were trained on the method's data, or the method on a part."""
+    part = _part(method)
+    caveats = [] if part == Part() else [f"The data's statistics are those of the part that was trained on: {part}."]
+    unlike = [label for label, data in others.items() if (data.store, _part(data)) != (method.store, part)]
+    if unlike:
+        caveats.append(
+            f"The data's returns and statistics are those of the method; {', '.join(unlike)} had other data."
+        )
+    return caveats
+
+
+def _summary(returns: np.ndarray) -> ReturnSummary:
+    std = float(returns.std(ddof=1)) if len(returns) > 1 else 0.0
+    return ReturnSummary(mean=float(returns.mean()), std=std, num_episodes=len(returns))
+
+
+def _find_store(folder: Path, store: str) -> Path | None:
+    """A run's store: where it was trained from, or beside the run if both have moved."""
+    places = (Path(store), folder.parent / Path(store).name)
+    return next((place for place in places if (place / "store.json").is_file()), None)

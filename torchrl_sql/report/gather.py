@@ -1,0 +1,271 @@
+"""Gathers what the folders of runs and tables of scores hold into one report."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypeVar
+
+from torchrl_sql.config import RunConfig, load_run_config
+from torchrl_sql.evaluation.clips import find_clip
+from torchrl_sql.evaluation.episodes import (
+    CALIBRATION,
+    EVALUATION_VERSIONS,
+    SCORES,
+    CalibrationPoint,
+    EpisodeResult,
+    read_calibration,
+    read_episodes,
+)
+from torchrl_sql.evaluation.tables import files_of
+from torchrl_sql.games import GAMES
+from torchrl_sql.report import Agent, Clip, Curve, ReportData
+from torchrl_sql.report.agents import deciding_settings, find_agents
+from torchrl_sql.report.dataset import game_data, other_data
+from torchrl_sql.report.text import name_games
+from torchrl_sql.training.logs import read_scalars
+
+_METRICS = {
+    "loss_qvalue": "TD loss (nats)",
+    "loss_cql": "CQL penalty, weighted",
+    "loss_bc": "Cloning loss (nats)",
+    "q_data": "Q of the data's actions",
+    "q_max": "Maximum Q",
+    "feature_norm": "Feature norm before normalization",
+    "grad_norm": "Gradient norm before clipping",
+}
+
+Row = TypeVar("Row", EpisodeResult, CalibrationPoint)
+
+
+class _Run(NamedTuple):
+    folder: Path
+    config: RunConfig
+
+
+def gather(
+    paths: Sequence[Path],
+    *,
+    games: Sequence[str] | None = None,
+    title: str | None = None,
+    introduction: Sequence[str] = (),
+) -> ReportData:
+    """Reads evaluated runs into the data of a report.
+
+    Args:
+        paths (sequence of Path): tables of scores (``scores.csv``), or folders that hold one. A run (``config.yaml``,
+            ``logs/``) in the same folder, or folders of runs in it, tell what the agents of the table are; runs of the
+            same name are seeds of one agent. Without, the page has the scores alone.
+
+    Keyword Args:
+        games (sequence of str, optional): those to report, which every agent must have been evaluated in; by default
+            the games of the runs.
+        title (str, optional): of the page; by default the names of the agents.
+        introduction (sequence of str): paragraphs on what was run and why.
+
+    Raises:
+        FileNotFoundError: if a path is or holds no table of scores.
+        ValueError: if a table is empty or malformed, two hold different results of one episode, runs of one name
+            differ in more than their seeds, or the runs do not have the same games.
+    """
+    tables = [_find_table(path) for path in paths]
+    episodes = _read(tables, read_episodes)
+    if not episodes:
+        raise ValueError(f"the tables of scores must hold episodes, found none in {', '.join(map(str, tables))}")
+    calibration = _read(
+        [
+            table.with_name(table.name.replace(Path(SCORES).stem, Path(CALIBRATION).stem, 1))
+            for table in tables
+            if table.name.startswith(Path(SCORES).stem)
+        ],
+        read_calibration,
+    )
+    folders = dict.fromkeys(table.parent for table in tables)
+    files = [
+        file for folder in folders for file in sorted([*folder.glob("config.yaml"), *folder.glob("*/config.yaml")])
+    ]
+    runs = [_Run(file.parent, load_run_config(file)) for file in files]
+    _check_seeds_alike(runs)
+    shown, caveats = _choose_games(runs, episodes, games)
+    caveats += _unevaluated(runs, episodes)
+    evaluated = {episode.agent for episode in episodes}
+    runs = [run for run in runs if run.config.name in evaluated]
+    agents = find_agents([run.config for run in runs], episodes)
+    labels = {agent.agent: agent.label.removesuffix(f" {agent.decoding}") for agent in agents}
+    unknown = [name for name in labels if name not in {run.config.name for run in runs}]
+    if unknown:
+        caveats.append(
+            f"No run was found of {', '.join(unknown)}: what it is, its settings, parameters, data and training curves "
+            "are unknown here."
+        )
+    method_runs = [run for run in runs if run.config.name == agents[0].agent]
+    statistics, missing = game_data([(run.folder, run.config.data) for run in method_runs], shown, episodes)
+    if method_runs:
+        others = {labels[run.config.name]: run.config.data for run in runs if run not in method_runs}
+        caveats += other_data(method_runs[0].config.data, others)
+    return ReportData(
+        title=title or ", ".join(labels),
+        introduction=introduction,
+        games=shown,
+        agents=agents,
+        episodes=[episode for episode in episodes if episode.agent in labels],
+        calibration=calibration,
+        game_data=statistics,
+        caveats=[*caveats, *missing],
+        curves=[curve for run in runs for curve in _curves(run, labels[run.config.name])],
+        clips=_clips(runs, shown, agents[0], episodes),
+        settings=_settings(runs, labels),
+        versions=_versions(runs, [*folders]),
+    )
+
+
+def _find_table(path: Path) -> Path:
+    table = path if path.suffix == ".csv" else path / SCORES
+    if not files_of(table):
+        raise FileNotFoundError(f"{path} must hold {SCORES} (torchrl-sql evaluate writes it), found none")
+    return table
+
+
+def _read(tables: Sequence[Path], read: Callable[[Path], list[Row]]) -> list[Row]:
+    """The rows of all tables that exist, each once."""
+    found: dict[Any, tuple[Row, Path]] = {}
+    for table in tables:
+        for row in read(table) if files_of(table) else ():
+            other, where = found.setdefault(row.key, (row, table))
+            if other != row:
+                raise ValueError(f"{table} and {where} hold different results of one thing: {row} and {other}")
+    return [row for row, _ in found.values()]
+
+
+def _choose_games(
+    runs: Sequence[_Run], episodes: Sequence[EpisodeResult], games: Sequence[str] | None
+) -> tuple[tuple[str, ...], list[str]]:
+    """The games of the page, and what is to be said of others."""
+    evaluated = {episode.game for episode in episodes}
+    wanted = tuple(games) if games else runs[0].config.games if runs else tuple(g for g in GAMES if g in evaluated)
+    for folder, config in runs:
+        if not games and config.games != wanted:
+            raise ValueError(f"all runs must have the games {wanted}, {folder} has {config.games}; choose with --games")
+    shown = tuple(game for game in wanted if game in evaluated)
+    if not shown or (games and shown != wanted):
+        raise ValueError(f"games must have been evaluated, got {wanted}, and episodes of {tuple(sorted(evaluated))}")
+    caveats = []
+    unplayed = [game for game in wanted if game not in evaluated]
+    if unplayed:
+        caveats.append(f"Not shown, for no agent was evaluated there: {name_games(unplayed, len(wanted))}.")
+    others = sorted(evaluated.difference(wanted))
+    if others:
+        caveats.append(f"Not shown, though episodes are in the tables: {name_games(others, len(evaluated))}.")
+    return shown, caveats
+
+
+def _unevaluated(runs: Sequence[_Run], episodes: Sequence[EpisodeResult]) -> list[str]:
+    """Runs that the page cannot show."""
+    evaluated = {(episode.agent, episode.seed) for episode in episodes}
+    return [
+        f"The run {run.folder} ({run.config.name}, seed {run.config.seed}) has no evaluated episode: no score has it."
+        for run in runs
+        if (run.config.name, run.config.seed) not in evaluated
+    ]
+
+
+def _check_seeds_alike(runs: Sequence[_Run]) -> None:
+    """Runs of one name are seeds of one agent only if they differ in nothing else that decides their results."""
+    first: dict[str, _Run] = {}
+    for run in runs:
+        folder, config = run
+        other_folder, other = first.setdefault(config.name, run)
+        there = deciding_settings(other)
+        for key, value in deciding_settings(config).items():
+            if value != there[key]:
+                raise ValueError(
+                    f"runs named {config.name!r} must differ in their seeds only, but {folder} has {key} {value}, "
+                    f"{other_folder} has {there[key]}"
+                )
+        if folder != other_folder and config.seed == other.seed:
+            raise ValueError(
+                f"runs named {config.name!r} must have different seeds, got {config.seed} in both "
+                f"{other_folder} and {folder}"
+            )
+
+
+def _settings(runs: Sequence[_Run], labels: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """The resolved settings of each agent; where its seeds differ, the values of all."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for run in runs:
+        found.setdefault(labels[run.config.name], []).append(asdict(run.config))
+    return {label: _merge(values) for label, values in found.items()}
+
+
+def _versions(runs: Sequence[_Run], folders: Sequence[Path]) -> dict[str, str]:
+    """Versions and machines of the runs' training and of evaluation; where they differ, those of all."""
+    files = [run.folder / "versions.json" for run in runs]
+    trained = [json.loads(file.read_text(encoding="utf-8")) for file in files if file.is_file()]
+    tables = [file for folder in folders for file in files_of(folder / EVALUATION_VERSIONS)]
+    played = [versions for file in tables for versions in json.loads(file.read_text(encoding="utf-8"))]
+    return _side_by_side(trained) | {f"evaluation: {name}": text for name, text in _side_by_side(played).items()}
+
+
+def _side_by_side(found: Sequence[Mapping[str, str]]) -> dict[str, str]:
+    names = dict.fromkeys(name for versions in found for name in versions)
+    return _merge([{name: versions.get(name, "unknown") for name in names} for versions in found]) if found else {}
+
+
+def _merge(values: Sequence[Any]) -> Any:
+    """Nested mappings of the same keys as one, with different values side by side."""
+    if all(isinstance(value, Mapping) for value in values):
+        return {key: _merge([value[key] for value in values]) for key in values[0]}
+    distinct = list(dict.fromkeys(str(value) for value in values))
+    return values[0] if len(distinct) == 1 else " / ".join(distinct)
+
+
+def _curves(run: _Run, label: str) -> list[Curve]:
+    scalars = read_scalars(run.folder)
+    return [
+        Curve(
+            agent=run.config.name,
+            label=label,
+            metric=title,
+            seed=run.config.seed,
+            gradient_steps=[step for step, _ in scalars[name]],
+            values=[value for _, value in scalars[name]],
+        )
+        for name, title in _METRICS.items()
+        if name in scalars
+    ]
+
+
+def _clips(runs: Sequence[_Run], games: Sequence[str], method: Agent, episodes: Sequence[EpisodeResult]) -> list[Clip]:
+    """The method's first evaluation episode in each game at its last checkpoint, in the first folder with a clip."""
+    final = [row for row in episodes if (row.agent, row.decoding, row.episode) == (method.agent, method.decoding, 0)]
+    last_step = max((row.gradient_step for row in final), default=0)
+    returns = {(row.seed, row.game): row.episode_return for row in final if row.gradient_step == last_step}
+    clips = []
+    for game in games:
+        found = [
+            (file, run.config.seed)
+            for run in runs
+            if run.config.name == method.agent
+            for folder in (run.folder, run.folder.parent)  # a run's clips lie in its folder or beside it
+            if (
+                file := find_clip(
+                    folder / "clips",
+                    game,
+                    agent=method.agent,
+                    decoding=method.decoding,
+                    training_seed=run.config.seed,
+                    gradient_step=last_step,
+                )
+            )
+        ]
+        if not found:
+            continue
+        file, seed = found[0]
+        caption = f"First evaluation episode of seed {seed}"
+        if (seed, game) in returns:
+            caption += f" (final score {returns[seed, game]:g})"
+        mime: Literal["video/mp4", "image/gif"] = "video/mp4" if file.suffix == ".mp4" else "image/gif"
+        clips.append(Clip(game=game, caption=f"{caption}, not selected", data=file.read_bytes(), mime=mime))
+    return clips

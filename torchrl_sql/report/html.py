@@ -1,0 +1,226 @@
+"""Writes a report: the page, and its plots and tables as files beside it; and its summary for a terminal."""
+
+from __future__ import annotations
+
+import base64
+import io
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from textwrap import fill
+
+import jinja2
+from markupsafe import Markup
+from PIL import Image
+
+from torchrl_sql.files import write_text
+from torchrl_sql.report.analysis import Analysis
+from torchrl_sql.report.context_tables import (
+    calibration_table,
+    data_table,
+    learning_curve_table,
+    protocol_table,
+    settings_tables,
+)
+from torchrl_sql.report.figures.aggregates import aggregate_plot, profile_plot, published_plot, scaling_plot
+from torchrl_sql.report.figures.curves import game_learning_curve_plots, learning_curve_plot, training_plots
+from torchrl_sql.report.figures.games import action_plot, all_games_plots, game_plot
+from torchrl_sql.report.figures.values import calibration_plots
+from torchrl_sql.report.findings import findings, notes
+from torchrl_sql.report.model import Clip, ReportData
+from torchrl_sql.report.score_tables import (
+    aggregate_table,
+    comparison_table,
+    published_table,
+    reference_table,
+    score_table,
+    seed_table,
+)
+from torchrl_sql.report.style import COLOURS, Plot, draw
+from torchrl_sql.report.table import Table, to_text
+from torchrl_sql.report.text import name_games, sentence
+
+logger = logging.getLogger(__name__)
+
+MAX_OPEN_SETTINGS = 40
+"""Up to so many settings are shown at once; more are folded by group."""
+
+TERMINAL_WIDTH = 110
+"""Where sentences are broken in the terminal."""
+
+MAX_CLIP_BYTES = 6_000_000
+"""Of gameplay inside the page; clips of further games stay in their folder, and the page says so."""
+
+
+def write_report(data: ReportData, out: str | os.PathLike[str]) -> Path:
+    """Writes the page ``out`` and, in ``<stem>_files/`` beside it, its plots (PNG, SVG) and tables (CSV).
+
+    The page loads nothing: styles, drawings, clips and the same plots and tables as downloads are inside, so that it
+    can be sent and opened alone. It is published in one step, after its files.
+
+    Args:
+        data (ReportData): what to show.
+        out (path): the HTML file, e.g. ``runs/quickstart/report.html``; its folder is created.
+
+    Returns:
+        ``out`` as a path.
+
+    Raises:
+        ValueError: if the episode table is empty, incomplete or ambiguous for one of the agents (see
+            :meth:`torchrl_sql.statistics.scores.RunReturns.from_episodes`).
+    """
+    out = Path(out)
+    analysis = Analysis(data)
+    plots = _plots(analysis)
+    tables = _tables(analysis)
+    settings = settings_tables(analysis)
+    clips, clip_note = _clips(data)
+    downloads: dict[str, list[tuple[str, bytes, str]]] = {
+        plot.name: [
+            (f"{plot.name}.png", plot.png(), "image/png"),
+            (f"{plot.name}.svg", plot.svg(), "image/svg+xml"),
+        ]
+        for group in plots.values()
+        for plot in group
+    }
+    downloads |= {
+        f"{table.name}.csv": [(f"{table.name}.csv", table.to_csv().encode(), "text/csv")]
+        for table in (*tables.values(), *settings)
+        if table is not None
+    }
+    page = (
+        _environment()
+        .get_template("report.html.j2")
+        .render(
+            data=data,
+            colours=COLOURS,
+            findings=findings(analysis),
+            notes=[*notes(analysis), *clip_note, *data.caveats],
+            plots=plots,
+            tables=tables,
+            settings=settings,
+            downloads={
+                key: [(name, name.rsplit(".", 1)[1].upper(), _data_uri(content, mime)) for name, content, mime in files]
+                for key, files in downloads.items()
+            },
+            open_settings=sum(len(table.rows) for table in settings) <= MAX_OPEN_SETTINGS,
+            many_games=analysis.many_games,
+            behaviours=_behaviours(data),
+            clips=[(clip, _data_uri(clip.data, clip.mime), _still(clip)) for clip in clips],
+            files=f"{out.stem}_files",
+        )
+    )
+    folder = out.parent / f"{out.stem}_files"
+    folder.mkdir(parents=True, exist_ok=True)
+    for files in downloads.values():
+        for name, content, _ in files:
+            (folder / name).write_bytes(content)
+    write_text(out, page)
+    logger.info("wrote %s and %s", out, folder)
+    return out
+
+
+def format_score_table(data: ReportData) -> str:
+    """The score table, the aggregates, the findings and what limits them as plain text for a terminal."""
+    analysis = Analysis(data)
+
+    def lines() -> Iterator[str]:
+        for table in (score_table(analysis), seed_table(analysis), aggregate_table(analysis, "human")):
+            if table is not None:
+                yield fill(table.caption.replace("in bold", "marked *"), TERMINAL_WIDTH) + "\n"
+                brief = analysis.many_games and table.name == "score_table"
+                yield to_text(table, details=not brief) + "\n"
+        marks = {"for": "+", "neutral": "=", "against": "-"}
+        for kind, text in findings(analysis):
+            yield fill(f"{marks[kind]} {text}", TERMINAL_WIDTH, subsequent_indent="  ")
+
+    return "\n".join(lines())
+
+
+def _plots(analysis: Analysis) -> dict[str, list[Plot]]:
+    games = list(analysis.data.games)
+    many = analysis.many_games
+    return {
+        "aggregates": draw(lambda: [aggregate_plot(analysis, "human"), aggregate_plot(analysis, "dqn")]),
+        "profiles": draw(lambda: [profile_plot(analysis), scaling_plot(analysis)]),
+        "games": draw(lambda: all_games_plots(analysis) if many else [game_plot(analysis, g) for g in games]),
+        "learning": draw(lambda: [learning_curve_plot(analysis)]),
+        "learning_games": draw(lambda: game_learning_curve_plots(analysis)),
+        "calibration": draw(lambda: calibration_plots(analysis)),
+        "actions": draw(lambda: [] if many else [action_plot(data) for data in analysis.data.game_data]),
+        "training": draw(lambda: training_plots(analysis)),
+        "published": draw(lambda: [published_plot(analysis)]),
+    }
+
+
+def _tables(analysis: Analysis) -> dict[str, Table | None]:
+    return {
+        "scores": score_table(analysis),
+        "comparison": comparison_table(analysis),
+        "human": aggregate_table(analysis, "human"),
+        "dqn": aggregate_table(analysis, "dqn"),
+        "references": reference_table(analysis),
+        "seeds": seed_table(analysis),
+        "learning": learning_curve_table(analysis),
+        "calibration": calibration_table(analysis),
+        "data": data_table(analysis),
+        "published": published_table(analysis),
+        "protocol": protocol_table(analysis),
+    }
+
+
+def _clips(data: ReportData) -> tuple[list[Clip], list[str]]:
+    """The clips that fit into the page, and what is to be said of the others."""
+    shown: list[Clip] = []
+    for clip in data.clips:
+        if sum(len(other.data) for other in (*shown, clip)) <= MAX_CLIP_BYTES:
+            shown.append(clip)
+    missing = [clip.game for clip in data.clips if clip not in shown]
+    if not missing:
+        return shown, []
+    return shown, [f"Clips of {', '.join(missing)} are not in this page, to keep it small; they are beside the scores."]
+
+
+def _behaviours(data: ReportData) -> list[tuple[str, str]]:
+    """What is said of the data, once for all games of which the same is said."""
+    games: dict[str, list[str]] = {}
+    for game in data.game_data:
+        games.setdefault(game.behaviour_text, []).append(game.game)
+    return [(sentence(name_games(names, len(data.game_data))), text) for text, names in games.items()]
+
+
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("torchrl_sql.report"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["inline"] = lambda plot: Markup(plot.inline())
+    environment.filters["typographic"] = _typographic
+    return environment
+
+
+def _typographic(text: str) -> str:
+    """Minus signs for the hyphens that stand before a digit and after no word."""
+    return "".join(
+        "−" if c == "-" and text[i + 1 : i + 2].isdigit() and not text[i - 1 : i].isalnum() else c
+        for i, c in enumerate(text)
+    )
+
+
+def _data_uri(data: bytes, mime: str) -> str:
+    return f"data:{mime};base64,{base64.b64encode(data).decode()}"
+
+
+def _still(clip: Clip) -> str | None:
+    """The last frame of an animation, for readers who asked for less motion."""
+    if clip.mime != "image/gif":
+        return None
+    with Image.open(io.BytesIO(clip.data)) as image:
+        image.seek(getattr(image, "n_frames", 1) - 1)
+        file = io.BytesIO()
+        image.convert("RGB").save(file, format="PNG")
+    return _data_uri(file.getvalue(), "image/png")

@@ -1,0 +1,41 @@
+"""Numbers and names as a report writes them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torchrl_sql.statistics.aggregates import Interval
+from torchrl_sql.statistics.scores import Reference
+
+REFERENCE_LABELS: dict[Reference, str] = {"human": "human", "dqn": "DQN"}
+
+
+def format_score(value: float) -> str:
+    """A raw score with the digits that matter: ``9.4``, ``312``, ``49,100``."""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.1f}"
+
+
+def format_interval(interval: Interval) -> str:
+    """``[low, high]`` as raw scores."""
+    return f"[{format_score(interval.low)}, {format_score(interval.high)}]"
+
+
+def format_size(num_parameters: int) -> str:
+    """``79M``, ``3.4M``, ``850k``."""
+    unit, name = (1e6, "M") if num_parameters >= 1e6 else (1e3, "k")
+    value = num_parameters / unit
+    return f"{value:.0f}{name}" if value >= 10 else f"{value:.1f}{name}"
+
+
+def sentence(text: str) -> str:
+    """With a capital letter first."""
+    return text[0].upper() + text[1:]
+
+
+def name_games(games: Sequence[str], total: int) -> str:
+    """``Breakout and Freeway``, ``all 40 games``, ``5 of 40 games (...)``, or only the count beyond eight."""
+    if len(games) == total and total > 2:
+        return f"all {total} games"
+    if len(games) <= 3:
+        return " and ".join([", ".join(games[:-1]), games[-1]] if len(games) > 1 else games)
+    return f"{len(games)} of {total} games" + (f" ({', '.join(games)})" if len(games) <= 8 else "")
