@@ -9,7 +9,7 @@ import pytest
 
 from torchrl_sql.games import TRAIN_40
 from torchrl_sql.report import Clip, format_score_table, write_report
-from torchrl_sql.report import page as page_module
+from torchrl_sql.report import html as page_module
 from torchrl_sql.report.analysis import Analysis
 from torchrl_sql.report.findings import findings
 from torchrl_sql.report.score_tables import aggregate_table, published_games, seed_table

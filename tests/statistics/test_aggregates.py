@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from torchrl_sql.evaluation import statistics as S
+from torchrl_sql.statistics import aggregates as S
 from torchrl_sql.statistics.scores import RunReturns
 
 GAMES_6 = ("Amidar", "Assault", "Asterix", "Breakout", "Freeway", "Qbert")

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from torchrl_sql.evaluation import scores as S
+from torchrl_sql.statistics import scores as S
 from torchrl_sql.evaluation.episodes import EpisodeResult
 from torchrl_sql.games import GAMES, HELDOUT_5, TRAIN_40
 

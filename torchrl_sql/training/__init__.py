@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 __all__ = ["Interrupted", "StopSignals", "Trainer", "export_policy", "load_actor", "load_policy", "train"]
 
 _MODULES = {
-    "Interrupted": "interruption",
-    "StopSignals": "interruption",
+    "Interrupted": "signals",
+    "StopSignals": "signals",
     "Trainer": "trainer",
     "export_policy": "policy",
     "load_actor": "build",
