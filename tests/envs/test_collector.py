@@ -5,7 +5,7 @@ import pytest
 
 from torchrl_sql.data import AtariFrameStorage, FrameStore
 from torchrl_sql.envs import SKILLS, WEAK_SKILLS, AtariVector, Behaviour, SkillMixture, collect
-from torchrl_sql.envs.behaviours import FIRE, LEFT, NOOP, RIGHT, UP, describe
+from torchrl_sql.envs.behaviours import FIRE, LEFT, LEFTFIRE, NOOP, RIGHT, RIGHTFIRE, UP, describe
 from torchrl_sql.games import GAMES
 
 
@@ -95,6 +95,25 @@ def test_every_breakout_policy_serves_when_no_ball_is_in_play():
         _, act = SkillMixture("Breakout").start_episode(np.random.default_rng(seed))
         assert all(act(breakout_frame(ball=None, paddle=20)) == FIRE for _ in range(50))
         assert len({act(breakout_frame(ball=40, paddle=39)) for _ in range(300)}) > 1
+
+
+def enduro_frame(*, car: int, ahead: int | None = None) -> np.ndarray:
+    """A straight road from column 20 to 60, as by day; columns of the player's car and of one ahead."""
+    frame = np.full((84, 84), 40, np.uint8)
+    frame[44:62, [20, 60]] = 110
+    frame[57:61, car - 4 : car + 5] = 192
+    if ahead is not None:
+        frame[50:53, ahead - 2 : ahead + 3] = 90
+    return frame
+
+
+def test_enduro_skill_keeps_to_the_middle_and_away_from_cars():
+    skill = SKILLS["Enduro"].act
+    assert skill(enduro_frame(car=40)) == FIRE
+    assert skill(enduro_frame(car=30)) == RIGHTFIRE and skill(enduro_frame(car=50)) == LEFTFIRE
+    assert skill(enduro_frame(car=40, ahead=43)) == LEFTFIRE and skill(enduro_frame(car=40, ahead=37)) == RIGHTFIRE
+    assert skill(enduro_frame(car=40, ahead=52)) == FIRE
+    assert skill(np.zeros((84, 84), np.uint8)) == FIRE
 
 
 def actions_of(behaviour: Behaviour, *, game="Freeway", num_steps=4000, seed=0) -> np.ndarray:

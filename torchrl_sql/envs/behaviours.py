@@ -65,8 +65,25 @@ def _space_invaders(frame: np.ndarray) -> int:
     return _toward(float(nearest), ship.mean(), below=LEFTFIRE, there=FIRE, above=RIGHTFIRE)
 
 
+def _enduro(frame: np.ndarray) -> int:
+    road = frame[44:61, 10:84].astype(int)  # ends with the rows of the player's car
+    drawn = np.abs(road - np.median(road)) > 8
+    _, car = np.nonzero(road[12:] >= max(road[12:].max() - 30, 150))
+    (edges,) = np.nonzero(drawn[6:11].any(0))
+    if len(car) == 0 or len(edges) == 0:
+        return FIRE
+    position, left, right = car.mean(), edges.min() + 5, edges.max() - 4
+    target = (edges.min() + edges.max()) / 2
+    ahead = np.nonzero(drawn[:12, left:right])[1] + left
+    in_the_way = ahead[np.abs(ahead - position) < 8]
+    if len(in_the_way):
+        target = position + (10 if in_the_way.mean() <= position else -10)
+    return _toward(target, position, below=LEFTFIRE, there=FIRE, above=RIGHTFIRE)
+
+
 SKILLS: dict[str, Skill] = {
     "Breakout": Skill("Moves the paddle under the ball.", _breakout),
+    "Enduro": Skill("At full speed in the middle of the road, away from cars ahead.", _enduro),
     "Freeway": Skill("Walks up, whatever comes.", lambda frame: UP),
     "Assault": Skill("Fires straight up, whatever comes.", lambda frame: UP),
     "SpaceInvaders": Skill("Fires from under the lowest invader, through the shields if need be.", _space_invaders),
