@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-from typing import get_args
-
 import pytest
 
 from torchrl_sql.config import (
@@ -9,10 +7,9 @@ from torchrl_sql.config import (
     compose_run_config,
     run_config_from_yaml,
 )
-from torchrl_sql.config.schema import ENCODERS, POOLINGS, list_experiments, override_run_config
+from torchrl_sql.config.schema import list_experiments, override_run_config
 from torchrl_sql.games import TRAIN_40
 from torchrl_sql.modules import make_q_actor
-from torchrl_sql.modules.q_network import Encoder, Pooling
 
 
 def test_the_experiments_are_the_published_ones_and_the_quickstart():
@@ -74,7 +71,6 @@ def test_every_objective_composes(objective):
         (["experiment=quickstart", "optim.weight_decay=-1"], "optim.weight_decay must be at least 0, got -1"),
         (["experiment=quickstart", "trainer.loggers=[tensorboard]"], "trainer.loggers must be a list of csv"),
         (["experiment=quickstart", "evaluation.epsilon=2"], r"evaluation.epsilon must be in \[0, 1\], got 2.0"),
-        (["experiment=quickstart", "model.encoder=resnt"], "model.encoder must be one of .*, got 'resnt'"),
         (["experiment=quickstart", "seed=-1"], "seed must be at least 0, got -1"),
         (["experiment=quickstart", "trainer.device=tpu"], "trainer.device must be auto, cpu or cuda, got 'tpu'"),
         (["experiment=quickstart", "optim.max_grad_norm=-1"], "optim.max_grad_norm must be greater than 0, or null"),
@@ -91,10 +87,6 @@ def test_every_objective_composes(objective):
 def test_bad_configurations_name_the_key(overrides, message):
     with pytest.raises(ConfigError, match=message):
         compose_run_config(overrides)
-
-
-def test_encoders_and_poolings_are_those_of_the_networks():
-    assert set(ENCODERS) == set(get_args(Encoder)) and set(POOLINGS) == set(get_args(Pooling))
 
 
 def test_overrides_of_a_stored_configuration_stay_in_their_section():

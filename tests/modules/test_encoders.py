@@ -1,7 +1,13 @@
+import re
+from pathlib import Path
+
 import pytest
 import torch
+from torch import nn
 
-from torchrl_sql.modules import ImpalaCNN, NatureCNN, ResNet, SmallResNet
+from torchrl_sql.config import compose_run_config
+from torchrl_sql.modules import ENCODERS, ImpalaCNN, NatureCNN, ResNet, SmallResNet, encoders, make_q_actor
+from torchrl_sql.training.build import build_actor
 
 
 @pytest.mark.parametrize(
@@ -41,3 +47,36 @@ def test_a_sample_does_not_depend_on_its_batch():
     x = torch.rand(3, 4, 84, 84)
     with torch.no_grad():
         torch.testing.assert_close(encoder(x)[:1], encoder(x[:1]), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_a_slice_is_a_sequential_of_the_same_layers(name):
+    encoder = ENCODERS[name].build(num_groups=32)
+    stem, rest = encoder[:2], encoder[2:]
+    assert type(stem) is nn.Sequential and [*stem, *rest] == [*encoder]
+    assert encoder[0] is stem[0] and encoder[-1] is rest[-1]
+    x = torch.rand(1, 4, 84, 84)
+    torch.testing.assert_close(rest(stem(x)), encoder(x), rtol=0, atol=0)
+
+
+def test_a_module_is_an_encoder():
+    stem = SmallResNet()[:3]
+    network = make_q_actor(2, encoder=stem, num_embeddings=1, num_atoms=5).module[0].module
+    assert network.encoder is stem
+    assert network.heads.weight.shape == (2, 5 * 18, 16)  # one embedding of 16 channels, no hidden layer
+
+
+def test_the_contributors_recipe_adds_an_encoder():
+    """The code block of CONTRIBUTING.md, as if it stood in modules/encoders.py, is all that training needs."""
+    page = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    recipe = re.search(r"### An encoder\n.*?```python\n(.*?)```", page, re.DOTALL).group(1)
+    assert len(recipe.splitlines()) <= 8
+    known = {*ENCODERS}
+    try:
+        exec(recipe, {**vars(encoders)})
+        config = compose_run_config(["experiment=quickstart", "model.encoder=stem", "model.num_embeddings=null"])
+        actor = build_actor(config.model, config.games)
+        assert actor.module[0].module.heads.weight.shape == (2, 51 * 18, 64)
+    finally:
+        for name in {*ENCODERS} - known:
+            del ENCODERS[name]

@@ -3,7 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from torchrl_sql.training.build import resolve_device
+from torchrl_sql.config import compose_run_config
+from torchrl_sql.training.build import build_trainer, resolve_device
 
 
 @pytest.mark.parametrize(
@@ -25,3 +26,12 @@ def test_a_cuda_device_always_has_its_index(monkeypatch, name, num_gpus, local_r
     if local_rank is not None:
         monkeypatch.setenv("LOCAL_RANK", local_rank)
     assert resolve_device(name) == torch.device(device)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"), [("encoder=resnt", "encoder .*'resnt'"), ("pooling=max", "pooling .*'max'")]
+)
+def test_unknown_networks_are_refused_before_the_store_is_opened(tmp_path, setting, message):
+    config = compose_run_config(["experiment=quickstart", f"data.store={tmp_path / 'none'}", f"model.{setting}"])
+    with pytest.raises(ValueError, match=message):
+        build_trainer(config)

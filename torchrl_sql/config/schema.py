@@ -16,9 +16,6 @@ from omegaconf.errors import OmegaConfBaseException
 
 from torchrl_sql.games import resolve_games
 
-ENCODERS = ("resnet_small", "resnet18", "resnet34", "resnet50", "resnet101", "nature", "impala")
-POOLINGS = ("spatial_embedding", "average", "flatten")
-
 
 class ConfigError(ValueError):
     """A configuration that cannot be run; the message names key, expected and found."""
@@ -68,13 +65,14 @@ class ModelConfig:
     """Arguments of :func:`torchrl_sql.modules.make_q_actor`."""
 
     encoder: str = MISSING
+    """A name in :data:`torchrl_sql.modules.ENCODERS`; building the network, before data is opened, refuses others."""
     num_atoms: int | None = MISSING
     """Atoms of the return distribution; null for scalar heads (MSE targets, behavioural cloning)."""
     v_min: float = MISSING
     """Least return of the support, in clipped-reward units."""
     v_max: float = MISSING
     pooling: str = MISSING
-    """``spatial_embedding`` or ``average``."""
+    """A name in :data:`torchrl_sql.modules.POOLINGS`."""
     num_embeddings: int | None = MISSING
     """Learned spatial embeddings; null for the encoder's default."""
     num_groups: int = MISSING
@@ -364,8 +362,6 @@ def check(config: RunConfig) -> None:
             require(model.num_atoms is not None and model.num_atoms >= 2, "model.num_atoms", must)
     else:
         require(model.num_atoms is None, "model.num_atoms", "null (scalar heads) with objective.name=bc")
-    require(model.encoder in ENCODERS, "model.encoder", f"one of {', '.join(ENCODERS)}")
-    require(model.pooling in POOLINGS, "model.pooling", f"one of {', '.join(POOLINGS)}")
     require(model.num_embeddings is None or model.num_embeddings >= 1, "model.num_embeddings", "at least 1, or null")
     require(model.logit_scale > 0, "model.logit_scale", "greater than 0")
     if model.value_prior_std is not None:

@@ -18,16 +18,11 @@ class PerGameLinear(nn.Module):
     Two ways to compute it, chosen from the shapes alone, so that nothing is read back from the device and both compile
     with ``fullgraph=True``:
 
-    - *all heads*: one matrix product with every head, then pick the rows of each sample's game. ``B * G`` rows of work.
+    - *all heads*: one matrix product with every head, then pick the rows of each sample's game: ``B * G`` rows of work.
     - *tiles*: put each game's samples into tiles of 32 rows, then one batched product of tiles with their game's head:
       at most ``B + 31 * G`` rows of work, and no ``[B, G, O]`` output.
 
-    Forward and backward with 918 outputs on one CPU core, the time of all heads being 1 (measured by
-    ``benchmarks/per_game_heads.py``): at B=512, tiles take 0.4, 0.3 and 0.2 with 8, 16 and 40 games and 256 features,
-    0.8, 0.6 and 0.4 with 960 features; with four samples a game and fewer they are mostly slower. Gathering one head
-    per sample (a ``[B, O, D]`` copy of weights) takes 0.9 to 66, in all but two of 24 shapes more than 1.8. A loop over
-    the games' segments reads indices back to the host, and ``torch.nn.functional.grouped_mm`` of torch 2.13 refuses 918
-    outputs (rows must be multiples of 16 bytes) and, when compiled, float32.
+    ``benchmarks/results/per_game_heads.md`` has the times of both, and what else was tried.
 
     Args:
         num_games (int): ``G``.
@@ -47,7 +42,6 @@ class PerGameLinear(nn.Module):
         self.bias = nn.Parameter(torch.zeros(num_games, out_features))
 
     def forward(self, features: Tensor, game_id: Tensor) -> Tensor:
-        """Applies each sample's head, see :class:`PerGameLinear`."""
         num_games, batch_size = self.weight.shape[0], features.shape[0]
         many_games = num_games >= 8 and batch_size >= 10 * num_games
         product = self._tiles(features, game_id) if many_games else self._all_heads(features, game_id)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -27,18 +29,19 @@ class LearnedSpatialEmbedding(nn.Module):
         self.weight = nn.Parameter(torch.randn(num_embeddings, channels, height, width) * (height * width) ** -0.5)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Pools ``x``, see :class:`LearnedSpatialEmbedding`."""
         return torch.einsum("bchw,echw->bce", x, self.weight).flatten(1)
 
 
 class GlobalAveragePooling(nn.Module):
-    """Averages each channel over space: the ablation of :class:`LearnedSpatialEmbedding`.
-
-    Shape:
-        - input: ``[B, C, H, W]`` float
-        - output: ``[B, C]`` float
-    """
+    """Averages each channel over space, ``[B, C, H, W]`` to ``[B, C]``: the ablation of learned embeddings."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Averages ``x``, see :class:`GlobalAveragePooling`."""
         return x.mean((-2, -1))
+
+
+# Name -> pooling of a [C, H, W] map, given C, H, W and the number of spatial embeddings.
+POOLINGS: dict[str, Callable[[int, int, int, int], nn.Module]] = {
+    "spatial_embedding": LearnedSpatialEmbedding,
+    "average": lambda *_: GlobalAveragePooling(),
+    "flatten": lambda *_: nn.Flatten(),
+}

@@ -6,9 +6,7 @@ Legend: B batch, K stacked frames, D features, A actions, N atoms, G games.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Sequence
 
 import torch
 from tensordict import TensorDictBase
@@ -18,35 +16,9 @@ from torchrl.data import Categorical
 from torchrl.modules import DistributionalQValueActor, DistributionalQValueModule, QValueActor
 
 from torchrl_sql.games import NUM_ACTIONS, legal_action_mask, resolve_games
-from torchrl_sql.modules.cnn import ImpalaCNN, NatureCNN
+from torchrl_sql.modules.encoders import ENCODERS, Encoder
 from torchrl_sql.modules.heads import PerGameLinear
-from torchrl_sql.modules.pooling import GlobalAveragePooling, LearnedSpatialEmbedding
-from torchrl_sql.modules.resnet import ResNet, SmallResNet
-
-Encoder = Literal["resnet_small", "resnet18", "resnet34", "resnet50", "resnet101", "nature", "impala"]
-Pooling = Literal["spatial_embedding", "average", "flatten"]
-
-
-@dataclass(frozen=True)
-class _EncoderDefaults:
-    """How to build an encoder, and the sizes between it and the heads."""
-
-    build: Callable[[int], nn.Module]
-    num_embeddings: int
-    feature_dim: int | None
-
-
-# feature_dim and num_embeddings [ours]: they put ResNet-34 / 50 / 101 with C51 and 40 games at 31.3M / 60.8M / 79.8M
-# parameters, against the published 31M / 60M / 79M. (1024 features would put ResNet-50 5.3% above.)
-_ENCODERS: dict[str, _EncoderDefaults] = {
-    "resnet_small": _EncoderDefaults(lambda groups: SmallResNet(num_groups=groups), 8, None),
-    "resnet18": _EncoderDefaults(lambda groups: ResNet((2, 2, 2, 2), bottleneck=False, num_groups=groups), 4, 256),
-    "resnet34": _EncoderDefaults(lambda groups: ResNet((3, 4, 6, 3), bottleneck=False, num_groups=groups), 4, 256),
-    "resnet50": _EncoderDefaults(lambda groups: ResNet((3, 4, 6, 3), bottleneck=True, num_groups=groups), 1, 960),
-    "resnet101": _EncoderDefaults(lambda groups: ResNet((3, 4, 23, 3), bottleneck=True, num_groups=groups), 1, 960),
-    "nature": _EncoderDefaults(lambda _: NatureCNN(), 8, 512),
-    "impala": _EncoderDefaults(lambda _: ImpalaCNN(), 8, 256),
-}
+from torchrl_sql.modules.pooling import POOLINGS
 
 
 class MultiGameQNetwork(nn.Module):
@@ -65,8 +37,8 @@ class MultiGameQNetwork(nn.Module):
         num_actions (int): ``A``.
         num_atoms (int or None): ``N``; ``None`` for scalar Q-values.
         input_shape (sequence of int): shape of one observation, frames first.
-        pooling (str): ``"spatial_embedding"`` (the paper's), ``"average"`` (its ablation), or ``"flatten"`` (with
-            ``encoder="nature"`` and ``feature_norm=False``, the network of DQN).
+        pooling (str): ``"spatial_embedding"`` (the paper's), ``"average"`` (its ablation), or ``"flatten"`` (on
+            ``NatureCNN`` and with ``feature_norm=False``, the network of DQN).
         num_embeddings (int): ``E`` of :class:`LearnedSpatialEmbedding`.
         feature_dim (int or None): size of the hidden layer after pooling, ``None`` for no such layer.
         feature_norm (bool): divide the features by their L2 norm.
@@ -101,7 +73,7 @@ class MultiGameQNetwork(nn.Module):
         num_actions: int = NUM_ACTIONS,
         num_atoms: int | None = 51,
         input_shape: Sequence[int] = (4, 84, 84),
-        pooling: Pooling = "spatial_embedding",
+        pooling: str = "spatial_embedding",
         num_embeddings: int = 1,
         feature_dim: int | None = None,
         feature_norm: bool = True,
@@ -123,18 +95,14 @@ class MultiGameQNetwork(nn.Module):
             raise ValueError(
                 f"legal_actions must have shape {(num_games, num_actions)}, got {tuple(legal_actions.shape)}"
             )
+        if pooling not in POOLINGS:
+            raise ValueError(f"pooling must be one of {', '.join(POOLINGS)}, got {pooling!r}")
         self.encoder = encoder
         with torch.no_grad():
-            channels, height, width = encoder(torch.zeros(1, *self.input_shape)).shape[1:]
-        if pooling == "spatial_embedding":
-            self.pooling: nn.Module = LearnedSpatialEmbedding(channels, height, width, num_embeddings)
-            num_features = channels * num_embeddings
-        elif pooling == "average":
-            self.pooling, num_features = GlobalAveragePooling(), channels
-        elif pooling == "flatten":
-            self.pooling, num_features = nn.Flatten(), channels * height * width
-        else:
-            raise ValueError(f"pooling must be 'spatial_embedding', 'average' or 'flatten', got {pooling!r}")
+            feature_map = encoder(torch.zeros(1, *self.input_shape))
+            channels, height, width = feature_map.shape[1:]
+            self.pooling = POOLINGS[pooling](channels, height, width, num_embeddings)
+            num_features = self.pooling(feature_map).shape[1]
         self.hidden: nn.Module = nn.Identity()
         if feature_dim is not None:
             self.hidden = nn.Sequential(nn.Linear(num_features, feature_dim), nn.ReLU())
@@ -149,7 +117,6 @@ class MultiGameQNetwork(nn.Module):
         self.encoder.to(memory_format=memory_format)  # type: ignore[call-overload]  # not in torch's annotations
 
     def forward(self, observation: Tensor, game_id: Tensor) -> tuple[Tensor, ...]:
-        """Evaluates each observation by its game's head, see :class:`MultiGameQNetwork`."""
         batch_shape = observation.shape[: observation.ndim - len(self.input_shape)]
         if observation.shape[len(batch_shape) :] != self.input_shape or game_id.shape != batch_shape:
             raise ValueError(
@@ -191,7 +158,6 @@ class LegalDistributionalQValueModule(DistributionalQValueModule):
         self.in_keys = ["action_value", "action_mask"]
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """Writes ``action``, see :class:`LegalDistributionalQValueModule`."""
         q = (tensordict["action_value"].exp() * self.support.unsqueeze(-1)).sum(-2)
         tensordict["action"] = q.masked_fill(~tensordict["action_mask"], -torch.inf).argmax(-1)
         return tensordict
@@ -200,12 +166,12 @@ class LegalDistributionalQValueModule(DistributionalQValueModule):
 def make_q_actor(
     games: int | str | Sequence[str],
     *,
-    encoder: Encoder = "resnet34",
+    encoder: str | nn.Module = "resnet34",
     num_actions: int = NUM_ACTIONS,
     num_atoms: int | None = 51,
     v_min: float = -10.0,
     v_max: float = 10.0,
-    pooling: Pooling = "spatial_embedding",
+    pooling: str = "spatial_embedding",
     num_embeddings: int | None = None,
     num_groups: int = 32,
     feature_norm: bool = True,
@@ -222,14 +188,14 @@ def make_q_actor(
             takes them; ``game_id`` indexes them in this order.
 
     Keyword Args:
-        encoder (str): ``"resnet34"``, ``"resnet50"`` and ``"resnet101"`` are the paper's; ``"resnet_small"`` learns on
-            a CPU.
+        encoder (str or nn.Module): a name in ``ENCODERS``, of which ``"resnet34"``, ``"resnet50"`` and ``"resnet101"``
+            are the paper's and ``"resnet_small"`` learns on a CPU; or the module itself, then without hidden layer.
         num_actions (int): actions of every head.
         num_atoms (int or None): atoms of the return distribution; ``None`` gives scalar heads (for MSE TD targets and
             behavioural cloning) and a plain :class:`~torchrl.modules.QValueActor`.
         v_min (float): first atom, in units of clipped discounted reward.
         v_max (float): last atom.
-        pooling (str): ``"spatial_embedding"``, ``"average"`` or ``"flatten"``, see :class:`MultiGameQNetwork`.
+        pooling (str): ``"spatial_embedding"``, ``"average"`` or ``"flatten"``.
         num_embeddings (int or None): learned maps per channel of the spatial embedding; ``None`` takes the encoder's
             default (1 for ResNet-50 and -101, 4 for ResNet-18 and -34, 8 for the others), which fits the published
             network sizes.
@@ -242,9 +208,9 @@ def make_q_actor(
         mask_illegal_actions (bool): never act with an action that the game does not know (such actions act as NOOP);
             needs names in ``games`` and all 18 actions. The actor then also writes ``action_mask`` ``[*B, A]``, as
             :class:`~torchrl.modules.EGreedyModule` reads it. Distributional ``action_value`` is left untouched.
-        input_mean (Tensor or None): ``[G, 84, 84]`` float, see :class:`MultiGameQNetwork`.
-        memory_format (torch.memory_format): see :class:`MultiGameQNetwork` (an argument because TorchRL's actors do not
-            take ``.to(memory_format=...)``).
+        input_mean (Tensor or None): ``[G, 84, 84]`` float in [0, 1], subtracted from each frame of its game.
+        memory_format (torch.memory_format): layout of the encoder (an argument because TorchRL's actors do not take
+            ``.to(memory_format=...)``).
 
     Returns:
         An actor that reads ``observation`` ``[*B, 4, 84, 84]`` and ``game_id`` ``[*B]``, and writes ``action_value``
@@ -263,8 +229,8 @@ def make_q_actor(
         >>> actor(state)["action_value"].shape
         torch.Size([5, 51, 18])
     """
-    if encoder not in _ENCODERS:
-        raise ValueError(f"encoder must be one of {', '.join(_ENCODERS)}, got {encoder!r}")
+    if isinstance(encoder, str) and encoder not in ENCODERS:
+        raise ValueError(f"encoder must be one of {', '.join(ENCODERS)}, or a module, got {encoder!r}")
     names = None if isinstance(games, int) else resolve_games(games)
     legal_actions = None
     if mask_illegal_actions:
@@ -280,9 +246,9 @@ def make_q_actor(
         raise ValueError(
             f"value_prior_std must be positive and needs atoms, got {value_prior_std} with num_atoms={num_atoms}"
         )
-    defaults = _ENCODERS[encoder]
+    defaults = ENCODERS[encoder] if isinstance(encoder, str) else Encoder(build=lambda **_: encoder)
     network = MultiGameQNetwork(
-        defaults.build(num_groups),
+        defaults.build(num_groups=num_groups),
         games if isinstance(games, int) else len(resolve_games(games)),
         num_actions=num_actions,
         num_atoms=num_atoms,

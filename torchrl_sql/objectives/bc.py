@@ -11,17 +11,14 @@ from torchrl.modules import DistributionalQValueActor, QValueActor
 from torchrl.objectives import LossModule
 
 from torchrl_sql.objectives.common import action_index, action_values, check_actor
-from torchrl_sql.objectives.return_distribution import check_support, expected_value
 
 
 class DiscreteBCLoss(LossModule):
     """Cross-entropy between the policy ``softmax(action_value)`` and the data's actions.
 
-    The logits are the values of a scalar :class:`~torchrl.modules.QValueActor` (``make_q_actor(..., num_atoms=None)``,
-    the usual choice) or the expectations of a distributional one, which the support bounds.
-
     Args:
-        actor_network (QValueActor or DistributionalQValueActor): any of TorchRL's with a categorical or one-hot action.
+        actor_network (QValueActor): any of TorchRL's with scalar values (``make_q_actor(..., num_atoms=None)``) and a
+            categorical or one-hot action. A distributional one is refused: its support would bound the logits.
 
     Keyword Args:
         reduction (str): ``"mean"``, ``"sum"`` or ``"none"`` (a loss of shape ``[*B]``).
@@ -40,7 +37,7 @@ class DiscreteBCLoss(LossModule):
 
     @dataclass
     class _AcceptedKeys:
-        """Keys of the batch and of the network's output, see :class:`DiscreteBCLoss`."""
+        """Keys of the batch and of the network's output."""
 
         action_value: NestedKey = "action_value"
         action: NestedKey = "action"
@@ -55,7 +52,7 @@ class DiscreteBCLoss(LossModule):
 
     def __init__(
         self,
-        actor_network: QValueActor | DistributionalQValueActor,
+        actor_network: QValueActor,
         *,
         reduction: Literal["mean", "sum", "none"] = "mean",
         use_prioritized_weights: bool | Literal["auto"] = "auto",
@@ -64,9 +61,8 @@ class DiscreteBCLoss(LossModule):
         check_actor(actor_network, "actor_network")
         if reduction not in ("mean", "sum", "none"):
             raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
-        self.distributional = isinstance(actor_network, DistributionalQValueActor)
-        if self.distributional:
-            check_support(actor_network.support)
+        if isinstance(actor_network, DistributionalQValueActor):
+            raise TypeError("actor_network must be a QValueActor with scalar values, got DistributionalQValueActor")
         self.reduction = reduction
         self.use_prioritized_weights = use_prioritized_weights
         self.convert_to_functional(actor_network, "actor_network", create_target_params=False)
@@ -81,12 +77,9 @@ class DiscreteBCLoss(LossModule):
 
     @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDict:
-        """Computes the loss of a batch, see :class:`DiscreteBCLoss`."""
         keys = self.tensor_keys
         inputs = TensorDict({key: tensordict[key] for key in self.actor_network.in_keys}, tensordict.batch_size)
         logits = action_values(self.actor_network, self.actor_network_params, inputs, keys.action_value)
-        if self.distributional:
-            logits = expected_value(logits, self.actor_network_params["support"].to(logits.dtype))
         batch_shape = logits.shape[:-1]
         action = action_index(tensordict[keys.action], logits.shape[-1], batch_shape, self.actor_network.action_space)
         log_probs = logits.log_softmax(-1)

@@ -70,7 +70,7 @@ def action_index(action: Tensor, num_actions: int, batch_shape: torch.Size, acti
     )
 
 
-def check_finite(entries: Mapping[NestedKey, Tensor]) -> None:
+def require_finite(entries: Mapping[NestedKey, Tensor]) -> None:
     """Raises ``ValueError`` naming the first entry with a value that is not finite. Reads it back to the host."""
     for key, value in entries.items():
         num_bad = int((~torch.isfinite(value)).sum())

@@ -12,7 +12,7 @@ from torch import Tensor
 from torchrl.modules import DistributionalQValueActor, QValueActor
 from torchrl.objectives import LossModule
 
-from torchrl_sql.objectives.common import action_index, action_values, check_actor, check_finite
+from torchrl_sql.objectives.common import action_index, action_values, check_actor, require_finite
 from torchrl_sql.objectives.return_distribution import c51_projection, check_support, expected_value, hl_gauss_target
 
 
@@ -52,9 +52,10 @@ class DistributionalCQLLoss(LossModule):
         reduction (str): ``"mean"``, ``"sum"`` or ``"none"`` (losses of shape ``[*B]``).
         use_prioritized_weights (bool or "auto"): weigh samples by the ``priority_weight`` entry; ``"auto"`` where the
             batch has one. As in TorchRL, ``"mean"`` is then the weighted mean.
-        check_finite (bool): debugging: raise ``ValueError`` with the key's name where rewards or network outputs are
-            not finite. It synchronizes with the device and cannot be compiled with ``fullgraph=True``; the attribute of
-            the same name switches it at any time.
+
+    Attributes:
+        check_finite (bool): set it for debugging: raise ``ValueError`` with the key's name where rewards or network
+            outputs are not finite. It synchronizes with the device and cannot be compiled with ``fullgraph=True``.
 
     Reads: ``value_network.in_keys`` and the same under ``"next"`` (those that are not there, such as ``game_id``, are
     taken from the root, as in :func:`torchrl.envs.utils.step_mdp`); ``action`` ``[*B]`` or ``[*B, 1]`` indices, or
@@ -102,7 +103,7 @@ class DistributionalCQLLoss(LossModule):
 
     @dataclass
     class _AcceptedKeys:
-        """Keys of the batch and of the network's output, see :class:`DistributionalCQLLoss`."""
+        """Keys of the batch and of the network's output."""
 
         action_value: NestedKey = "action_value"
         action: NestedKey = "action"
@@ -134,7 +135,6 @@ class DistributionalCQLLoss(LossModule):
         delay_value: bool = True,
         reduction: Literal["mean", "sum", "none"] = "mean",
         use_prioritized_weights: bool | Literal["auto"] = "auto",
-        check_finite: bool = False,
     ) -> None:
         super().__init__()
         check_actor(value_network, "value_network")
@@ -164,7 +164,7 @@ class DistributionalCQLLoss(LossModule):
         self.delay_value = delay_value
         self.reduction = reduction
         self.use_prioritized_weights = use_prioritized_weights
-        self.check_finite = check_finite
+        self.check_finite = False
         self.convert_to_functional(value_network, "value_network", create_target_params=delay_value)
 
     def _forward_value_estimator_keys(self, **kwargs: NestedKey) -> None:
@@ -197,7 +197,6 @@ class DistributionalCQLLoss(LossModule):
 
     @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDict:
-        """Computes the loss of a batch, see :class:`DistributionalCQLLoss`."""
         keys = self.tensor_keys
         reward, terminated, steps = self._read_transition(tensordict)
         # Not the batch size of the tensordict, which dispatch can only guess.
@@ -208,7 +207,7 @@ class DistributionalCQLLoss(LossModule):
             next_values, next_action = self._next_values(tensordict, batch_shape)
         if self.check_finite:
             next_key = unravel_key(("next", keys.action_value))
-            check_finite({("next", keys.reward): reward, keys.action_value: values, next_key: next_values})
+            require_finite({("next", keys.reward): reward, keys.action_value: values, next_key: next_values})
         action = action_index(tensordict[keys.action], values.shape[-1], batch_shape, self.value_network.action_space)
         discount = self.gamma if steps is None else self.gamma**steps
         discount = discount * terminated.logical_not().to(values.dtype)

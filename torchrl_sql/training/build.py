@@ -46,7 +46,6 @@ def build_actor(
     model: ModelConfig,
     games: tuple[str, ...],
     *,
-    store: FrameStore | None = None,
     memory_format: torch.memory_format = torch.contiguous_format,
     mask_illegal_actions: bool = False,
 ) -> DistributionalQValueActor | QValueActor:
@@ -57,23 +56,23 @@ def build_actor(
         games (tuple of str): one head each.
 
     Keyword Args:
-        store (FrameStore, optional): where the mean frames of ``center_input`` come from. Without one they are zeros,
-            to be loaded with the weights.
         memory_format (torch.memory_format): layout of the convolutions.
         mask_illegal_actions (bool): never choose an action that the game does not know.
+
+    Returns:
+        The actor; the mean frames of ``center_input`` are zeros until they are set or loaded.
+
+    Raises:
+        ValueError: for an encoder or pooling of an unknown name.
     """
-    input_mean = None
-    if model.center_input and store is not None:
-        input_mean = torch.stack([torch.from_numpy(store.mean_frame(game)) / 255 for game in games])
-    elif model.center_input:
-        input_mean = torch.zeros(len(games), *FRAME_SHAPE)
+    input_mean = torch.zeros(len(games), *FRAME_SHAPE) if model.center_input else None
     return make_q_actor(
         games,
-        encoder=model.encoder,  # type: ignore[arg-type]
+        encoder=model.encoder,
         num_atoms=model.num_atoms,
         v_min=model.v_min,
         v_max=model.v_max,
-        pooling=model.pooling,  # type: ignore[arg-type]
+        pooling=model.pooling,
         num_embeddings=model.num_embeddings,
         num_groups=model.num_groups,
         feature_norm=model.feature_norm,
@@ -149,6 +148,10 @@ def build_trainer(config: RunConfig, ranks: Ranks | None = None) -> Trainer:
     set_num_threads(config)
     torch.manual_seed(config.seed)
     device = ranks.device
+    # Channels-last suits CUDA's convolutions; on the CPU the small network is faster without.
+    memory_format = torch.channels_last if device.type == "cuda" else torch.contiguous_format
+    # Before any data is opened: the network refuses names that it does not know.
+    actor = build_actor(config.model, config.games, memory_format=memory_format)
     store = FrameStore.open(config.data.store)
     replay = OfflineAtariReplay(
         store,
@@ -168,9 +171,9 @@ def build_trainer(config: RunConfig, ranks: Ranks | None = None) -> Trainer:
         prefetch=config.data.prefetch,
         pin_memory=device.type == "cuda",
     )
-    # Channels-last suits CUDA's convolutions; on the CPU the small network is faster without.
-    memory_format = torch.channels_last if device.type == "cuda" else torch.contiguous_format
-    actor = build_actor(config.model, config.games, store=store, memory_format=memory_format)
+    if config.model.center_input:
+        means = [torch.from_numpy(store.mean_frame(game)) / 255 for game in config.games]
+        actor.module[0].module.input_mean.copy_(torch.stack(means))
     loss = build_loss(config, actor).to(device)
     call = _loss_call(config, loss, ranks)  # first: it may replace the parameters
     optimizer = build_optimizer(config.optim, loss)
