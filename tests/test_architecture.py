@@ -1,8 +1,9 @@
-"""The dependency rule: data, modules, objectives and envs meet only through TensorDict keys."""
+"""The import table of CONTRIBUTING.md: every package imports only what stands below it."""
 
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,33 @@ import pytest
 import torchrl_sql
 
 PACKAGE = Path(torchrl_sql.__file__).parent
-COMPONENTS = ("data", "modules", "objectives", "envs")
+LEAVES = {"games", "files", "provenance"}
+MAY_IMPORT: dict[str, set[str]] = {
+    "games": set(),
+    "files": set(),
+    "provenance": set(),
+    "config": LEAVES,
+    "data": LEAVES,
+    "modules": LEAVES,
+    "objectives": LEAVES,
+    "envs": LEAVES,
+    "statistics": LEAVES,
+    "methods": LEAVES | {"config", "data", "modules", "objectives"},
+    "collection": LEAVES | {"config", "data", "envs"},
+    "studies": LEAVES | {"config"},
+    "training": LEAVES | {"methods", "config", "data"},
+    "evaluation": LEAVES | {"training", "methods", "config", "envs", "statistics"},
+    "bench": LEAVES | {"training", "methods", "config", "data"},
+    "report": LEAVES | {"evaluation", "statistics", "methods", "training", "data", "config"},
+    "launch": LEAVES | {"studies", "config", "training.signals"},
+}
+for package, owed in {  # until studies and methods are packages of their own
+    "launch": {"cli", "training.train"},
+    "training": {"modules", "objectives"},
+}.items():
+    MAY_IMPORT[package] = MAY_IMPORT[package] | owed
+ENTRANCES = {"cli", "quickstart", "__init__", "__main__"}
+"""They may import everything."""
 
 
 def imported_modules(path: Path) -> set[str]:
@@ -22,27 +49,57 @@ def imported_modules(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path} uses a relative import"
             assert node.module is not None
-            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
     return names
+
+
+def packages() -> set[str]:
+    """Names of the package's folders and top-level modules."""
+    folders = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
+    return folders | {path.stem for path in PACKAGE.glob("*.py")}
+
+
+def files_of(package: str) -> list[Path]:
+    module = PACKAGE / f"{package}.py"
+    return [module] if module.is_file() else sorted((PACKAGE / package).rglob("*.py"))
+
+
+def forbidden(file: Path, package: str) -> list[str]:
+    """What a file imports of ours that its package may not."""
+    own = {name.removeprefix("torchrl_sql.") for name in imported_modules(file) if name.startswith("torchrl_sql.")}
+    allowed = MAY_IMPORT[package] | {package}
+    return sorted(name for name in own if not any(name == a or name.startswith(f"{a}.") for a in allowed))
 
 
 def test_the_rule_sees_imports(tmp_path):
     file = tmp_path / "m.py"
-    file.write_text("import os\ndef f():\n    from torchrl_sql import games\n")
-    assert imported_modules(file) == {"os", "torchrl_sql", "torchrl_sql.games"}
+    file.write_text("import os\ndef f():\n    from torchrl_sql import games\n    from torchrl_sql.data import Subset\n")
+    assert imported_modules(file) == {"os", "torchrl_sql.games", "torchrl_sql.data.Subset"}
+    assert forbidden(file, "envs") == ["data.Subset"] and forbidden(file, "methods") == []
 
 
-@pytest.mark.parametrize("component", COMPONENTS)
-def test_components_import_only_themselves_and_games(component):
-    files = sorted((PACKAGE / component).rglob("*.py"))
-    assert files
-    for file in files:
-        own = {name for name in imported_modules(file) if name.startswith("torchrl_sql.")}
-        bad = {name for name in own if name.split(".")[1] not in (component, "games")}
-        assert not bad, f"{file.relative_to(PACKAGE)} imports {sorted(bad)}"
+@pytest.mark.parametrize("package", sorted(packages() - ENTRANCES))
+def test_a_package_imports_only_what_stands_below_it(package):
+    assert package in MAY_IMPORT, f"{package} needs a row in the import table"
+    for file in files_of(package):
+        assert not (bad := forbidden(file, package)), f"{file.relative_to(PACKAGE)} imports {bad}"
 
 
-@pytest.mark.parametrize("leaf", ["games.py", "config.py"])
-def test_leaves_import_nothing_but_games(leaf):
-    own = {name for name in imported_modules(PACKAGE / leaf) if name.startswith("torchrl_sql.")}
-    assert all(name.startswith("torchrl_sql.games") for name in own)
+def test_the_table_has_no_circle():
+    remaining = {package: {name.split(".")[0] for name in names} for package, names in MAY_IMPORT.items()}
+    while remaining:
+        free = {package for package, names in remaining.items() if not names & set(remaining)}
+        assert free, f"a circle among {sorted(remaining)}"
+        remaining = {package: names for package, names in remaining.items() if package not in free}
+
+
+def test_contributing_shows_the_table():
+    page = (PACKAGE.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| \d \| (.+?) \| (.+?) \|$", page, re.M)
+    shown = {name: row[1] for row in rows for name in re.findall(r"`(\w+)`", row[0])}
+    assert set(shown) == set(MAY_IMPORT) | {"cli"}
+    for package, names in MAY_IMPORT.items():
+        if package in ("launch", "training"):
+            continue
+        wanted = {name.split(".")[0] for name in names - LEAVES}
+        assert set(re.findall(r"`(\w+)`", shown[package])) - {"signals"} == wanted, package

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+import torchrl_sql
 from torchrl_sql.cli import main
 from torchrl_sql.data import FrameStore
 from torchrl_sql.evaluation.episodes import read_episodes
@@ -147,3 +148,46 @@ def test_console_command_answers_help_without_loading_torch():
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "quickstart" in result.stdout and result.stdout.rstrip().endswith("False")
+
+
+def run_shell(command):
+    return subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
+
+
+def test_version_and_a_bare_command_need_no_other_words(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    assert capsys.readouterr().out == f"torchrl-sql {torchrl_sql.__version__}\n"
+    with pytest.raises(SystemExit, match="0"):
+        main([])
+    assert "torchrl-sql quickstart" in capsys.readouterr().out
+
+
+def test_an_unknown_option_is_answered_by_its_command_with_the_closest_one(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["evaluate", "runs/x", "--epsiode", "3", "--gmaes=Pong"])
+    error = capsys.readouterr().err
+    assert "usage: torchrl-sql evaluate" in error
+    assert "unrecognized arguments: --epsiode 3 --gmaes=Pong; did you mean --episodes or --games?" in error
+
+
+def test_a_closed_pipe_is_silent():
+    done = run_shell(f"{sys.executable} -m torchrl_sql completion bash | true; echo ${{PIPESTATUS[0]}}")
+    assert (done.stdout, done.stderr) == ("141\n", "")
+
+
+def test_the_completion_script_completes_commands_and_options():
+    script = f'eval "$({sys.executable} -m torchrl_sql completion bash)"; '
+    complete = "COMP_WORDS=({words}); COMP_CWORD=$((${{#COMP_WORDS[@]}} - 1)); "
+    complete += "_shtab_torchrl_sql; echo ${{COMPREPLY[@]}}"
+    done = run_shell(script + complete.format(words="torchrl-sql eval"))
+    assert done.stdout.split() == ["evaluate"], done.stderr
+    done = run_shell(script + complete.format(words="torchrl-sql evaluate --epis"))
+    assert done.stdout.split() == ["--episodes"], done.stderr
+
+
+def test_other_packages_do_not_chat():
+    code = "import logging; from torchrl_sql.cli import main; main(['inspect', 'nowhere']); "
+    code += "logging.getLogger('matplotlib').info('hello'); logging.getLogger('torchrl_sql.x').info('ours')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert "hello" not in done.stderr and done.stderr.endswith("ours\n")

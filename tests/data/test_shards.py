@@ -257,4 +257,4 @@ def test_runs_of_other_chunking_are_refused(tmp_path, pong, lab):
     other = FrameStore.create(tmp_path / "other", chunk_frames=2, shard_frames=8)
     lab.write(other, "Pong", lab.make_episodes([(5, True, False)]))
     with pytest.raises(ValueError, match=r"must have \(chunks, shards\) of \(4, 8\) frames .* got \(2, 8\)"):
-        FrameReader([pong, other.run("Pong")])
+        FrameReader([pong, other.recording("Pong")])

@@ -47,7 +47,7 @@ def test_intact(intact):
 
 
 def test_each_bad_chunk_is_named(copy):
-    frames = copy.run("Pong").path / "frames"
+    frames = copy.recording("Pong").path / "frames"
     first, last = shard_path(frames, 0), shard_path(frames, 3)
     flip(first, chunk_offset(first, 1))
     flip(last, chunk_offset(last, 0) + 40)
@@ -65,7 +65,7 @@ def test_each_bad_chunk_is_named(copy):
 
 
 def test_disk_that_cannot_read_is_named(copy, monkeypatch):
-    bad = shard_path(copy.run("Pong").path / "frames", 1)
+    bad = shard_path(copy.recording("Pong").path / "frames", 1)
 
     class Disk(io.FileIO):
         def read(self, size=-1):
@@ -83,7 +83,7 @@ def test_disk_that_cannot_read_is_named(copy, monkeypatch):
 
 
 def test_damage_to_flat_files(copy):
-    run = copy.run("Pong").path
+    run = copy.recording("Pong").path
     flip(run / "rewards.f32", 3)
     (run / "actions.u8").unlink()
     (run / "episodes.bin").write_bytes((run / "episodes.bin").read_bytes()[:-24])
@@ -106,7 +106,7 @@ def test_damage_to_flat_files(copy):
 
 def test_bad_manifest_does_not_end_the_check(copy):
     (copy.path / "Breakout" / "a" / "manifest.json").write_text("{")
-    flip(copy.run("Pong").path / "rewards.f32", 3)
+    flip(copy.recording("Pong").path / "rewards.f32", 3)
     found = list(verify(copy))
     assert [(d.game, d.run) for d in found] == [("Breakout", "a"), ("Pong", "0")]
     assert "not valid JSON" in found[0].reason

@@ -108,7 +108,7 @@ def paper_report(*, num_episodes, num_checkpoint_episodes, num_logged, num_resam
         GameData(
             game=game, behaviour_text="DQN-Replay, run 1, checkpoints 0 to 9.", num_transitions=10_000_000,
             num_episodes=9_000, bytes_per_transition=180.0, behaviour=ReturnSummary(mean=20, std=5, num_episodes=9_000),
-            components={}, action_counts=list(range(18)), rewards="clipped",
+            behaviours={}, action_counts=list(range(18)), rewards="clipped",
         )
         for game in TRAIN_40
     ]  # fmt: skip

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from torchrl_sql.statistics import scores as S
 from torchrl_sql.evaluation.episodes import EpisodeResult
 from torchrl_sql.games import GAMES, HELDOUT_5, TRAIN_40
+from torchrl_sql.statistics import scores as S
 
 GAMES_6 = ("Amidar", "Assault", "Asterix", "Breakout", "Freeway", "Qbert")
 

@@ -22,7 +22,7 @@ def writer(tmp_path):
 def fill_disk(folder, step):
     """Makes the next write of this checkpoint meet a device without space."""
     path = checkpoint_path(folder, step)
-    path.with_name(f"{path.stem}.{os.getpid()}.tmp").symlink_to("/dev/full")
+    path.with_name(f"{path.name}.{os.uname().nodename}.{os.getpid()}.tmp").symlink_to("/dev/full")
 
 
 def test_copies_do_not_follow_the_originals_and_reuse_their_buffers():

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import logging
 import os
 import sys
 from collections.abc import Sequence
 
+import torchrl_sql
 from torchrl_sql.cli import bench, data, evaluate, launch, train
 
 DESCRIPTION = """\
@@ -19,18 +21,25 @@ Scaled Q-learning (Kumar et al., ICLR 2023) in TorchRL: one policy for many Atar
   torchrl-sql report runs/NAME                          scores, intervals and curves as one HTML page
   torchrl-sql launch train experiment=... cluster=...   the same on a SLURM cluster
 """
+EXIT_CLOSED_PIPE = 141
+"""As a shell reports a process that SIGPIPE ended."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit code."""
+    """Run the command line; return the exit code."""
     args = parse(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger(torchrl_sql.__name__).setLevel(logging.INFO)  # of other packages, warnings are enough
     try:
         _run(args)
+        sys.stdout.flush()
     except KeyboardInterrupt as interruption:
         message = str(interruption) or "stopped; the same command continues where it was"
         print(f"\n{message}", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # whoever read the output has seen enough, as in `torchrl-sql inspect STORE | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_CLOSED_PIPE
     except (ValueError, OSError, FloatingPointError, ImportError) as error:
         print(f"torchrl-sql {args.command}: {error}", file=sys.stderr)
         return 1
@@ -38,26 +47,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(arguments: Sequence[str]) -> None:
-    """Runs a command whose errors, and :class:`KeyboardInterrupt`, are the caller's."""
+    """Run a command whose errors, and :class:`KeyboardInterrupt`, are the caller's."""
     _run(parse(arguments))
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Reads a command line without running it.
+    """Read a command line without running it.
 
     Raises:
-        SystemExit: if it is not understood; a message has been printed.
+        SystemExit: if it is not understood, or asks for help or the version; it has been printed.
     """
     parser = _parser()
     words = sys.argv[1:] if arguments is None else list(arguments)
+    if not words:
+        parser.print_help()
+        raise SystemExit(0)
     # Settings may stand before and after options, which argparse's subcommands do not allow by themselves.
     args, rest = parser.parse_known_args(words)
+    command: argparse.ArgumentParser = args.parser
     if unknown := [word for word in rest if word.startswith("-") or "=" not in word or "overrides" not in args]:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+        command.error(f"unrecognized arguments: {' '.join(unknown)}{_suggestion(unknown, command)}")
     if rest:
         args.overrides += rest
     args.words = words
     return args
+
+
+def _suggestion(unknown: Sequence[str], command: argparse.ArgumentParser) -> str:
+    options = [option for action in command._actions for option in action.option_strings]
+    close = {match for word in unknown for match in difflib.get_close_matches(word.split("=")[0], options, n=1)}
+    return f"; did you mean {' or '.join(sorted(close))}?" if close else ""
 
 
 def _run(args: argparse.Namespace) -> None:
@@ -69,7 +88,23 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="torchrl-sql", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--version", action="version", version=f"torchrl-sql {torchrl_sql.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for group in (train, evaluate, data, launch, bench):
         group.add_commands(commands)
+    completion = commands.add_parser(
+        "completion",
+        help="print a script that completes commands and options in your shell",
+        description='For bash: eval "$(torchrl-sql completion bash)", in ~/.bashrc.',
+    )
+    completion.add_argument("shell", choices=("bash", "zsh", "tcsh"))
+    completion.set_defaults(run_command=_completion)
+    for command in commands.choices.values():
+        command.set_defaults(parser=command)
     return parser
+
+
+def _completion(args: argparse.Namespace) -> None:
+    import shtab
+
+    print(shtab.complete(_parser(), shell=args.shell))

@@ -21,7 +21,7 @@ def test_import_verify_inspect(dopamine, tmp_path, capsys):
     assert main(arguments) == 0
     out = capsys.readouterr().out
     assert "Pong" in out and "padding" in out
-    num_steps = FrameStore.open(store).run("Pong").num_steps
+    num_steps = FrameStore.open(store).recording("Pong").num_steps
     assert main(["inspect", str(store)]) == 0
     assert f"{num_steps:,} transitions" in capsys.readouterr().out
     assert main(["inspect", str(store), "--contact-sheet", str(tmp_path / "sheet.png")]) == 0

@@ -1,0 +1,93 @@
+"""Studies: what is written is what is read, and mistakes are named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from torchrl_sql.config import ConfigError
+from torchrl_sql.config.study import find_study, list_studies, load_study
+
+STUDY = """
+title: T
+common: [scale=cpu]
+seeds: [0, 2]
+data: collect
+runs:
+  a: {set: [method.cql_alpha=0.3]}
+  b: {set: [method=bc], decode: [greedy, sampled], seeds: [2]}
+  c: {from: a, load: encoder}
+report: {main: a, against: [b], constant_actions: 5}
+"""
+
+
+@pytest.fixture
+def read(tmp_path):
+    def read(text):
+        file = tmp_path / "study.yaml"
+        file.write_text(text)
+        return load_study(file)
+
+    return read
+
+
+def test_a_study_is_what_its_file_says(read):
+    study = read(STUDY)
+    assert (study.title, study.common, study.data) == ("T", ["scale=cpu"], "collect")
+    assert study.runs["b"].decode == ["greedy", "sampled"] and study.runs["a"].decode == ["greedy"]
+    assert study.seeds_of("a") == [0, 2] and study.seeds_of("b") == [2]
+    assert (study.runs["c"].from_, study.runs["c"].load) == ("a", "encoder")
+    assert study.report.main == "a" and study.report.constant_actions == 5
+
+
+def test_what_is_written_is_read_again(read):
+    study = read(STUDY)
+    assert read(study.to_yaml()) == study
+
+
+def test_folders_of_scores(read):
+    folders = read(STUDY).score_folders(Path("s"))
+    assert [str(folder) for folder in folders] == [
+        "s/a/seed0", "s/a/seed2", "s/b/seed2", "s/c/seed0", "s/c/seed2", "s/constant",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("title: T", "", "title must be given"),
+        ("title: T", "titel: T", "titel is not known; is it title"),
+        ("title: T", "title: [T]", r"title must be text, got \['T'\]"),
+        ("seeds: [0, 2]", "seeds: [0, true]", "seeds must be a list of whole numbers"),
+        ("seeds: [0, 2]", "seeds: 0", "seeds must be a list of whole numbers, got 0"),
+        ("seeds: [0, 2]", "seeds: [2, 2]", "seeds must be different numbers"),
+        ("seeds: [2]", "seeds: []", r"runs.b.seeds must be different numbers from 0, got \[\]"),
+        ("common: [scale=cpu]", "common: [on]", "common must be a list of text"),
+        ("decode: [greedy, sampled]", "decoding: greedy", "runs.b.decoding is not known; is it decode"),
+        ("from: a", "from: d", "runs.c.from must be an earlier run"),
+        ("from: a", "from: b", r"runs.c.seeds must be among those of b, got also \[0\]"),
+        ("from: a, load: encoder", "from: a", "runs.c.load must be encoder or all"),
+        ("  a:", "  ../a:", "runs must have names of letters"),
+        ("  a:", "  store:", "other than constant, launch, store, tasks"),
+        ("against: [b]", "against: [d]", "report.against must be among the runs"),
+        ("constant_actions: 5", "constant_actions: -1", "report.constant_actions must be at least 0"),
+        (STUDY, "- a", "a study must be keys with values"),
+        ("title: T", "title: [", "must hold a study"),
+    ],
+)
+def test_mistakes_are_named(read, old, new, message):
+    assert old in STUDY
+    with pytest.raises(ConfigError, match=message):
+        read(STUDY.replace(old, new, 1))
+
+
+def test_every_study_of_the_project_can_be_read():
+    assert "quickstart" in list_studies()
+    for name in list_studies():
+        assert load_study(find_study(name)).runs
+
+
+def test_an_unknown_study_is_refused():
+    with pytest.raises(ConfigError, match=r"a study must be FILE.yaml or one of .*quickstart"):
+        find_study("quikstart")

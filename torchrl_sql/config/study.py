@@ -1,0 +1,203 @@
+"""A study: runs that are compared on one page. The schema of ``configs/study/*.yaml``."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
+
+import yaml
+
+from torchrl_sql.config import ConfigError, configs_dir
+
+STUDY_FILE = "study.yaml"
+"""In a study's folder: its resolved :class:`StudyConfig`, and the mark that the folder is a study's."""
+
+_OTHER_FOLDERS = ("constant", "launch", "store", "tasks")
+"""Of a study, beside those of its runs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyRun:
+    """One agent of a study, trained once per seed."""
+
+    set: list[str] = field(default_factory=list)
+    """Overrides, after those in ``common``."""
+    from_: str | None = None
+    """In YAML ``from``: an earlier run of the study, whose policy of the same seed this one starts from."""
+    load: str | None = None
+    """What it takes from that policy: ``encoder`` or ``all``."""
+    decode: list[str] = field(default_factory=lambda: ["greedy"])
+    """Decodings to evaluate, of ``torchrl-sql evaluate``."""
+    seeds: list[int] | None = None
+    """``None`` for the study's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyReport:
+    """What the page compares."""
+
+    main: str | None = None
+    """The run it is about; ``None`` for the first."""
+    against: list[str] = field(default_factory=list)
+    """Runs that the main one is compared with."""
+    constant_actions: int = 0
+    """Episodes to play of every game's each legal action, always the same one; 0 for none."""
+    x: str | None = None
+    """What runs differ in along an axis: ``parameters``, or a key of their settings."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyConfig:
+    """One study. Its folder holds ``store/``, ``RUN/seedS/`` with the scores of each run, ``constant/`` with those of
+    constant actions, ``report.html`` and ``study.yaml``.
+    """
+
+    title: str
+    introduction: list[str] = field(default_factory=list)
+    """Paragraphs."""
+    common: list[str] = field(default_factory=list)
+    """Overrides of every run."""
+    seeds: list[int] = field(default_factory=lambda: [0])
+    data: str
+    """``collect``, ``import`` with the arguments of that command but ``--out``, or the path of a store."""
+    runs: dict[str, StudyRun]
+    report: StudyReport = field(default_factory=StudyReport)
+
+    def seeds_of(self, run: str) -> list[int]:
+        """The training seeds of a run."""
+        seeds = self.runs[run].seeds
+        return self.seeds if seeds is None else seeds
+
+    def score_folders(self, folder: Path) -> list[Path]:
+        """Where the tables of scores of a study in ``folder`` are; those of failed tasks are missing."""
+        runs = [folder / run / f"seed{seed}" for run in self.runs for seed in self.seeds_of(run)]
+        return runs + [folder / "constant"] * bool(self.report.constant_actions)
+
+    def to_yaml(self) -> str:
+        """The study as :func:`load_study` reads it."""
+        return yaml.safe_dump(_plain(self), sort_keys=False, allow_unicode=True, width=120)
+
+
+def list_studies() -> list[str]:
+    """Names of ``configs/study/``."""
+    return sorted(path.stem for path in (configs_dir() / "study").glob("*.yaml"))
+
+
+def find_study(name: str) -> Path:
+    """The file of a study: ``configs/study/NAME.yaml``, or the path of a file of one's own.
+
+    Raises:
+        ConfigError: if there is none.
+    """
+    path = Path(name) if name.endswith((".yaml", ".yml")) else configs_dir() / "study" / f"{name}.yaml"
+    if not path.is_file():
+        raise ConfigError(f"a study must be FILE.yaml or one of {', '.join(list_studies())}, got {name!r}")
+    return path
+
+
+def load_study(path: Path) -> StudyConfig:
+    """Reads and checks a study.
+
+    Raises:
+        ConfigError: naming the file, the key, what it must be and what it is.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path} must hold a study: {error}") from None
+    try:
+        study: StudyConfig = _build(StudyConfig, content)
+        _check(study)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    return study
+
+
+def _check(study: StudyConfig) -> None:
+    if not study.runs:
+        raise ConfigError("runs must name at least one run")
+    earlier: list[str] = []
+    for name, run in study.runs.items():
+        if re.fullmatch(r"\w[\w.+-]*", name) is None or name in _OTHER_FOLDERS:
+            raise ConfigError(
+                f"runs must have names of letters, digits, _ . + -, other than {_list(_OTHER_FOLDERS)}, got {name!r}"
+            )
+        for key, seeds in ((f"runs.{name}.seeds", run.seeds), ("seeds", study.seeds)):
+            if seeds is not None and (not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0):
+                raise ConfigError(f"{key} must be different numbers from 0, got {seeds}")
+        if run.from_ is not None and run.from_ not in earlier:
+            raise ConfigError(f"runs.{name}.from must be an earlier run ({_list(earlier)}), got {run.from_!r}")
+        if run.from_ is not None and (missing := {*study.seeds_of(name)} - {*study.seeds_of(run.from_)}):
+            raise ConfigError(f"runs.{name}.seeds must be among those of {run.from_}, got also {sorted(missing)}")
+        if (run.from_ is None) != (run.load is None) or run.load not in (None, "encoder", "all"):
+            raise ConfigError(f"runs.{name}.load must be encoder or all with from, else absent, got {run.load!r}")
+        earlier.append(name)
+    for key, names in (("main", [study.report.main] if study.report.main else []), ("against", study.report.against)):
+        if unknown := [name for name in names if name not in study.runs]:
+            raise ConfigError(f"report.{key} must be among the runs ({_list(study.runs)}), got {unknown[0]!r}")
+    if study.report.constant_actions < 0:
+        raise ConfigError(f"report.constant_actions must be at least 0, got {study.report.constant_actions}")
+
+
+def _build(kind: type, content: Any, where: str = "") -> Any:
+    """A dataclass of these values; ``where`` is the prefix of its keys in messages."""
+    if not isinstance(content, dict):
+        raise ConfigError(f"{where.rstrip('.') or 'a study'} must be keys with values, got {content!r}")
+    known = {each.name.rstrip("_"): each for each in fields(kind)}
+    for key in content:
+        if key not in known:
+            close = get_close_matches(str(key), known, n=1)
+            raise ConfigError(
+                f"{where}{key} is not known; {'is it ' if close else 'known are '}{_list(close or known)}"
+            )
+    hints, values = get_type_hints(kind), {}
+    for key, each in known.items():
+        hint = hints[each.name]
+        if key not in content:
+            if each.default is each.default_factory is MISSING:
+                raise ConfigError(f"{where}{key} must be given")
+            continue
+        value = content[key]
+        if is_dataclass(hint):
+            value = _build(StudyReport, value, f"{where}{key}.")
+        elif get_origin(hint) is dict and isinstance(value, dict):
+            value = {str(name): _build(StudyRun, run or {}, f"{where}{key}.{name}.") for name, run in value.items()}
+        elif not _fits(value, hint):
+            raise ConfigError(f"{where}{key} must be {_NAMES[hint]}, got {value!r}")
+        values[each.name] = value
+    return kind(**values)
+
+
+_NAMES: dict[Any, str] = {
+    str: "text",
+    int: "a whole number",
+    str | None: "text",
+    list[str]: "a list of text",
+    list[int]: "a list of whole numbers",
+    list[int] | None: "a list of whole numbers",
+    dict[str, StudyRun]: "names with settings",
+}
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    if get_origin(hint) is UnionType:
+        return any(_fits(value, each) for each in get_args(hint))
+    if get_origin(hint) is list:
+        return isinstance(value, list) and all(_fits(each, get_args(hint)[0]) for each in value)
+    return isinstance(value, hint) and not isinstance(value, (bool, dict))
+
+
+def _plain(value: Any) -> Any:
+    """Dataclasses as mappings with YAML's keys."""
+    if is_dataclass(value):
+        return {each.name.rstrip("_"): _plain(getattr(value, each.name)) for each in fields(value)}
+    return {key: _plain(each) for key, each in value.items()} if isinstance(value, dict) else value
+
+
+def _list(names: Iterable[str]) -> str:
+    return ", ".join(names) or "none"
