@@ -80,7 +80,7 @@ def measure_checkpoint(folder: Path, batch_size: int, device: str, rounds: int) 
         left = iter(range(4))
         quiet += timed_updates(trainer, batch, lambda left=left: next(left, None) is not None)
         before, started = writer.stall_seconds, time.perf_counter()
-        state = {"step": step, "trainer": trainer.state_dict()}
+        state = {"trainer": trainer.state_dict()}
         gathering = time.perf_counter() - started
         writer.save(step, state)
         stalls.append(gathering + writer.stall_seconds - before)

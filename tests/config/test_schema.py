@@ -64,7 +64,6 @@ def test_every_objective_composes(objective):
             ["experiment=quickstart", "trainer.milestone_interval_gradient_steps=1500"],
             "milestone_interval_gradient_steps must be null or a multiple of .*=1000, got 1500",
         ),
-        (["experiment=quickstart", "trainer.parallel=fsdp"], "trainer.parallel must be ddp or fsdp2, got 'fsdp'"),
         (["experiment=quickstart", "trainer.microbatch_size=5"], "trainer.microbatch_size must be null or a divisor"),
         (["experiment=quickstart", "trainer.stall_warning_seconds=0"], "stall_warning_seconds must be greater than 0"),
         (["experiment=quickstart", "optim.name=sgd"], "optim.name must be adam or adamw, got 'sgd'"),

@@ -34,7 +34,7 @@ def make_run(tmp_path_factory):
         for step in steps:
             torch.manual_seed(step)
             loss = build_loss(config, build_actor(config.model, config.games))
-            content = {"config": config.to_yaml(), "step": step, "trainer": {"loss": loss.state_dict()}}
+            content = {"config": config.to_yaml(), "trainer": {"step": step, "loss": loss.state_dict()}}
             save_checkpoint(folder / "checkpoints", step, content)
         return folder
 

@@ -329,7 +329,7 @@ class Run:
         content = load_checkpoint(find_checkpoint(self.folder))
         logged = {name: [step for step, _ in rows] for name, rows in read_scalars(self.folder).items()}
         assert logged
-        return {"step": content["step"], "state": content["trainer"], "logged": logged}
+        return {"step": content["trainer"]["step"], "state": content["trainer"], "logged": logged}
 
 
 def assert_same(found, expected, where="result"):

@@ -133,7 +133,17 @@ def test_pickled_code_is_refused(tmp_path):
 def test_another_format_is_refused(tmp_path):
     path = tmp_path / "step_000000001.pt"
     torch.save({"format": "other 2"}, path)
-    with pytest.raises(CheckpointError, match="must be of format 'torchrl_sql checkpoint 2', got 'other 2'"):
+    with pytest.raises(CheckpointError, match="must be of format 'torchrl_sql checkpoint 3', got 'other 2'"):
+        load_checkpoint(path)
+
+
+@pytest.mark.parametrize(("number", "when"), [(2, "an earlier"), (4, "a later")])
+def test_another_version_of_the_format_says_what_to_do(tmp_path, number, when):
+    path = tmp_path / "step_000000001.pt"
+    torch.save({"format": f"torchrl_sql checkpoint {number}"}, path)
+    with pytest.raises(
+        CheckpointError, match=rf"was written by {when} version of torchrl_sql .*: use that version, or"
+    ):
         load_checkpoint(path)
 
 

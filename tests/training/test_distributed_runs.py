@@ -55,45 +55,36 @@ class Runs:
 @pytest.fixture(scope="module")
 def runs(tiny_overrides, run_ranks, tmp_path_factory):
     runs = Runs(tiny_overrides, run_ranks, tmp_path_factory.mktemp("ranks"))
-    ddp, fsdp2 = "trainer.parallel=ddp", "trainer.parallel=fsdp2"
-    micro = [ddp, "trainer.microbatch_size=2"]
-    adamw = [
-        fsdp2,
-        "trainer.microbatch_size=2",
-        "optim.name=adamw",
-        "optim.weight_decay=0.1",
-        "optim.max_grad_norm=0.05",
-    ]
+    micro = ["trainer.microbatch_size=2"]
+    adamw = [*micro, "optim.name=adamw", "optim.weight_decay=0.1", "optim.max_grad_norm=0.05"]
     runs.here("one")
     runs.here("one-adamw", *adamw, "trainer.microbatch_size=null")
     usr2, term, kill = int(signal.SIGUSR2), int(signal.SIGTERM), int(signal.SIGKILL)
     runs.run(
         (
             2,
-            runs.job("two-ddp", *micro),
-            runs.job("two-fsdp2", *adamw),
-            runs.job("two-ddp-stopped", *micro, signals=[(4, 1, usr2)]),
-            runs.job("two-ddp-stopped", *micro),
-            runs.job("two-fsdp2-stopped", *adamw, signals=[(2, 0, term)]),
-            runs.job("two-fsdp2-stopped", *adamw),
-            runs.job("moving", ddp, signals=[(2, 0, term)]),
+            runs.job("two", *micro),
+            runs.job("two-adamw", *adamw),
+            runs.job("two-stopped", *micro, signals=[(4, 1, usr2)]),
+            runs.job("two-stopped", *micro),
+            runs.job("moving", signals=[(2, 0, term)]),
         ),
-        (1, runs.job("moving", ddp, signals=[(5, 0, term)])),
+        (1, runs.job("moving", signals=[(5, 0, term)])),
         (
             4,
-            runs.job("four-ddp", ddp),
-            runs.job("moving", fsdp2),
-            runs.job("four-ddp-stopped", ddp, signals=[(4, 3, usr2)]),
-            runs.job("four-ddp-stopped", ddp),
+            runs.job("four"),
+            runs.job("moving"),
+            runs.job("four-stopped", signals=[(4, 3, usr2)]),
+            runs.job("four-stopped"),
         ),
-        (2, runs.job("two-ddp-killed", *micro, signals=[(KILLED_AFTER, 1, kill)])),
-        (2, runs.job("two-ddp-killed", *micro)),
+        (2, runs.job("two-killed", *micro, signals=[(KILLED_AFTER, 1, kill)])),
+        (2, runs.job("two-killed", *micro)),
     )
     return runs
 
 
 @pytest.mark.parametrize(
-    ("name", "reference"), [("two-ddp", "one"), ("four-ddp", "one"), ("moving", "one"), ("two-fsdp2", "one-adamw")]
+    ("name", "reference"), [("two", "one"), ("four", "one"), ("moving", "one"), ("two-adamw", "one-adamw")]
 )
 def test_the_global_batch_decides_the_curve_and_the_weights(runs, name, reference):
     curve, expected = runs.curve(name), runs.curve(reference)
@@ -116,15 +107,7 @@ def test_some_slices_lacked_a_game(store):
     assert lacking > 0
 
 
-@pytest.mark.parametrize(
-    ("name", "whole"),
-    [
-        ("two-ddp-stopped", "two-ddp"),
-        ("two-fsdp2-stopped", "two-fsdp2"),
-        ("four-ddp-stopped", "four-ddp"),
-        ("two-ddp-killed", "two-ddp"),
-    ],
-)
+@pytest.mark.parametrize(("name", "whole"), [("two-stopped", "two"), ("four-stopped", "four"), ("two-killed", "two")])
 def test_a_run_continues_bit_for_bit(runs, name, whole):
     ours, theirs = runs.state(name)["loss"], runs.state(whole)["loss"]
     assert ours.keys() == theirs.keys()
@@ -137,14 +120,11 @@ def test_processes_end_as_they_should(runs):
 
 
 def test_all_ranks_stop_at_the_step_after_the_signal_and_agree_whether_to_requeue(runs):
-    said = {
-        "two-ddp-stopped": "stopped at gradient step 5 of 8; the same command continues, requeue=True",
-        "two-fsdp2-stopped": "stopped at gradient step 3 of 8; the same command continues, requeue=False",
-    }
-    for job, stopped in said.items():
-        for rank in range(2):
-            assert runs.outcomes[job, rank] == [stopped, "trained"]
+    for rank in range(2):
+        stopped = "stopped at gradient step 5 of 8; the same command continues, requeue=True"
+        assert runs.outcomes["two-stopped", rank] == [stopped, "trained"]
+    assert runs.outcomes["moving", 1][0] == "stopped at gradient step 3 of 8; the same command continues, requeue=False"
 
 
 def test_random_states_of_every_rank_are_kept(runs):
-    assert [len(runs.state(name)["rng"]) for name in ("one", "two-fsdp2", "four-ddp")] == [1, 2, 4]
+    assert [len(runs.state(name)["rng"]) for name in ("one", "two", "four")] == [1, 2, 4]

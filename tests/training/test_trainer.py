@@ -34,6 +34,9 @@ class ListReplay:
     def load_state_dict(self, state):
         self.position = state["position"]
 
+    def seek(self, step):
+        self.position = step
+
 
 def make_batch(seed, reward=None):
     generator = torch.Generator().manual_seed(seed)
@@ -120,11 +123,38 @@ def test_resuming_from_a_state_is_exact():
         assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
 
-def test_non_finite_rewards_are_named_in_the_first_steps():
-    trainer = make_trainer([make_batch(0, reward=float("nan"))])
-    with pytest.raises(NonFiniteError, match="reward") as caught:
-        list(trainer.train(1, log_interval=1))
-    assert caught.value.step == 1
+def test_each_step_has_its_learning_rate_also_after_resuming_and_rewinding():
+    trainer, resumed = (make_trainer(lr=0.5, schedule=lambda step: 1 / (1 + step)) for _ in range(2))
+
+    def rate(trainer):
+        return trainer.optimizer.param_groups[0]["lr"]
+
+    assert rate(trainer) == 0.5
+    results = list(trainer.train(3, log_interval=1))
+    assert [result["learning_rate"] for result in results] == [0.5 / 2, 0.5 / 3, 0.5 / 4]  # of the step to come
+    resumed.load_state_dict(trainer.state_dict())
+    assert rate(resumed) == 0.5 / 4
+    resumed.rewind(1)
+    assert (rate(resumed), resumed.replay.position) == (0.5 / 2, 1)
+
+
+@pytest.mark.parametrize("step", [1, 3])
+def test_non_finite_rewards_are_named_in_the_first_steps_after_a_start(step):
+    trainer = make_trainer([*(make_batch(s) for s in range(step - 1)), make_batch(0, reward=float("nan"))])
+    message = rf"\('next', 'reward'\) of the batch of gradient step {step} is not finite"
+    with pytest.raises(NonFiniteError, match=message) as caught:
+        list(trainer.train(10, log_interval=10))
+    assert caught.value.step == step
+
+
+def test_a_broken_gradient_of_the_first_steps_is_found_at_once():
+    trainer = make_trainer()
+    with torch.no_grad():
+        next(trainer.loss.parameters()).fill_(torch.inf)
+    message = r"the gradient of step 1 is not finite; means of gradient steps 1 to 1: .*objective=nan"
+    with pytest.raises(NonFiniteError, match=message):
+        list(trainer.train(10, log_interval=10))
+    assert trainer.step == 1
 
 
 @pytest.mark.parametrize("fused", [True, False])

@@ -137,9 +137,6 @@ class TrainerConfig:
     """Any of ``csv``, ``tensorboard``, ``wandb``; csv is what reports read."""
     device: str = MISSING
     """``cpu``, ``cuda``, or ``auto`` for CUDA where there is one."""
-    parallel: str = MISSING
-    """How several processes train one network: ``ddp`` (each holds all of it), or ``fsdp2`` (each holds a part of the
-    parameters, targets and optimizer state)."""
     microbatch_size: int | None = MISSING
     """Transitions of one forward and backward pass on each rank, whose gradients add up; null for all of a rank's."""
     stall_warning_seconds: float = MISSING
@@ -389,7 +386,6 @@ def check(config: RunConfig) -> None:
         "null or a multiple of trainer.checkpoint_interval_gradient_steps="
         f"{trainer.checkpoint_interval_gradient_steps}",
     )
-    require(trainer.parallel in ("ddp", "fsdp2"), "trainer.parallel", "ddp or fsdp2")
     microbatch = trainer.microbatch_size
     require(
         microbatch is None or (microbatch >= 1 and config.data.batch_size % microbatch == 0),

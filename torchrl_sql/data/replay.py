@@ -143,6 +143,11 @@ class OfflineAtariReplay(TensorDictReplayBuffer):
             future.cancel()
         self._reads.clear()
 
+    def seek(self, step: int) -> None:
+        """Make the batch of the sampler's ``step``, counted from 0, the next one."""
+        with self._futures_lock:
+            self._sampler.step = step
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continues after the batches that were delivered when the state was taken.
 

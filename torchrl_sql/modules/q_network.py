@@ -107,7 +107,6 @@ class MultiGameQNetwork(nn.Module):
         if feature_dim is not None:
             self.hidden = nn.Sequential(nn.Linear(num_features, feature_dim), nn.ReLU())
             num_features = feature_dim
-        # Of shape [1]: FSDP2's fully_shard refuses scalar parameters.
         self.log_scale = nn.Parameter(torch.tensor([math.log(logit_scale)])) if feature_norm else None
         self.output_shape = (num_actions,) if num_atoms is None else (num_atoms, num_actions)
         self.heads = PerGameLinear(num_games, num_features, math.prod(self.output_shape))

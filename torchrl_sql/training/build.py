@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torchrl.modules import DistributionalQValueActor, QValueActor
-from torchrl.objectives import HardUpdate, LossModule, TargetNetUpdater
+from torchrl.objectives import HardUpdate, LossModule
 
 from torchrl_sql.config import ModelConfig, OptimConfig, RunConfig, run_config_from_yaml
 from torchrl_sql.data import FrameStore, OfflineAtariReplay
@@ -19,7 +18,7 @@ from torchrl_sql.games import FRAME_SHAPE
 from torchrl_sql.modules import make_q_actor
 from torchrl_sql.objectives import DiscreteBCLoss, DistributionalCQLLoss
 from torchrl_sql.training.checkpoint import CheckpointError, list_checkpoints, load_checkpoint
-from torchrl_sql.training.parallel import LossCall, Replicated, Sharded, SingleProcess
+from torchrl_sql.training.parallel import Replicated, SingleProcess
 from torchrl_sql.training.ranks import Ranks
 from torchrl_sql.training.trainer import Trainer
 
@@ -119,20 +118,6 @@ def build_optimizer(optim: OptimConfig, loss: LossModule) -> torch.optim.Optimiz
     )
 
 
-def _loss_call(config: RunConfig, loss: LossModule, ranks: Ranks) -> LossCall:
-    compile = config.trainer.compile
-    if ranks.world_size == 1:
-        return SingleProcess(loss, compile=compile)
-    kinds: dict[str, type[Replicated | Sharded]] = {"ddp": Replicated, "fsdp2": Sharded}
-    return kinds[config.trainer.parallel](loss, ranks, compile=compile)
-
-
-def _target_updater(loss: LossModule, call: LossCall) -> TargetNetUpdater:
-    # Interval 0 copies at each call; the trainer calls it when it is due.
-    make = partial(HardUpdate, value_network_update_interval=0)
-    return call.make_target_updater(make) if isinstance(call, Sharded) else make(loss)
-
-
 def build_trainer(config: RunConfig, ranks: Ranks | None = None) -> Trainer:
     """Everything a run needs, from its configuration.
 
@@ -175,15 +160,16 @@ def build_trainer(config: RunConfig, ranks: Ranks | None = None) -> Trainer:
         means = [torch.from_numpy(store.mean_frame(game)) / 255 for game in config.games]
         actor.module[0].module.input_mean.copy_(torch.stack(means))
     loss = build_loss(config, actor).to(device)
-    call = _loss_call(config, loss, ranks)  # first: it may replace the parameters
-    optimizer = build_optimizer(config.optim, loss)
-    factor = learning_rate_factor(config.optim, config.trainer.num_gradient_steps)
+    compile = config.trainer.compile
+    call = Replicated(loss, ranks, compile=compile) if ranks.world_size > 1 else SingleProcess(loss, compile=compile)
+    # Interval 0 copies at each call; the trainer calls it when it is due.
+    target_updater = HardUpdate(loss, value_network_update_interval=0) if config.objective.name == "cql" else None
     return Trainer(
         loss,
         replay,
-        optimizer,
-        scheduler=torch.optim.lr_scheduler.LambdaLR(optimizer, factor),
-        target_updater=_target_updater(loss, call) if config.objective.name == "cql" else None,
+        build_optimizer(config.optim, loss),
+        schedule=learning_rate_factor(config.optim, config.trainer.num_gradient_steps),
+        target_updater=target_updater,
         target_update_interval=config.trainer.target_update_interval_gradient_steps,
         max_grad_norm=config.optim.max_grad_norm,
         ranks=ranks,
@@ -236,4 +222,4 @@ def load_actor(path: Path) -> Trained:
             f"{path} must hold the weights of the network that its configuration describes ({config.model.encoder}, "
             f"{len(config.games)} games, 18 actions), got weights of other names or shapes"
         ) from error
-    return Trained(actor.eval(), config, content["step"])
+    return Trained(actor.eval(), config, content["trainer"]["step"])

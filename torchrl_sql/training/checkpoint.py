@@ -14,7 +14,7 @@ import torch
 
 from torchrl_sql.files import replacing, write_text
 
-FORMAT = "torchrl_sql checkpoint 2"
+FORMAT = "torchrl_sql checkpoint 3"
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 """Error numbers that training outlives."""
@@ -156,10 +156,22 @@ def load_checkpoint(path: Path, *, map_location: torch.device | str = "cpu") -> 
         raise CheckpointError(
             f"{path} must be a checkpoint of torchrl_sql, got a file that fails to load: {error}"
         ) from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        found = content.get("format") if isinstance(content, dict) else type(content).__name__
-        raise CheckpointError(f"{path} must be of format {FORMAT!r}, got {found!r}")
+    check_format(path, content.get("format") if isinstance(content, dict) else type(content).__name__, FORMAT)
     return content
+
+
+def check_format(path: Path, actual: object, expected: str) -> None:
+    """Raise :class:`CheckpointError` unless a file is of the expected format, a name and a number."""
+    if actual == expected:
+        return
+    name, number = expected.rsplit(" ", 1)
+    if isinstance(actual, str) and (match := re.fullmatch(rf"{name} (\d+)", actual)):
+        when = "an earlier" if int(match[1]) < int(number) else "a later"
+        raise CheckpointError(
+            f"{path} was written by {when} version of torchrl_sql ({actual!r}, this one reads {expected!r}): use that "
+            "version, or train anew in another run_dir"
+        )
+    raise CheckpointError(f"{path} must be of format {expected!r}, got {actual!r}")
 
 
 def list_checkpoints(folder: Path) -> list[Path]:

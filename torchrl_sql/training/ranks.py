@@ -49,7 +49,11 @@ class Ranks:
 
     def broadcast(self, value: int) -> int:
         """Rank 0's value; waits for it."""
-        return self.maximum(value if self.is_main else torch.iinfo(torch.int64).min)
+        if self._host_group is None:
+            return value
+        tensor = torch.tensor(value)
+        distributed.broadcast(tensor, src=0, group=self._host_group)
+        return int(tensor)
 
     def mean(self, values: Tensor) -> Tensor:
         """The mean over ranks of tensors on their devices, without waiting for the device; changes ``values``."""

@@ -7,7 +7,7 @@ import logging
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from torchrl_sql.config import ConfigError, RunConfig, check_ranks, run_config_from_yaml
 from torchrl_sql.data import FrameStore
@@ -16,6 +16,7 @@ from torchrl_sql.provenance import software_versions
 from torchrl_sql.training.build import build_trainer, resolve_device
 from torchrl_sql.training.checkpoint import (
     checkpoint_path,
+    checkpoint_step,
     load_checkpoint,
     load_latest_checkpoint,
     write_content,
@@ -41,7 +42,7 @@ _RESULT_TRAINER_KEYS = ("num_gradient_steps", "target_update_interval_gradient_s
 
 
 def train(config: RunConfig, *, stop: StopSignals | None = None) -> Path:
-    """Trains a run, or continues it from its newest checkpoint; a finished run returns at once.
+    """Train a run, or continue it from its newest checkpoint; a finished run returns at once.
 
     To be called by every process of a run: alone, or by each that torchrun or a launcher started (see
     :func:`~torchrl_sql.training.ranks.process_group`). The folder ``config.run_dir`` holds ``config.yaml``,
@@ -68,113 +69,143 @@ def train(config: RunConfig, *, stop: StopSignals | None = None) -> Path:
 
 def _train(config: RunConfig, ranks: Ranks, signals: StopSignals) -> Path:
     folder = Path(config.run_dir)
-    num_steps = config.trainer.num_gradient_steps
     check_ranks(config, ranks.world_size)
-    fingerprint = FrameStore.open(config.data.store).fingerprint(config.games)
-    found = _load_latest(folder / "checkpoints", ranks)
-    if found is not None:
-        path, content = found
-        _check_same_run(config, run_config_from_yaml(content["config"], source=f"the configuration in {path}"), folder)
-        if content["data_fingerprint"] != fingerprint:
-            raise ConfigError(
-                f"{folder} was trained on other data than {config.data.store} holds now; choose another run_dir"
-            )
-        if content["step"] >= num_steps:
+    about: dict[str, Any] = {
+        "config": config.to_yaml(),
+        "games": list(config.games),
+        "data_fingerprint": FrameStore.open(config.data.store).fingerprint(config.games),
+        "versions": software_versions(),
+    }
+    latest = _load_latest(folder / "checkpoints", ranks)
+    if latest is not None:
+        path, content = latest
+        _check_same_run(config, about["data_fingerprint"], path, content)
+        if content["trainer"]["step"] >= config.trainer.num_gradient_steps:
             if ranks.is_main:
                 _export_once(path, folder)
-                logger.info("%s is trained already (%d gradient steps)", folder, content["step"])
+                logger.info("%s is trained already (%d gradient steps)", folder, content["trainer"]["step"])
             return folder
     trainer = build_trainer(config, ranks)
-    if found is not None:
+    if latest is not None:
         trainer.load_state_dict(content["trainer"])
         if ranks.is_main:
             logger.info("continuing %s at gradient step %d", folder, trainer.step)
-        del found, content
-    versions = software_versions()
+        del latest, content
     if ranks.is_main:
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / "config.yaml", config.to_yaml())
-        write_text(folder / "versions.json", json.dumps(versions, indent=1) + "\n")
-
-    about = {
-        "config": config.to_yaml(),
-        "games": list(config.games),
-        "data_fingerprint": fingerprint,
-        "versions": versions,
-    }
-
-    def state() -> dict[str, Any]:
-        return {"step": trainer.step, **about, "trainer": trainer.state_dict()}
-
-    with ExitStack() as stack:
-        stack.callback(trainer.replay.shutdown)
-        main = stack.enter_context(_MainRank(config, folder, first_step=trainer.step)) if ranks.is_main else None
-        watch = stack.enter_context(StallWatch(config.trainer.stall_warning_seconds))
-        agreement = ranks.agreement()
-        request = _CONTINUE
-
-        def after_step() -> bool:
-            nonlocal request
-            watch.beat()
-            request = agreement(_REQUEUE if signals.requeue else _STOP if signals.stop else _CONTINUE)
-            due = trainer.step % config.trainer.checkpoint_interval_gradient_steps == 0
-            if due or request != _CONTINUE or trainer.step >= num_steps:
-                trainer.check_gradients()  # what is saved must be worth to be continued
-                content = state()
-                if main is not None:
-                    main.writer.save(trainer.step, content)
-            elif main is not None:
-                main.writer.check()
-            return request != _CONTINUE
-
-        try:
-            log_interval = config.trainer.log_interval_gradient_steps
-            for metrics in trainer.train(num_steps, log_interval=log_interval, stop=after_step):
-                if main is not None:
-                    main.log.result(trainer.step, metrics)
-        except NonFiniteError as error:
-            trainer.rewind(error.step - 1)
-            where = _save_for_inspection(folder / "nonfinite", state(), trainer, ranks)
-            raise NonFiniteError(f"{error}. {where}", step=error.step) from error
-        agreement.finish()
-        problem = None if main is None else main.finish(trainer.step)
-        if ranks.maximum(int(problem is not None)):  # also: nobody leaves before rank 0 has saved
-            raise problem or RuntimeError("rank 0 could not write the last checkpoint")
-    if trainer.step < num_steps:
-        done = f"stopped at gradient step {trainer.step} of {num_steps}"
-        raise Interrupted(f"{done}; the same command continues", requeue=request == _REQUEUE)
+        write_text(folder / "versions.json", json.dumps(about["versions"], indent=1) + "\n")
+    _Session(config, trainer, signals, about).run()
     return folder
+
+
+class _Session:
+    """One start of a run: takes gradient steps and saves, until the run is trained or somebody asks to stop.
+
+    Args:
+        config (RunConfig): the run.
+        trainer (Trainer): at the gradient step to continue from.
+        signals (StopSignals): installed.
+        about (dict): what a checkpoint says besides the trainer's state.
+    """
+
+    def __init__(self, config: RunConfig, trainer: Trainer, signals: StopSignals, about: dict[str, Any]) -> None:
+        self.config = config
+        self.trainer = trainer
+        self.ranks = trainer.ranks
+        self.signals = signals
+        self.about = about
+        self.num_steps = config.trainer.num_gradient_steps
+        self.main = _MainRank(config, first_step=trainer.step) if self.ranks.is_main else None
+        self.watch = StallWatch(config.trainer.stall_warning_seconds)
+        self.agreement = self.ranks.agreement()
+        self.request = _CONTINUE
+
+    def run(self) -> None:
+        """Raises :class:`Interrupted` or :class:`NonFiniteError` if training did not reach its last step."""
+        trainer, log_interval = self.trainer, self.config.trainer.log_interval_gradient_steps
+        with ExitStack() as stack:
+            stack.callback(trainer.replay.shutdown)
+            if self.main is not None:
+                stack.callback(self.main.close)
+            stack.enter_context(self.watch)
+            try:
+                for metrics in trainer.train(self.num_steps, log_interval=log_interval, stop=self._after_step):
+                    if self.main is not None:
+                        self.main.log.result(trainer.step, metrics)
+            except NonFiniteError as error:
+                trainer.rewind(error.step - 1)
+                raise NonFiniteError(f"{error}. {self._save_for_inspection()}", step=error.step) from error
+            self.agreement.finish()
+            problem = None if self.main is None else self.main.finish(trainer.step)
+            if self.ranks.maximum(int(problem is not None)):  # also: nobody leaves before rank 0 has saved
+                raise problem or RuntimeError("rank 0 could not write the last checkpoint")
+        if trainer.step < self.num_steps:
+            message = f"stopped at gradient step {trainer.step} of {self.num_steps}; the same command continues"
+            raise Interrupted(message, requeue=self.request == _REQUEUE)
+
+    def _after_step(self) -> bool:
+        """Save where it is due; returns whether to stop, the same on each rank."""
+        self.watch.beat()
+        step, signals = self.trainer.step, self.signals
+        self.request = self.agreement(_REQUEUE if signals.requeue else _STOP if signals.stop else _CONTINUE)
+        stop = self.request != _CONTINUE
+        if stop or step % self.config.trainer.checkpoint_interval_gradient_steps == 0 or step >= self.num_steps:
+            self.trainer.check_gradients()  # what is saved must be worth to be continued
+            content = self._content()
+            if self.main is not None:
+                self.main.writer.save(step, content)
+        elif self.main is not None:
+            self.main.writer.check()
+        return stop
+
+    def _content(self) -> dict[str, Any]:
+        """What a checkpoint holds; to be called by every rank."""
+        return {**self.about, "trainer": self.trainer.state_dict()}
+
+    def _save_for_inspection(self) -> str:
+        """Write the present state and each rank's next batch; returns where they are and how to read them."""
+        folder = Path(self.config.run_dir) / "nonfinite"
+        folder.mkdir(parents=True, exist_ok=True)
+        content = self._content()
+        if self.ranks.is_main:
+            write_content(folder / "state.pt", HostCopies().copy(content))
+        batch = {"step": self.trainer.step + 1, "batch": self.trainer.replay.sample().to_dict()}
+        write_content(folder / f"batch_rank{self.ranks.rank}.pt", batch)
+        self.ranks.maximum(0)
+        return (
+            f"{folder} holds state.pt, a checkpoint of the state before it, and batch_rank*.pt, its batch on each "
+            "rank; torchrl_sql.training.checkpoint.load_checkpoint reads them"
+        )
 
 
 class _MainRank:
     """What only rank 0 has: the log and the writer of checkpoints."""
 
-    def __init__(self, config: RunConfig, folder: Path, *, first_step: int) -> None:
+    def __init__(self, config: RunConfig, *, first_step: int) -> None:
         trainer = config.trainer
         self.config = config
-        self.folder = folder
+        self.folder = Path(config.run_dir)
         self.log = RunLog(
-            folder / "logs",
+            self.folder / "logs",
             trainer.loggers,
             run_name=config.name,
             first_step=first_step,
             num_steps=trainer.num_gradient_steps,
         )
         self.writer = CheckpointWriter(
-            folder / "checkpoints",
+            self.folder / "checkpoints",
             num_kept=trainer.num_checkpoints_kept,
             milestone_interval=trainer.milestone_interval_gradient_steps,
         )
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
+    def close(self) -> None:
+        """Let a write that is under way end; flush the log."""
         self.writer.close()
         self.log.close()
 
     def finish(self, step: int) -> Exception | None:
-        """Waits for the last checkpoint, exports a trained policy, says what was done; returns what went wrong."""
+        """Wait for the last checkpoint, export a trained policy, log a summary; returns what went wrong."""
         try:
             self.writer.finish(step)
             if step >= self.config.trainer.num_gradient_steps:
@@ -193,32 +224,18 @@ class _MainRank:
 
 
 def _export_once(checkpoint: Path, folder: Path) -> None:
-    """Writes ``policy.safetensors`` of a trained run unless it is there."""
+    """Write ``policy.safetensors`` of a trained run unless it is there."""
     path = folder / POLICY_FILE
     if not path.is_file():
         export_policy(checkpoint, path)
 
 
-def _save_for_inspection(folder: Path, state: dict[str, Any], trainer: Trainer, ranks: Ranks) -> str:
-    """Writes the state before the next gradient step and each rank's batch for it; says where and how to read them."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if ranks.is_main:
-        write_content(folder / "state.pt", HostCopies().copy(state))
-    batch = {"step": trainer.step + 1, "batch": trainer.replay.sample().to_dict()}
-    write_content(folder / f"batch_rank{ranks.rank}.pt", batch)
-    ranks.maximum(0)
-    return (
-        f"{folder} holds state.pt, a checkpoint of the state before it, and batch_rank*.pt, its batch on each rank; "
-        "torchrl_sql.training.checkpoint.load_checkpoint reads them"
-    )
-
-
 def _load_latest(folder: Path, ranks: Ranks) -> tuple[Path, dict[str, Any]] | None:
     """The newest usable checkpoint, the same on each rank: rank 0 chooses, each reads it."""
     if ranks.is_main:
-        found = load_latest_checkpoint(folder, warn=logger.warning)
-        ranks.broadcast(-1 if found is None else found[1]["step"])
-        return found
+        latest = load_latest_checkpoint(folder, warn=logger.warning)
+        ranks.broadcast(-1 if latest is None else checkpoint_step(latest[0]))
+        return latest
     step = ranks.broadcast(0)
     if step < 0:
         return None
@@ -226,8 +243,8 @@ def _load_latest(folder: Path, ranks: Ranks) -> tuple[Path, dict[str, Any]] | No
     return path, load_checkpoint(path)
 
 
-def _check_same_run(new: RunConfig, old: RunConfig, folder: Path) -> None:
-    """Refuses to continue a run whose results would be a mixture of two configurations."""
+def _check_same_run(config: RunConfig, data_fingerprint: str, path: Path, content: dict[str, Any]) -> None:
+    """Refuse to continue a checkpoint if its run would become a mixture of two configurations or data sets."""
 
     def relevant(config: RunConfig) -> dict[str, Any]:
         values = asdict(config)
@@ -238,9 +255,15 @@ def _check_same_run(new: RunConfig, old: RunConfig, folder: Path) -> None:
         flat |= {f"trainer.{key}": values["trainer"][key] for key in _RESULT_TRAINER_KEYS}
         return flat
 
-    before, now = relevant(old), relevant(new)
+    before = relevant(run_config_from_yaml(content["config"], source=f"the configuration in {path}"))
+    now = relevant(config)
     changed = [f"{key}: {before[key]} there, {now[key]} now" for key in now if before[key] != now[key]]
     if changed:
         raise ConfigError(
-            f"{folder} holds a run with other settings ({'; '.join(changed)}); choose another run_dir or delete it"
+            f"{config.run_dir} holds a run with other settings ({'; '.join(changed)}); choose another run_dir or "
+            "delete it"
+        )
+    if content["data_fingerprint"] != data_fingerprint:
+        raise ConfigError(
+            f"{config.run_dir} was trained on other data than {config.data.store} holds now; choose another run_dir"
         )

@@ -10,18 +10,17 @@ from typing import Any, Literal, Protocol
 import torch
 from tensordict import TensorDict, TensorDictBase
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 from torchrl.objectives import LossModule, TargetNetUpdater
 
-from torchrl_sql.training.parallel import LossCall, SingleProcess, part_like, whole
+from torchrl_sql.training.parallel import LossCall, SingleProcess
 from torchrl_sql.training.ranks import Ranks
 
 _NUM_CHECKED_STEPS = 3
-"""First gradient steps after a start in which the loss checks rewards and network outputs for non-finite values."""
+"""First gradient steps after a start in which batches and gradients are checked at once, not at the next result."""
 
 
 class Replay(Protocol):
-    """What the trainer samples from: any TorchRL replay buffer."""
+    """What the trainer samples from, e.g. :class:`~torchrl_sql.data.OfflineAtariReplay`."""
 
     def sample(self) -> TensorDictBase:
         """The next batch."""
@@ -30,10 +29,13 @@ class Replay(Protocol):
         """What was delivered so far."""
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continues after :meth:`state_dict`."""
+        """Continue after :meth:`state_dict`."""
+
+    def seek(self, step: int) -> None:
+        """Make the batch of this gradient step, counted from 0, the next one; asked after a :class:`NonFiniteError`."""
 
     def shutdown(self) -> None:
-        """Ends reader threads."""
+        """End reader threads."""
 
 
 class NonFiniteError(FloatingPointError):
@@ -73,7 +75,7 @@ class Trainer:
         optimizer (Optimizer): over the loss's parameters.
 
     Keyword Args:
-        scheduler (LRScheduler, optional): stepped after each gradient step.
+        schedule (callable, optional): factor on the optimizer's learning rates at a gradient step, counted from 0.
         target_updater (TargetNetUpdater, optional): stepped every ``target_update_interval`` gradient steps. For a hard
             copy each time, ``HardUpdate(loss, value_network_update_interval=0)``.
         target_update_interval (int): in gradient steps.
@@ -95,7 +97,7 @@ class Trainer:
         replay: Replay,
         optimizer: Optimizer,
         *,
-        scheduler: LRScheduler | None = None,
+        schedule: Callable[[int], float] | None = None,
         target_updater: TargetNetUpdater | None = None,
         target_update_interval: int = 1,
         max_grad_norm: float | None = None,
@@ -107,7 +109,7 @@ class Trainer:
         self.loss = loss
         self.replay = replay
         self.optimizer = optimizer
-        self.scheduler = scheduler
+        self.schedule = schedule
         self.target_updater = target_updater
         self.target_update_interval = target_update_interval
         self.max_grad_norm = float("inf") if max_grad_norm is None else max_grad_norm
@@ -116,13 +118,14 @@ class Trainer:
         self.microbatch_size = microbatch_size
         self.precision = precision
         self.step = 0
+        self._learning_rates = [group["lr"] for group in optimizer.param_groups]
+        self._set_learning_rates()
         self._call = SingleProcess(loss) if call is None else call
         self._interval = _Interval()
         # From the first gradient that is not finite on, steps are counted and, by fused optimizers, not taken: the
         # weights are still those before it when the host hears of it at the next result.
         self._broken = torch.zeros((), device=self.device)
         self._num_broken_steps = torch.zeros((), device=self.device)
-        self._num_checks_left = _NUM_CHECKED_STEPS if hasattr(loss, "check_finite") else 0
 
     @property
     def device(self) -> torch.device:
@@ -144,27 +147,33 @@ class Trainer:
         """
         self.optimizer.zero_grad(set_to_none=True)
         metrics = self._accumulate_gradients(batch)
-        metrics["grad_norm"] = whole(torch.nn.utils.clip_grad_norm_(self._parameters, self.max_grad_norm))
+        metrics["grad_norm"] = torch.nn.utils.clip_grad_norm_(self._parameters, self.max_grad_norm)
         self._broken = torch.maximum(self._broken, metrics["grad_norm"].isfinite().logical_not().float())
         self._num_broken_steps += self._broken
         if self.optimizer.defaults.get("fused"):
             self.optimizer.found_inf = self._broken  # type: ignore[attr-defined]  # as torch.amp.GradScaler does
         self.optimizer.step()
-        if self.scheduler is not None:
-            self.scheduler.step()
         self.step += 1
+        self._set_learning_rates()
         return metrics
 
+    def _set_learning_rates(self) -> None:
+        """Of the gradient step to come."""
+        if self.schedule is not None:
+            factor = self.schedule(self.step)
+            for group, learning_rate in zip(self.optimizer.param_groups, self._learning_rates, strict=True):
+                group["lr"] = learning_rate * factor
+
     def _accumulate_gradients(self, batch: TensorDictBase) -> TensorDict:
-        """Leaves the gradient of the batch's mean loss in the parameters; returns the mean metrics."""
+        """Leave the gradient of the batch's mean loss in the parameters; returns the mean metrics."""
         size = self.microbatch_size or batch.shape[0]
         if batch.shape[0] % size:
             raise ValueError(f"microbatch_size must divide the rank's batch of {batch.shape[0]}, got {size}")
         microbatches = batch.split(size)
         sums: TensorDict | None = None
-        for number, microbatch in enumerate(microbatches, start=1):
+        for index, microbatch in enumerate(microbatches, start=1):
             with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16"):
-                losses = self._call(microbatch, exchange=number == len(microbatches))
+                losses = self._call(microbatch, exchange=index == len(microbatches))
             objective = sum(value for key, value in losses.items() if key.startswith("loss_"))
             # An objective that is not finite breaks its gradient, if it does not do so itself, on every rank.
             factor = torch.where(objective.isfinite(), 1.0, torch.nan)
@@ -174,24 +183,22 @@ class Trainer:
         assert sums is not None
         return sums / len(microbatches)
 
-    def _check_finite(self, batch: TensorDictBase) -> None:
-        """Runs the loss once more with its checks on. They synchronise and do not compile, hence not in the update."""
-        problem: ValueError | None = None
-        self.loss.check_finite = True
-        try:
-            with torch.no_grad():
-                self._call(batch.clone(), eager=True)
-        except ValueError as error:
-            problem = error
-        finally:
-            self.loss.check_finite = False
-        if self.ranks.maximum(int(problem is not None)):
-            raise NonFiniteError(str(problem or "another rank's batch is not finite"), step=self.step + 1) from problem
+    def _check_batch(self, batch: TensorDictBase) -> None:
+        """Wait for the device; the same on each rank.
+
+        Raises:
+            NonFiniteError: naming an entry that the loss reads and that has a value that is not finite.
+        """
+        entries = {key: batch.get(key, None) for key in self.loss.in_keys}
+        broken = [key for key, value in entries.items() if value is not None and not value.isfinite().all()]
+        if self.ranks.maximum(len(broken)):
+            where = f"{broken[0]!r} of the batch" if broken else "the batch of another rank"
+            raise NonFiniteError(f"{where} of gradient step {self.step + 1} is not finite", step=self.step + 1)
 
     def train(
         self, num_gradient_steps: int, *, log_interval: int, stop: Callable[[], bool] = lambda: False
     ) -> Iterator[dict[str, float]]:
-        """Takes gradient steps up to ``num_gradient_steps`` in all.
+        """Take gradient steps up to ``num_gradient_steps`` in all.
 
         Args:
             num_gradient_steps (int): where to stop, counted from the first start.
@@ -211,17 +218,20 @@ class Trainer:
                 a fused optimizer weights, moments and target are then those before that step.
         """
         self._interval.started = time.perf_counter()
+        num_checked = self.step + _NUM_CHECKED_STEPS
         while self.step < num_gradient_steps:
             waiting = time.perf_counter()
             batch = self.replay.sample().to(self.device, non_blocking=True)
             self._interval.data_seconds += time.perf_counter() - waiting
-            if self._num_checks_left:
-                self._check_finite(batch)
-                self._num_checks_left -= 1
+            is_checked = self.step < num_checked
+            if is_checked:
+                self._check_batch(batch)
             self._interval.add(self.update(batch), batch.shape[0])
-            if self.target_updater is not None and self.step % self.target_update_interval == 0:
+            target_updater = self.target_updater if self.step % self.target_update_interval == 0 else None
+            if is_checked or target_updater is not None:
                 self.check_gradients()  # a target made after a broken step would not be that of the state before it
-                self.target_updater.step()
+            if target_updater is not None:
+                target_updater.step()
             if self.step % log_interval == 0 or self.step >= num_gradient_steps:
                 yield self._result()
             if stop():
@@ -229,55 +239,55 @@ class Trainer:
 
     def _result(self) -> dict[str, float]:
         """Means of the interval that ends here; begins the next."""
+        self.check_gradients()
+        means = self._means()
         interval, self._interval = self._interval, _Interval()
-        assert interval.sums is not None
-        names = list(interval.sums.keys())
-        sums = torch.stack([value.float() for value in interval.sums.values()])
-        timing = sums.new_tensor([interval.data_seconds, self._interval.started - interval.started])
-        values = self.ranks.mean(torch.cat([sums / interval.num_steps, timing]))
-        *means, data_seconds, seconds = values.tolist()
-        result = dict(zip(names, means, strict=True))
-        first = self.step - interval.num_steps + 1
-        told = f"means of gradient steps {first} to {self.step}: "
-        told += ", ".join(f"{key}={value:g}" for key, value in result.items())
-        self.check_gradients(told)
-        return result | {
+        seconds = torch.tensor([interval.data_seconds, self._interval.started - interval.started], device=self.device)
+        data_seconds, all_seconds = self.ranks.mean(seconds).tolist()
+        return means | {
             "learning_rate": float(self.optimizer.param_groups[0]["lr"]),
-            "samples_per_second": interval.num_timed_samples * self.ranks.world_size / seconds,
-            "data_wait_fraction": data_seconds / seconds,
+            "samples_per_second": interval.num_timed_samples * self.ranks.world_size / all_seconds,
+            "data_wait_fraction": data_seconds / all_seconds,
         }
 
-    def check_gradients(self, told: str = "") -> None:
-        """Waits for the device; the same on each rank.
+    def _means(self) -> dict[str, float]:
+        """Each metric's mean over ranks and over the steps of the interval; the same on each rank."""
+        sums = self._interval.sums
+        if sums is None:
+            return {}
+        values = torch.stack([value.float() for value in sums.values()]) / self._interval.num_steps
+        return dict(zip(sums.keys(), self.ranks.mean(values).tolist(), strict=True))
 
-        Args:
-            told (str): what else the error is to say.
+    def check_gradients(self) -> None:
+        """Wait for the device; the same on each rank.
 
         Raises:
             NonFiniteError: if a gradient (or objective) since the last start was not finite.
         """
         if num_broken_steps := int(self._num_broken_steps):
             step = self.step - num_broken_steps + 1
-            raise NonFiniteError(f"the gradient of step {step} is not finite; {told}".rstrip("; "), step=step)
+            means = ", ".join(f"{name}={value:g}" for name, value in self._means().items())
+            first = self.step - self._interval.num_steps + 1
+            raise NonFiniteError(
+                f"the gradient of step {step} is not finite; means of gradient steps {first} to {self.step}: {means}",
+                step=step,
+            )
 
     def rewind(self, step: int) -> None:
-        """After a :class:`NonFiniteError`: counts back to the gradient step before it, whose batch comes next.
+        """After a :class:`NonFiniteError`: count back to the gradient step before it, whose batch comes next.
 
-        Only for a replay buffer whose batches follow from its sampler's step alone, as those of
-        :class:`~torchrl_sql.data.OfflineAtariReplay`, and a scheduler of the step alone. Weights stay as they are.
+        Weights and optimizer state stay as they are.
         """
         self.step = step
-        self.replay.sampler.step = step  # type: ignore[attr-defined]
+        self.replay.seek(step)
         self._interval = _Interval()
-        if self.scheduler is not None and self.scheduler.last_epoch != step:
-            self.scheduler.last_epoch = step - 1
-            self.scheduler.step()
+        self._set_learning_rates()
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that decides the steps to come, made of tensors, numbers, strings, lists and dicts.
 
-        To be called by every rank. It does not depend on the number of ranks or on how parameters are spread over
-        them, except for the list of random states.
+        To be called by every rank. Only the list of random states depends on the number of ranks. The schedule has no
+        state: it follows from the step.
         """
         sums = self._interval.sums
         if sums is not None:
@@ -286,34 +296,25 @@ class Trainer:
         cuda_rng = self.device.type == "cuda"
         return {
             "step": self.step,
-            "loss": whole(dict(self.loss.state_dict())),
-            "optimizer": whole(self.optimizer.state_dict()),
-            "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
+            "loss": dict(self.loss.state_dict()),
+            "optimizer": self.optimizer.state_dict(),
             "replay": self.replay.state_dict(),
             "interval": None if sums is None else {"sums": sums.to_dict(), "num_steps": self._interval.num_steps},
             "rng": self.ranks.gather(torch.get_rng_state()),
-            "cuda_rng": self.ranks.gather(torch.cuda.get_rng_state()) if cuda_rng else None,
+            "cuda_rng": self.ranks.gather(torch.cuda.get_rng_state(self.device)) if cuda_rng else None,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues as the trainers whose :meth:`state_dict` this is would have, on each rank.
+        """Continue as the trainers whose :meth:`state_dict` this is would have, on each rank.
 
-        With more ranks than there were, those that come new keep their present random states.
+        Tensors keep the memory layout and the device that they have here. With more ranks than there were, the new ones
+        keep their present random states.
         """
         self.step = state["step"]
-        for key, own in self.loss.state_dict().items():
-            own.copy_(part_like(state["loss"][key], own))  # load_state_dict uses operations that DTensor lacks
-        moments = {
-            index: {
-                key: part_like(value, parameter) if value.shape == parameter.shape else value
-                for key, value in state["optimizer"]["state"][index].items()
-            }
-            for index, parameter in enumerate(self._parameters)
-            if index in state["optimizer"]["state"]
-        }
-        self.optimizer.load_state_dict(state["optimizer"] | {"state": moments})
-        if self.scheduler is not None:
-            self.scheduler.load_state_dict(state["scheduler"])
+        for key, value in self.loss.state_dict().items():
+            value.copy_(state["loss"][key])
+        self.optimizer.load_state_dict(state["optimizer"] | {"state": self._laid_out(state["optimizer"]["state"])})
+        self._set_learning_rates()
         self.replay.load_state_dict(state["replay"])
         self._interval = _Interval()
         if state["interval"] is not None:
@@ -322,4 +323,15 @@ class Trainer:
         if self.ranks.rank < len(state["rng"]):
             torch.set_rng_state(state["rng"][self.ranks.rank].cpu())
             if state["cuda_rng"] is not None and self.device.type == "cuda":
-                torch.cuda.set_rng_state(state["cuda_rng"][self.ranks.rank].cpu())
+                torch.cuda.set_rng_state(state["cuda_rng"][self.ranks.rank].cpu(), self.device)
+
+    def _laid_out(self, moments: dict[int, dict[str, Any]]) -> dict[int, dict[str, Any]]:
+        """Optimizer state in the memory layout of its parameters: fused optimizers walk raw memory."""
+        return {
+            index: {
+                key: torch.empty_like(parameter).copy_(value) if value.shape == parameter.shape else value
+                for key, value in moments[index].items()
+            }
+            for index, parameter in enumerate(self._parameters)
+            if index in moments
+        }
