@@ -50,8 +50,7 @@ from torchrl.data import (
     TensorStorage,
 )
 
-from torchrl_sql.data import FrameStore, OfflineAtariReplay
-from torchrl_sql.data.summary import summarise
+from torchrl_sql.data import FrameStore, OfflineAtariReplay, summarise
 from torchrl_sql.provenance import describe_benchmark
 
 BATCH_SIZE = 512

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torchrl.objectives import HardUpdate
 
-from torchrl_sql.data import FrameStore, OfflineAtariReplay
+from torchrl_sql.data import FrameStore, OfflineAtariReplay, mean_frame
 from torchrl_sql.envs import WEAK_SKILLS, SkillMixture, collect
 from torchrl_sql.modules import make_q_actor
 from torchrl_sql.objectives import DistributionalCQLLoss
@@ -52,7 +52,7 @@ def train(
 ) -> dict[str, float]:
     """Means over the last quarter of the steps."""
     torch.manual_seed(seed)
-    input_mean = torch.stack([torch.from_numpy(store.mean_frame(game)) / 255 for game in GAMES])
+    input_mean = torch.stack([torch.from_numpy(mean_frame(store, game)) / 255 for game in GAMES])
     actor = make_q_actor(GAMES, encoder="resnet_small", logit_scale=scale, value_prior_std=1.0, input_mean=input_mean)
     actor.module[0].module.log_scale.requires_grad_(learned)
     loss = DistributionalCQLLoss(actor, gamma=GAMMAS[objective], cql_alpha=0.3)

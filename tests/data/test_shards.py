@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 
 from torchrl_sql.data import AtariFrameStorage, FrameStore, OfflineAtariReplay
 from torchrl_sql.data import shards as shards_module
+from torchrl_sql.data.damage import verify
 from torchrl_sql.data.frames import shard_path
 from torchrl_sql.data.mapping import MappedFile
 from torchrl_sql.data.shards import DamagedFramesError, FrameReader, Shard
-from torchrl_sql.data.verify import verify
 
 
 @pytest.fixture
@@ -154,7 +154,7 @@ def test_damage_met_in_training_is_named(pong, damage, message, transitions):
     assert (storage[:3]["action"].numpy() == pong.actions[:3]).all()
     expected = (
         rf"{path} is damaged or cannot be read: {message}\. "
-        rf"It holds the frames of transitions {transitions} of Pong, run '0'"
+        rf"It holds the frames of transitions {transitions} of Pong, recording '0'"
     )
     for _ in range(2):  # Also when asked again.
         with pytest.raises(DamagedFramesError, match=expected):

@@ -114,7 +114,7 @@ def test_parts_of_each_game(two_games):
     storage = AtariFrameStorage(two_games, every_kth_episode=2)
     assert storage.game_offsets.tolist() == [0, 20, 60]  # Both runs of Breakout have one episode each.
     copy = pickle.loads(pickle.dumps(storage))
-    assert newest(copy) == newest(storage) and copy.part == storage.part
+    assert newest(copy) == newest(storage) and copy.subset == storage.subset
     with pytest.raises(ValueError, match="not the data of the checkpoint: num_transitions 14 != 60"):
         AtariFrameStorage(two_games, transitions_per_game=7).load_state_dict(storage.state_dict())
 

@@ -3,9 +3,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from torchrl_sql.data import AtariFrameStorage
-from torchrl_sql.data.index import Part
-from torchrl_sql.data.summary import contact_sheet, draw_contact_sheets, format_summaries, summarise
+from torchrl_sql.data import AtariFrameStorage, Subset, mean_frame, summarise
+from torchrl_sql.data.summary import contact_sheet, draw_contact_sheets, format_summaries
 
 
 @pytest.fixture
@@ -41,14 +40,14 @@ def test_unsampleable_as_the_storage_counts_them(store, summaries):
 
 
 def test_summary_of_a_part_by_hand(store, summaries):
-    (breakout,) = summarise(store, ["Breakout", "Qbert"], part=Part(transitions_per_game=4))
+    (breakout,) = summarise(store, ["Breakout", "Qbert"], subset=Subset(transitions_per_game=4))
     assert (breakout.num_transitions, breakout.returns.tolist()) == (4, [1.5, -2.0])
     assert (breakout.lengths.tolist(), breakout.behaviours.tolist()) == ([3, 2], [0, 1])
     assert breakout.action_counts.tolist() == [1, 2] + [0] * 15 + [1]
-    (breakout,) = summarise(store, ["Breakout"], part=Part(every_kth_episode=2))
+    (breakout,) = summarise(store, ["Breakout"], subset=Subset(every_kth_episode=2))
     assert (breakout.num_transitions, breakout.returns.tolist()) == (7, [1.5, 4.0])
     assert breakout.bytes_per_transition == pytest.approx(summaries[0].bytes_per_transition, abs=0.5)
-    (pong,) = summarise(store, ["Pong"], part=Part(first_fraction=0.5))
+    (pong,) = summarise(store, ["Pong"], subset=Subset(first_fraction=0.5))
     assert (pong.num_transitions, len(pong.returns)) == (8, 2)  # the first 9, but one lacks the frame that follows
 
 
@@ -86,3 +85,15 @@ def test_sheets_of_all_games(store, lab):
         label, frames = np.split(image[number * block : (number + 1) * block], [16])
         assert label.min() < 50 and np.median(label) == 255  # Black on white.
         np.testing.assert_array_equal(frames, contact_sheet(store, game, num_columns=4, num_rows=3))
+
+
+def test_mean_frame_of_constant_games(store):
+    for run, value in (("a", 10), ("b", 30)):
+        with store.writer("Pong", run=run, source="test") as writer:
+            frames = np.full((20, 84, 84), value, np.uint8)
+            writer.add_episode(frames, np.zeros(20, int), np.zeros(20), True)
+    mean = mean_frame(store, "Pong", num_samples=4000, seed=1)
+    assert mean.dtype == np.float32 and mean.shape == (84, 84)
+    assert np.ptp(mean) == 0
+    assert abs(mean[0, 0] - 20) < 1
+    np.testing.assert_array_equal(mean, mean_frame(store, "Pong", num_samples=4000, seed=1))

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from torchrl_sql.data import FrameStore
+from torchrl_sql.data.damage import Damage, verify
 from torchrl_sql.data.frames import shard_path
 from torchrl_sql.data.shards import Shard
-from torchrl_sql.data.verify import Damage, verify
 
 
 @pytest.fixture(scope="module")
@@ -60,8 +60,8 @@ def test_each_bad_chunk_is_named(copy):
         (last, "chunk 1: the CRC32C does not match", (26, 26)),
     ]
     found = list(verify(copy))
-    assert found == [Damage(game="Pong", run="0", file=f, reason=r, transitions=t) for f, r, t in expected]
-    assert str(found[0]) == f"Pong, run '0', transitions 4 to 6: {first}: chunk 1: the CRC32C does not match"
+    assert found == [Damage(game="Pong", recording="0", file=f, reason=r, transitions=t) for f, r, t in expected]
+    assert str(found[0]) == f"Pong, recording '0', transitions 4 to 6: {first}: chunk 1: the CRC32C does not match"
 
 
 def test_disk_that_cannot_read_is_named(copy, monkeypatch):
@@ -108,7 +108,7 @@ def test_bad_manifest_does_not_end_the_check(copy):
     (copy.path / "Breakout" / "a" / "manifest.json").write_text("{")
     flip(copy.recording("Pong").path / "rewards.f32", 3)
     found = list(verify(copy))
-    assert [(d.game, d.run) for d in found] == [("Breakout", "a"), ("Pong", "0")]
+    assert [(d.game, d.recording) for d in found] == [("Breakout", "a"), ("Pong", "0")]
     assert "not valid JSON" in found[0].reason
 
 

@@ -170,7 +170,9 @@ def test_the_data_shown_is_the_part_that_the_method_was_trained_on(tmp_path):
     data = gather([ours, other])
     assert [(d.game, d.behaviour.mean, d.num_episodes) for d in data.game_data] == [(game, 2.0, 2) for game in GAMES]
     assert "The data's returns and statistics are those of the method; other had other data." in data.caveats
-    assert any("the part that was trained on: Part(first_fraction=1.0, every_kth_episode=2" in c for c in data.caveats)
+    assert any(
+        "the part that was trained on: Subset(first_fraction=1.0, every_kth_episode=2" in c for c in data.caveats
+    )
 
 
 # Tables without runs

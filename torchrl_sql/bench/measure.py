@@ -13,8 +13,7 @@ from torch import distributed
 
 from torchrl_sql.bench.plan import Measurements
 from torchrl_sql.config import RunConfig
-from torchrl_sql.data import FrameStore
-from torchrl_sql.data.summary import summarise
+from torchrl_sql.data import FrameStore, summarise
 from torchrl_sql.games import FRAME_STACK
 from torchrl_sql.training.build import build_trainer
 from torchrl_sql.training.ranks import Ranks

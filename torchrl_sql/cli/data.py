@@ -89,8 +89,7 @@ def _verify(args: argparse.Namespace) -> None:
     """Reads a whole store once, compares every checksum and names each damaged part."""
     from tqdm import tqdm
 
-    from torchrl_sql.data import FrameStore
-    from torchrl_sql.data.verify import verify
+    from torchrl_sql.data import FrameStore, verify
 
     store = FrameStore.open(args.store)
     with tqdm(desc="verify", unit="file", dynamic_ncols=True) as bar:
@@ -124,8 +123,7 @@ def _export(args: argparse.Namespace) -> None:
     """Writes a part of a store as memory-mapped transitions, 56 KB each, that plain TorchRL reads."""
     from tqdm import tqdm
 
-    from torchrl_sql.data import AtariFrameStorage
-    from torchrl_sql.data.export import export_memmap
+    from torchrl_sql.data import AtariFrameStorage, export_memmap
 
     options = ("n_steps", "gamma", "first_fraction", "every_kth_episode", "transitions_per_game")
     storage = AtariFrameStorage(args.store, args.games, **{name: getattr(args, name) for name in options})
@@ -135,7 +133,7 @@ def _export(args: argparse.Namespace) -> None:
 
 
 def _print_store(path: Path) -> None:
-    from torchrl_sql.data import FrameStore
-    from torchrl_sql.data.summary import format_summaries, summarise
+    from torchrl_sql.data import FrameStore, summarise
+    from torchrl_sql.data.summary import format_summaries
 
     print(format_summaries(list(summarise(FrameStore.open(path)))))

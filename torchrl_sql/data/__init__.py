@@ -1,10 +1,14 @@
 """Frames on disk to TensorDict batches: store, storage, sampler, replay buffer."""
 
+from torchrl_sql.data.damage import verify
+from torchrl_sql.data.export import export_memmap
+from torchrl_sql.data.index import Subset
 from torchrl_sql.data.recording import Recording
 from torchrl_sql.data.replay import OfflineAtariReplay
 from torchrl_sql.data.sampler import GameMixtureSampler, GameMixtureSamplerWithoutReplacement
 from torchrl_sql.data.storage import AtariFrameStorage
 from torchrl_sql.data.store import FrameStore
+from torchrl_sql.data.summary import mean_frame, summarise
 from torchrl_sql.data.writer import RecordingWriter
 
 __all__ = [
@@ -15,4 +19,9 @@ __all__ = [
     "OfflineAtariReplay",
     "Recording",
     "RecordingWriter",
+    "Subset",
+    "export_memmap",
+    "mean_frame",
+    "summarise",
+    "verify",
 ]

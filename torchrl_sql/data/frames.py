@@ -1,4 +1,4 @@
-"""The frame array of one run: Zarr v3, sharded, zstd chunks of a few frames with CRC32C, through TensorStore.
+"""The frame array of one recording: Zarr v3, sharded, zstd chunks of a few frames with CRC32C, through TensorStore.
 
 Everything about the encoding is decided here; ``shards.py`` reads the same files faster, for training.
 """
@@ -66,7 +66,7 @@ def open_frame_array(path: Path) -> ts.TensorStore:
         ValueError: if the array is not ``uint8 [N, 84, 84]``.
     """
     if not (path / "zarr.json").is_file():
-        raise FileNotFoundError(f"{path / 'zarr.json'} is missing: the frames of this run are not there")
+        raise FileNotFoundError(f"{path / 'zarr.json'} is missing: the frames of this recording are not there")
     spec = {
         "driver": "zarr3",
         "kvstore": _kvstore(path),
@@ -100,22 +100,22 @@ class FrameLayout:
         """
         file = path / "zarr.json"
         if not file.is_file():
-            raise FileNotFoundError(f"{file} is missing: the frames of this run are not there")
+            raise FileNotFoundError(f"{file} is missing: the frames of this recording are not there")
         try:
-            found = json.loads(file.read_text(encoding="utf-8"))
-            (num_frames, *frame_shape), (codec,) = found["shape"], found["codecs"]
-            shard_frames, *shard_shape = found["chunk_grid"]["configuration"]["chunk_shape"]
+            layout = json.loads(file.read_text(encoding="utf-8"))
+            (num_frames, *frame_shape), (codec,) = layout["shape"], layout["codecs"]
+            shard_frames, *shard_shape = layout["chunk_grid"]["configuration"]["chunk_shape"]
             inner = codec["configuration"]
             chunk_frames, *chunk_shape = inner["chunk_shape"]
             shapes = [frame_shape, shard_shape, chunk_shape]
-            names = [found["data_type"], codec["name"], *(c["name"] for c in inner["codecs"] + inner["index_codecs"])]
+            names = [layout["data_type"], codec["name"], *(c["name"] for c in inner["codecs"] + inner["index_codecs"])]
             place = inner.get("index_location", "end")
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{file} does not describe an array of frames: {error!r}") from error
         if shapes != [[*FRAME_SHAPE]] * 3 or names != _CODEC_NAMES or place != "end" or shard_frames % chunk_frames:
             raise ValueError(
                 f"{file} must describe uint8 [N, 84, 84] with the codecs {_CODEC_NAMES[1:]} and the index at the end, "
-                f"got {names[0]} {found['shape']} with {names[1:]}, chunks of {inner['chunk_shape']} and the index at "
+                f"got {names[0]} {layout['shape']} with {names[1:]}, chunks of {inner['chunk_shape']} and the index at "
                 f"the {place}"
             )
         return cls(num_frames, (chunk_frames, shard_frames))
@@ -125,9 +125,9 @@ _CODEC_NAMES = ["uint8", "sharding_indexed", "bytes", "zstd", "crc32c", "bytes",
 """Data type, codec of the shards, of the chunks in them, and of their index."""
 
 
-def shard_path(path: Path, number: int) -> Path:
+def shard_path(path: Path, index: int) -> Path:
     """File of one shard of the frame array at ``path``."""
-    return path / "c" / str(number) / "0" / "0"
+    return path / "c" / str(index) / "0" / "0"
 
 
 def _kvstore(path: Path) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""The episodes of many runs as one sequence of transitions, and which of them can be drawn."""
+"""The episodes of many recordings as one sequence of transitions, and which of them can be drawn."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from torchrl_sql.data.recording import Recording
 
 
 @dataclass(frozen=True, kw_only=True)
-class Part:
+class Subset:
     """Which transitions of a store to draw from; the defaults take all. The conditions add up; nothing is copied.
 
     They limit the transitions that are drawn: the frames of ``("next", "observation")`` may lie beyond.
 
     Attributes:
-        first_fraction (float): in (0, 1], the first such part of each run in time order, counted in steps. 0.2 of a
-            DQN-Replay run is the "sub-optimal" data of Kumar et al. (2023).
-        every_kth_episode (int): >= 1, only the episodes 0, k, 2k, ... of each run.
+        first_fraction (float): in (0, 1], the first such part of each recording in time order, counted in steps. 0.2 of
+            a DQN-Replay run is the "sub-optimal" data of Kumar et al. (2023).
+        every_kth_episode (int): >= 1, only the episodes 0, k, 2k, ... of each recording.
         transitions_per_game (int, optional): so many of each game, the first of those left by the other conditions.
     """
 
@@ -39,69 +39,69 @@ class Part:
 
 
 class EpisodeIndex:
-    """Joins the episode tables of all runs: some 50 bytes an episode, nothing a transition.
+    """Joins the episode tables of all recordings: some 50 bytes an episode, nothing a transition.
 
-    Transitions are numbered game by game in the order of ``games``, then run by run, in time order; those that cannot
-    be drawn have no number. In each episode, those that can are its first ones.
+    Transitions are numbered game by game in the order of ``games``, then recording by recording, in time order; those
+    that cannot be drawn have no number. In each episode, the ones that can are its first.
 
     Args:
         games (sequence of str): names, ``G`` of them.
-        runs (sequence of Recording): ``R`` runs, in the order of their games.
+        recordings (sequence of Recording): ``R`` recordings, in the order of their games.
 
     Keyword Args:
         n_steps (int): steps of the return. A transition that spans the end of an episode which did not terminate needs
             the frame that follows, and cannot be drawn where it was not stored.
-        part (Part): a further restriction.
+        subset (Subset): a further restriction.
 
     Attributes:
-        run, run_game (int64 ``[E]``, ``[R]``): run of each episode, game of each run.
-        first_frame, stop_frame (int64 ``[E]``): rows of the run's frame array.
-        first_step, num_steps (int64 ``[E]``): rows of the run's actions and rewards.
+        recording, recording_game (int64 ``[E]``, ``[R]``): recording of each episode, game of each recording.
+        first_frame, stop_frame (int64 ``[E]``): rows of the recording's frame array.
+        first_step, num_steps (int64 ``[E]``): rows of the recording's actions and rewards.
         terminated (bool ``[E]``): how the episode ended.
         game_offsets (int64 ``[G + 1]``): game ``g`` has the numbers ``game_offsets[g]..game_offsets[g + 1] - 1``.
         num_unsampleable (int): steps that cannot be drawn because the frame they need was never stored.
 
     Raises:
-        ValueError: if a game has fewer transitions than ``part`` asks for.
+        ValueError: if a game has fewer transitions than ``subset`` asks for.
     """
 
-    def __init__(self, games: Sequence[str], runs: Sequence[Recording], *, n_steps: int, part: Part) -> None:
-        tables = [run.episodes for run in runs]
+    def __init__(self, games: Sequence[str], recordings: Sequence[Recording], *, n_steps: int, subset: Subset) -> None:
+        tables = [recording.episodes for recording in recordings]
         num_episodes = np.array([len(table) for table in tables])
 
         def join(field: str, dtype: type) -> np.ndarray:
             return np.concatenate([table[field].astype(dtype) for table in tables])
 
-        self.run = np.repeat(np.arange(len(runs)), num_episodes)
-        self.run_game = np.array([games.index(run.game) for run in runs])
+        self.recording = np.repeat(np.arange(len(recordings)), num_episodes)
+        self.recording_game = np.array([games.index(recording.game) for recording in recordings])
         self.first_frame = join("first_frame", np.int64)
         self.num_steps = join("num_steps", np.int64)
         self.terminated = join("terminated", np.bool_)
         has_final_frame = join("has_final_frame", np.bool_)
         self.stop_frame = self.first_frame + self.num_steps + has_final_frame
-        self.first_step = np.concatenate([run.first_steps() for run in runs])
+        self.first_step = np.concatenate([recording.first_steps() for recording in recordings])
 
         end_usable = self.terminated | has_final_frame
         count = np.where(end_usable, self.num_steps, np.maximum(self.num_steps - n_steps, 0))
         self.num_unsampleable = int(self.num_steps.sum() - count.sum())
 
-        run_steps = np.array([run.num_steps for run in runs])
-        last = np.rint(part.first_fraction * run_steps).astype(np.int64)[self.run]
+        recording_steps = np.array([recording.num_steps for recording in recordings])
+        last = np.rint(subset.first_fraction * recording_steps).astype(np.int64)[self.recording]
         count = np.minimum(count, np.maximum(last - self.first_step, 0))
-        number_in_run = np.arange(len(count)) - (np.cumsum(num_episodes) - num_episodes)[self.run]
-        count[number_in_run % part.every_kth_episode != 0] = 0
-        game = self.run_game[self.run]
+        episode_in_recording = np.arange(len(count)) - (np.cumsum(num_episodes) - num_episodes)[self.recording]
+        count[episode_in_recording % subset.every_kth_episode != 0] = 0
+        game = self.recording_game[self.recording]
         per_game = np.bincount(game, weights=count, minlength=len(games)).astype(np.int64)
-        if part.transitions_per_game is not None:
-            short = np.flatnonzero(per_game < part.transitions_per_game)
+        if subset.transitions_per_game is not None:
+            short = np.flatnonzero(per_game < subset.transitions_per_game)
             if short.size:
                 raise ValueError(
                     f"transitions_per_game must be at most the {per_game[short[0]]} that {games[short[0]]} has here, "
-                    f"got {part.transitions_per_game}"
+                    f"got {subset.transitions_per_game}"
                 )
             before = np.cumsum(count) - count - (np.cumsum(per_game) - per_game)[game]
-            count = np.clip(part.transitions_per_game - before, 0, count)
-            per_game[:] = part.transitions_per_game
+            count = np.clip(subset.transitions_per_game - before, 0, count)
+            per_game[:] = subset.transitions_per_game
         self.game_offsets = np.concatenate([[0], np.cumsum(per_game)])
         self._count = count
         self._end = np.cumsum(count)

@@ -43,9 +43,9 @@ def permute(position: np.ndarray, size: np.ndarray, key: np.ndarray) -> np.ndarr
 
 def _rounds(value: np.ndarray, height: np.ndarray, width: np.ndarray, key: np.ndarray) -> np.ndarray:
     high, low = np.divmod(value, width)
-    for number in range(0, _NUM_ROUNDS, 2):
-        high = (high + mix(low ^ mix(key + np.uint64(number))) % height) % height
-        low = (low + mix(high ^ mix(key + np.uint64(number + 1))) % width) % width
+    for index in range(0, _NUM_ROUNDS, 2):
+        high = (high + mix(low ^ mix(key + np.uint64(index))) % height) % height
+        low = (low + mix(high ^ mix(key + np.uint64(index + 1))) % width) % width
     return high * width + low
 
 
@@ -72,10 +72,10 @@ def game_pattern(weights: tuple[float, ...]) -> tuple[np.ndarray, np.ndarray, np
         - uint64 ``[PATTERN_LENGTH]``: how often it came before;
         - uint64 ``[G]``: how often each game comes in all.
     """
-    part = np.cumsum(weights) / np.sum(weights)
+    edges = np.cumsum(weights) / np.sum(weights)
     # From the integers 0..2^64 - 1, so that the pattern is the same on every machine.
     uniform = (np.arange(PATTERN_LENGTH, dtype=np.uint64) * np.uint64(_GOLDEN) >> np.uint64(11)) * 2.0**-53
-    game = np.searchsorted(part, uniform, side="right")
+    game = np.searchsorted(edges, uniform, side="right")
     count = np.bincount(game, minlength=len(weights))
     order = np.argsort(game, kind="stable")
     before = np.empty(PATTERN_LENGTH, np.int64)

@@ -1,4 +1,4 @@
-"""One run of a store: its manifest and flat files, read-only."""
+"""One recording of a store: its manifest and flat files, read-only."""
 
 from __future__ import annotations
 
@@ -37,15 +37,15 @@ MEMBERS: dict[str, tuple[str, np.dtype, str]] = {
     "rewards": ("rewards.f32", np.dtype("<f4"), "num_steps"),
     "episodes": ("episodes.bin", EPISODE_DTYPE, "num_episodes"),
 }
-"""Flat files of a run: file name, record type, and which count of the manifest gives its length."""
+"""Flat files of a recording: file name, record type, and which count of the manifest gives its length."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What a run holds; written to ``manifest.json``.
+    """What a recording holds; written to ``manifest.json``.
 
     Attributes:
-        game, run (str): names, equal to the folders'.
+        game, run (str): names of game and recording, equal to the folders'.
         source (str): where the data came from, for people.
         rewards (str): ``"raw"`` as the game scored them, or ``"clipped"`` to [-1, 1] by the source.
         behaviours (tuple of str): names of the behaviour policies.
@@ -94,15 +94,15 @@ class Manifest:
         try:
             return cls(**fields)
         except TypeError as error:
-            raise ValueError(f"{path} is not a run manifest: {error}") from error
+            raise ValueError(f"{path} is not a recording's manifest: {error}") from error
 
 
 class Recording:
-    """The committed part of one run, as it was when this object was made.
+    """The committed part of one recording, as it was when this object was made.
 
     Args:
-        path (Path): the run's folder.
-        manifest (Manifest, optional): an earlier state of the run to read; default is the newest committed one.
+        path (Path): the recording's folder.
+        manifest (Manifest, optional): an earlier state of the recording to read; default is the newest committed one.
     """
 
     def __init__(self, path: Path, manifest: Manifest | None = None) -> None:
@@ -118,7 +118,7 @@ class Recording:
 
     @property
     def name(self) -> str:
-        """Name of the run within its game."""
+        """Name of the recording within its game."""
         return self.manifest.run
 
     @property
@@ -192,18 +192,18 @@ class Recording:
     def _member(self, key: str) -> np.ndarray:
         name, dtype, count_field = MEMBERS[key]
         path, count = self.path / name, getattr(self.manifest, count_field)
-        found = path.stat().st_size if path.is_file() else None
-        if found is None or found < count * dtype.itemsize:
-            state = "is missing" if found is None else f"has {found} bytes"
+        num_bytes = path.stat().st_size if path.is_file() else None
+        if num_bytes is None or num_bytes < count * dtype.itemsize:
+            state = "is missing" if num_bytes is None else f"has {num_bytes} bytes"
             raise ValueError(f"{path} {state}: {count} committed records need {count * dtype.itemsize} bytes")
         if count == 0:
             return np.zeros(0, dtype)
         return np.memmap(path, dtype, mode="r", shape=(count,)).view(np.ndarray)  # Plain arrays index faster.
 
 
-def fingerprint(runs: Sequence[Recording]) -> str:
-    """SHA-256 over the manifests of ``runs``, in order."""
+def fingerprint(recordings: Sequence[Recording]) -> str:
+    """SHA-256 over the manifests of ``recordings``, in order."""
     digest = hashlib.sha256()
-    for run in runs:
-        digest.update(run.manifest.to_json().encode())
+    for recording in recordings:
+        digest.update(recording.manifest.to_json().encode())
     return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""Batches of frames straight from the shards of many runs, for training.
+"""Batches of frames straight from the shards of many recordings, for training.
 
 The files are plain Zarr v3 (see ``frames.py``, which writes them through TensorStore). This reader knows the one layout
 that the package writes: it maps the shard files into memory, looks chunks up in their indices, lets zstd decode many in
@@ -62,7 +62,7 @@ class DamagedFramesError(ValueError):
 
 
 class FrameDamage(NamedTuple):
-    """Frames ``first_frame..stop_frame - 1`` of a run that cannot be read, why, and the file they should be in."""
+    """Frames ``first_frame..stop_frame - 1`` of a recording that cannot be read, why, and their file."""
 
     path: Path
     reason: str
@@ -107,34 +107,37 @@ class Shard:
 
 
 class FrameReader:
-    """Reads windows of consecutive frames from the frame arrays of several runs, in batches.
+    """Reads windows of consecutive frames from the frame arrays of several recordings, in batches.
 
     Several threads may read at a time, also after ``fork``.
 
     Args:
-        runs (sequence of Recording): ``R`` runs of one store. Rows beyond their committed frames are never read.
+        recordings (sequence of Recording): ``R`` recordings of one store. Rows beyond their committed frames are
+            never read.
 
     Raises:
         FileNotFoundError, ValueError: if a frame array is missing, malformed, shorter than its manifest says, or
             chunked in another way than the others.
     """
 
-    def __init__(self, runs: Sequence[Recording]) -> None:
-        layouts = [FrameLayout.read(run.path / "frames") for run in runs]
-        for run, layout in zip(runs, layouts, strict=True):
-            path = run.path / "frames"
-            if layout.num_frames < run.num_frames:
-                raise ValueError(f"{path} must hold the {run.num_frames} committed frames, got {layout.num_frames}")
+    def __init__(self, recordings: Sequence[Recording]) -> None:
+        layouts = [FrameLayout.read(recording.path / "frames") for recording in recordings]
+        for recording, layout in zip(recordings, layouts, strict=True):
+            path = recording.path / "frames"
+            if layout.num_frames < recording.num_frames:
+                raise ValueError(
+                    f"{path} must hold the {recording.num_frames} committed frames, got {layout.num_frames}"
+                )
             if layout.chunking != layouts[0].chunking:
                 raise ValueError(
-                    f"{path} must have (chunks, shards) of {layouts[0].chunking} frames as the other runs, "
+                    f"{path} must have (chunks, shards) of {layouts[0].chunking} frames as the other recordings, "
                     f"got {layout.chunking}"
                 )
-        self._runs = list(runs)
+        self._recordings = list(recordings)
         self._chunk_frames, shard_frames = layouts[0].chunking
         self._chunks_per_shard = shard_frames // self._chunk_frames
-        num_shards = [-(-run.num_frames // shard_frames) for run in runs]
-        # The shards of all runs are numbered through, and so are their chunks.
+        num_shards = [-(-recording.num_frames // shard_frames) for recording in recordings]
+        # The shards of all recordings are numbered through, and so are their chunks.
         self._first_shard = np.cumsum([0, *num_shards])
         self._shards: dict[int, Shard] = {}
         self._reads_to_announce = _READS_TO_ANNOUNCE
@@ -143,16 +146,16 @@ class FrameReader:
 
     @property
     def num_shards(self) -> int:
-        """Shard files of all runs."""
+        """Shard files of all recordings."""
         return int(self._first_shard[-1])
 
     def read(
-        self, run: np.ndarray, start: np.ndarray, first: np.ndarray, stop: np.ndarray, *, length: int
+        self, recording: np.ndarray, start: np.ndarray, first: np.ndarray, stop: np.ndarray, *, length: int
     ) -> np.ndarray:
         """Reads ``W`` windows. Chunks that neighbouring windows share are decoded once.
 
         Args:
-            run (int ``[W]``): which run.
+            recording (int ``[W]``): which recording.
             start (int64 ``[W]``): first frame of the window; may lie before ``first``.
             first (int64 ``[W]``): first frame of the episode; earlier ones are returned as zeros.
             stop (int64 ``[W]``): one past its last frame; later ones are returned as zeros.
@@ -167,12 +170,12 @@ class FrameReader:
             DamagedFramesError: if a chunk that is needed is not intact.
         """
         begin, end = np.maximum(start, first), np.minimum(start + length, stop)
-        out = np.empty((len(run), length, *FRAME_SHAPE), np.uint8)
+        out = np.empty((len(recording), length, *FRAME_SHAPE), np.uint8)
         out[end - begin < length] = 0
         target = out.data.cast("B")
 
         # Pieces: what a window takes from one chunk.
-        window, number = np.indices((len(run), (length - 2) // self._chunk_frames + 2))
+        window, number = np.indices((len(recording), (length - 2) // self._chunk_frames + 2))
         chunk = begin[:, None] // self._chunk_frames + number
         piece_begin = np.maximum(chunk * self._chunk_frames, begin[:, None])
         piece_end = np.minimum((chunk + 1) * self._chunk_frames, end[:, None])
@@ -180,12 +183,12 @@ class FrameReader:
         from_byte = (piece_begin - chunk * self._chunk_frames)[some] * _FRAME_BYTES
         to_byte = (window * length + piece_begin - start[:, None])[some] * _FRAME_BYTES
         num_bytes = (piece_end - piece_begin)[some] * _FRAME_BYTES
-        chunk += (self._first_shard[run] * self._chunks_per_shard)[:, None]
+        chunk += (self._first_shard[recording] * self._chunks_per_shard)[:, None]
 
         # Groups of windows are decoded one after the other: `keys` lists their distinct chunks, group by group.
         group, num_chunks = window[some] // _WINDOWS_AT_ONCE, self.num_shards * self._chunks_per_shard
         keys, position = np.unique(group * num_chunks + chunk[some], return_inverse=True)
-        groups = np.arange(-(-len(run) // _WINDOWS_AT_ONCE) + 1)
+        groups = np.arange(-(-len(recording) // _WINDOWS_AT_ONCE) + 1)
         first_key = np.searchsorted(keys, groups * num_chunks)
         first_piece = np.searchsorted(group, groups)
         pieces = list(
@@ -213,10 +216,12 @@ class FrameReader:
 
     def check_shard(self, number: int) -> Iterator[FrameDamage]:
         """Reads all committed chunks of a shard, in ``0..num_shards - 1``; yields what is wrong with them."""
-        run = self._run_of_shard(number)
+        recording = self._recording_of_shard(number)
         begin = number * self._chunks_per_shard
-        num_chunks = -(-self._runs[run].num_frames // self._chunk_frames)
-        end = min(begin + self._chunks_per_shard, int(self._first_shard[run]) * self._chunks_per_shard + num_chunks)
+        num_chunks = -(-self._recordings[recording].num_frames // self._chunk_frames)
+        end = min(
+            begin + self._chunks_per_shard, int(self._first_shard[recording]) * self._chunks_per_shard + num_chunks
+        )
         try:
             index = self._load_shard(number).index
         except _BadChunks as error:
@@ -300,28 +305,28 @@ class FrameReader:
         self._shards[number] = shard
         return shard
 
-    def _run_of_shard(self, number: int) -> int:
+    def _recording_of_shard(self, number: int) -> int:
         return int(np.searchsorted(self._first_shard, number, side="right")) - 1
 
     def _shard_path(self, number: int) -> Path:
-        run = self._run_of_shard(number)
-        return shard_path(self._runs[run].path / "frames", number - int(self._first_shard[run]))
+        recording = self._recording_of_shard(number)
+        return shard_path(self._recordings[recording].path / "frames", number - int(self._first_shard[recording]))
 
     def _describe(self, error: _BadChunks) -> tuple[Recording, FrameDamage]:
         number, local = divmod(error.begin, self._chunks_per_shard)
-        index = self._run_of_shard(number)
-        run = self._runs[index]
+        index = self._recording_of_shard(number)
+        recording = self._recordings[index]
         first = (error.begin - int(self._first_shard[index]) * self._chunks_per_shard) * self._chunk_frames
-        stop = min(first + (error.end - error.begin) * self._chunk_frames, run.num_frames)
+        stop = min(first + (error.end - error.begin) * self._chunk_frames, recording.num_frames)
         reason = f"chunk {local}: {error.reason}" if error.end == error.begin + 1 else error.reason
-        return run, FrameDamage(self._shard_path(number), reason, first, stop)
+        return recording, FrameDamage(self._shard_path(number), reason, first, stop)
 
     def _damaged_frames_error(self, error: _BadChunks) -> DamagedFramesError:
-        run, damage = self._describe(error)
-        first, stop = run.steps_of_frames(damage.first_frame, damage.stop_frame)
+        recording, damage = self._describe(error)
+        first, stop = recording.steps_of_frames(damage.first_frame, damage.stop_frame)
         return DamagedFramesError(
             f"{damage.path} is damaged or cannot be read: {damage.reason}. It holds the frames of transitions {first} "
-            f"to {stop - 1} of {run.game}, run {run.name!r}"
+            f"to {stop - 1} of {recording.game}, recording {recording.name!r}"
         )
 
 

@@ -1,6 +1,6 @@
 """Stored frames as TorchRL transitions.
 
-Legend: B batch, R runs, G games.
+Legend: B batch, R recordings, G games.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from tensordict import TensorDict
 from torchrl.data.replay_buffers import Storage
 
-from torchrl_sql.data.index import EpisodeIndex, Part
+from torchrl_sql.data.index import EpisodeIndex, Subset
 from torchrl_sql.data.recording import Manifest, Recording, fingerprint
 from torchrl_sql.data.shards import FrameReader
 from torchrl_sql.data.store import FrameStore
@@ -28,14 +28,14 @@ class AtariFrameStorage(Storage):
     """Read-only TorchRL storage over a :class:`FrameStore`: an index gives a transition with stacked frames.
 
     Index ``i`` counts the sampleable transitions of all games, game by game in the order of :attr:`games` and in time
-    order within a run. A transition starts at step ``t`` of an episode of ``T`` steps and spans
+    order within a recording. A transition starts at step ``t`` of an episode of ``T`` steps and spans
     ``m = min(n_steps, T - t)`` steps; stacks are cut from the stored frames when read, so each frame is stored once.
     Frames before an episode's start are zeros. So is the frame after the last step where it is not stored: with
     ``terminated`` nothing bootstraps from it, and transitions of episodes cut without it that would need it are not
     sampleable (:attr:`num_unsampleable`).
 
-    The storage shows the runs as they were committed when it was made, also after pickling. Several threads may read at
-    a time, and so may processes that inherited it.
+    The storage shows the recordings as they were committed when it was made, also after pickling. Several threads
+    may read at a time, and so may processes that inherited it.
 
     Args:
         store (FrameStore or path): where the episodes are.
@@ -45,7 +45,7 @@ class AtariFrameStorage(Storage):
     Keyword Args:
         n_steps (int): steps of the return, >= 1.
         gamma (float): discount per agent step in [0, 1].
-        first_fraction, every_kth_episode, transitions_per_game: show only a part of the data, see :class:`Part`.
+        first_fraction, every_kth_episode, transitions_per_game: show only a part of the data, see :class:`Subset`.
 
     Batch of :meth:`get`:
         - ``observation``, ``("next", "observation")``: uint8 ``[B, 4, 84, 84]``, oldest frame first. With
@@ -77,7 +77,7 @@ class AtariFrameStorage(Storage):
         every_kth_episode: int = 1,
         transitions_per_game: int | None = None,
     ) -> None:
-        part = Part(
+        subset = Subset(
             first_fraction=first_fraction,
             every_kth_episode=every_kth_episode,
             transitions_per_game=transitions_per_game,
@@ -91,23 +91,32 @@ class AtariFrameStorage(Storage):
         names = resolve_games(games) if games is not None else store.games
         if not names:
             raise ValueError(f"the store {store.path} holds no games yet")
-        runs = [run for name in names for run in store.recordings_of(name)]
-        self._init_from_runs(store.path.absolute(), names, runs, n_steps=n_steps, gamma=float(gamma), part=part)
+        recordings = [recording for name in names for recording in store.recordings_of(name)]
+        self._init_from_recordings(
+            store.path.absolute(), names, recordings, n_steps=n_steps, gamma=float(gamma), subset=subset
+        )
 
-    def _init_from_runs(
-        self, path: Path, games: tuple[str, ...], runs: list[Recording], *, n_steps: int, gamma: float, part: Part
+    def _init_from_recordings(
+        self,
+        path: Path,
+        games: tuple[str, ...],
+        recordings: list[Recording],
+        *,
+        n_steps: int,
+        gamma: float,
+        subset: Subset,
     ) -> None:
         self._path = path
         self.games = games
         """Names of the games; ``game_id`` indexes them."""
         self.n_steps = n_steps
         self.gamma = gamma
-        self.part = part
-        """Which transitions of the runs this storage shows."""
-        self._runs = runs
+        self.subset = subset
+        """Which transitions of the recordings this storage shows."""
+        self._recordings = recordings
         self._discounts = gamma ** np.arange(n_steps)
-        self._episodes = EpisodeIndex(games, runs, n_steps=n_steps, part=part)
-        self._reader = FrameReader(runs)
+        self._episodes = EpisodeIndex(games, recordings, n_steps=n_steps, subset=subset)
+        self._reader = FrameReader(recordings)
         super().__init__(max_size=len(self._episodes))
 
     @property
@@ -154,12 +163,12 @@ class AtariFrameStorage(Storage):
             raise IndexError(f"index must lie in 0..{len(self) - 1}, got {wrong}")
         episodes = self._episodes
         episode, step = episodes.locate(index)
-        run = episodes.run[episode]
+        recording = episodes.recording[episode]
         left = episodes.num_steps[episode] - step
         span = np.minimum(self.n_steps, left)
         at_end = left <= self.n_steps
         terminated = at_end & episodes.terminated[episode]
-        action, reward = self._read_scalars(run, episodes.first_step[episode] + step, span)
+        action, reward = self._read_scalars(recording, episodes.first_step[episode] + step, span)
         observation, next_observation = self._read_stacks(episode, step, span)
         next_ = {
             "observation": next_observation,
@@ -171,20 +180,20 @@ class AtariFrameStorage(Storage):
         source = {
             "observation": observation,
             "action": torch.from_numpy(action),
-            "game_id": torch.from_numpy(episodes.run_game[run]),
+            "game_id": torch.from_numpy(episodes.recording_game[recording]),
             "steps_to_next_obs": torch.from_numpy(span).unsqueeze(-1),
             "next": TensorDict(next_, batch_size=[len(index)]),
         }
         return TensorDict(source, batch_size=[len(index)])
 
-    def _read_scalars(self, run: np.ndarray, row: np.ndarray, span: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _read_scalars(self, recording: np.ndarray, row: np.ndarray, span: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Actions int64 ``[B]`` and discounted sums of clipped rewards float32 ``[B]``."""
         action = np.empty(len(row), np.int64)
         rewards = np.zeros((len(row), self.n_steps), np.float32)
         ahead = np.arange(self.n_steps)
-        for number in np.unique(run).tolist():
-            chosen = np.flatnonzero(run == number)
-            source = self._runs[number]
+        for index in np.unique(recording).tolist():
+            chosen = np.flatnonzero(recording == index)
+            source = self._recordings[index]
             action[chosen] = source.actions[row[chosen]]
             last = (row + span - 1)[chosen, None]
             rewards[chosen] = source.rewards[np.minimum(row[chosen, None] + ahead, last)]
@@ -196,21 +205,21 @@ class AtariFrameStorage(Storage):
         if not len(step):
             empty = torch.zeros(0, FRAME_STACK, *FRAME_SHAPE, dtype=torch.uint8)
             return empty, empty
-        run, first = self._episodes.run[episode], self._episodes.first_frame[episode]
+        recording, first = self._episodes.recording[episode], self._episodes.first_frame[episode]
         stop = self._episodes.stop_frame[episode]
         start = first + step - (FRAME_STACK - 1)
         if self.n_steps == 1:
-            frames = torch.from_numpy(self._reader.read(run, start, first, stop, length=FRAME_STACK + 1))
+            frames = torch.from_numpy(self._reader.read(recording, start, first, stop, length=FRAME_STACK + 1))
             return frames[:, :FRAME_STACK], frames[:, 1:]
         # Both stacks of a transition side by side: they often lie in the same chunk, which is then decoded once.
-        run, first, stop = (np.repeat(array, 2) for array in (run, first, stop))
+        recording, first, stop = (np.repeat(array, 2) for array in (recording, first, stop))
         starts = np.stack([start, start + span], axis=1).ravel()
-        frames = torch.from_numpy(self._reader.read(run, starts, first, stop, length=FRAME_STACK))
+        frames = torch.from_numpy(self._reader.read(recording, starts, first, stop, length=FRAME_STACK))
         return frames[::2], frames[1::2]
 
     def fingerprint(self) -> str:
         """SHA-256 of the manifests behind this storage: the same transitions at the same indices."""
-        return fingerprint(self._runs)
+        return fingerprint(self._recordings)
 
     def set(self, cursor: Any, data: Any, *, set_cursor: bool = True) -> None:
         """Always raises ``RuntimeError``: write with :meth:`FrameStore.writer`."""
@@ -227,7 +236,7 @@ class AtariFrameStorage(Storage):
 
     def state_dict(self) -> dict[str, Any]:
         """What identifies the data; the data itself stays in the store."""
-        return {"fingerprint": self.fingerprint(), "num_transitions": len(self), **asdict(self.part)}
+        return {"fingerprint": self.fingerprint(), "num_transitions": len(self), **asdict(self.subset)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Checks that this storage holds the same data.
@@ -235,10 +244,10 @@ class AtariFrameStorage(Storage):
         Raises:
             ValueError: if it does not, so that a resumed run would see other batches.
         """
-        for key, own in self.state_dict().items():
-            if state_dict.get(key) != own:
+        for key, value in self.state_dict().items():
+            if state_dict.get(key) != value:
                 raise ValueError(
-                    f"{self._path} is not the data of the checkpoint: {key} {own} != {state_dict.get(key)}"
+                    f"{self._path} is not the data of the checkpoint: {key} {value} != {state_dict.get(key)}"
                 )
 
     def dumps(self, path: str | os.PathLike[str]) -> None:
@@ -259,18 +268,18 @@ class AtariFrameStorage(Storage):
             buffer._init_collate_fn = _identity
 
     def __getstate__(self) -> dict[str, Any]:
-        manifests = [run.manifest for run in self._runs]
+        manifests = [recording.manifest for recording in self._recordings]
         return {
             "path": self._path,
             "games": self.games,
             "manifests": manifests,
-            "options": {"n_steps": self.n_steps, "gamma": self.gamma, "part": self.part},
+            "options": {"n_steps": self.n_steps, "gamma": self.gamma, "subset": self.subset},
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         manifests: list[Manifest] = state["manifests"]
-        runs = [Recording(state["path"] / manifest.game / manifest.run, manifest) for manifest in manifests]
-        self._init_from_runs(state["path"], state["games"], runs, **state["options"])
+        recordings = [Recording(state["path"] / manifest.game / manifest.run, manifest) for manifest in manifests]
+        self._init_from_recordings(state["path"], state["games"], recordings, **state["options"])
 
     def __repr__(self) -> str:
         return f"AtariFrameStorage({str(self._path)!r}, games={list(self.games)}, num_transitions={len(self)})"

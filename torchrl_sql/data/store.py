@@ -22,16 +22,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-
 from torchrl_sql.data.recording import VERSION, Recording, fingerprint
-from torchrl_sql.data.shards import FrameReader
 from torchrl_sql.data.writer import RecordingWriter
 from torchrl_sql.files import json_field, read_json, write_text
-from torchrl_sql.games import FRAME_SHAPE, resolve_games
+from torchrl_sql.games import resolve_games
 
 STORE_FORMAT = "torchrl_sql.frame_store"
-_RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_RECORDING_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 class FrameStore:
@@ -119,40 +116,40 @@ class FrameStore:
 
     @property
     def recordings(self) -> tuple[Recording, ...]:
-        """All committed runs, by game and name."""
+        """All committed recordings, by game and name."""
         return tuple(Recording(file.parent) for file in sorted(self.path.glob("*/*/manifest.json")))
 
     @property
     def games(self) -> tuple[str, ...]:
-        """Games with at least one committed run, in alphabetical order."""
-        return tuple(dict.fromkeys(run.game for run in self.recordings))
+        """Games with at least one committed recording, in alphabetical order."""
+        return tuple(dict.fromkeys(recording.game for recording in self.recordings))
 
     def recordings_of(self, game: str) -> tuple[Recording, ...]:
-        """The committed runs of one game.
+        """The committed recordings of one game.
 
         Raises:
             ValueError: if the game is unknown or the store holds none of it.
         """
         resolve_games([game])
-        runs = tuple(Recording(file.parent) for file in sorted((self.path / game).glob("*/manifest.json")))
-        if not runs:
+        recordings = tuple(Recording(file.parent) for file in sorted((self.path / game).glob("*/manifest.json")))
+        if not recordings:
             held = ", ".join(self.games) or "no games"
             raise ValueError(f"game {game!r} is not in the store {self.path}, which holds {held}")
-        return runs
+        return recordings
 
     def recording(self, game: str, name: str | None = None) -> Recording:
-        """One run; ``name`` may be left out where the game has only one.
+        """One recording; ``name`` may be left out where the game has only one.
 
         Raises:
-            ValueError: if there is no such run, or several and no name.
+            ValueError: if there is no such recording, or several and no name.
         """
-        runs = self.recordings_of(game)
-        names = [run.name for run in runs]
-        if name is None and len(runs) > 1:
-            raise ValueError(f"game {game!r} has the runs {names}: name one")
+        recordings = self.recordings_of(game)
+        names = [recording.name for recording in recordings]
+        if name is None and len(recordings) > 1:
+            raise ValueError(f"game {game!r} has the recordings {names}: name one")
         if name is not None and name not in names:
-            raise ValueError(f"run must be one of {names} for game {game!r}, got {name!r}")
-        return runs[0 if name is None else names.index(name)]
+            raise ValueError(f"recording must be one of {names} for game {game!r}, got {name!r}")
+        return recordings[0 if name is None else names.index(name)]
 
     def writer(
         self,
@@ -164,9 +161,11 @@ class FrameStore:
         behaviours: Sequence[str] = ("behaviour",),
         metadata: Mapping[str, Any] | None = None,
     ) -> RecordingWriter:
-        """Opens a run for writing: a new one, or an existing one to append to. See :class:`RecordingWriter`."""
+        """Opens the recording named ``run`` for writing: a new one, or an existing one to append to, see
+        :class:`RecordingWriter`.
+        """
         resolve_games([game])
-        if not _RUN_NAME.fullmatch(run):
+        if not _RECORDING_NAME.fullmatch(run):
             raise ValueError(f"run must be made of letters, digits, '.', '_' and '-', got {run!r}")
         return RecordingWriter(
             self.path / game / run,
@@ -179,36 +178,10 @@ class FrameStore:
             zstd_level=self.zstd_level,
         )
 
-    def mean_frame(self, game: str, *, num_samples: int = 2000, seed: int = 0) -> np.ndarray:
-        """Mean of random frames of one game, all its runs taken together.
-
-        Args:
-            game (str): its name.
-
-        Keyword Args:
-            num_samples (int): frames drawn, with replacement.
-            seed (int): seed of the draw.
-
-        Returns:
-            float32 ``[84, 84]`` in 0..255.
-        """
-        runs = self.recordings_of(game)
-        reader = FrameReader(runs)
-        num_frames = np.array([run.num_frames for run in runs])
-        ends = np.cumsum(num_frames)
-        drawn = np.sort(np.random.default_rng(seed).integers(0, ends[-1], num_samples))
-        run = np.searchsorted(ends, drawn, side="right")
-        row = drawn - (ends - num_frames)[run]
-        total = np.zeros(FRAME_SHAPE, np.int64)
-        for some in np.array_split(np.arange(num_samples), range(512, num_samples, 512)):
-            frames = reader.read(run[some], row[some], row[some], row[some] + 1, length=1)
-            total += frames.sum((0, 1), dtype=np.int64)
-        return (total / num_samples).astype(np.float32)
-
     def fingerprint(self, games: Sequence[str] | None = None) -> str:
         """SHA-256 over the manifests: equal for equal contents wherever the store lies, for checkpoints."""
-        runs = self.recordings if games is None else [run for game in games for run in self.recordings_of(game)]
-        return fingerprint(runs)
+        recordings = self.recordings if games is None else [r for game in games for r in self.recordings_of(game)]
+        return fingerprint(recordings)
 
     def __repr__(self) -> str:
         return f"FrameStore({str(self.path)!r}, games={list(self.games)})"

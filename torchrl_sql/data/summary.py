@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from torchrl_sql.data.index import EpisodeIndex, Part
+from torchrl_sql.data.index import EpisodeIndex, Subset
 from torchrl_sql.data.recording import Recording
 from torchrl_sql.data.shards import FrameReader
 from torchrl_sql.data.store import FrameStore
@@ -21,7 +21,7 @@ _LABEL_PIXELS = 16
 
 @dataclass(frozen=True, kw_only=True)
 class GameSummary:
-    """Statistics of one game, all its runs taken together.
+    """Statistics of one game, all its recordings taken together.
 
     Attributes:
         game (str): name of the game.
@@ -34,7 +34,7 @@ class GameSummary:
         behaviour_names (tuple of str): the behaviour policies.
         action_counts (array): int64 ``[18]``.
         rewards ("raw", "clipped" or "mixed"): what the returns are sums of.
-        sources (tuple of str): where the runs came from.
+        sources (tuple of str): where the recordings came from.
     """
 
     game: str
@@ -61,65 +61,66 @@ class GameSummary:
 
 
 def summarise(
-    store: FrameStore, games: Sequence[str] | None = None, *, part: Part | None = None
+    store: FrameStore, games: Sequence[str] | None = None, *, subset: Subset | None = None
 ) -> Iterator[GameSummary]:
     """Yields the summary of each game of a store, in its order.
 
     Args:
         store (FrameStore): where they are.
-        games (sequence of str, optional): some of them; default all. Absent ones are passed over.
+        games (sequence of str, optional): default all. Absent ones are ignored.
 
     Keyword Args:
-        part (Part, optional): summarise the transitions that one-step targets can draw from this part, and the
+        subset (Subset, optional): summarise the transitions that one-step targets can draw from it, and the
             (whole) episodes that these are of; default all that is stored.
 
     Raises:
         ValueError, FileNotFoundError: if a manifest or a member is damaged or missing.
     """
     for game in store.games if games is None else [game for game in store.games if game in games]:
-        runs = store.recordings_of(game)
+        recordings = store.recordings_of(game)
         names: list[str] = []
         behaviours = []
-        for run in runs:
-            for name in run.manifest.behaviours:
+        for recording in recordings:
+            for name in recording.manifest.behaviours:
                 if name not in names:
                     names.append(name)
-            position = np.array([names.index(name) for name in run.manifest.behaviours])
-            behaviours.append(position[run.episodes["component"]])
-        episodes = np.concatenate([run.episodes for run in runs])
+            position = np.array([names.index(name) for name in recording.manifest.behaviours])
+            behaviours.append(position[recording.episodes["component"]])
+        episodes = np.concatenate([recording.episodes for recording in recordings])
         used = episodes["num_steps"].astype(np.int64)
-        if part is not None:
-            used = EpisodeIndex((game,), runs, n_steps=1, part=part).num_drawable_steps
-        kept = slice(None) if part is None else used > 0
-        ends = np.cumsum([run.num_episodes for run in runs])[:-1]
-        used_by_run = np.split(used, ends)
-        num_bytes, num_stored = sum(_folder_bytes(run.path) for run in runs), sum(run.num_steps for run in runs)
-        rewards = {run.manifest.rewards for run in runs}
+        if subset is not None:
+            used = EpisodeIndex((game,), recordings, n_steps=1, subset=subset).num_drawable_steps
+        kept = slice(None) if subset is None else used > 0
+        ends = np.cumsum([recording.num_episodes for recording in recordings])[:-1]
+        used_by_recording = np.split(used, ends)
+        num_bytes = sum(_folder_bytes(recording.path) for recording in recordings)
+        num_stored = sum(recording.num_steps for recording in recordings)
+        rewards = {recording.manifest.rewards for recording in recordings}
         yield GameSummary(
             game=game,
             num_transitions=int(used.sum()),
             num_unsampleable=int((~episodes["terminated"] & ~episodes["has_final_frame"])[kept].sum()),
             num_bytes=round(num_bytes * int(used.sum()) / max(num_stored, 1)),
-            returns=np.concatenate([run.episode_returns() for run in runs])[kept],
+            returns=np.concatenate([recording.episode_returns() for recording in recordings])[kept],
             lengths=episodes["num_steps"].astype(np.int64)[kept],
             behaviours=np.concatenate(behaviours)[kept],
             behaviour_names=tuple(names),
             action_counts=sum(
                 (
-                    np.bincount(run.actions[_first_steps_of_each(run, counts)], minlength=NUM_ACTIONS)
-                    for run, counts in zip(runs, used_by_run, strict=True)
+                    np.bincount(recording.actions[_first_steps_of_each(recording, counts)], minlength=NUM_ACTIONS)
+                    for recording, counts in zip(recordings, used_by_recording, strict=True)
                 ),
                 np.zeros(NUM_ACTIONS, np.int64),
             ),
             rewards=rewards.pop() if len(rewards) == 1 else "mixed",
-            sources=tuple(dict.fromkeys(run.manifest.source for run in runs)),
+            sources=tuple(dict.fromkeys(recording.manifest.source for recording in recordings)),
         )
 
 
-def _first_steps_of_each(run: Recording, counts: np.ndarray) -> np.ndarray:
+def _first_steps_of_each(recording: Recording, counts: np.ndarray) -> np.ndarray:
     """Whether (bool ``[num_steps]``) a step is among the first ``counts`` of its episode."""
-    lengths = run.episodes["num_steps"]
-    return np.arange(run.num_steps) < np.repeat(run.first_steps() + counts, lengths)
+    lengths = recording.episodes["num_steps"]
+    return np.arange(recording.num_steps) < np.repeat(recording.first_steps() + counts, lengths)
 
 
 def format_summaries(summaries: Sequence[GameSummary]) -> str:
@@ -128,17 +129,20 @@ def format_summaries(summaries: Sequence[GameSummary]) -> str:
         f"{'game':<16} {'transitions':>12} {'episodes':>9} {'return':>16} {'length':>8} {'bytes/tr.':>9} {'of raw':>8}"
     )
     lines = [header, "-" * len(header)]
+
+    def spread(returns: np.ndarray) -> str:
+        return f"{returns.mean():.2f} ± {returns.std():.2f}" if len(returns) else "-"
+
     for s in summaries:
-        returns = f"{s.returns.mean():.2f} ± {s.returns.std():.2f}" if len(s.returns) else "-"
         length = f"{s.lengths.mean():.0f}" if len(s.lengths) else "-"
         lines.append(
-            f"{s.game:<16} {s.num_transitions:>12,} {len(s.returns):>9,} {returns:>16} {length:>8} "
+            f"{s.game:<16} {s.num_transitions:>12,} {len(s.returns):>9,} {spread(s.returns):>16} {length:>8} "
             f"{s.bytes_per_transition:>9.1f} {f'1/{s.ratio_to_raw:.0f}':>8}"
         )
         for index, name in enumerate(s.behaviour_names):
-            own = s.returns[s.behaviours == index]
-            if len(own):
-                lines.append(f"  {name:<14} {'':>12} {len(own):>9,} {f'{own.mean():.2f} ± {own.std():.2f}':>16}")
+            returns = s.returns[s.behaviours == index]
+            if len(returns):
+                lines.append(f"  {name:<14} {'':>12} {len(returns):>9,} {spread(returns):>16}")
         share = s.action_counts / max(s.action_counts.sum(), 1)
         actions = ", ".join(f"{ACTION_NAMES[a]} {share[a]:.0%}" for a in np.argsort(-share) if share[a] > 0)
         lines.append(f"  actions: {actions}")
@@ -152,8 +156,46 @@ def format_summaries(summaries: Sequence[GameSummary]) -> str:
     return "\n".join(lines)
 
 
+class _GameFrames:
+    """Frames of a game, all its recordings taken together: an index int64 ``[B]`` gives uint8 ``[B, 84, 84]``."""
+
+    def __init__(self, store: FrameStore, game: str) -> None:
+        recordings = store.recordings_of(game)
+        self._reader = FrameReader(recordings)
+        self._ends = np.cumsum([recording.num_frames for recording in recordings])
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, index: np.ndarray) -> np.ndarray:
+        recording = np.searchsorted(self._ends, index, side="right")
+        row = index - np.concatenate([[0], self._ends])[recording]
+        return self._reader.read(recording, row, row, row + 1, length=1)[:, 0]
+
+
+def mean_frame(store: FrameStore, game: str, *, num_samples: int = 2000, seed: int = 0) -> np.ndarray:
+    """Mean of random frames of one game, all its recordings taken together.
+
+    Args:
+        store (FrameStore): where it is.
+        game (str): its name.
+
+    Keyword Args:
+        num_samples (int): frames drawn, with replacement.
+        seed (int): seed of the draw.
+
+    Returns:
+        float32 ``[84, 84]`` in 0..255.
+    """
+    frames = _GameFrames(store, game)
+    drawn = np.sort(np.random.default_rng(seed).integers(0, len(frames), num_samples))
+    batches = np.array_split(drawn, range(512, num_samples, 512))
+    total = sum((frames[batch].sum(0, dtype=np.int64) for batch in batches), np.zeros(FRAME_SHAPE, np.int64))
+    return (total / num_samples).astype(np.float32)
+
+
 def contact_sheet(store: FrameStore, game: str, *, num_columns: int = 12, num_rows: int = 8) -> np.ndarray:
-    """Frames of a game at equal distances through all its runs, in reading order.
+    """Frames of a game at equal distances through all its recordings, in reading order.
 
     Args:
         store (FrameStore): where it is.
@@ -170,14 +212,10 @@ def contact_sheet(store: FrameStore, game: str, *, num_columns: int = 12, num_ro
         ValueError: if the store holds none of the game.
         DamagedFramesError: if a frame cannot be read.
     """
-    runs = store.recordings_of(game)
-    ends = np.cumsum([run.num_frames for run in runs])
-    position = np.arange(num_columns * num_rows) * ends[-1] // (num_columns * num_rows)
-    run = np.searchsorted(ends, position, side="right")
-    row = position - np.concatenate([[0], ends])[run]
-    frames = FrameReader(runs).read(run, row, row, row + 1, length=1)
+    frames = _GameFrames(store, game)
+    tiles = frames[np.arange(num_columns * num_rows) * len(frames) // (num_columns * num_rows)]
     height, width = FRAME_SHAPE
-    tiles = frames.reshape(num_rows, num_columns, height, width)
+    tiles = tiles.reshape(num_rows, num_columns, height, width)
     return tiles.transpose(0, 2, 1, 3).reshape(num_rows * height, num_columns * width)
 
 
@@ -195,10 +233,10 @@ def draw_contact_sheets(store: FrameStore, *, num_columns: int = 12) -> Image.Im
     height, width = FRAME_SHAPE
     block = _LABEL_PIXELS + num_rows * height
     image = Image.new("L", (num_columns * width, len(games) * block), 255)
-    for number, game in enumerate(games):
-        ImageDraw.Draw(image).text((4, number * block + 2), game, fill=0)
+    for index, game in enumerate(games):
+        ImageDraw.Draw(image).text((4, index * block + 2), game, fill=0)
         sheet = contact_sheet(store, game, num_columns=num_columns, num_rows=num_rows)
-        image.paste(Image.fromarray(sheet), (0, number * block + _LABEL_PIXELS))
+        image.paste(Image.fromarray(sheet), (0, index * block + _LABEL_PIXELS))
     return image
 
 

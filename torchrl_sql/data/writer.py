@@ -1,4 +1,4 @@
-"""Appending episodes to a run, with an atomic commit."""
+"""Appending episodes to a recording, with an atomic commit."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ from torchrl_sql.games import FRAME_SHAPE, NUM_ACTIONS
 
 
 class RecordingWriter:
-    """Appends episodes to one run. Made by :meth:`FrameStore.writer`; a context manager.
+    """Appends episodes to one recording. Made by :meth:`FrameStore.writer`; a context manager.
 
     Readers see what was committed: :meth:`commit` replaces the manifest after everything it counts is on disk. A
     writer killed at any instant therefore leaves the last committed state, and opening a writer again continues from
     there. Equal episodes give equal files, whatever commits and crashes lay between. Leaving the ``with`` block
     commits, unless an exception is passing through.
 
-    One writer a run at a time (an advisory lock, released if the process dies).
+    One writer a recording at a time (an advisory lock, released if the process dies).
 
     Raises:
-        ValueError: if the run exists with another source, kind of rewards or behaviours.
-        BlockingIOError: if another writer has the run open.
+        ValueError: if the recording exists with another source, kind of rewards or behaviours.
+        BlockingIOError: if another writer has the recording open.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class RecordingWriter:
         self._shard_frames = shard_frames
         self._path.mkdir(parents=True, exist_ok=True)
         metadata = None if metadata is None else _json_copy(metadata)
-        with ExitStack() as stack:  # Closes what is open so far if the run turns out not to be appendable.
+        with ExitStack() as stack:  # Closes what is open so far if the recording turns out not to be appendable.
             stack.enter_context(_lock(self._path))
             file = self._path / "manifest.json"
             committed = Manifest.read(file) if file.exists() else None
@@ -134,12 +134,12 @@ class RecordingWriter:
             frames (uint8 ``[T, 84, 84]`` or ``[T + 1, 84, 84]``): the newest frame of each observation; with ``T + 1``
                 the last one is the frame after the last step.
             actions (integers ``[T]``): indices into the 18 full actions.
-            rewards (floats ``[T]``): as recorded; within [-1, 1] if the run's rewards are clipped.
+            rewards (floats ``[T]``): as recorded; within [-1, 1] if the recording's rewards are clipped.
             terminated (bool): the game ended. False: it was cut (a time-out, the end of the data), and its last step
                 can be sampled only if the final frame is there.
 
         Keyword Args:
-            behaviour (int): which of the run's behaviours acted.
+            behaviour (int): which of the recording's behaviours acted.
 
         Raises:
             ValueError: for other shapes, dtypes or values; the episode is not added.
@@ -160,7 +160,7 @@ class RecordingWriter:
             raise ValueError(f"actions must lie in 0..{NUM_ACTIONS - 1}, got {actions.min()}..{actions.max()}")
         limit = 1.0 if self._manifest.rewards == "clipped" else np.finfo(np.float32).max
         if not np.all(np.abs(rewards) <= limit):
-            kind = "within [-1, 1] (this run's rewards are clipped)" if limit == 1.0 else "finite"
+            kind = "within [-1, 1] (this recording's rewards are clipped)" if limit == 1.0 else "finite"
             raise ValueError(f"rewards must be {kind}, got {rewards[~(np.abs(rewards) <= limit)][0]}")
         if not isinstance(terminated, (bool, np.bool_)):
             raise ValueError(f"terminated must be a bool, got {terminated!r}")
@@ -182,7 +182,7 @@ class RecordingWriter:
         """Publishes everything added so far, atomically; all or nothing of it survives a crash.
 
         Keyword Args:
-            metadata (mapping of JSON values, optional): replaces the run's metadata in the same instant.
+            metadata (mapping of JSON values, optional): replaces the recording's metadata in the same instant.
         """
         self._check_open()
         if metadata is None and self._num_episodes == self._manifest.num_episodes:
@@ -203,7 +203,7 @@ class RecordingWriter:
             write_text(self._path / "manifest.json", self._manifest.to_json())
 
     def close(self, *, commit: bool = True) -> None:
-        """Commits (unless told not to) and releases the run. Closing twice does nothing."""
+        """Commits (unless told not to) and releases the recording. Closing twice does nothing."""
         if self._state == "closed":
             return
         try:
@@ -255,10 +255,10 @@ class RecordingWriter:
         file.seek(size)
         return file
 
-    def _recover_tail(self, run: Recording) -> np.ndarray:
+    def _recover_tail(self, recording: Recording) -> np.ndarray:
         """Removes shards of a killed writer; returns the committed frames of the last, partly filled shard."""
-        full = run.num_frames - run.num_frames % self._shard_frames
-        tail = np.array(run.open_frames()[full : run.num_frames].read().result())
+        full = recording.num_frames - recording.num_frames % self._shard_frames
+        tail = np.array(recording.open_frames()[full : recording.num_frames].read().result())
         end = full + self._shard_frames if len(tail) else full
         if self._array.shape[0] > end:
             self._array = self._array.resize(exclusive_max=[end, *FRAME_SHAPE]).result()

@@ -8,9 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from torchrl_sql.config import DataConfig
-from torchrl_sql.data import FrameStore
-from torchrl_sql.data.index import Part
-from torchrl_sql.data.summary import GameSummary, summarise
+from torchrl_sql.data import FrameStore, Subset, summarise
+from torchrl_sql.data.summary import GameSummary
 from torchrl_sql.evaluation.agents import CONSTANT_AGENT
 from torchrl_sql.evaluation.episodes import EpisodeResult
 from torchrl_sql.report import GameData, ReturnSummary
@@ -37,7 +36,7 @@ def game_data(
     present = [FrameStore.open(store) for store in stores]
     summaries: dict[str, list[GameSummary]] = {game: [] for game in games}
     for store in present:
-        for summary in summarise(store, games, part=_part(runs[0][1])):
+        for summary in summarise(store, games, subset=_subset(runs[0][1])):
             summaries[summary.game].append(summary)
     result = []
     for game, parts in summaries.items():
@@ -78,8 +77,8 @@ def game_data(
     return result, caveats
 
 
-def _part(data: DataConfig) -> Part:
-    return Part(
+def _subset(data: DataConfig) -> Subset:
+    return Subset(
         first_fraction=data.first_fraction,
         every_kth_episode=data.every_kth_episode,
         transitions_per_game=data.transitions_per_game,
@@ -88,9 +87,11 @@ def _part(data: DataConfig) -> Part:
 
 def other_data(method: DataConfig, others: Mapping[str, DataConfig]) -> list[str]:
     """What is to be said where not all agents (by label) were trained on the method's data, or the method on a part."""
-    part = _part(method)
-    caveats = [] if part == Part() else [f"The data's statistics are those of the part that was trained on: {part}."]
-    unlike = [label for label, data in others.items() if (data.store, _part(data)) != (method.store, part)]
+    subset = _subset(method)
+    caveats = (
+        [] if subset == Subset() else [f"The data's statistics are those of the part that was trained on: {subset}."]
+    )
+    unlike = [label for label, data in others.items() if (data.store, _subset(data)) != (method.store, subset)]
     if unlike:
         caveats.append(
             f"The data's returns and statistics are those of the method; {', '.join(unlike)} had other data."

@@ -13,7 +13,7 @@ from torchrl.modules import DistributionalQValueActor, QValueActor
 from torchrl.objectives import HardUpdate, LossModule
 
 from torchrl_sql.config import ModelConfig, OptimConfig, RunConfig, run_config_from_yaml
-from torchrl_sql.data import FrameStore, OfflineAtariReplay
+from torchrl_sql.data import FrameStore, OfflineAtariReplay, mean_frame
 from torchrl_sql.games import FRAME_SHAPE
 from torchrl_sql.modules import make_q_actor
 from torchrl_sql.objectives import DiscreteBCLoss, DistributionalCQLLoss
@@ -157,7 +157,7 @@ def build_trainer(config: RunConfig, ranks: Ranks | None = None) -> Trainer:
         pin_memory=device.type == "cuda",
     )
     if config.model.center_input:
-        means = [torch.from_numpy(store.mean_frame(game)) / 255 for game in config.games]
+        means = [torch.from_numpy(mean_frame(store, game)) / 255 for game in config.games]
         actor.module[0].module.input_mean.copy_(torch.stack(means))
     loss = build_loss(config, actor).to(device)
     compile = config.trainer.compile

@@ -39,7 +39,7 @@ def test_import_verify_inspect(dopamine, tmp_path, capsys):
     file.write_bytes(data)
     assert main(["verify", str(store)]) == 1
     captured = capsys.readouterr()
-    assert "Pong, run '1'" in captured.out and "CRC32" in captured.out and "1 damaged" in captured.err
+    assert "Pong, recording '1'" in captured.out and "CRC32" in captured.out and "1 damaged" in captured.err
 
 
 def test_a_failed_game_is_named_and_the_others_are_there(dopamine, tmp_path, capsys):

@@ -19,22 +19,22 @@ class Damage:
     """Something in a store that is not what was written.
 
     Attributes:
-        game, run (str): names of the folders.
+        game, recording (str): names of the folders.
         file (Path): the damaged or missing file.
         reason (str): what is wrong with it; for frames, which chunk.
-        transitions (tuple of int, optional): first and last transition of the run (rows of its actions and rewards)
-            whose frames are affected; None: any may be.
+        transitions (tuple of int, optional): first and last transition of the recording (rows of its actions and
+            rewards) whose frames are affected; None: any may be.
     """
 
     game: str
-    run: str
+    recording: str
     file: Path
     reason: str
     transitions: tuple[int, int] | None = None
 
     def __str__(self) -> str:
         span = "all transitions" if self.transitions is None else "transitions {} to {}".format(*self.transitions)
-        return f"{self.game}, run {self.run!r}, {span}: {self.file}: {self.reason}"
+        return f"{self.game}, recording {self.recording!r}, {span}: {self.file}: {self.reason}"
 
 
 def verify(store: FrameStore, *, progress: Callable[[int, int], None] = lambda done, total: None) -> Iterator[Damage]:
@@ -50,26 +50,26 @@ def verify(store: FrameStore, *, progress: Callable[[int, int], None] = lambda d
         progress (callable): is given the number of files done and of all files, after each one.
 
     Yields:
-        Damage, run by run; nothing if the store is intact.
+        Damage, recording by recording; nothing if the store is intact.
     """
     folders = [file.parent for file in sorted(store.path.glob("*/*/manifest.json"))]
     checks: list[Callable[[], Iterator[Damage]]] = []
     for folder in folders:
         try:
-            run = Recording(folder)
-            checks += [_member_check(run, key) for key in MEMBERS]
-            reader = FrameReader([run])
-            checks += [_shard_check(run, reader, number) for number in range(reader.num_shards)]
+            recording = Recording(folder)
+            checks += [_member_check(recording, key) for key in MEMBERS]
+            reader = FrameReader([recording])
+            checks += [_shard_check(recording, reader, shard) for shard in range(reader.num_shards)]
         except (OSError, ValueError) as error:
-            yield Damage(game=folder.parent.name, run=folder.name, file=folder, reason=str(error))
-    for number, check in enumerate(checks):
+            yield Damage(game=folder.parent.name, recording=folder.name, file=folder, reason=str(error))
+    for index, check in enumerate(checks):
         yield from check()
-        progress(number + 1, len(checks))
+        progress(index + 1, len(checks))
 
 
-def _member_check(run: Recording, key: str) -> Callable[[], Iterator[Damage]]:
+def _member_check(recording: Recording, key: str) -> Callable[[], Iterator[Damage]]:
     name, dtype, count_field = MEMBERS[key]
-    file, size = run.path / name, getattr(run.manifest, count_field) * dtype.itemsize
+    file, size = recording.path / name, getattr(recording.manifest, count_field) * dtype.itemsize
 
     def check() -> Iterator[Damage]:
         crc32, left = 0, size
@@ -79,25 +79,29 @@ def _member_check(run: Recording, key: str) -> Callable[[], Iterator[Damage]]:
                     crc32 = zlib.crc32(data, crc32)
                     left -= len(data)
         except OSError as error:
-            yield Damage(game=run.game, run=run.name, file=file, reason=str(error))
+            yield Damage(game=recording.game, recording=recording.name, file=file, reason=str(error))
             return
         if left:
             reason = f"must hold {size} committed bytes, got {size - left}"
-            yield Damage(game=run.game, run=run.name, file=file, reason=reason)
-        elif crc32 != run.manifest.crc32.get(key):
-            yield Damage(game=run.game, run=run.name, file=file, reason="the CRC32 does not match the manifest")
+            yield Damage(game=recording.game, recording=recording.name, file=file, reason=reason)
+        elif crc32 != recording.manifest.crc32.get(key):
+            yield Damage(
+                game=recording.game, recording=recording.name, file=file, reason="the CRC32 does not match the manifest"
+            )
 
     return check
 
 
-def _shard_check(run: Recording, reader: FrameReader, number: int) -> Callable[[], Iterator[Damage]]:
+def _shard_check(recording: Recording, reader: FrameReader, shard: int) -> Callable[[], Iterator[Damage]]:
     def check() -> Iterator[Damage]:
-        for path, reason, first_frame, stop_frame in reader.check_shard(number):
+        for path, reason, first_frame, stop_frame in reader.check_shard(shard):
             try:
-                first, stop = run.steps_of_frames(first_frame, stop_frame)
+                first, stop = recording.steps_of_frames(first_frame, stop_frame)
                 transitions = (first, stop - 1)
             except (OSError, ValueError, IndexError):  # The episode table is damaged too.
                 transitions = None
-            yield Damage(game=run.game, run=run.name, file=path, reason=reason, transitions=transitions)
+            yield Damage(
+                game=recording.game, recording=recording.name, file=path, reason=reason, transitions=transitions
+            )
 
     return check
