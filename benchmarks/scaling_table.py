@@ -23,7 +23,7 @@ NUM_GPUS = (1, 8, 32, 128)
 SUSTAINED_FLOPS = 75e12  # 30% of the 250 TFLOP/s that large bf16 matrix products reach on an A100
 LEAST_STEP_SECONDS = 0.015  # some 1,500 kernels, however small the batch
 NODE_BYTES_PER_SECOND = 200e9  # eight GPUs on NVLink
-NETWORKS_BYTES_PER_SECOND = {"100 Gb/s a node": 10e9, "8 x 200 Gb/s a node": 150e9}
+NETWORKS_BYTES_PER_SECOND = {"100 Gb/s per node": 10e9, "8 x 200 Gb/s per node": 150e9}
 READ_TRANSITIONS_PER_SECOND = 31_800.0  # measured, one reader thread: benchmarks/results/buffer.md
 READ_BYTES_PER_TRANSITION = 157 * 20 * 1.2  # 157 bytes a frame, measured there; 1.2 chunks of 20 frames hold 5
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from torchrl_sql.bench.measure import measure, read_bytes_per_transition
+from torchrl_sql.bench import measure, read_bytes_per_transition
 from torchrl_sql.cli import main
 from torchrl_sql.config import compose_run_config
 from torchrl_sql.data import FrameStore
@@ -45,6 +45,15 @@ def test_batches_larger_than_the_runs_are_refused(settings, samples):
         measure(compose_run_config(settings), ALONE, samples_per_gpu=[4, samples], num_repeats=1)
 
 
+@pytest.mark.parametrize(("microbatch_size", "samples"), [(4, [8, 4, 1]), (8, [2, 8])])
+def test_a_batch_is_split_as_training_splits_it(settings, microbatch_size, samples):
+    config = compose_run_config([*settings, f"trainer.microbatch_size={microbatch_size}"])
+    assert sorted(measure(config, ALONE, samples_per_gpu=samples, num_repeats=1).step_seconds) == sorted(samples)
+    if microbatch_size == 4:
+        with pytest.raises(ValueError, match=r"samples_per_gpu must be multiples of trainer.microbatch_size=4, got 6"):
+            measure(config, ALONE, samples_per_gpu=[6], num_repeats=1)
+
+
 @pytest.mark.parametrize(
     ("n_steps", "chunks"),
     [(1, 2.0), (4, 2.75), (20, 3.5)],
@@ -60,7 +69,7 @@ def test_command_prints_measurements_and_a_plan(settings, tmp_path, capsys):
     file = tmp_path / "measured.json"
     assert main(["bench", *settings, "--samples", "8,4", "--repeats", "1", "--gpus", "1,2", "--json", str(file)]) == 0
     printed = capsys.readouterr().out
-    assert "step of 8 samples a device" in printed
+    assert "step of 8 samples per device" in printed
     assert "no plan for 2 GPUs: network_bytes_per_second must be known" in printed
     assert "4,000 gradient steps of 8 transitions" in printed
     assert json.loads(file.read_text())["step_seconds"].keys() == {"4", "8"}

@@ -56,11 +56,11 @@ def test_batch_must_be_shared_out_evenly(num_gpus):
 def test_what_was_not_measured_is_refused():
     with pytest.raises(ValueError, match="step_seconds must be known for 1024 samples or more, got up to 512"):
         plan(MEASURED, num_gpus=1, batch_size=1024)
-    with pytest.raises(ValueError, match="network_bytes_per_second must be known for 32 GPUs at 8 a node"):
+    with pytest.raises(ValueError, match="network_bytes_per_second must be known for 32 GPUs at 8 per node"):
         plan(dataclasses.replace(MEASURED, network_bytes_per_second=None), num_gpus=32)
 
 
-def test_table_has_a_row_a_plan():
+def test_the_table_has_one_row_per_plan():
     table = format_plans([plan(MEASURED, num_gpus=n) for n in (1, 8)]).splitlines()
     assert len(table) == 4
     assert table[2].startswith("| 1 | 512 | 400 | 0 |")

@@ -14,7 +14,7 @@ def add_commands(commands: Any) -> None:
     bench = commands.add_parser(
         "bench", help="measure steps, readers and links here, and plan a run", description=_bench.__doc__
     )
-    bench.add_argument("--samples", default="512,128,64,16,4", help="batches of one device (default: %(default)s)")
+    bench.add_argument("--samples", default="512,128,64,16,4", help="batch sizes of one device (default: %(default)s)")
     bench.add_argument("--gpus", default="1,8,32,128", help="numbers of GPUs to plan for (default: %(default)s)")
     bench.add_argument("--repeats", type=int, default=20, help="of each measurement (default: %(default)s)")
     bench.add_argument("--json", type=Path, help="write the measurements to this file")
@@ -23,15 +23,14 @@ def add_commands(commands: Any) -> None:
 
 
 def _bench(args: argparse.Namespace) -> None:
-    """Times a run's gradient step at several batch sizes, its readers and, if started on several GPUs (as with
-    torchrun), the links between them; then prints how long the run would take on more of them. docs/scaling.md
+    """Time a run's gradient step at several batch sizes, its readers and, if started on several GPUs (as with
+    torchrun), the links between them; then print how long the run would take on more of them. docs/scaling.md
     explains the arithmetic.
     """
     import json
     from dataclasses import asdict
 
-    from torchrl_sql.bench import format_measurements, format_plans, plan
-    from torchrl_sql.bench.measure import measure
+    from torchrl_sql.bench import format_measurements, format_plans, measure, plan
     from torchrl_sql.config import compose_run_config
     from torchrl_sql.training.build import resolve_device
     from torchrl_sql.training.ranks import process_group
