@@ -8,7 +8,7 @@ from __future__ import annotations
 import csv
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib import resources
 from typing import Literal, TypeVar
@@ -180,6 +180,24 @@ class RunReturns:
                 run = returns[seed, game]
                 values[s, g, : len(run)] = [run[episode] for episode in sorted(run)]
         return cls(games=tuple(games), seeds=tuple(seeds), values=values, counts=counts)
+
+    def episodes(self, seed_index: int, game_index: int) -> Array:
+        """The returns of one run, ``[E]``."""
+        return self.values[seed_index, game_index, : self.counts[seed_index, game_index]]
+
+    def select(self, games: Sequence[str]) -> RunReturns:
+        """The same runs restricted to ``games``, in that order."""
+        columns = [self.games.index(game) for game in games]
+        return replace(self, games=tuple(games), values=self.values[:, columns], counts=self.counts[:, columns])
+
+    def normalised(self, reference: Reference) -> RunReturns:
+        """The same runs on the normalised scale.
+
+        Raises:
+            ValueError: if a game has no such reference score; see :func:`split_by_reference`.
+        """
+        columns = [normalised_score(self.values[:, g], game, reference) for g, game in enumerate(self.games)]
+        return replace(self, values=np.stack(columns, axis=1))
 
     def run_scores(self) -> Array:
         """Mean over the episodes of each run, ``[S, G]``."""

@@ -1,0 +1,1 @@
+"""Arrays of returns in, intervals and verdicts out."""
