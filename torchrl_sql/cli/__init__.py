@@ -7,7 +7,8 @@ import difflib
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torchrl_sql
 from torchrl_sql.cli import bench, data, evaluate, launch, train
@@ -84,12 +85,25 @@ def _run(args: argparse.Namespace) -> None:
     args.run_command(args)
 
 
+class CommandParser(argparse.ArgumentParser):
+    """A command's parser. ``fill``, if there is one, adds to it when it is used: what it imports may take seconds."""
+
+    fill: Callable[[CommandParser], None] | None = None
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Fills the parser first."""
+        fill, self.fill = self.fill, None
+        if fill is not None:
+            fill(self)
+        return super().parse_known_args(args, namespace)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="torchrl-sql", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--version", action="version", version=f"torchrl-sql {torchrl_sql.__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=CommandParser)
     for group in (train, evaluate, data, launch, bench):
         group.add_commands(commands)
     completion = commands.add_parser(

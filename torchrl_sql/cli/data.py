@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from torchrl_sql.cli.settings import OVERRIDES_HELP
 
@@ -18,23 +19,17 @@ def add_commands(commands: Any) -> None:
     collect.set_defaults(run_command=_collect)
 
     importer = commands.add_parser("import", help="read a data set of others into a store", description=_import.__doc__)
-    importer.add_argument("format", choices=("dqn-replay", "torchrl-memmap", "minari"), help="what SOURCE is")
-    importer.add_argument("source", metavar="SOURCE", help="its folder (dqn-replay: or a URL, with fsspec installed)")
-    importer.add_argument("--out", type=Path, required=True, help="the store; made if absent")
-    importer.add_argument("--games", help="e.g. train40, or names separated by commas (minari: one name, if unclear)")
-    importer.add_argument("--run", help="dqn-replay, torchrl-memmap: 1 to 5 (default: 1); minari: name in the store")
-    importer.add_argument("--checkpoints", help="e.g. 0-9, the paper's sub-optimal set (default for dqn-replay)")
-    importer.add_argument("--workers", type=int, default=1, help="processes, each on one game at a time (default: 1)")
+    importer.fill = _add_formats
     importer.set_defaults(run_command=_import)
 
     verify = commands.add_parser("verify", help="compare every checksum of a store", description=_verify.__doc__)
     verify.add_argument("store", type=Path, help="folder of the store")
     verify.set_defaults(run_command=_verify)
 
-    inspect = commands.add_parser("inspect", help="show what a store holds", description=_inspect.__doc__)
-    inspect.add_argument("store", type=Path, help="folder of the store")
-    inspect.add_argument("--contact-sheet", type=Path, metavar="FILE.png", help="draw frames of each game there")
-    inspect.set_defaults(run_command=_inspect)
+    summary = commands.add_parser("inspect", help="show what a store holds", description=_inspect.__doc__)
+    summary.add_argument("store", type=Path, help="folder of the store")
+    summary.add_argument("--contact-sheet", type=Path, metavar="FILE.png", help="draw frames of each game there")
+    summary.set_defaults(run_command=_inspect)
 
     export = commands.add_parser(
         "export", help="write a part of a store as TorchRL transitions", description=_export.__doc__
@@ -59,24 +54,37 @@ def _collect(args: argparse.Namespace) -> None:
     _print_store(store.path)
 
 
+def _add_formats(importer: argparse.ArgumentParser) -> None:
+    """Adds a parser per format, whose options are the keyword arguments that the format names."""
+    from torchrl_sql.data import importers
+
+    parsers = importer.add_subparsers(dest="format", required=True, metavar="FORMAT")
+    for format in importers.formats().values():
+        parser = parsers.add_parser(format.name, help=format.summary, description=_import.__doc__)
+        parser.add_argument("source", metavar="SOURCE", help=format.summary)
+        parser.add_argument("--out", type=Path, required=True, help="the store; made if absent")
+        types, parameters = get_type_hints(format.read), inspect.signature(format.read).parameters
+        for option, text in format.options.items():
+            kind = types[option]
+            parser.add_argument(
+                f"--{option.replace('_', '-')}",
+                help=text,
+                type=int if kind is int else str,
+                choices=get_args(kind) if get_origin(kind) is Literal else None,
+                required=parameters[option].default is inspect.Parameter.empty,
+                default=argparse.SUPPRESS,
+            )
+        parser.set_defaults(read=format.read, options=tuple(format.options))
+
+
 def _import(args: argparse.Namespace) -> None:
-    """Reads DQN-Replay, TorchRL's AtariDQNExperienceReplay folders or a Minari data set into a store. The same command
-    continues an import that was stopped.
-    """
+    """Reads a data set of others into a store. The same command continues an import that was stopped."""
     from torchrl_sql.data import importers
 
     failed: importers.ImportFailedError | None = None
+    options = {name: getattr(args, name) for name in args.options if hasattr(args, name)}
     try:
-        if args.format == "minari":
-            summaries = importers.import_minari(args.source, args.out, game=args.games, run=args.run, progress=True)
-        else:
-            if args.games is None:
-                raise ValueError("--games must be given, e.g. --games train40")
-            read = importers.import_dqn_replay if args.format == "dqn-replay" else importers.import_torchrl_memmap
-            settings = {"games": args.games, "run": int(args.run or 1), "workers": args.workers, "progress": True}
-            if args.checkpoints is not None:
-                settings["checkpoints"] = args.checkpoints
-            summaries = read(args.source, args.out, **settings)
+        summaries = args.read(args.source, args.out, progress=True, **options)
     except importers.ImportFailedError as error:
         failed, summaries = error, list(error.summaries)
     if summaries:

@@ -1,10 +1,18 @@
 from __future__ import annotations
 
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
 from PIL import Image
 
 from torchrl_sql.cli import main
-from torchrl_sql.data import FrameStore
+from torchrl_sql.data import FrameStore, importers
 from torchrl_sql.games import GAMES
+
+ROOT = Path(__file__).parents[3]
 
 
 def play(dopamine, root, game):
@@ -65,7 +73,47 @@ def test_a_failed_game_is_named_and_the_others_are_there(dopamine, tmp_path, cap
     assert FrameStore.open(store).games == ("Pong",)
 
 
-def test_games_are_needed(tmp_path, capsys):
-    assert main(["import", "dqn-replay", str(tmp_path), "--out", str(tmp_path / "store")]) == 1
-    assert "--games must be given" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["dqn-replay"], "the following arguments are required: --games"),
+        (["dqn-replay", "--games", "Pong", "--run", "one"], "argument --run: invalid int value: 'one'"),
+        (["minari", "--checkpoints", "0-1"], "unrecognized arguments: --checkpoints 0-1"),
+        (["torchrl-memmap", "--games", "Pong", "--gamma", "1"], "unrecognized arguments: --gamma 1"),
+        (["rlds"], "invalid choice: 'rlds' (choose from 'dqn-replay', 'minari', 'torchrl-memmap')"),
+    ],
+)
+def test_options_are_those_of_the_format(tmp_path, capsys, arguments, message):
+    with pytest.raises(SystemExit):
+        main(["import", arguments[0], str(tmp_path), "--out", str(tmp_path / "store"), *arguments[1:]])
+    assert message in capsys.readouterr().err
     assert not (tmp_path / "store").exists()
+
+
+def test_every_format_is_documented():
+    text = (ROOT / "docs" / "data.md").read_text()
+    assert all(f"import {name} " in text for name in importers.formats())
+
+
+def test_the_recipe_for_an_importer(tmp_path, monkeypatch, lab):
+    """CONTRIBUTING's code is a module beside the others; the command line knows its format then."""
+    section = (ROOT / "CONTRIBUTING.md").read_text().split("### An importer\n")[1].split("\n### ")[0]
+    (code,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "npz.py").write_text(code)
+    monkeypatch.setattr(importers, "__path__", [*importers.__path__, str(tmp_path / "new")])
+    (tmp_path / "mine" / "Pong").mkdir(parents=True)
+    episodes = lab.make_episodes([(5, True, False), (3, True, False)])
+    for index, e in enumerate(episodes):
+        file = tmp_path / "mine" / "Pong" / f"{index}.npz"
+        np.savez(file, frames=e.frames, actions=e.actions, rewards=e.rewards)
+    arguments = ["import", "npz", str(tmp_path / "mine"), "--games", "Pong", "--out", str(tmp_path / "store")]
+    try:
+        assert main(arguments) == 0
+    finally:
+        sys.modules.pop("torchrl_sql.data.importers.npz", None)
+    recording = FrameStore.open(tmp_path / "store").recording("Pong")
+    np.testing.assert_array_equal(recording.rewards, np.concatenate([e.rewards for e in episodes]))
+    np.testing.assert_array_equal(recording.actions, np.concatenate([e.actions for e in episodes]))
+    frames = recording.open_frames()[: recording.num_frames].read().result()
+    np.testing.assert_array_equal(frames, np.concatenate([e.frames for e in episodes]))

@@ -65,7 +65,7 @@ def test_stopped_at_any_read_or_write_it_continues_to_the_same_bytes(dopamine, l
         assert lab.tree(part.path) == expected
         shutil.rmtree(part.path)
         step += 5
-    assert step > 60 and num_states == {None, 1, 10, 19}
+    assert step > 50 and num_states == {None, 1, 10, 19}
 
 
 DRIVER = """

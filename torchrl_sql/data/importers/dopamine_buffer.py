@@ -45,8 +45,6 @@ import numpy as np
 
 STACK_SIZE = 4
 NUM_PADDING_ROWS = STACK_SIZE - 1
-MAX_EPISODE_STEPS = 27_000
-"""Agent steps after which the runner of DQN-Replay ended an episode."""
 
 logger = logging.getLogger(__name__)
 
@@ -71,32 +69,43 @@ class BufferState:
 
 
 @dataclass(frozen=True)
-class PlacedCheckpoint:
-    """Where a checkpoint's rows lie in time.
+class Segment:
+    """Rows of a checkpoint that lie together in time and that no checkpoint before it holds.
 
-    In time order they are row ``num_rows - 1`` if ``wraps``, then rows ``0 .. cursor - 1``.
+    In time order they are row ``num_rows - 1`` if ``wraps``, then rows ``first .. stop - 1``.
 
     Attributes:
         number, name, num_rows: as in :class:`BufferState`.
-        cursor (int): the row that would have been written next.
-        wraps (bool): the buffer had been filled before, so its last row is older than row 0.
-        start (str): what comes before its first row: nothing (``"run"``), the last row of the checkpoint before it in
-            the import (``"previous"``), or rows that are not there (``"unknown"``).
+        first, stop (int): rows.
+        wraps (bool): the file's last row comes before them.
+        start (str): what comes before the first row: nothing (``"run"``), the last row of the segment before
+            (``"previous"``), or rows that are not there (``"unknown"``).
     """
 
     number: int
     name: str
     num_rows: int
-    cursor: int
+    first: int
+    stop: int
     wraps: bool
     start: Literal["run", "previous", "unknown"]
 
     def row(self, time: int) -> int:
         """The row at a place in time order."""
-        return time if not self.wraps else time - 1 if time else self.num_rows - 1
+        return self.num_rows - 1 if self.wraps and time == 0 else self.first + time - self.wraps
+
+    def in_time_order(self, rows: np.ndarray) -> np.ndarray:
+        """Picks the segment's rows out of all (array ``[num_rows]``)."""
+        rows_after = rows[self.first : self.stop]
+        return np.concatenate((rows[-1:], rows_after)) if self.wraps else rows_after
+
+    @property
+    def num_unused(self) -> int:
+        """Rows of the checkpoint that are not in the segment."""
+        return self.num_rows - self.wraps - (self.stop - self.first)
 
 
-def place_checkpoints(states: Sequence[BufferState]) -> tuple[PlacedCheckpoint, ...]:
+def place_checkpoints(states: Sequence[BufferState]) -> tuple[Segment, ...]:
     """Finds out which rows of each checkpoint are new, and whether they continue the checkpoint before.
 
     Args:
@@ -105,7 +114,7 @@ def place_checkpoints(states: Sequence[BufferState]) -> tuple[PlacedCheckpoint, 
     Raises:
         ValueError: if ``add_count`` and ``invalid_range`` contradict each other or the order of the checkpoints.
     """
-    placed: list[PlacedCheckpoint] = []
+    placed: list[Segment] = []
     end = None  # Rows written when the previous checkpoint was saved, counted from the start of the run.
     for state in states:
         num_rows, cursor = state.num_rows, state.add_count % state.num_rows
@@ -134,6 +143,6 @@ def place_checkpoints(states: Sequence[BufferState]) -> tuple[PlacedCheckpoint, 
             start = "previous"
         elif end is not None:
             logger.warning("%s does not continue %s: rows between them are missing", state.name, placed[-1].name)
-        placed.append(PlacedCheckpoint(state.number, state.name, num_rows, cursor, wraps, start))
+        placed.append(Segment(state.number, state.name, num_rows, 0, cursor, wraps, start))
         end = stop
     return tuple(placed)

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from torchrl_sql.data.importers.dopamine_buffer import MAX_EPISODE_STEPS, NUM_PADDING_ROWS, PlacedCheckpoint
+from torchrl_sql.data.importers.dopamine_buffer import NUM_PADDING_ROWS, Segment
 from torchrl_sql.data.importers.job import Episode, Position
 from torchrl_sql.games import FRAME_SHAPE, GAMES
 
@@ -47,20 +48,20 @@ class CheckpointReader(Protocol):
 
 
 def read_episodes(
-    placed: Sequence[PlacedCheckpoint],
+    segments: Sequence[Segment],
     open_checkpoint: Callable[[int], AbstractContextManager[CheckpointReader]],
     *,
     game: str,
-    max_episode_steps: int = MAX_EPISODE_STEPS,
+    max_episode_steps: int,
     state: Mapping[str, Any] | None = None,
 ) -> Iterator[Episode | Position]:
-    """Yields the episodes, and after each checkpoint a position to continue from.
+    """Yields the episodes, and after each segment a position to continue from.
 
-    Each file is read once, from front to back, and at most a few episodes are held in memory. The last row of a file
-    belongs before its first one in time: the episode around it is yielded after the others of that checkpoint.
+    Each file is read from front to back, and at most a few episodes are held in memory. The last row of a file may
+    belong before its first one in time: the episode around it is yielded after the others of that checkpoint.
 
     Args:
-        placed (sequence of PlacedCheckpoint): what to read.
+        segments (sequence of Segment): what to read.
         open_checkpoint (callable): opens the checkpoint of a number.
 
     Keyword Args:
@@ -71,24 +72,46 @@ def read_episodes(
     Raises:
         ValueError: if rows contradict the format.
     """
-    builder = _EpisodeBuilder(placed, open_checkpoint, game, max_episode_steps)
+    builder = _EpisodeBuilder(segments, open_checkpoint, game, max_episode_steps)
     if state is not None:
-        builder.segment, builder.time = state["segment"], state["time"]
-        builder.headless, builder.dropped = state["headless"], dict(state["dropped"])
-    while builder.segment < len(placed):
+        builder.place = _Place(**state)
+    while builder.place.segment < len(segments):
         yield from builder.read_segment()
     yield from builder.finish()
+
+
+@dataclass
+class _Place:
+    """Between two rows: what is read next, and what lies before.
+
+    Attributes:
+        segment, time (int): of the next row.
+        headless (bool): it is inside an episode whose first rows are missing.
+        dropped (dict): rows before that are not transitions, by reason; those of an open episode excepted.
+    """
+
+    segment: int = 0
+    time: int = 0
+    headless: bool = False
+    dropped: dict[str, int] = field(default_factory=dict)
+
+    def copy(self) -> _Place:
+        return _Place(**asdict(self))
+
+    def drop(self, reason: str, num_rows: int) -> None:
+        if num_rows:
+            self.dropped[reason] = self.dropped.get(reason, 0) + num_rows
 
 
 class _OpenEpisode:
     """An episode whose end was not read yet.
 
     Attributes:
-        start (tuple): segment and time of its first row, padding included, and rows dropped before it.
+        start (_Place): before its first row, which is padding.
         num_rows (int): rows read, padding included.
     """
 
-    def __init__(self, start: tuple[int, int, dict[str, int]]) -> None:
+    def __init__(self, start: _Place) -> None:
         self.start = start
         self.num_rows = 0
         self.frames: list[np.ndarray] = []
@@ -101,204 +124,181 @@ class _OpenEpisode:
 
     def close(self, ending: _Ending) -> Episode:
         frames, actions, rewards = (
-            parts[0] if len(parts) == 1 else np.concatenate(parts)
-            for parts in (self.frames, self.actions, self.rewards)
+            pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+            for pieces in (self.frames, self.actions, self.rewards)
         )
         return Episode(frames, actions, rewards, ending, self.num_rows)
 
 
+class _Rows:
+    """Rows of a segment in time order: full actions, rewards, terminal flags."""
+
+    def __init__(self, actions: np.ndarray, rewards: np.ndarray, terminals: np.ndarray) -> None:
+        self.actions, self.rewards, self.terminals = actions, rewards, terminals
+        self._ends = np.append(np.flatnonzero(terminals) + 1, len(terminals))
+
+    def __len__(self) -> int:
+        return len(self.terminals)
+
+    def end_of_piece(self, start: int) -> int:
+        """The time after the next terminal row, or after the last row."""
+        return int(self._ends[np.searchsorted(self._ends, start, side="right")])
+
+
 class _EpisodeBuilder:
-    """Reads segment after segment (a placed checkpoint each) and keeps the episode that is open between them."""
+    """Reads segment after segment and keeps the episode that is open between them."""
 
     def __init__(
         self,
-        placed: Sequence[PlacedCheckpoint],
+        segments: Sequence[Segment],
         open_checkpoint: Callable[[int], AbstractContextManager[CheckpointReader]],
         game: str,
         max_episode_steps: int,
     ) -> None:
-        self.placed = placed
+        self.segments = segments
         self.open_checkpoint = open_checkpoint
         self.game = game
         self.full_actions = np.array(GAMES[game].minimal_actions, np.uint8)
         self.max_episode_steps = max_episode_steps
-        self.segment, self.time = 0, 0  # What is read next.
-        self.headless = False  # Inside an episode whose first rows are missing.
-        self.dropped: dict[str, int] = {}  # Of what lies before, the open episode excepted.
+        self.place = _Place()
         self.episode: _OpenEpisode | None = None
+        self.unmarked_end: _Place | None = None  # Start of the episode before, if only its length says that it ended.
 
     def read_segment(self) -> Iterator[Episode | Position]:
-        checkpoint = self.placed[self.segment]
-        num_unused = checkpoint.num_rows - checkpoint.wraps - checkpoint.cursor
-        before = dict(self.dropped)
-        if self.time == 0:
-            if checkpoint.start == "unknown":
-                yield from self._cut()
-                self.headless = True
-            self._drop(PAST_CURSOR, num_unused)
-        with self.open_checkpoint(checkpoint.number) as reader:
-            actions, rewards, terminals = self._scalars(checkpoint, reader)
-            oldest = _OldestRow() if checkpoint.wraps and self.time == 0 else None
-            finished: tuple[_OpenEpisode, _Ending] | None = None  # Ended, but its frame in the oldest row is to come.
-            reader.skip_frames(max(self.time - checkpoint.wraps, 0))
-            for stop in _piece_ends(terminals, self.time):
-                start, self.time = self.time, stop
-                if self.headless:
-                    self._drop(NO_EPISODE_START, stop - start)
-                    reader.skip_frames(stop - start - (oldest is not None and start == 0))
-                    self.headless = not terminals[stop - 1]
+        place, segment = self.place, self.segments[self.place.segment]
+        if place.time == 0 and segment.start == "unknown":
+            yield from self._cut()
+            place.headless = True
+        with self.open_checkpoint(segment.number) as reader:
+            rows = self._rows(segment, reader)
+            has_oldest = segment.wraps and place.time == 0
+            oldest = np.zeros((1, *FRAME_SHAPE), np.uint8)  # The frame at time 0, which is the last of the file.
+            oldest_is_padding = False
+            around: _OpenEpisode | None = None  # The episode that the oldest row belongs to.
+            late: list[tuple[_OpenEpisode, _Ending]] = []  # `around`, once it ended.
+            reader.skip_frames(segment.first + max(place.time - segment.wraps, 0))
+            while place.time < len(rows):
+                start, is_oldest = place.time, has_oldest and place.time == 0
+                stop = 1 if is_oldest else rows.end_of_piece(start)
+                if place.headless:
+                    reader.skip_frames(stop - start - is_oldest)
+                    place.time, place.headless = stop, not rows.terminals[stop - 1]
+                    place.drop(NO_EPISODE_START, stop - start)
                     continue
-                if self.episode is None:
-                    self.episode = _OpenEpisode((self.segment, start, before if start == 0 else dict(self.dropped)))
-                self._append(
-                    reader, checkpoint, start, actions[start:stop], rewards[start:stop], oldest if start == 0 else None
-                )
-                if terminals[stop - 1]:
-                    episode, ending = self._end(reader, checkpoint, stop - 1)
-                    if oldest is not None and start == 0:
-                        finished = episode, ending
+                episode = self.episode = self.episode or _OpenEpisode(place.copy())
+                stop = min(stop, start + NUM_PADDING_ROWS + self.max_episode_steps - episode.num_rows)
+                frames = oldest
+                if not is_oldest:
+                    frames = np.empty((stop - start, *FRAME_SHAPE), np.uint8)
+                    reader.read_frames(frames)
+                num_padding = self._append(reader, segment, rows, slice(start, stop), frames)
+                if is_oldest:
+                    around, oldest_is_padding = episode, num_padding > 0
+                place.time = stop
+                if ending := self._ending(reader, segment, rows, stop - 1):
+                    if episode is around:
+                        late = [(episode, ending)]
                     else:
                         yield episode.close(ending)
-            if checkpoint.wraps:
-                reader.skip_frames(num_unused)
-                frame = oldest.frame if oldest is not None else np.empty((1, *FRAME_SHAPE), np.uint8)
-                reader.read_frames(frame)
-                if oldest is not None and oldest.is_padding:
-                    _check_padding(reader, checkpoint, 0, frame)
-            else:
-                reader.skip_frames(num_unused)
+            reader.skip_frames(segment.num_rows - segment.wraps - segment.stop)
+            if segment.wraps:
+                reader.read_frames(oldest)
+                if oldest_is_padding:
+                    self._check_padding(reader, segment, 0, oldest[0])
             reader.finish()
-            if finished is not None:
-                yield finished[0].close(finished[1])
-        self.segment, self.time = self.segment + 1, 0
-        if self.segment < len(self.placed):
+            for episode, ending in late:
+                yield episode.close(ending)
+        place.drop(PAST_CURSOR, segment.num_unused)
+        place.segment, place.time = place.segment + 1, 0
+        if place.segment < len(self.segments):
             yield self._position()
 
     def finish(self) -> Iterator[Episode | Position]:
         yield from self._cut()
-        yield Position(None, dict(self.dropped))
+        yield Position(None, dict(self.place.dropped))
 
     def _position(self) -> Position:
-        segment, time, dropped = (
-            (self.segment, self.time, dict(self.dropped)) if self.episode is None else self.episode.start
-        )
-        state = {"segment": segment, "time": time, "headless": self.headless, "dropped": dropped}
-        return Position(state, dropped)
+        place = self.place if self.episode is None else self.episode.start
+        return Position(asdict(place), dict(place.dropped))
 
-    def _scalars(
-        self, checkpoint: PlacedCheckpoint, reader: CheckpointReader
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Checked actions (full set), rewards and terminals, in time order, unused rows left out."""
-
-        def in_time_order(rows: np.ndarray) -> np.ndarray:
-            used = rows[: checkpoint.cursor]
-            return np.concatenate((rows[-1:], used)) if checkpoint.wraps else used
+    def _rows(self, segment: Segment, reader: CheckpointReader) -> _Rows:
+        """Checks and translates the scalars."""
 
         def check(member: str, values: np.ndarray, good: np.ndarray, expected: str) -> None:
             if not good.all():
                 time = int(np.argmin(good))
                 raise ValueError(
-                    f"{reader.path(member)}: row {checkpoint.row(time)} must be {expected}, got {values[time]}"
+                    f"{reader.path(member)}: row {segment.row(time)} must be {expected}, got {values[time]}"
                 )
 
-        actions, rewards, terminals = map(in_time_order, (reader.action, reader.reward, reader.terminal))
+        actions, rewards, terminals = map(segment.in_time_order, (reader.action, reader.reward, reader.terminal))
         num_actions = len(self.full_actions)
         expected = f"in 0..{num_actions - 1}, the minimal actions of {self.game}"
         check("action", actions, (actions >= 0) & (actions < num_actions), expected)
         check("reward", rewards, np.abs(rewards) <= 1, "clipped to [-1, 1]")
         check("terminal", terminals, (terminals == 0) | (terminals == 1), "0 or 1")
-        return self.full_actions[actions], rewards, terminals
+        return _Rows(self.full_actions[actions], rewards, terminals)
 
-    def _append(
-        self,
-        reader: CheckpointReader,
-        checkpoint: PlacedCheckpoint,
-        start: int,
-        actions: np.ndarray,
-        rewards: np.ndarray,
-        oldest: _OldestRow | None,
-    ) -> None:
-        """Adds rows from time ``start`` on to the open episode; ``oldest``: the first one's frame comes later."""
+    def _append(self, reader: CheckpointReader, segment: Segment, rows: _Rows, times: slice, frames: np.ndarray) -> int:
+        """Adds rows to the open episode; returns how many of them are padding."""
         episode = self.episode
         assert episode is not None
-        num_rows = len(actions)
-        num_padding = min(max(NUM_PADDING_ROWS - episode.num_rows, 0), num_rows)
-        if episode.num_steps + num_rows - num_padding > self.max_episode_steps:
-            segment, time, _ = episode.start
-            first = self.placed[segment]
-            raise ValueError(
-                f"{reader.path('terminal')}: an episode has more than {self.max_episode_steps} steps (it starts at row "
-                f"{first.row(time)} of {first.name}): terminal flags are missing, or max_episode_steps must be larger"
-            )
-        lacking = int(oldest is not None)
-        padding = np.zeros((num_padding, *FRAME_SHAPE), np.uint8)
-        frames = np.empty((num_rows - num_padding, *FRAME_SHAPE), np.uint8)
-        if oldest is not None:
-            oldest.is_padding = num_padding > 0
-            oldest.frame = (padding if num_padding else frames)[:1]
-        reader.read_frames(padding[lacking:])
-        reader.read_frames(frames[lacking if not num_padding else 0 :])
-        for place in range(num_padding):
-            # Action 0 of every minimal set is NOOP, 0 of the full one.
-            _check_padding(reader, checkpoint, start + place, padding[place], actions[place], rewards[place])
-        episode.num_rows += num_rows
-        if len(frames):
-            episode.frames.append(frames)
+        actions, rewards = rows.actions[times], rows.rewards[times]
+        num_padding = min(max(NUM_PADDING_ROWS - episode.num_rows, 0), len(frames))
+        for index in range(num_padding):  # Action 0 of every minimal set is NOOP, 0 of the full one.
+            self._check_padding(reader, segment, times.start + index, frames[index], actions[index], rewards[index])
+        episode.num_rows += len(frames)
+        if len(frames) > num_padding:
+            episode.frames.append(frames[num_padding:])
             episode.actions.append(actions[num_padding:])
             episode.rewards.append(rewards[num_padding:])
+        return num_padding
 
-    def _end(self, reader: CheckpointReader, checkpoint: PlacedCheckpoint, time: int) -> tuple[_OpenEpisode, _Ending]:
+    def _ending(self, reader: CheckpointReader, segment: Segment, rows: _Rows, time: int) -> _Ending | None:
+        """How the open episode ended, if the row at ``time`` is its last."""
         episode = self.episode
         assert episode is not None
+        at_limit = episode.num_steps == self.max_episode_steps
+        if not rows.terminals[time] and not at_limit:
+            return None
         if not episode.num_steps:
             raise ValueError(
-                f"{reader.path('terminal')}: row {checkpoint.row(time)} must be padding (the row before it, or the "
+                f"{reader.path('terminal')}: row {segment.row(time)} must be padding (the row before it, or the "
                 f"one or two before that, ended an episode), but is terminal"
             )
+        self.place.drop(PADDING, NUM_PADDING_ROWS)
+        self.unmarked_end = None if rows.terminals[time] else episode.start
         self.episode = None
-        self._drop(PADDING, NUM_PADDING_ROWS)
-        return episode, "truncated" if episode.num_steps == self.max_episode_steps else "terminated"
+        return "truncated" if at_limit else "terminated"
+
+    def _check_padding(
+        self,
+        reader: CheckpointReader,
+        segment: Segment,
+        time: int,
+        frame: np.ndarray,
+        action: int = 0,
+        reward: float = 0.0,
+    ) -> None:
+        for member, value in (("observation", frame.any()), ("action", action), ("reward", reward)):
+            if value and self.unmarked_end is not None:
+                start = self.unmarked_end
+                first = self.segments[start.segment]
+                raise ValueError(
+                    f"{reader.path('terminal')}: an episode has more than {self.max_episode_steps} steps (it starts at "
+                    f"row {first.row(start.time)} of {first.name}): terminal flags are missing, or max_episode_steps "
+                    f"(--max-episode-steps) must be larger"
+                )
+            if value:
+                raise ValueError(
+                    f"{reader.path(member)}: row {segment.row(time)} must be padding (zeros), as the first "
+                    f"{NUM_PADDING_ROWS} rows of each episode are"
+                )
 
     def _cut(self) -> Iterator[Episode]:
         """The open episode, as far as it goes."""
         episode, self.episode = self.episode, None
         if episode is not None:
-            self._drop(PADDING, min(episode.num_rows, NUM_PADDING_ROWS))
+            self.place.drop(PADDING, min(episode.num_rows, NUM_PADDING_ROWS))
             if episode.num_steps:
                 yield episode.close("cut")
-
-    def _drop(self, reason: str, num_rows: int) -> None:
-        if num_rows:
-            self.dropped[reason] = self.dropped.get(reason, 0) + num_rows
-
-
-class _OldestRow:
-    """Where the frame of a checkpoint's oldest row goes, which is the last of the file."""
-
-    def __init__(self) -> None:
-        self.frame = np.empty((1, *FRAME_SHAPE), np.uint8)
-        self.is_padding = False
-
-
-def _piece_ends(terminals: np.ndarray, first: int) -> list[int]:
-    """Cuts times ``first ..`` after each terminal row; the last piece may lack one."""
-    ends: list[int] = (np.flatnonzero(terminals[first:]) + first + 1).tolist()
-    if first < len(terminals) and (not ends or ends[-1] != len(terminals)):
-        ends.append(len(terminals))
-    return ends
-
-
-def _check_padding(
-    reader: CheckpointReader,
-    checkpoint: PlacedCheckpoint,
-    time: int,
-    frame: np.ndarray,
-    action: int = 0,
-    reward: float = 0.0,
-) -> None:
-    for member, value in (("observation", frame.any()), ("action", action), ("reward", reward)):
-        if value:
-            raise ValueError(
-                f"{reader.path(member)}: row {checkpoint.row(time)} must be padding (zeros), as the first "
-                f"{NUM_PADDING_ROWS} rows of each episode are"
-            )

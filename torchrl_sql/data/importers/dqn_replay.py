@@ -15,20 +15,14 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import cached_property
-from itertools import pairwise
 from pathlib import Path
 from typing import IO, Any, cast
 
 import numpy as np
 
-from torchrl_sql.data.importers.dopamine_buffer import (
-    MAX_EPISODE_STEPS,
-    BufferState,
-    PlacedCheckpoint,
-    place_checkpoints,
-)
-from torchrl_sql.data.importers.dopamine_episodes import read_episodes
-from torchrl_sql.data.importers.job import Episode, EpisodeSource, ImportJob, ImportSummary, Position
+from torchrl_sql.data.importers.dopamine_buffer import BufferState
+from torchrl_sql.data.importers.dopamine_source import MAX_EPISODE_STEPS, OPTIONS, DopamineSource
+from torchrl_sql.data.importers.job import Format, ImportJob, ImportSummary
 from torchrl_sql.data.importers.pool import run_imports
 from torchrl_sql.games import FRAME_SHAPE, resolve_games
 
@@ -44,6 +38,9 @@ STORE_MEMBERS: dict[str, tuple[np.dtype, tuple[int, ...]]] = {
     "terminal": (np.dtype("u1"), ()),
 }
 """Arrays of the buffer: type and shape of one row."""
+
+_STATE_MEMBERS = {"add_count": (0, "one integer"), "invalid_range": (1, "integers [horizon + 4]")}
+"""The other files of a checkpoint: rank, and what they are."""
 
 _SKIP_FRAMES = 64
 _READ_BYTES = 1 << 18
@@ -99,94 +96,33 @@ def import_dqn_replay(
         ValueError, OSError: for bad arguments, or if the store cannot be opened or created.
         ImportError: for a URL, if fsspec or its driver for this kind of object store is not installed.
     """
-    numbers = parse_checkpoints(checkpoints)
-    if run < 1:
-        raise ValueError(f"run must be >= 1, got {run}")
-    if max_episode_steps < 1:
-        raise ValueError(f"max_episode_steps must be >= 1, got {max_episode_steps}")
-    names = resolve_games(games)
     root = _Folder(os.fspath(source))
-    root.names()
     sources = [
-        DQNReplaySource(root.location, game, run=run, checkpoints=numbers, max_episode_steps=max_episode_steps)
-        for game in names
+        DQNReplaySource(root.location, game, run=run, checkpoints=checkpoints, max_episode_steps=max_episode_steps)
+        for game in resolve_games(games)
     ]
+    root.names()
     jobs = [ImportJob(source, Path(store_path), str(run)) for source in sources]
     return run_imports(jobs, workers=workers, progress=progress)
 
 
-def parse_checkpoints(checkpoints: str | Sequence[int]) -> tuple[int, ...]:
-    """Checkpoint numbers from ``"0-9"``, ``"0-3,5"``, a range or a sequence.
-
-    Raises:
-        ValueError: if they are not ascending numbers.
-    """
-    if isinstance(checkpoints, str):
-        numbers: list[int] = []
-        for part in checkpoints.split(","):
-            first, dash, last = part.strip().partition("-")
-            if not first.isdecimal() or (dash and not last.isdecimal()):
-                raise ValueError(f"checkpoints must be like '0-9' or '0-3,5', got {checkpoints!r}")
-            numbers += range(int(first), int(last if dash else first) + 1)
-    else:
-        numbers = [int(number) for number in checkpoints]
-    if not numbers or numbers[0] < 0 or any(a >= b for a, b in pairwise(numbers)):
-        raise ValueError(f"checkpoints must be ascending numbers from 0 on, got {checkpoints!r}")
-    return tuple(numbers)
+FORMAT = Format("dqn-replay", "gzipped checkpoints of DQN-Replay; a folder or URL", import_dqn_replay, OPTIONS)
 
 
-class DQNReplaySource(EpisodeSource):
-    """Checkpoints of one game and run.
+class DQNReplaySource(DopamineSource):
+    """Gzipped checkpoints of one game and run.
 
     Args:
         root (str): the folder that holds the games, a path or a URL.
         game (str): name of the game.
-
-    Keyword Args:
-        run (int): which of its runs.
-        checkpoints (sequence of int): ascending.
-        max_episode_steps (int): agent steps after which the data's runner ended an episode.
     """
 
-    def __init__(
-        self, root: str, game: str, *, run: int, checkpoints: Sequence[int], max_episode_steps: int = MAX_EPISODE_STEPS
-    ) -> None:
-        self.game = game
-        self.description = f"DQN-Replay, {game} run {run}, checkpoints {shortened(checkpoints)}"
-        self.rewards = "clipped"
-        self.request = {
-            "format": "dqn-replay",
-            "run": run,
-            "checkpoints": list(checkpoints),
-            "max_episode_steps": max_episode_steps,
-        }
+    def __init__(self, root: str, game: str, *, run: int, **options: Any) -> None:
+        super().__init__("dqn-replay", "DQN-Replay", game, run=run, **options)
         self._folder = _Folder(root, game, str(run), "replay_logs")
-        self._checkpoints = tuple(checkpoints)
-        self._max_episode_steps = max_episode_steps
 
-    def count_rows(self) -> int:
-        """See :class:`EpisodeSource`."""
-        return sum(checkpoint.num_rows for checkpoint in self._placed)
-
-    def read(self, state: Mapping[str, Any] | None) -> Iterator[Episode | Position]:
-        """See :class:`EpisodeSource`."""
-        return read_episodes(
-            self._placed, self._open, game=self.game, max_episode_steps=self._max_episode_steps, state=state
-        )
-
-    @cached_property
-    def _placed(self) -> tuple[PlacedCheckpoint, ...]:
-        found = self._folder.names()
-        names = [_file_name(member, k) for k in self._checkpoints for member in (*STORE_MEMBERS, *_STATE_MEMBERS)]
-        missing = [name for name in names if name not in found]
-        if missing:
-            more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-            raise FileNotFoundError(f"{self._folder.location} lacks {', '.join(missing[:3])}{more}")
-        with _open_array(self._folder, _file_name("terminal", self._checkpoints[0])) as array:
-            num_rows = array.expect("terminal", None)  # All have as many, or place_checkpoints() would be wrong.
-        return place_checkpoints([self._state(k, num_rows) for k in self._checkpoints])
-
-    def _state(self, number: int, num_rows: int) -> BufferState:
+    def state(self, number: int) -> BufferState:
+        """Reads the small files."""
         values = {}
         for member, (rank, meaning) in _STATE_MEMBERS.items():
             with _open_array(self._folder, _file_name(member, number)) as array:
@@ -194,22 +130,31 @@ class DQNReplaySource(EpisodeSource):
                     raise ValueError(f"{array.path} must be {meaning}, got {array.dtype} {list(array.shape)}")
                 values[member] = array.read_all().astype(np.int64)
         name = f"{self._folder.location}/*_ckpt.{number}.gz"
-        return BufferState(number, name, num_rows, int(values["add_count"]), values["invalid_range"])
+        return BufferState(number, name, self._num_rows, int(values["add_count"]), values["invalid_range"])
+
+    @cached_property
+    def _num_rows(self) -> int:
+        """Capacity of the buffer, once all files are there."""
+        found = self._folder.names()
+        names = [_file_name(member, k) for k in self.checkpoints for member in (*STORE_MEMBERS, *_STATE_MEMBERS)]
+        missing = [name for name in names if name not in found]
+        if missing:
+            more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+            raise FileNotFoundError(f"{self._folder.location} lacks {', '.join(missing[:3])}{more}")
+        with _open_array(self._folder, _file_name("terminal", self.checkpoints[0])) as array:
+            return array.expect("terminal", None)
 
     @contextmanager
-    def _open(self, number: int) -> Iterator[_Reader]:
+    def open(self, number: int) -> Iterator[_Reader]:
+        """Reads the scalars, and frames as they are asked for."""
         with ExitStack() as stack:
             arrays = {
                 member: stack.enter_context(_open_array(self._folder, _file_name(member, number)))
                 for member in STORE_MEMBERS
             }
             for member, array in arrays.items():
-                array.expect(member, self._placed[0].num_rows)
+                array.expect(member, self._num_rows)
             yield _Reader(arrays)
-
-
-_STATE_MEMBERS = {"add_count": (0, "one integer"), "invalid_range": (1, "integers [horizon + 4]")}
-"""The other files of a checkpoint: rank, and what they are."""
 
 
 class _Reader:
@@ -333,14 +278,3 @@ class _Folder:
 def _file_name(member: str, checkpoint: int) -> str:
     prefix = "$store$_" if member in STORE_MEMBERS else ""
     return f"{prefix}{member}_ckpt.{checkpoint}.gz"
-
-
-def shortened(numbers: Sequence[int]) -> str:
-    """``(0, 1, 2, 5)`` as ``"0-2,5"``."""
-    parts: list[list[int]] = []
-    for number in numbers:
-        if parts and number == parts[-1][-1] + 1:
-            parts[-1][1:] = [number]
-        else:
-            parts.append([number])
-    return ",".join("-".join(map(str, part)) for part in parts)

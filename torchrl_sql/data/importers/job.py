@@ -85,6 +85,24 @@ class EpisodeSource(ABC):
 
 
 @dataclass(frozen=True)
+class Format:
+    """A kind of data set, as ``torchrl-sql import`` names it.
+
+    Attributes:
+        name (str): on the command line.
+        summary (str): what SOURCE is.
+        read (callable): imports ``(source, store_path, *, progress, **options)``; returns a summary per game.
+        options (mapping): which of its keyword arguments the command line takes, with their help. A type of ``int``
+            is read as a number, one of ``Literal[...]`` as a choice; one without a default must be given.
+    """
+
+    name: str
+    summary: str
+    read: Callable[..., list[ImportSummary]]
+    options: Mapping[str, str]
+
+
+@dataclass(frozen=True)
 class ImportJob:
     """What to import, and where to."""
 

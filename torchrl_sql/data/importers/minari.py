@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from torchrl_sql.data.importers.job import Episode, EpisodeSource, ImportJob, ImportSummary, Position
+from torchrl_sql.data.importers.job import Episode, EpisodeSource, Format, ImportJob, ImportSummary, Position
 from torchrl_sql.data.importers.pool import run_imports
 from torchrl_sql.games import FRAME_SHAPE, FRAME_STACK, GAMES, NUM_ACTIONS, resolve_games
 
@@ -69,6 +69,14 @@ def import_minari(
     return run_imports([ImportJob(dataset, Path(store_path), name)], progress=progress)
 
 
+FORMAT = Format(
+    "minari",
+    "id or folder of a Minari data set of 84x84 frames",
+    import_minari,
+    {"game": "its game, if the data set does not say", "run": "name in the store (default: of the id)"},
+)
+
+
 class MinariSource(EpisodeSource):
     """One Minari data set.
 
@@ -97,11 +105,11 @@ class MinariSource(EpisodeSource):
             logger.warning("%s may hold its frames as JPEG: they are not exactly the emulator's", spec.dataset_id)
 
     def count_rows(self) -> int:
-        """See :class:`EpisodeSource`."""
+        """Steps of all episodes."""
         return int(self._dataset.total_steps)
 
     def read(self, state: Mapping[str, Any] | None) -> Iterator[Episode | Position]:
-        """See :class:`EpisodeSource`."""
+        """One episode after the other, with a position now and then."""
         first, num_steps = state["episode"] if state else 0, 0
         indices = self._dataset.episode_indices[first:]
         for number, index in enumerate(indices.tolist(), start=first + 1):

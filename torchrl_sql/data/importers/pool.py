@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Mapping, MutableSequence, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
@@ -60,15 +61,15 @@ def run_imports(jobs: Sequence[ImportJob], *, workers: int = 1, progress: bool =
     store = FrameStore.create(jobs[0].store_path, exist_ok=True)
     outcomes: dict[str, ImportSummary | Exception] = {}
     if workers == 1 or len(jobs) == 1:
-        with _ProgressBar([0] * (3 * len(jobs)), enabled=progress) as bar:
+        with _ProgressBar(len(jobs), enabled=progress) as bar:
             for index, job in enumerate(jobs):
                 outcomes[job.source.game] = _attempt(job, bar.reporter(index))
     else:
         context = multiprocessing.get_context("spawn")  # Forking a process that has threads is not safe.
         stop = sharedctypes.RawValue("b", 0)
         with (
-            _ProgressBar(sharedctypes.RawArray("q", 3 * len(jobs)), enabled=progress) as bar,
-            ProcessPoolExecutor(min(workers, len(jobs)), context, _start_worker, (bar.cells, stop)) as pool,
+            _ProgressBar(len(jobs), enabled=progress) as bar,
+            ProcessPoolExecutor(min(workers, len(jobs)), context, _start_worker, (bar.rows, stop)) as pool,
         ):
             futures = {pool.submit(_work, index, job): job.source.game for index, job in enumerate(jobs)}
             pending: set[Future[ImportSummary | Exception]] = set(futures)
@@ -100,34 +101,45 @@ def run_imports(jobs: Sequence[ImportJob], *, workers: int = 1, progress: bool =
 def _attempt(job: ImportJob, report: Callable[[int, int], None]) -> ImportSummary | Exception:
     try:
         return run_import(job, report)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # Whatever a damaged file of one game leads to, the others go on.
         logger.error("%s was not imported: %s", job.source.game, error)
         return error
 
 
-class _ProgressBar:
-    """A bar over all jobs. Each job has three cells: rows when it started, rows now, rows in all (0: not known)."""
+class _JobRows(ctypes.Structure):
+    """Rows of one job: done when it started, done now, in all (0: not known yet)."""
 
-    def __init__(self, cells: MutableSequence[int], *, enabled: bool) -> None:
-        self.cells = cells
+    started: int
+    done: int
+    total: int
+    _fields_ = (("started", ctypes.c_int64), ("done", ctypes.c_int64), ("total", ctypes.c_int64))
+
+    def report(self, num_done: int, num_rows: int) -> None:
+        if not self.total:
+            self.started = num_done
+        self.done, self.total = num_done, num_rows
+
+
+class _ProgressBar:
+    """A bar over all jobs. Its ``rows`` lie in memory that worker processes share."""
+
+    def __init__(self, num_jobs: int, *, enabled: bool) -> None:
+        self.rows: Any = sharedctypes.RawArray(_JobRows, num_jobs)
         self._bar = tqdm(unit=" rows", unit_scale=True, smoothing=0, disable=not enabled, desc="import")
 
     def reporter(self, index: int) -> Callable[[int, int], None]:
-        report = _reporter(self.cells, index)
-
         def report_and_show(num_done: int, num_rows: int) -> None:
-            report(num_done, num_rows)
+            self.rows[index].report(num_done, num_rows)
             self.refresh()
 
         return report_and_show
 
     def refresh(self) -> None:
-        started, done, totals = self.cells[0::3], self.cells[1::3], self.cells[2::3]
-        known = [total for total in totals if total]
+        known = [job.total for job in self.rows if job.total]
         if known:  # Games that have not started are taken to be of average size.
-            self._bar.total = sum(known) + (len(totals) - len(known)) * sum(known) // len(known)
-            self._bar.initial = sum(started)
-            self._bar.update(sum(done) - self._bar.n)
+            self._bar.total = sum(known) + (len(self.rows) - len(known)) * sum(known) // len(known)
+            self._bar.initial = sum(job.started for job in self.rows)
+            self._bar.update(sum(job.done for job in self.rows) - self._bar.n)
 
     def __enter__(self) -> _ProgressBar:
         return self
@@ -137,28 +149,18 @@ class _ProgressBar:
         self._bar.close()
 
 
-def _reporter(cells: MutableSequence[int], index: int) -> Callable[[int, int], None]:
-    def report(num_done: int, num_rows: int) -> None:
-        if not cells[3 * index + 2]:
-            cells[3 * index] = num_done
-        cells[3 * index + 1] = num_done
-        cells[3 * index + 2] = num_rows
-
-    return report
-
-
-_worker_cells: MutableSequence[int] = []
+_worker_rows: Any = None
 _worker_stop: Any = None
 
 
-class _StoppedError(Exception):
+class _StoppedError(BaseException):
     """Ends a worker's job when the parent gives up."""
 
 
-def _start_worker(cells: MutableSequence[int], stop: Any) -> None:
+def _start_worker(rows: Any, stop: Any) -> None:
     """Set-up of a worker process: where to report, and how to end with the parent."""
-    global _worker_cells, _worker_stop
-    _worker_cells, _worker_stop = cells, stop
+    global _worker_rows, _worker_stop
+    _worker_rows, _worker_stop = rows, stop
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # The parent hears it, too, and sets `stop`.
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
@@ -172,11 +174,9 @@ def _end_with_parent() -> None:
 
 
 def _work(index: int, job: ImportJob) -> ImportSummary | Exception:
-    report = _reporter(_worker_cells, index)
-
     def report_or_stop(num_done: int, num_rows: int) -> None:
         if _worker_stop.value:
             raise _StoppedError
-        report(num_done, num_rows)
+        _worker_rows[index].report(num_done, num_rows)
 
     return _attempt(job, report_or_stop)

@@ -11,24 +11,17 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import cached_property
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from torchrl_sql.data.importers.dopamine_buffer import (
-    MAX_EPISODE_STEPS,
-    BufferState,
-    PlacedCheckpoint,
-    place_checkpoints,
-)
-from torchrl_sql.data.importers.dopamine_episodes import read_episodes
-from torchrl_sql.data.importers.dqn_replay import parse_checkpoints, shortened
-from torchrl_sql.data.importers.job import Episode, EpisodeSource, ImportJob, ImportSummary, Position
+from torchrl_sql.data.importers.dopamine_buffer import BufferState
+from torchrl_sql.data.importers.dopamine_source import MAX_EPISODE_STEPS, OPTIONS, DopamineSource
+from torchrl_sql.data.importers.job import Format, ImportJob, ImportSummary
 from torchrl_sql.data.importers.pool import run_imports
 from torchrl_sql.games import FRAME_SHAPE, resolve_games
 
@@ -82,64 +75,42 @@ def import_torchrl_memmap(
         FileNotFoundError: if ``source`` lacks a game or its run.
         ImportFailedError: after the other games, if files are missing or damaged; it names them and says why.
     """
-    if max_episode_steps < 1:
-        raise ValueError(f"max_episode_steps must be >= 1, got {max_episode_steps}")
     jobs = []
     for game in resolve_games(games):
         folder = Path(source) / game / str(run)
-        found = sorted(int(entry.name) for entry in folder.iterdir() if entry.name.isdecimal())
-        if not found:
+        there = sorted(int(entry.name) for entry in folder.iterdir() if entry.name.isdecimal())
+        if not there:
             raise FileNotFoundError(f"{folder} has no checkpoint folders (0, 1, ...)")
-        numbers = found if checkpoints is None else parse_checkpoints(checkpoints)
-        memmaps = TorchRLMemmapSource(folder, game, run=run, checkpoints=numbers, max_episode_steps=max_episode_steps)
+        memmaps = TorchRLMemmapSource(
+            folder,
+            game,
+            run=run,
+            checkpoints=there if checkpoints is None else checkpoints,
+            max_episode_steps=max_episode_steps,
+        )
         jobs.append(ImportJob(memmaps, Path(store_path), str(run)))
     return run_imports(jobs, workers=workers, progress=progress)
 
 
-class TorchRLMemmapSource(EpisodeSource):
-    """Folders of one game and run.
+FORMAT = Format(
+    "torchrl-memmap", "folders that TorchRL's AtariDQNExperienceReplay makes", import_torchrl_memmap, OPTIONS
+)
+
+
+class TorchRLMemmapSource(DopamineSource):
+    """Memory-mapped checkpoints of one game and run.
 
     Args:
         folder (Path): holds the folders of the checkpoints.
         game (str): name of the game.
-
-    Keyword Args:
-        run (int): which of its runs.
-        checkpoints (sequence of int): ascending.
-        max_episode_steps (int): agent steps after which the data's runner ended an episode.
     """
 
-    def __init__(
-        self, folder: Path, game: str, *, run: int, checkpoints: Sequence[int], max_episode_steps: int
-    ) -> None:
-        self.game = game
-        self.description = f"DQN-Replay through TorchRL, {game} run {run}, checkpoints {shortened(checkpoints)}"
-        self.rewards = "clipped"
-        self.request = {
-            "format": "torchrl-memmap",
-            "run": run,
-            "checkpoints": list(checkpoints),
-            "max_episode_steps": max_episode_steps,
-        }
+    def __init__(self, folder: Path, game: str, **options: Any) -> None:
+        super().__init__("torchrl-memmap", "DQN-Replay through TorchRL", game, **options)
         self._folder = folder
-        self._checkpoints = tuple(checkpoints)
-        self._max_episode_steps = max_episode_steps
 
-    def count_rows(self) -> int:
-        """See :class:`EpisodeSource`."""
-        return sum(checkpoint.num_rows for checkpoint in self._placed)
-
-    def read(self, state: Mapping[str, Any] | None) -> Iterator[Episode | Position]:
-        """See :class:`EpisodeSource`."""
-        return read_episodes(
-            self._placed, self._open, game=self.game, max_episode_steps=self._max_episode_steps, state=state
-        )
-
-    @cached_property
-    def _placed(self) -> tuple[PlacedCheckpoint, ...]:
-        return place_checkpoints([self._state(number) for number in self._checkpoints])
-
-    def _state(self, number: int) -> BufferState:
+    def state(self, number: int) -> BufferState:
+        """Reads the small files."""
         folder = self._folder / str(number)
         add_count = _map(folder, "add_count")
         invalid_range = _map(folder, "invalid_range")
@@ -152,7 +123,8 @@ class TorchRLMemmapSource(EpisodeSource):
         return BufferState(number, str(folder), num_rows, int(add_count), np.array(invalid_range))
 
     @contextmanager
-    def _open(self, number: int) -> Iterator[_Reader]:
+    def open(self, number: int) -> Iterator[_Reader]:
+        """Maps the files."""
         yield _Reader(self._folder / str(number))
 
 
