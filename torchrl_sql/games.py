@@ -116,6 +116,18 @@ def resolve_games(games: str | Sequence[str]) -> tuple[str, ...]:
     return names
 
 
+def illegal_actions(game: str, counts: Sequence[int]) -> str:
+    """The actions that a game does not know and how often each was taken, such as ``"UP 25, DOWN 3"``.
+
+    Args:
+        game (str): its name.
+        counts (sequence of int, ``[18]``): how often each of the full actions was taken.
+    """
+    legal = GAMES[game].minimal_actions
+    taken = enumerate(zip(ACTION_NAMES, counts, strict=True))
+    return ", ".join(f"{name} {count:,}" for action, (name, count) in taken if count and action not in legal)
+
+
 def legal_action_mask(games: Sequence[str]) -> torch.Tensor:
     """Which of the 18 actions each game knows; the others act as NOOP.
 

@@ -31,7 +31,7 @@ def test_known_episodes_come_back(store, lab):
     np.testing.assert_array_equal(run.open_frames()[:12].read().result(), np.concatenate([first.frames, second.frames]))
     np.testing.assert_array_equal(run.actions, np.concatenate([first.actions, second.actions]))
     np.testing.assert_array_equal(run.rewards, np.concatenate([first.rewards, second.rewards]))
-    assert run.episodes.tolist() == [(0, 5, True, False, 0), (5, 6, False, True, 1)]
+    assert run.episodes.tolist() == [(0, 5, True, False, 0, False), (5, 6, False, True, 1, False)]
     np.testing.assert_allclose(run.episode_returns(), [first.rewards.sum(), second.rewards.sum()], rtol=1e-6)
     assert run.manifest.behaviours == ("good", "lazy")
     assert run.manifest.metadata == {"note": [1, 2]}

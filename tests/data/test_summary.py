@@ -34,6 +34,35 @@ def test_summary_by_hand(store, summaries):
     assert pong.ratio_to_raw == pytest.approx(7056 * 18 / num_bytes)
 
 
+def test_pieces_are_no_episodes(store, lab):
+    """One episode of return 10, nine pieces of return 1: the mean is 10."""
+    with store.writer("Pong", source="test") as writer:
+        for e, cut in [
+            (lab.make_episode(0, 10), False),
+            *[(lab.make_episode(k, 3, terminated=False), True) for k in range(9)],
+        ]:
+            writer.add_episode(e.frames, e.actions, np.ones(len(e.actions)) / (3 if cut else 1), e.terminated, cut=cut)
+    (summary,) = summarise(store)
+    assert (summary.returns.tolist(), summary.lengths.tolist(), summary.num_cut) == ([10.0], [10], 9)
+    assert (summary.num_transitions, summary.behaviours.tolist()) == (37, [0])
+    text = format_summaries([summary])
+    assert "10.00 ± 0.00" in text and "9 whose end the data does not show" in text
+    (subset,) = summarise(store, subset=Subset(every_kth_episode=2))
+    assert (len(subset.returns), subset.num_cut) == (1, 4)
+
+
+def test_actions_that_the_game_does_not_know_are_named(store, lab, caplog):
+    """Minimal-set indices 0..3 taken for full actions: in Breakout, 2 is UP."""
+    e = lab.make_episode(0, 8)
+    with store.writer("Breakout", source="test") as writer:
+        for actions in ([0, 1, 3, 4] * 2, [0, 1, 2, 3] * 2, [2] * 8):
+            writer.add_episode(e.frames, actions, e.rewards, True)
+    (warning,) = caplog.messages
+    assert "episode 1: not legal in Breakout, act as NOOP: UP 2 of 8 actions" in warning
+    assert "GAMES['Breakout'].minimal_actions" in warning
+    assert "not legal in Breakout, act as NOOP: UP 10" in format_summaries(list(summarise(store)))
+
+
 def test_unsampleable_as_the_storage_counts_them(store, summaries):
     assert [s.num_unsampleable for s in summaries] == [0, 1]
     assert AtariFrameStorage(store).num_unsampleable == 1

@@ -13,6 +13,9 @@ from torchrl_sql.config import compose_run_config
 from torchrl_sql.data import FrameStore
 from torchrl_sql.evaluation.episodes import CalibrationPoint, EpisodeResult
 from torchrl_sql.evaluation.tables import TableWriter, part_of
+from torchrl_sql.report import write_report
+from torchrl_sql.report.analysis import BEHAVIOUR, Analysis
+from torchrl_sql.report.context_tables import data_table
 from torchrl_sql.report.gather import gather
 
 GAMES = ("Breakout", "Freeway")
@@ -173,6 +176,26 @@ def test_the_data_shown_is_the_part_that_the_method_was_trained_on(tmp_path):
     assert any(
         "the part that was trained on: Subset(first_fraction=1.0, every_kth_episode=2" in c for c in data.caveats
     )
+
+
+def test_pieces_whose_end_was_not_recorded_are_no_returns(tmp_path):
+    """The first game has one whole episode of return 10, the second pieces only."""
+    store = FrameStore.create(tmp_path / "store")
+    for game, endings in zip(GAMES, ([False, True, True], [True, True]), strict=True):
+        with store.writer(game, source="test") as writer:
+            for cut in endings:
+                frames, rewards = np.zeros((3, 84, 84), np.uint8), np.array([0, 0, 1.0 if cut else 10.0])
+                writer.add_episode(frames, np.zeros(3, np.uint8), rewards, not cut, cut=cut)
+    run = run_folder(tmp_path / "run", f"data.store={tmp_path / 'store'}")
+    write(run / "scores.csv", episodes())
+    data = gather([run])
+    whole, pieces = data.game_data
+    assert (whole.behaviour.mean, whole.num_episodes, whole.num_transitions) == (10.0, 1, 7)
+    assert (pieces.behaviour, pieces.num_episodes, pieces.num_transitions) == (None, 0, 4)
+    assert set(Analysis(data).policies(pieces.game)) == set(Analysis(data).policies(whole.game)) - {BEHAVIOUR}
+    cells = {row["game"]: row for row in data_table(Analysis(data)).records}
+    assert (cells[whole.game]["behaviour_mean"], cells[pieces.game]["behaviour_mean"]) == (10.0, None)
+    write_report(data, tmp_path / "report.html")
 
 
 # Tables without runs

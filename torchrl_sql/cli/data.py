@@ -94,10 +94,12 @@ def _import(args: argparse.Namespace) -> None:
 
 
 def _verify(args: argparse.Namespace) -> None:
-    """Reads a whole store once, compares every checksum and names each damaged part."""
+    """Reads a whole store once, compares every checksum and names each damaged part, and actions that are not legal."""
+    import numpy as np
     from tqdm import tqdm
 
     from torchrl_sql.data import FrameStore, verify
+    from torchrl_sql.games import NUM_ACTIONS, illegal_actions
 
     store = FrameStore.open(args.store)
     with tqdm(desc="verify", unit="file", dynamic_ncols=True) as bar:
@@ -112,6 +114,10 @@ def _verify(args: argparse.Namespace) -> None:
     if damages:
         raise ValueError(f"{len(damages)} damaged parts in {args.store}")
     print(f"{args.store} is intact")
+    for recording in store.recordings:
+        counts = np.bincount(recording.actions, minlength=NUM_ACTIONS)
+        if illegal := illegal_actions(recording.game, counts.tolist()):
+            print(f"{recording.game}, run {recording.name!r}: not legal in this game, act as NOOP: {illegal}")
 
 
 def _inspect(args: argparse.Namespace) -> None:

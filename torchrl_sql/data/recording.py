@@ -23,14 +23,15 @@ VERSION = 1
 
 EPISODE_DTYPE = np.dtype(
     {
-        "names": ["first_frame", "num_steps", "terminated", "has_final_frame", "component"],
-        "formats": ["<i8", "<i8", "?", "?", "u1"],
-        "offsets": [0, 8, 16, 17, 18],
+        "names": ["first_frame", "num_steps", "terminated", "has_final_frame", "component", "cut"],
+        "formats": ["<i8", "<i8", "?", "?", "u1", "?"],
+        "offsets": [0, 8, 16, 17, 18, 19],
         "itemsize": 24,
     }
 )
 """``first_frame``: row of the episode's first frame. ``has_final_frame``: the frame after the last step is stored, so
-the episode has ``num_steps + 1`` frames. ``component``: which behaviour policy, an index into the manifest's names."""
+the episode has ``num_steps + 1`` frames. ``component``: which behaviour policy, an index into the manifest's names.
+``cut``: the source does not show how it ended, so that it is no whole episode and has no return."""
 
 MEMBERS: dict[str, tuple[str, np.dtype, str]] = {
     "actions": ("actions.u8", np.dtype("u1"), "num_steps"),

@@ -14,7 +14,7 @@ from torchrl_sql.data.index import EpisodeIndex, Subset
 from torchrl_sql.data.recording import Recording
 from torchrl_sql.data.shards import FrameReader
 from torchrl_sql.data.store import FrameStore
-from torchrl_sql.games import ACTION_NAMES, FRAME_SHAPE, NUM_ACTIONS
+from torchrl_sql.games import ACTION_NAMES, FRAME_SHAPE, NUM_ACTIONS, illegal_actions
 
 _LABEL_PIXELS = 16
 
@@ -27,6 +27,7 @@ class GameSummary:
         game (str): name of the game.
         num_transitions (int): agent steps.
         num_unsampleable (int): those that one-step targets cannot use, because the frame that follows was never stored.
+        num_cut (int): episodes whose end the data does not show; they are in none of the three arrays that follow.
         num_bytes (int): on disk, indices and manifests included; of a part, its share by transitions.
         returns (array): float64 ``[episodes]``, sums of the stored rewards.
         lengths (array): int64 ``[episodes]``, agent steps.
@@ -40,6 +41,7 @@ class GameSummary:
     game: str
     num_transitions: int
     num_unsampleable: int
+    num_cut: int
     num_bytes: int
     returns: np.ndarray
     lengths: np.ndarray
@@ -90,7 +92,8 @@ def summarise(
         used = episodes["num_steps"].astype(np.int64)
         if subset is not None:
             used = EpisodeIndex((game,), recordings, n_steps=1, subset=subset).num_drawable_steps
-        kept = slice(None) if subset is None else used > 0
+        kept = np.ones(len(used), bool) if subset is None else used > 0
+        whole = kept & ~episodes["cut"]
         ends = np.cumsum([recording.num_episodes for recording in recordings])[:-1]
         used_by_recording = np.split(used, ends)
         num_bytes = sum(_folder_bytes(recording.path) for recording in recordings)
@@ -100,10 +103,11 @@ def summarise(
             game=game,
             num_transitions=int(used.sum()),
             num_unsampleable=int((~episodes["terminated"] & ~episodes["has_final_frame"])[kept].sum()),
+            num_cut=int((kept & episodes["cut"]).sum()),
             num_bytes=round(num_bytes * int(used.sum()) / max(num_stored, 1)),
-            returns=np.concatenate([recording.episode_returns() for recording in recordings])[kept],
-            lengths=episodes["num_steps"].astype(np.int64)[kept],
-            behaviours=np.concatenate(behaviours)[kept],
+            returns=np.concatenate([recording.episode_returns() for recording in recordings])[whole],
+            lengths=episodes["num_steps"].astype(np.int64)[whole],
+            behaviours=np.concatenate(behaviours)[whole],
             behaviour_names=tuple(names),
             action_counts=sum(
                 (
@@ -147,6 +151,10 @@ def format_summaries(summaries: Sequence[GameSummary]) -> str:
         actions = ", ".join(f"{ACTION_NAMES[a]} {share[a]:.0%}" for a in np.argsort(-share) if share[a] > 0)
         lines.append(f"  actions: {actions}")
         lines.append(f"  rewards: {s.rewards}; source: {'; '.join(s.sources)}")
+        if illegal := illegal_actions(s.game, s.action_counts.tolist()):
+            lines.append(f"  not legal in {s.game}, act as NOOP: {illegal}")
+        if s.num_cut:
+            lines.append(f"  cut, so not among episodes and returns: {s.num_cut:,} whose end the data does not show")
         if s.num_unsampleable:
             lines.append(
                 f"  cannot be sampled, as the frame that follows is not stored: {s.num_unsampleable:,} transitions"

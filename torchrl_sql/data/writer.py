@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import os
 import zlib
 from collections.abc import Iterator, Mapping
@@ -20,7 +21,9 @@ import tensorstore as ts
 from torchrl_sql.data.frames import create_frame_array, open_frame_array
 from torchrl_sql.data.recording import EPISODE_DTYPE, MEMBERS, Manifest, Recording
 from torchrl_sql.files import write_text
-from torchrl_sql.games import FRAME_SHAPE, NUM_ACTIONS
+from torchrl_sql.games import FRAME_SHAPE, NUM_ACTIONS, illegal_actions
+
+logger = logging.getLogger(__name__)
 
 
 class RecordingWriter:
@@ -103,6 +106,7 @@ class RecordingWriter:
         self._other_shard = np.zeros((shard_frames, *FRAME_SHAPE), np.uint8)  # What self._writing, if any, is writing.
         self._writing: ts.WriteFutures | None = None
         self._state: Literal["open", "failed", "closed"] = "open"
+        self._warned = False
 
     @property
     def num_steps(self) -> int:
@@ -127,19 +131,21 @@ class RecordingWriter:
         terminated: bool,
         *,
         behaviour: int = 0,
+        cut: bool = False,
     ) -> None:
-        """Adds one whole episode of ``T`` steps.
+        """Adds one episode of ``T`` steps. A warning names the first actions that the game does not know.
 
         Args:
             frames (uint8 ``[T, 84, 84]`` or ``[T + 1, 84, 84]``): the newest frame of each observation; with ``T + 1``
                 the last one is the frame after the last step.
             actions (integers ``[T]``): indices into the 18 full actions.
             rewards (floats ``[T]``): as recorded; within [-1, 1] if the recording's rewards are clipped.
-            terminated (bool): the game ended. False: it was cut (a time-out, the end of the data), and its last step
-                can be sampled only if the final frame is there.
+            terminated (bool): the game ended. False: a time-out, or the data ends here; its last step can be sampled
+                only if the final frame is there.
 
         Keyword Args:
             behaviour (int): which of the recording's behaviours acted.
+            cut (bool): the data does not show how the episode ended; it counts in no return and no number of episodes.
 
         Raises:
             ValueError: for other shapes, dtypes or values; the episode is not added.
@@ -164,11 +170,14 @@ class RecordingWriter:
             raise ValueError(f"rewards must be {kind}, got {rewards[~(np.abs(rewards) <= limit)][0]}")
         if not isinstance(terminated, (bool, np.bool_)):
             raise ValueError(f"terminated must be a bool, got {terminated!r}")
+        if cut and terminated:
+            raise ValueError("an episode that terminated is not cut: got cut=True with terminated=True")
         if not 0 <= behaviour < len(self._manifest.behaviours):
             raise ValueError(f"behaviour must lie in 0..{len(self._manifest.behaviours) - 1}, got {behaviour}")
 
         episode = np.zeros(1, EPISODE_DTYPE)
-        episode[0] = (self._num_frames, num_steps, terminated, len(frames) > num_steps, behaviour)
+        episode[0] = (self._num_frames, num_steps, terminated, len(frames) > num_steps, behaviour, cut)
+        self._warn_of_illegal(actions)
         with self._failing():
             self._append("actions", actions.astype(np.uint8))
             self._append("rewards", rewards.astype("<f4"))
@@ -222,6 +231,17 @@ class RecordingWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close(commit=kind is None)
+
+    def _warn_of_illegal(self, actions: np.ndarray) -> None:
+        game = self._manifest.game
+        illegal = illegal_actions(game, np.bincount(actions, minlength=NUM_ACTIONS).tolist())
+        if illegal and not self._warned:
+            self._warned = True
+            logger.warning(
+                "%s, episode %d: not legal in %s, act as NOOP: %s of %d actions. An index into the minimal set "
+                "becomes a full action through GAMES[%r].minimal_actions",
+                *(self._path, self._num_episodes, game, illegal, len(actions), game),
+            )
 
     def _check_open(self) -> None:
         if self._state != "open":

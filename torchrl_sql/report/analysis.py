@@ -214,7 +214,7 @@ class Analysis:
             found[label] = (means[game], int(runs.counts[:, runs.games.index(game)].sum()), "")
         data = self.game_data.get(game)
         has_returns = data is not None and data.rewards == "raw"
-        if data is not None and has_returns:
+        if data is not None and data.behaviour is not None and has_returns:
             found[BEHAVIOUR] = (data.behaviour.interval, data.behaviour.num_episodes, "")
             if data.best_behaviour is not None:
                 name, summary = data.best_behaviour

@@ -158,12 +158,12 @@ def data_table(analysis: Analysis) -> Table | None:
     rows: list[list[Cell]] = []
     records: list[Record] = []
     for data in analysis.data.game_data:
-        clipped = ("clipped rewards",) if data.rewards == "clipped" else ()
+        whole, clipped = data.behaviour, ("clipped rewards",) if data.rewards == "clipped" else ()
         row = [
             Cell(data.game),
             Cell(f"{data.num_transitions:,}"),
             Cell(f"{data.num_episodes:,}"),
-            Cell(f"{format_score(data.behaviour.mean)} ± {format_score(data.behaviour.std)}", clipped),
+            Cell("–" if whole is None else f"{format_score(whole.mean)} ± {format_score(whole.std)}", clipped),
             Cell(f"{data.bytes_per_transition:,.0f}"),
         ]
         record: dict[str, str | int | float | None] = {
@@ -172,8 +172,8 @@ def data_table(analysis: Analysis) -> Table | None:
             "num_episodes": data.num_episodes,
             "bytes_per_transition": data.bytes_per_transition,
             "rewards": data.rewards,
-            "behaviour_mean": data.behaviour.mean,
-            "behaviour_std": data.behaviour.std,
+            "behaviour_mean": None if whole is None else whole.mean,
+            "behaviour_std": None if whole is None else whole.std,
         }
         shares = [
             f"{name}: {format_score(summary.mean)} ± {format_score(summary.std)}, n = {summary.num_episodes:,}"

@@ -60,7 +60,7 @@ def game_data(
                 num_transitions=num_transitions,
                 num_episodes=len(returns),
                 bytes_per_transition=sum(part.num_bytes for part in parts) / num_transitions,
-                behaviour=_summary(returns),
+                behaviour=_summary(returns) if len(returns) else None,
                 behaviours={
                     name: _summary(returns[behaviours == index])
                     for index, name in enumerate(names)

@@ -59,11 +59,11 @@ class GameData:
     Attributes:
         game (str): name of the game.
         behaviour_text (str): how the data was made, in a sentence or two.
-        num_transitions, num_episodes (int): size of the data.
+        num_transitions, num_episodes (int): size of the data; episodes whose end it does not show are not counted.
         bytes_per_transition (float): on disk, everything included.
         rewards (str): ``"raw"``, or ``"clipped"`` where raw returns were never recorded: the data's returns then cannot
             be compared with game scores, and the report says so instead of comparing.
-        behaviour (ReturnSummary): returns of the data's episodes.
+        behaviour (ReturnSummary, optional): returns of these episodes; None if there is none.
         behaviours (mapping): behaviour -> returns of its episodes.
         constant_actions (mapping): action name -> returns of always taking it; may be empty.
         action_counts (sequence of int): how often each of the 18 actions occurs.
@@ -74,7 +74,7 @@ class GameData:
     num_transitions: int
     num_episodes: int
     bytes_per_transition: float
-    behaviour: ReturnSummary
+    behaviour: ReturnSummary | None
     behaviours: Mapping[str, ReturnSummary]
     action_counts: Sequence[int]
     constant_actions: Mapping[str, ReturnSummary] = field(default_factory=dict)

@@ -39,7 +39,7 @@ def test_import_verify_inspect(dopamine, tmp_path, capsys):
     assert main(["inspect", str(store), "--contact-sheet", str(tmp_path / "sheet.txt")]) == 1
     assert "--contact-sheet must name a .png file" in capsys.readouterr().err
     assert main(["verify", str(store)]) == 0
-    assert "is intact" in capsys.readouterr().out
+    assert capsys.readouterr().out == f"{store} is intact\n"
 
     file = store / "Pong" / "1" / "actions.u8"
     data = bytearray(file.read_bytes())
@@ -48,6 +48,14 @@ def test_import_verify_inspect(dopamine, tmp_path, capsys):
     assert main(["verify", str(store)]) == 1
     captured = capsys.readouterr()
     assert "Pong, recording '1'" in captured.out and "CRC32" in captured.out and "1 damaged" in captured.err
+
+
+def test_verify_names_illegal_actions(store, lab, capsys):
+    e = lab.make_episode(0, 4)
+    with store.writer("Breakout", source="test") as writer:
+        writer.add_episode(e.frames, [0, 2, 2, 5], e.rewards, True)
+    assert main(["verify", str(store.path)]) == 0
+    assert "Breakout, run '0': not legal in this game, act as NOOP: UP 2, DOWN 1" in capsys.readouterr().out
 
 
 def test_a_failed_game_is_named_and_the_others_are_there(dopamine, tmp_path, capsys):

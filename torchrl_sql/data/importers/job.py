@@ -224,7 +224,13 @@ def run_import(job: ImportJob, report: Callable[[int, int], None]) -> ImportSumm
         report(num_done, num_rows)
         for item in () if record["complete"] else source.read(record["state"]):
             if isinstance(item, Episode):
-                writer.add_episode(item.frames, item.actions, item.rewards, item.ending == "terminated")
+                writer.add_episode(
+                    item.frames,
+                    item.actions,
+                    item.rewards,
+                    item.ending == "terminated",
+                    cut=item.ending == "cut",
+                )
                 if item.ending == "cut":
                     record["num_cut"] += 1
                 else:
