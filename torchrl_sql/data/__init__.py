@@ -6,6 +6,7 @@ from torchrl_sql.data.index import Subset
 from torchrl_sql.data.recording import Recording
 from torchrl_sql.data.replay import OfflineAtariReplay
 from torchrl_sql.data.sampler import GameMixtureSampler, GameMixtureSamplerWithoutReplacement
+from torchrl_sql.data.sequences import AtariSequenceStorage
 from torchrl_sql.data.storage import AtariFrameStorage
 from torchrl_sql.data.store import FrameStore
 from torchrl_sql.data.summary import mean_frame, summarise
@@ -13,6 +14,7 @@ from torchrl_sql.data.writer import RecordingWriter
 
 __all__ = [
     "AtariFrameStorage",
+    "AtariSequenceStorage",
     "FrameStore",
     "GameMixtureSampler",
     "GameMixtureSamplerWithoutReplacement",

@@ -114,7 +114,6 @@ class AtariFrameStorage(Storage):
         self.subset = subset
         """Which transitions of the recordings this storage shows."""
         self._recordings = recordings
-        self._discounts = gamma ** np.arange(n_steps)
         self._episodes = EpisodeIndex(games, recordings, n_steps=n_steps, subset=subset)
         self._reader = FrameReader(recordings)
         super().__init__(max_size=len(self._episodes))
@@ -157,10 +156,13 @@ class AtariFrameStorage(Storage):
             raise TypeError(f"index must be an int, a slice or integers [B], got {array.dtype} {list(array.shape)}")
         return self._read(array.astype(np.int64))
 
-    def _read(self, index: np.ndarray) -> TensorDict:
+    def _check_index(self, index: np.ndarray) -> None:
         if index.size and not (index.min() >= 0 and index.max() < len(self)):
             wrong = index[(index < 0) | (index >= len(self))][0]
             raise IndexError(f"index must lie in 0..{len(self) - 1}, got {wrong}")
+
+    def _read(self, index: np.ndarray) -> TensorDict:
+        self._check_index(index)
         episodes = self._episodes
         episode, step = episodes.locate(index)
         recording = episodes.recording[episode]
@@ -199,7 +201,7 @@ class AtariFrameStorage(Storage):
             rewards[chosen] = source.rewards[np.minimum(row[chosen, None] + ahead, last)]
         np.clip(rewards, -1.0, 1.0, out=rewards)
         rewards[ahead >= span[:, None]] = 0.0
-        return action, (rewards @ self._discounts).astype(np.float32)
+        return action, (rewards @ self.gamma**ahead).astype(np.float32)
 
     def _read_stacks(self, episode: np.ndarray, step: np.ndarray, span: np.ndarray) -> tuple[torch.Tensor, ...]:
         if not len(step):
@@ -282,7 +284,7 @@ class AtariFrameStorage(Storage):
         self._init_from_recordings(state["path"], state["games"], recordings, **state["options"])
 
     def __repr__(self) -> str:
-        return f"AtariFrameStorage({str(self._path)!r}, games={list(self.games)}, num_transitions={len(self)})"
+        return f"{type(self).__name__}({str(self._path)!r}, games={list(self.games)}, num_transitions={len(self)})"
 
 
 def _identity(batch: TensorDict) -> TensorDict:
