@@ -3,5 +3,18 @@
 from torchrl_sql.envs.atari import AtariEnv, AtariVector, replay_episode
 from torchrl_sql.envs.behaviours import SKILLS, WEAK_SKILLS, Behaviour, SkillMixture
 from torchrl_sql.envs.collector import collect
+from torchrl_sql.envs.context import PolicyInputs, first_context, next_context
 
-__all__ = ["SKILLS", "WEAK_SKILLS", "AtariEnv", "AtariVector", "Behaviour", "SkillMixture", "collect", "replay_episode"]
+__all__ = [
+    "SKILLS",
+    "WEAK_SKILLS",
+    "AtariEnv",
+    "AtariVector",
+    "Behaviour",
+    "PolicyInputs",
+    "SkillMixture",
+    "collect",
+    "first_context",
+    "next_context",
+    "replay_episode",
+]
