@@ -150,7 +150,7 @@ class Trainer:
         metrics["grad_norm"] = torch.nn.utils.clip_grad_norm_(self._parameters, self.max_grad_norm)
         self._broken = torch.maximum(self._broken, metrics["grad_norm"].isfinite().logical_not().float())
         self._num_broken_steps += self._broken
-        if self.optimizer.defaults.get("fused"):
+        if getattr(self.optimizer, "_step_supports_amp_scaling", False):
             self.optimizer.found_inf = self._broken  # type: ignore[attr-defined]  # as torch.amp.GradScaler does
         self.optimizer.step()
         self.step += 1
