@@ -1,5 +1,10 @@
 """Networks: encoders, pooling, per-game heads, and the TorchRL actors made of them."""
 
+from torchrl_sql.modules.decision_transformer import (
+    DecisionTransformer,
+    DecisionTransformerPolicy,
+    make_decision_transformer,
+)
 from torchrl_sql.modules.encoders import ENCODERS, Encoder, ImpalaCNN, NatureCNN, ResNet, SmallResNet
 from torchrl_sql.modules.heads import PerGameLinear
 from torchrl_sql.modules.pooling import POOLINGS, GlobalAveragePooling, LearnedSpatialEmbedding
@@ -8,6 +13,8 @@ from torchrl_sql.modules.q_network import LegalDistributionalQValueModule, Multi
 __all__ = [
     "ENCODERS",
     "POOLINGS",
+    "DecisionTransformer",
+    "DecisionTransformerPolicy",
     "Encoder",
     "GlobalAveragePooling",
     "ImpalaCNN",
@@ -18,5 +25,6 @@ __all__ = [
     "PerGameLinear",
     "ResNet",
     "SmallResNet",
+    "make_decision_transformer",
     "make_q_actor",
 ]

@@ -2,9 +2,11 @@
 
 from torchrl_sql.objectives.bc import DiscreteBCLoss
 from torchrl_sql.objectives.cql import DistributionalCQLLoss
+from torchrl_sql.objectives.decision_transformer import DecisionTransformerLoss
 from torchrl_sql.objectives.return_distribution import c51_projection, check_support, expected_value, hl_gauss_target
 
 __all__ = [
+    "DecisionTransformerLoss",
     "DiscreteBCLoss",
     "DistributionalCQLLoss",
     "c51_projection",
