@@ -17,12 +17,9 @@ def collect_data(config: RunConfig) -> FrameStore:
     """Fills ``config.data.store`` as ``config.collection`` says; continues an interrupted collection.
 
     Raises:
-        ConfigError: if the configuration has no ``collection``, or the store was collected in
-            another way.
+        ConfigError: if the store was collected in another way.
     """
     collection = config.collection
-    if collection is None:
-        raise ConfigError(f"experiment {config.name!r} has no collection settings: its data comes from elsewhere")
     how = {
         "seed": collection.seed,
         "num_agent_steps_per_game": collection.num_agent_steps_per_game,

@@ -14,8 +14,10 @@ import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 ACTION_NAMES = (
     "NOOP", "FIRE", "UP", "RIGHT", "LEFT", "DOWN", "UPRIGHT", "UPLEFT", "DOWNRIGHT", "DOWNLEFT", "UPFIRE", "RIGHTFIRE",
@@ -137,6 +139,8 @@ def legal_action_mask(games: Sequence[str]) -> torch.Tensor:
     Returns:
         ``[G, 18]`` bool.
     """
+    import torch  # only here: whoever checks settings does not wait for it
+
     mask = torch.zeros(len(games), NUM_ACTIONS, dtype=torch.bool)
     for row, name in enumerate(games):
         mask[row, list(GAMES[name].minimal_actions)] = True

@@ -33,7 +33,7 @@ def make_run(tmp_path_factory):
         (folder / "config.yaml").write_text(config.to_yaml())
         for step in steps:
             torch.manual_seed(step)
-            loss = build_loss(config, build_actor(config.model, config.games))
+            loss = build_loss(config, build_actor(config))
             content = {"config": config.to_yaml(), "trainer": {"step": step, "loss": loss.state_dict()}}
             save_checkpoint(folder / "checkpoints", step, content)
         return folder

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from torchrl_sql.config import EvaluationConfig
+from torchrl_sql.config import EvaluationConfig, QLearningConfig
 from torchrl_sql.evaluation.clips import find_clip, write_clip
 from torchrl_sql.evaluation.episodes import Decoding, EpisodeResult
 from torchrl_sql.evaluation.policies import ConstantPolicy, NetworkPolicy, RandomPolicy, digest_of_weights
@@ -70,7 +70,7 @@ def evaluate_checkpoint(
     digest = digest_of_weights(actor)
     actor.to(resolve_device(device or config.trainer.device))
     games = config.games if games is None else games
-    has_values = config.objective.name == "cql"
+    has_values = isinstance(config.method, QLearningConfig)
     who: dict[str, Any] = {
         "agent": config.name,
         "training_seed": config.seed,
@@ -95,7 +95,7 @@ def evaluate_checkpoint(
         **who,
         checkpoint=digest,
         policy_games=config.games,
-        gamma=config.objective.gamma if has_values and decoding == "greedy" else None,
+        gamma=config.method.gamma if isinstance(config.method, QLearningConfig) and decoding == "greedy" else None,
         shard=shard,
         folder=folder,
         recorded_games=() if clips is None else [game for game in games if find_clip(clips, game, **who) is None],

@@ -79,11 +79,9 @@ def deciding_settings(config: RunConfig) -> dict[str, Any]:
     """Settings that decide what is learned, beside the seeds and the place of the data."""
     values = asdict(config)
     trainer = ("num_gradient_steps", "target_update_interval_gradient_steps", "precision")
-    collection = values["collection"]
-    found = {"collection": collection and {key: value for key, value in collection.items() if key != "seed"}}
-    return found | {
+    return {
         f"{section}.{key}": value
-        for section in ("data", "model", "objective", "optim", "trainer")
+        for section in ("data", "model", "method", "optim", "trainer")
         for key, value in values[section].items()
         if (section != "trainer" or key in trainer) and f"{section}.{key}" not in ("data.store", "data.prefetch")
     }
@@ -93,7 +91,7 @@ def _size_series(configs: Mapping[str, RunConfig]) -> dict[str, list[str]]:
     """By objective: the first run's name and those that differ from it in the size of the encoder only."""
     series: dict[str, list[str]] = {}
     for name, config in configs.items():
-        names = series.setdefault(config.objective.name, [name])
+        names = series.setdefault(config.method.name, [name])
         encoder, others = config.model.encoder, [configs[other] for other in names]
         if (
             name != names[0]
@@ -111,4 +109,4 @@ def _apart_from_size(config: RunConfig) -> dict[str, Any]:
 
 def _num_parameters(config: RunConfig) -> int:
     with torch.device("meta"):
-        return sum(parameter.numel() for parameter in build_actor(config.model, config.games).parameters())
+        return sum(parameter.numel() for parameter in build_actor(config).parameters())

@@ -12,7 +12,7 @@ import torch
 from torchrl.modules import DistributionalQValueActor, QValueActor
 from torchrl.objectives import HardUpdate, LossModule
 
-from torchrl_sql.config import ModelConfig, OptimConfig, RunConfig, run_config_from_yaml
+from torchrl_sql.config import OptimConfig, QLearningConfig, RunConfig, run_config_from_yaml
 from torchrl_sql.data import FrameStore, OfflineAtariReplay, mean_frame
 from torchrl_sql.games import FRAME_SHAPE
 from torchrl_sql.modules import make_q_actor
@@ -42,8 +42,7 @@ def resolve_device(name: str) -> torch.device:
 
 
 def build_actor(
-    model: ModelConfig,
-    games: tuple[str, ...],
+    config: RunConfig,
     *,
     memory_format: torch.memory_format = torch.contiguous_format,
     mask_illegal_actions: bool = False,
@@ -51,8 +50,7 @@ def build_actor(
     """The Q-network.
 
     Args:
-        model (ModelConfig): its settings.
-        games (tuple of str): one head each.
+        config (RunConfig): its model, method and games, one head each.
 
     Keyword Args:
         memory_format (torch.memory_format): layout of the convolutions.
@@ -64,36 +62,37 @@ def build_actor(
     Raises:
         ValueError: for an encoder or pooling of an unknown name.
     """
+    model, method, games = config.model, config.method, config.games
     input_mean = torch.zeros(len(games), *FRAME_SHAPE) if model.center_input else None
+    heads: dict[str, Any] = {"num_atoms": None}
+    if isinstance(method, QLearningConfig):
+        heads = {key: getattr(method, key) for key in ("num_atoms", "v_min", "v_max", "value_prior_std")}
     return make_q_actor(
         games,
         encoder=model.encoder,
-        num_atoms=model.num_atoms,
-        v_min=model.v_min,
-        v_max=model.v_max,
         pooling=model.pooling,
         num_embeddings=model.num_embeddings,
         num_groups=model.num_groups,
         feature_norm=model.feature_norm,
         logit_scale=model.logit_scale,
-        value_prior_std=model.value_prior_std,
         input_mean=input_mean,
         memory_format=memory_format,
         mask_illegal_actions=mask_illegal_actions,
+        **heads,
     )
 
 
 def build_loss(config: RunConfig, actor: DistributionalQValueActor | QValueActor) -> LossModule:
     """The objective over ``actor``'s parameters."""
-    objective = config.objective
-    if objective.name == "bc":
+    method = config.method
+    if not isinstance(method, QLearningConfig):
         return DiscreteBCLoss(actor)
     return DistributionalCQLLoss(
         actor,
-        gamma=objective.gamma,
-        cql_alpha=objective.cql_alpha,  # type: ignore[arg-type]
-        double_q=objective.double_q,  # type: ignore[arg-type]
-        target=objective.target,  # type: ignore[arg-type]
+        gamma=method.gamma,
+        cql_alpha=method.cql_alpha,
+        double_q=method.double_q,
+        target=method.target,  # type: ignore[arg-type]
     )
 
 
@@ -136,14 +135,14 @@ def build_trainer(config: RunConfig, ranks: Ranks | None = None) -> Trainer:
     # Channels-last suits CUDA's convolutions; on the CPU the small network is faster without.
     memory_format = torch.channels_last if device.type == "cuda" else torch.contiguous_format
     # Before any data is opened: the network refuses names that it does not know.
-    actor = build_actor(config.model, config.games, memory_format=memory_format)
+    actor = build_actor(config, memory_format=memory_format)
     store = FrameStore.open(config.data.store)
     replay = OfflineAtariReplay(
         store,
         batch_size=config.data.batch_size,
         games=config.games,
         n_steps=config.data.n_steps,
-        gamma=config.objective.gamma,
+        gamma=getattr(config.method, "gamma", 1.0),
         first_fraction=config.data.first_fraction,
         every_kth_episode=config.data.every_kth_episode,
         transitions_per_game=config.data.transitions_per_game,
@@ -213,7 +212,7 @@ def load_actor(path: Path) -> Trained:
     path = find_checkpoint(path)
     content: dict[str, Any] = load_checkpoint(path)
     config = run_config_from_yaml(content["config"], source=f"the configuration in {path}")
-    actor = build_actor(config.model, config.games)
+    actor = build_actor(config)
     # The loss holds the actor's own parameters: loading it loads them.
     try:
         build_loss(config, actor).load_state_dict(content["trainer"]["loss"])

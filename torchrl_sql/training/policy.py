@@ -82,7 +82,7 @@ def load_policy(path: Path | str, *, device: torch.device | str = "cpu") -> Dist
     if metadata.get("format") != _POLICY_FORMAT:
         raise CheckpointError(f"{path} must be of format {_POLICY_FORMAT!r}, got {metadata.get('format')!r}")
     config: RunConfig = run_config_from_yaml(metadata["config"], source=f"the configuration in {path}")
-    actor = build_actor(config.model, config.games, mask_illegal_actions=True)
+    actor = build_actor(config, mask_illegal_actions=True)
     # Which actions are legal is no weight: it follows from the games.
     own = {name: value for name, value in actor.state_dict().items() if name.endswith("legal_actions")}
     actor.load_state_dict({**weights, **own})

@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 _CONTINUE, _STOP, _REQUEUE = range(3)
 """What a rank asks for after a step; the greatest number of all ranks counts."""
 
-_RESULT_SECTIONS = ("data", "model", "objective", "optim")
+_RESULT_SECTIONS = ("data", "model", "method", "optim")
 _OTHER_DATA_KEYS = ("store", "games", "prefetch")
 """Not compared as they are: what the store holds has its fingerprint, and games their resolved names."""
 
