@@ -55,7 +55,7 @@ def large_run(folder: Path, batch_size: int, device: str) -> list[str]:
     changes = [f"data.batch_size={batch_size}", f"trainer.device={device}", "trainer.log_interval_gradient_steps=1"]
     if device == "cpu":
         changes += ["trainer.precision=fp32", "trainer.compile=false"]
-    return ["experiment=scaled_ql_resnet50", f"data.store={store.path}", f"run_dir={folder / 'run'}", *changes]
+    return ["scale=paper", "model.encoder=resnet50", f"data.store={store.path}", f"run_dir={folder / 'run'}", *changes]
 
 
 def timed_updates(trainer: Trainer, batch: Any, while_true: Callable[[], bool]) -> list[float]:
@@ -151,7 +151,8 @@ def measure_resume(folder: Path, batch_size: int, device: str, rounds: int) -> d
 def measure_data_wait(folder: Path, num_steps: int) -> dict[str, Any]:
     config = compose_run_config(
         [
-            "experiment=quickstart",
+            "scale=cpu",
+            "data.store=store",
             f"data.store={folder / 'real_store'}",
             f"run_dir={folder / 'quickstart'}",
             "collection.num_agent_steps_per_game=5000",

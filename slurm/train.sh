@@ -1,6 +1,6 @@
 #!/bin/bash
-# A training run (or one of several: sbatch --array=0-2%2 slurm/train.sh experiment=... seed=0,1,2).
-#   sbatch slurm/train.sh experiment=scaled_ql_resnet50 data.store=/data/store
+# A training run (or one of several: sbatch --array=0-2%2 slurm/train.sh scale=... seed=0,1,2).
+#   sbatch slurm/train.sh scale=paper data.store=/data/store
 # Give your cluster's partition, account and sizes here, or to sbatch. One task a GPU.
 #SBATCH --job-name=torchrl-sql
 #SBATCH --nodes=1

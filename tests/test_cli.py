@@ -83,19 +83,19 @@ def test_quickstart_of_other_settings_is_refused_and_fresh_starts_over(quickstar
     assert main(["quickstart", "--out", str(tmp_path), "--fresh", *TINY, "data.games=[Breakout]"]) == 0
     assert (tmp_path / "mine.txt").read_text() == "keep" and (tmp_path / "bc" / "mine.txt").is_file()
     before = contents(tmp_path)
-    assert main(["quickstart", "--out", str(tmp_path), "--fresh", *TINY, "objective.alhpa=1"]) == 1
+    assert main(["quickstart", "--out", str(tmp_path), "--fresh", *TINY, "method.alhpa=1"]) == 1
     assert contents(tmp_path) == before
 
 
 def test_collect_train_evaluate_report_inspect(tmp_path, capsys):
     store, run = tmp_path / "store", tmp_path / "run"
-    common = ["experiment=quickstart", *TINY, f"data.store={store}", "data.games=[Freeway]"]
+    common = ["scale=cpu", "data.store=store", *TINY, f"data.store={store}", "data.games=[Freeway]"]
     assert main(["collect", *common]) == 0
     assert main(["inspect", str(store)]) == 0
     out = capsys.readouterr().out
     assert re.search(r"Freeway +\d+", out) and "skilled" in out and "rewards: raw" in out
 
-    assert main(["train", *common, f"run_dir={run}", "name=small", "objective.cql_alpha=0.5"]) == 0
+    assert main(["train", *common, f"run_dir={run}", "name=small", "method.cql_alpha=0.5"]) == 0
     assert main(["evaluate", str(run), "--episodes", "1"]) == 0
     assert main(["evaluate", str(run), "--decoding", "sampled", "--episodes", "1"]) == 0
     assert [(row.agent, row.decoding, row.gradient_step) for row in read_episodes(run / "scores.csv")] == [
@@ -107,7 +107,7 @@ def test_collect_train_evaluate_report_inspect(tmp_path, capsys):
 
 
 def test_train_prints_its_configuration(capsys):
-    assert main(["train", "--print-config", "experiment=scaled_ql_resnet101", "data.store=/data/dqn"]) == 0
+    assert main(["train", "--print-config", "scale=paper", "model.encoder=resnet101", "data.store=/data/dqn"]) == 0
     out = capsys.readouterr().out
     assert "encoder: resnet101" in out and "store: /data/dqn" in out and "batch_size: 512" in out
 
@@ -115,11 +115,14 @@ def test_train_prints_its_configuration(capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["train", "experiment=quickstart", "objective.alhpa=1"], "Key 'alhpa' not in 'ObjectiveConfig'"),
-        (["train", "experiment=quickstart", "data.store=/nowhere", "run_dir=/nowhere"], "/nowhere"),
-        (["train", "experiment=quickstart", "data.games=[Breakout"], "data.games=[Breakout"),
+        (["train", "scale=cpu", "data.store=store", "method.alhpa=1"], "there is no setting 'method.alhpa'"),
+        (["train", "scale=cpu", "data.store=store", "data.store=/nowhere", "run_dir=/nowhere"], "/nowhere"),
+        (
+            ["train", "scale=cpu", "data.store=store", "data.games=[Breakout"],
+            "data.games cannot be read, got '[Breakout'",
+        ),
         (["quickstart", "run_dir=x"], "the quickstart decides run_dir itself"),
-        (["collect", "experiment=scaled_ql_resnet34", "data.store=x"], "no collection settings"),
+        (["train", "--config", "/x", "seed=1"], "--config takes no settings beside the file's own, got 'seed=1'"),
         (["evaluate", "/nowhere"], "/nowhere must be a checkpoint or the folder of a trained run"),
         (["report", "/nowhere"], "/nowhere must hold scores.csv"),
         (["inspect", "/nowhere"], "/nowhere is not a store"),

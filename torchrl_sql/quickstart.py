@@ -40,7 +40,7 @@ def quickstart(
         folder (Path): where everything goes: the store, the two runs, ``scores.csv``, clips and ``report.html``.
 
     Keyword Args:
-        overrides (sequence of str): Hydra overrides of ``experiment=quickstart``, e.g. ``["seed=1"]``.
+        overrides (sequence of str): overrides of ``scale=cpu``, e.g. ``["seed=1"]``.
         fresh (bool): delete what an earlier quickstart left in ``folder`` first.
         say (callable): is given a line of progress for people.
 
@@ -51,16 +51,18 @@ def quickstart(
         ConfigError: for bad overrides, or if ``folder`` holds a quickstart of other settings.
     """
     own = [
-        override for override in overrides if override.startswith(("experiment=", "name=", "run_dir=", "data.store="))
+        override
+        for override in overrides
+        if override.split("=")[0] in ("scale", "method", "name", "run_dir", "data.store")
     ]
     if own:
         raise ConfigError(f"the quickstart decides {own[0].split('=')[0]} itself, got {own[0]!r}")
-    common = ["experiment=quickstart", *overrides, f"data.store={_quoted(folder / 'store')}"]
-    method = compose_run_config([*common, "name=scaled_ql", f"run_dir={_quoted(folder / 'scaled_ql')}"])
-    bc_changes = ["objective=bc", "model.num_atoms=null", "model.value_prior_std=null"]
-    bc = compose_run_config([*common, *bc_changes, "name=bc", f"run_dir={_quoted(folder / 'bc')}"])
-    if method.collection is None:
-        raise ConfigError("collection must be given: the quickstart collects its data")
+    of_method = [override for override in overrides if override.startswith("method.")]
+    others = [override for override in overrides if override not in of_method]
+    common = ["scale=cpu", "data.games=[Freeway,Assault]", "data.n_steps=10", *others, f"data.store={folder / 'store'}"]
+    values = ["method.cql_alpha=0.3", "method.value_prior_std=1.0", *of_method]
+    method = compose_run_config([*common, *values, "name=scaled_ql", f"run_dir={folder / 'scaled_ql'}"])
+    bc = compose_run_config([*common, "method=bc", "name=bc", f"run_dir={folder / 'bc'}"])
     if fresh:
         _delete_earlier(folder)
     page = folder / "report.html"
@@ -109,7 +111,6 @@ def _delete_earlier(folder: Path) -> None:
 
 
 def _introduction(config: RunConfig) -> list[str]:
-    assert config.collection is not None
     return [
         f"One network was trained on {len(config.games)} games at once with distributional conservative Q-learning "
         "(CQL with C51, learned spatial embeddings, feature normalization, one head a game), without ever acting in "
@@ -125,9 +126,3 @@ def _introduction(config: RunConfig) -> list[str]:
         f"{config.trainer.num_gradient_steps:,} gradient steps of batch {config.data.batch_size}. Its scores are not "
         "comparable with the paper's.",
     ]
-
-
-def _quoted(path: Path) -> str:
-    """A path as a Hydra override value."""
-    text = str(path).replace("\\", "\\\\").replace("'", "\\'")
-    return f"'{text}'"

@@ -26,7 +26,7 @@ def store(tmp_path_factory):
 
 @pytest.fixture
 def settings(store):
-    return ["experiment=quickstart", f"data.store={store.path}", "data.games=[Pong]", "data.batch_size=8"]
+    return ["scale=cpu", "data.store=store", f"data.store={store.path}", "data.games=[Pong]", "data.batch_size=8"]
 
 
 def test_measures_what_a_plan_needs(settings):

@@ -1,112 +1,127 @@
+"""Bounds of single settings and rules between them."""
+
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass, fields, is_dataclass
+
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from torchrl_sql.config import (
-    ConfigError,
-    compose_run_config,
-    run_config_from_yaml,
-)
-from torchrl_sql.config.schema import list_experiments, override_run_config
+from torchrl_sql.config import ConfigError, compose_run_config, list_choices, run_config_from_yaml
+from torchrl_sql.config.schema import at_least, check_bounds, positive, probability, setting
 from torchrl_sql.games import TRAIN_40
-from torchrl_sql.modules import make_q_actor
+
+RUN = ["scale=cpu", "data.store=store", "data.games=[Freeway,Assault]"]
 
 
-def test_the_experiments_are_the_published_ones_and_the_quickstart():
-    assert list_experiments() == ["quickstart", "scaled_ql_resnet101", "scaled_ql_resnet34", "scaled_ql_resnet50"]
+@dataclass
+class Inner:
+    share: float = setting(probability)
 
 
-@pytest.mark.parametrize("size", [34, 50, 101])
-def test_paper_presets_hold_the_papers_values(size):
-    config = compose_run_config([f"experiment=scaled_ql_resnet{size}", "data.store=store"])
+@dataclass
+class Outer:
+    count: int | None = setting(at_least(2))
+    size: float = setting(positive)
+    inner: Inner = None
+
+
+@given(st.none() | st.integers(-5, 5), st.floats(), st.floats())
+def test_the_walker_refuses_what_is_out_of_bounds_or_not_finite_and_nothing_else(count, size, share):
+    settings = Outer(count, size, Inner(share))
+    if (count is None or count >= 2) and 0 < size < math.inf and 0 <= share <= 1:
+        check_bounds(settings)
+    else:
+        with pytest.raises(ConfigError, match=r"^a\.(count|size|inner\.share) must be .*, got "):
+            check_bounds(settings, "a.")
+
+
+def test_the_message_names_key_bound_and_value():
+    with pytest.raises(ConfigError, match=r"^a\.count must be at least 2, or null, got 1$"):
+        check_bounds(Outer(1, 1.0, Inner(0.0)), "a.")
+    with pytest.raises(ConfigError, match=r"^inner\.share must be in \[0, 1\], got 1\.5$"):
+        check_bounds(Outer(None, 1.0, Inner(1.5)))
+
+
+def sections(config):
+    return [("", config)] + [
+        (f"{each.name}.", section) for each in fields(config) if is_dataclass(section := getattr(config, each.name))
+    ]
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        f"{prefix}{each.name}"
+        for prefix, section in sections(compose_run_config(RUN))
+        for each in fields(section)
+        if str(each.type).startswith("float")
+    ],
+)
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+def test_no_setting_takes_a_number_that_is_not_finite(key, value):
+    with pytest.raises(ConfigError, match=key):
+        compose_run_config([*RUN, f"{key}={value}"])
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data.games=[Breakuot]", "data.games: .*got 'Breakuot'; did you mean Breakout"),
+        ("method=cql_mse method.num_atoms=51", "method.num_atoms must be null .*target=mse, got 51"),
+        ("method.num_atoms=null", "method.num_atoms must be at least 2 .*c51, got None"),
+        ("method=cql_mse method.value_prior_std=1", "method.value_prior_std must be null with scalar heads, got 1.0"),
+        ("method.v_min=10", "method.v_min must be less than method.v_max=10.0, got 10.0"),
+        ("method.name=bc", "method.name comes with the choice method=NAME, got 'bc'"),
+        ("trainer.num_gradient_steps=100", "warmup_gradient_steps must be less than .*=100"),
+        (
+            "trainer.milestone_interval_gradient_steps=1500",
+            "milestone_interval_gradient_steps must be null or a multiple of .*=1000, got 1500",
+        ),
+        ("trainer.microbatch_size=5", "trainer.microbatch_size must be null or a divisor"),
+        ("optim.name=sgd", "optim.name must be one of adam, adamw, got 'sgd'"),
+        ("trainer.loggers=[tensorboard]", "trainer.loggers must be a list of csv"),
+        ("trainer.device=tpu", "trainer.device must be auto, cpu or cuda, got 'tpu'"),
+        ("data.mixture=all", "data.mixture must be games, transitions or .*, got 'all'"),
+        ("data.mixture=[1]", r"data.mixture must be .* a list of 2 weights.*, got \(1,\)"),
+        ("data.mixture=[1,-1]", r"data.mixture must be .* weights >= 0.*, got \(1, -1\)"),
+        ("data.first_fraction=0", r"data.first_fraction must be in \(0, 1\], got 0.0"),
+        ("data.transitions_per_game=0", "data.transitions_per_game must be at least 1, or null, got 0"),
+    ],
+)
+def test_bad_values_name_the_key(override, message):
+    with pytest.raises(ConfigError, match=message):
+        compose_run_config([*RUN, *override.split()])
+
+
+@pytest.mark.parametrize("encoder", ["resnet34", "resnet50", "resnet101"])
+def test_the_papers_scale_holds_the_papers_values(encoder):
+    config = compose_run_config(["scale=paper", f"model.encoder={encoder}", "data.store=store"])
     assert config.games == TRAIN_40
-    assert config.model.encoder == f"resnet{size}"
     assert config.model.feature_norm and config.model.pooling == "spatial_embedding" and not config.model.center_input
     assert (config.data.batch_size, config.data.n_steps) == (512, 1)
     assert (config.optim.learning_rate, config.optim.eps) == (2e-4, 3.125e-4)
     assert config.trainer.target_update_interval_gradient_steps == 2000
     assert config.trainer.num_gradient_steps == 6_250_000
-    assert (config.objective.gamma, config.objective.cql_alpha, config.objective.target) == (0.99, 0.1, "c51")
-    assert (config.model.num_atoms, config.model.v_min, config.model.v_max) == (51, -10.0, 10.0)
+    assert (config.method.gamma, config.method.cql_alpha, config.method.target) == (0.99, 0.1, "c51")
+    assert (config.method.num_atoms, config.method.v_min, config.method.v_max) == (51, -10.0, 10.0)
     assert (config.evaluation.epsilon, config.evaluation.sticky_action_probability) == (0.001, 0.0)
 
 
-@pytest.mark.parametrize("experiment", list_experiments())
-def test_every_experiment_round_trips_through_yaml(experiment):
-    config = compose_run_config([f"experiment={experiment}", "data.store=store"])
+@pytest.mark.parametrize("scale", list_choices("scale"))
+@pytest.mark.parametrize("model", list_choices("model"))
+@pytest.mark.parametrize("method", list_choices("method"))
+def test_every_scale_model_and_method_compose_and_round_trip_through_yaml(scale, model, method):
+    config = compose_run_config([f"scale={scale}", f"model={model}", f"method={method}", "data.store=store"])
     assert run_config_from_yaml(config.to_yaml(), source="here") == config
 
 
-@pytest.mark.parametrize("objective", ["cql_c51", "cql_hl_gauss", "cql_mse", "bc"])
-def test_every_objective_composes(objective):
-    atoms = ["model.num_atoms=null", "model.value_prior_std=null"] if objective in ("cql_mse", "bc") else []
-    config = compose_run_config(["experiment=quickstart", f"objective={objective}", *atoms])
-    make_q_actor(config.games, encoder="resnet_small", num_atoms=config.model.num_atoms)
-
-
-@pytest.mark.parametrize(
-    ("overrides", "message"),
-    [
-        (["experiment=quickstart", "objective.alhpa=1"], "Key 'alhpa' not in 'ObjectiveConfig'"),
-        (["experiment=quickstart", "trainer.num_steps=1"], "Key 'num_steps' not in 'TrainerConfig'"),
-        (["experiment=quickstrat"], "Could not find 'experiment/quickstrat'"),
-        ([], "You must specify 'experiment'"),
-        (["experiment=scaled_ql_resnet50"], r"data.store must be given, e.g. data.store=\.\.\."),
-        (["experiment=quickstart", "data.batch_size=many"], "'many' of type 'str' could not be converted to Integer"),
-        (["experiment=quickstart", "data.games=[Breakuot]"], "data.games: .*got 'Breakuot'; did you mean Breakout"),
-        (["experiment=quickstart", "objective=bc"], "model.num_atoms must be null .*objective.name=bc, got 51"),
-        (["experiment=quickstart", "objective=cql_mse"], "model.num_atoms must be null .*target=mse, got 51"),
-        (["experiment=quickstart", "model.num_atoms=null"], "model.num_atoms must be at least 2 .*c51, got None"),
-        (["experiment=quickstart", "model.v_min=10"], "model.v_min must be less than model.v_max=10.0, got 10.0"),
-        (["experiment=quickstart", "objective.cql_alpha=-1"], "objective.cql_alpha must be at least 0, got -1.0"),
-        (["experiment=quickstart", "trainer.num_gradient_steps=100"], "warmup_gradient_steps must be less than .*=100"),
-        (
-            ["experiment=quickstart", "trainer.milestone_interval_gradient_steps=1500"],
-            "milestone_interval_gradient_steps must be null or a multiple of .*=1000, got 1500",
-        ),
-        (["experiment=quickstart", "trainer.microbatch_size=5"], "trainer.microbatch_size must be null or a divisor"),
-        (["experiment=quickstart", "trainer.stall_warning_seconds=0"], "stall_warning_seconds must be greater than 0"),
-        (["experiment=quickstart", "optim.name=sgd"], "optim.name must be adam or adamw, got 'sgd'"),
-        (["experiment=quickstart", "optim.weight_decay=-1"], "optim.weight_decay must be at least 0, got -1"),
-        (["experiment=quickstart", "trainer.loggers=[tensorboard]"], "trainer.loggers must be a list of csv"),
-        (["experiment=quickstart", "evaluation.epsilon=2"], r"evaluation.epsilon must be in \[0, 1\], got 2.0"),
-        (["experiment=quickstart", "seed=-1"], "seed must be at least 0, got -1"),
-        (["experiment=quickstart", "trainer.device=tpu"], "trainer.device must be auto, cpu or cuda, got 'tpu'"),
-        (["experiment=quickstart", "optim.max_grad_norm=-1"], "optim.max_grad_norm must be greater than 0, or null"),
-        (["experiment=quickstart", "data.games=[Breakout"], r"settings must be key=value, got .data.games=\[Breakout"),
-        (["experiment=quickstart", "data.mixture=all"], "data.mixture must be games, transitions or .*, got 'all'"),
-        (["experiment=quickstart", "data.mixture=[1]"], r"data.mixture must be .* a list of 2 weights.*, got \[1\]"),
-        (["experiment=quickstart", "data.mixture=[1,-1]"], r"data.mixture must be .* weights >= 0.*, got \[1, -1\]"),
-        (["experiment=quickstart", "data.temperature=0"], "data.temperature must be greater than 0, got 0.0"),
-        (["experiment=quickstart", "data.first_fraction=1.2"], r"data.first_fraction must be in \(0, 1\], got 1.2"),
-        (["experiment=quickstart", "data.every_kth_episode=0"], "data.every_kth_episode must be at least 1, got 0"),
-        (["experiment=quickstart", "data.transitions_per_game=0"], "data.transitions_per_game must be at least 1, or"),
-    ],
-)
-def test_bad_configurations_name_the_key(overrides, message):
-    with pytest.raises(ConfigError, match=message):
-        compose_run_config(overrides)
-
-
-def test_overrides_of_a_stored_configuration_stay_in_their_section():
-    config = compose_run_config(["experiment=quickstart"])
-    changed = override_run_config(config, ["evaluation.epsilon=0.05"], section="evaluation")
-    assert (changed.evaluation.epsilon, config.evaluation.epsilon) == (0.05, 0.001)
-    paper = compose_run_config(["experiment=quickstart", "evaluation=paper", "seed=3"])
-    changed = override_run_config(
-        paper, ["evaluation=sticky", "evaluation.epsilon=0.0"], section="evaluation"
-    ).evaluation
-    assert (changed.sticky_action_probability, changed.epsilon, changed.seed) == (0.25, 0.0, 3)
-    with pytest.raises(ConfigError, match="sticki"):
-        override_run_config(config, ["evaluation=sticki"], section="evaluation")
-    with pytest.raises(ConfigError, match=r"evaluation.KEY=VALUE, got 'model.encoder=nature'"):
-        override_run_config(config, ["model.encoder=nature"], section="evaluation")
-    with pytest.raises(ConfigError, match="epsilom"):
-        override_run_config(config, ["evaluation.epsilom=0.05"], section="evaluation")
-
-
-def test_damaged_yaml_is_refused():
-    with pytest.raises(ConfigError, match="here must hold a run's configuration"):
-        run_config_from_yaml("a: [", source="here")
-    with pytest.raises(ConfigError, match="must be given"):
-        run_config_from_yaml("name: x", source="here")
+@pytest.mark.parametrize("scale", list_choices("scale"))
+def test_a_scale_leaves_the_method_alone_and_yields_to_the_command_line(scale):
+    words = [f"scale={scale}", "data.store=store"]
+    plain, chosen = compose_run_config(words), compose_run_config([*words, "model=q_network", "data.batch_size=7"])
+    assert plain.method == compose_run_config(["scale=paper", "data.store=store"]).method
+    assert chosen.model == compose_run_config(["scale=paper", "model=q_network", "data.store=store"]).model
+    assert chosen.data.batch_size == 7

@@ -20,7 +20,8 @@ def make_run(tmp_path_factory):
         folder = tmp_path_factory.mktemp("runs") / "small"
         config = compose_run_config(
             [
-                "experiment=quickstart",
+                "scale=cpu",
+                "data.store=store",
                 "name=small",
                 f"run_dir={folder}",
                 f"data.games=[{','.join(GAMES)}]",

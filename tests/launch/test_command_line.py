@@ -15,7 +15,8 @@ from torchrl_sql.launch.slurm import JobState
 from torchrl_sql.launch.status import follow, task_states
 
 TINY = [
-    "experiment=quickstart",
+    "scale=cpu",
+    "data.store=store",
     "collection.num_agent_steps_per_game=300",
     "collection.max_env_frames_per_episode=400",
     "data.games=[Breakout]",
@@ -37,7 +38,17 @@ def here(tmp_path, monkeypatch):
 
 
 def test_dry_run_prints_every_script_and_makes_nothing(here, capsys):
-    words = ["launch", "chain", "experiment=quickstart", "seed=0,1", "cluster=gpus1", "--dry-run", "--shards", "3"]
+    words = [
+        "launch",
+        "chain",
+        "scale=cpu",
+        "data.store=store",
+        "seed=0,1",
+        "cluster=gpus1",
+        "--dry-run",
+        "--shards",
+        "3",
+    ]
     assert main([*words, "--into", "runs/x"]) == 0
     out = capsys.readouterr().out
     assert out.count("#!/bin/bash") == 4 and not list(here.iterdir())
@@ -59,28 +70,44 @@ def test_options_may_stand_before_and_after(here, capsys):
 def test_help_of_a_kind(here, capsys):
     with pytest.raises(SystemExit) as end:
         main(["launch", "train", "--help"])
-    assert end.value.code == 0 and "torchrl-sql launch sweep experiment=" in capsys.readouterr().out
+    assert end.value.code == 0 and "torchrl-sql launch sweep scale=" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["train", "experiment=quickstart"], "cluster must be given once"),
-        (["train", "experiment=quickstart", "seed=0,1", "cluster=cpu"], "launch train takes one"),
-        (["sweep", "experiment=quickstart", "cluster=cpu"], "launch sweep several"),
-        (["train", "experiment=quickstart", "--gpus", "cluster=cpu"], "settings must be key=value, got '--gpus'"),
-        (["train", "experiment=quickstart", "loss.alhpa=1", "cluster=cpu"], "'loss'"),
+        (["train", "scale=cpu", "data.store=store"], "cluster must be given once"),
+        (["train", "scale=cpu", "data.store=store", "seed=0,1", "cluster=cpu"], "launch train takes one"),
+        (["sweep", "scale=cpu", "data.store=store", "cluster=cpu"], "launch sweep several"),
         (
-            ["train", "experiment=quickstart", "data.batch_size=9", "cluster=gpus8"],
+            ["train", "scale=cpu", "data.store=store", "--gpus", "cluster=cpu"],
+            "settings must be key=value, got '--gpus'",
+        ),
+        (["train", "scale=cpu", "data.store=store", "loss.alhpa=1", "cluster=cpu"], "'loss'"),
+        (
+            ["train", "scale=cpu", "data.store=store", "data.batch_size=9", "cluster=gpus8"],
             "data.batch_size must be a multiple of the 8 processes, got 9",
         ),
         (
-            ["train", "experiment=quickstart", "data.batch_size=16", "trainer.microbatch_size=4", "cluster=gpus8"],
+            [
+                "train",
+                "scale=cpu",
+                "data.store=store",
+                "data.batch_size=16",
+                "trainer.microbatch_size=4",
+                "cluster=gpus8",
+            ],
             "trainer.microbatch_size must be null or a divisor of each process's batch of 2, got 4",
         ),
         (["evaluate", "cluster=cpu"], "launch evaluate needs runs"),
-        (["train", "experiment=quickstart", "--import", "x", "cluster=cpu"], "--import belongs to launch chain"),
-        (["train", "experiment=quickstart", "--shards", "2", "cluster=cpu"], "--shards belongs to launch evaluate"),
+        (
+            ["train", "scale=cpu", "data.store=store", "--import", "x", "cluster=cpu"],
+            "--import belongs to launch chain",
+        ),
+        (
+            ["train", "scale=cpu", "data.store=store", "--shards", "2", "cluster=cpu"],
+            "--shards belongs to launch evaluate",
+        ),
     ],
 )
 def test_refusals_come_before_anything_is_made(here, capsys, words, message):
@@ -95,7 +122,7 @@ def stage(here):
     program = here / "bin" / "scontrol"
     program.write_text("#!/bin/sh\necho 'Invalid job id specified' >&2\nexit 1\n")
     program.chmod(0o755)
-    planned = plan_training(["experiment=quickstart", "seed=0,1"], here / "runs" / "a")
+    planned = plan_training(["scale=cpu", "data.store=store", "seed=0,1"], here / "runs" / "a")
     cluster = compose_cluster_config(["cluster=cpu"])
     tasks = [p.task for p in planned]
     stage = new_stage(here / "runs" / "a", "train", tasks, command="torchrl-sql x", stop_seconds=60, cluster=cluster)
@@ -107,7 +134,7 @@ def stage(here):
 def test_record_has_what_is_needed_to_repeat_the_run(stage):
     content = json.loads((stage.folder / "launch.json").read_text())
     assert content["command"] == "torchrl-sql x" and content["versions"]["torch"]
-    assert content["tasks"][1]["arguments"] == ["train", "experiment=quickstart", "seed=1"]
+    assert content["tasks"][1]["arguments"] == ["train", "scale=cpu", "data.store=store", "seed=1"]
     assert "seed: 1" in (stage.folder / "task_1" / "config.yaml").read_text()
     assert (stage.folder / "git.diff").is_file() and "git_commit" in content
     assert find_stages(stage.folder.parents[1]) == [stage]

@@ -10,13 +10,13 @@ from torchrl_sql.launch.plan import choose_root, expand_sweep, folder_name, plan
 
 
 def test_sweeps_are_products():
-    assert expand_sweep(["experiment=quickstart", "seed=0,1", "model=resnet34,resnet50"]) == [
-        (label, ["experiment=quickstart", *label.split(",")])
+    assert expand_sweep(["scale=cpu", "data.store=store", "seed=0,1", "model.encoder=resnet34,resnet50"]) == [
+        (label, ["scale=cpu", "data.store=store", *label.split(",")])
         for label in (
-            "seed=0,model=resnet34",
-            "seed=0,model=resnet50",
-            "seed=1,model=resnet34",
-            "seed=1,model=resnet50",
+            "seed=0,model.encoder=resnet34",
+            "seed=0,model.encoder=resnet50",
+            "seed=1,model.encoder=resnet34",
+            "seed=1,model.encoder=resnet50",
         )
     ]
 
@@ -27,31 +27,31 @@ def test_lists_are_no_sweeps():
 
 
 def test_seeds_share_a_name_and_other_choices_do_not(tmp_path):
-    seeds = plan_training(["experiment=quickstart", "seed=0,1"], tmp_path)
-    assert [planned.name for planned in seeds] == ["quickstart", "quickstart"]
+    seeds = plan_training(["scale=cpu", "data.store=store", "seed=0,1"], tmp_path)
+    assert [planned.name for planned in seeds] == ["cql", "cql"]
     assert [planned.task.run_dir for planned in seeds] == [f"{tmp_path}/seed=0", f"{tmp_path}/seed=1"]
-    sizes = plan_training(["experiment=quickstart", "objective.cql_alpha=0.1,0.2", "seed=0,1"], tmp_path)
-    assert [planned.name for planned in sizes] == [f"quickstart-objective.cql_alpha=0.{i}" for i in (1, 1, 2, 2)]
-    assert [yaml.safe_load(planned.config)["objective"]["cql_alpha"] for planned in sizes] == [0.1, 0.1, 0.2, 0.2]
+    sizes = plan_training(["scale=cpu", "data.store=store", "method.cql_alpha=0.1,0.2", "seed=0,1"], tmp_path)
+    assert [planned.name for planned in sizes] == [f"cql-method.cql_alpha=0.{i}" for i in (1, 1, 2, 2)]
+    assert [yaml.safe_load(planned.config)["method"]["cql_alpha"] for planned in sizes] == [0.1, 0.1, 0.2, 0.2]
     assert len({planned.task.run_dir for planned in sizes}) == 4
 
 
 @pytest.mark.parametrize("values", ["seed=0,0", "name='a b','a,b'"])
 def test_two_runs_never_share_a_folder(tmp_path, values):
     with pytest.raises(ConfigError, match="would share the folder"):
-        plan_training(["experiment=quickstart", values], tmp_path)
+        plan_training(["scale=cpu", "data.store=store", values], tmp_path)
 
 
 def test_a_label_too_long_for_a_folder_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="too long for the name"):
-        plan_training(["experiment=quickstart", f"name={'a' * 300},b"], tmp_path)
+        plan_training(["scale=cpu", "data.store=store", f"name={'a' * 300},b"], tmp_path)
 
 
 def test_what_the_launcher_decides_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="give --into instead of run_dir=x"):
-        plan_training(["experiment=quickstart", "run_dir=x"], tmp_path)
+        plan_training(["scale=cpu", "data.store=store", "run_dir=x"], tmp_path)
     with pytest.raises(ConfigError, match="'seed'"):
-        plan_training(["experiment=quickstart", "seed"], tmp_path)
+        plan_training(["scale=cpu", "data.store=store", "seed"], tmp_path)
 
 
 def test_each_launch_has_a_folder_of_its_own(tmp_path):

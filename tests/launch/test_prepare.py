@@ -18,11 +18,11 @@ def here(tmp_path, monkeypatch):
 
 
 def test_every_life_of_a_job_has_the_same_folder_and_every_job_another():
-    words = ["experiment=quickstart", "seed=3"]
+    words = ["scale=cpu", "data.store=store", "seed=3"]
     first = prepare("train", words, JOB)
     assert prepare("train", words, JOB | {"SLURM_RESTART_COUNT": "1"}) == first
     assert prepare("train", words, JOB) != first  # ids start anew with a new cluster
-    other = prepare("train", ["experiment=quickstart", "seed=4"], JOB | {"SLURM_RESTART_COUNT": "1"})
+    other = prepare("train", ["scale=cpu", "data.store=store", "seed=4"], JOB | {"SLURM_RESTART_COUNT": "1"})
     assert other != first and "seed: 4" in (other / "task_0" / "config.yaml").read_text()
     stage = Stage.load(first)
     assert stage.submissions[0].job == "5" and stage.cluster is None and stage.kind == "train"
@@ -31,17 +31,17 @@ def test_every_life_of_a_job_has_the_same_folder_and_every_job_another():
 
 @pytest.mark.parametrize("content", ["", "[]", '{"format": "torchrl_sql launch 1"}'])
 def test_records_of_others_are_passed_over(here, caplog, content):
-    first = prepare("train", ["experiment=quickstart"], JOB)
+    first = prepare("train", ["scale=cpu", "data.store=store"], JOB)
     other = here / "runs" / "other" / "launch" / "train"
     other.mkdir(parents=True)
     (other / "launch.json").write_text(content)
-    assert prepare("train", ["experiment=quickstart"], JOB | {"SLURM_RESTART_COUNT": "1"}) == first
+    assert prepare("train", ["scale=cpu", "data.store=store"], JOB | {"SLURM_RESTART_COUNT": "1"}) == first
     assert find_launch("5") == first.parents[1]
     assert "passed over: " + str(other) in caplog.text
 
 
 def test_an_array_element_takes_its_combination():
-    words = ["experiment=quickstart", "seed=0,7"]
+    words = ["scale=cpu", "data.store=store", "seed=0,7"]
     array = {"SLURM_JOB_ID": "9", "SLURM_ARRAY_JOB_ID": "8", "SLURM_ARRAY_TASK_ID": "1"}
     stage = Stage.load(prepare("train", words, array))
     assert stage.submissions[0].job == "8_1" and len(stage.tasks) == 1
@@ -64,5 +64,5 @@ def test_other_commands_are_checked(here, capsys):
         prepare("evaluate", [], JOB)
     assert "are required" in capsys.readouterr().err
     with pytest.raises(ConfigError, match="'alhpa'"):
-        prepare("train", ["experiment=quickstart", "objective.alhpa=1"], JOB)
+        prepare("train", ["scale=cpu", "data.store=store", "method.alhpa=1"], JOB)
     assert len(list((here / "runs").iterdir())) == 1

@@ -108,6 +108,6 @@ def test_a_job_that_slurm_has_forgotten(message, code, tmp_path, monkeypatch):
 
 
 def test_training_is_planned_with_resolved_settings(tmp_path):
-    (planned,) = plan_training(["experiment=quickstart", "seed=3"], tmp_path / "run")
-    assert planned.task.run_dir == str(tmp_path / "run") and planned.name == "quickstart"
+    (planned,) = plan_training(["scale=cpu", "data.store=store", "seed=3"], tmp_path / "run")
+    assert planned.task.run_dir == str(tmp_path / "run") and planned.name == "cql"
     assert f"run_dir: {tmp_path / 'run'}" in planned.config and "seed: 3" in planned.config

@@ -46,7 +46,7 @@ def run_folder(folder, *overrides, name="scaled_ql", seed=0, games=GAMES, metric
     """A run as training leaves it, without its checkpoints."""
     config = compose_run_config(
         [
-            "experiment=quickstart", f"data.games=[{','.join(games)}]", f"name={name}", f"seed={seed}",
+            "scale=cpu", "data.store=store", f"data.games=[{','.join(games)}]", f"name={name}", f"seed={seed}",
             f"run_dir={folder}", "data.store=/nowhere/store", *overrides,
         ]
     )  # fmt: skip
@@ -67,7 +67,7 @@ def test_runs_of_one_name_are_seeds_and_the_rest_is_told_apart(tmp_path):
         (folder / "versions.json").write_text(json.dumps({"torch": f"2.1{seed}", "python": "3.11"}))
         write(folder / "scores.csv", episodes(seed=seed))
         (folder / "evaluation_versions.json").write_text(json.dumps([{"ale-py": "0.12"}, {"ale-py": f"0.{seed}"}]))
-    bc = run_folder(tmp_path / "bc", "objective=bc", "model.num_atoms=null", "model.value_prior_std=null", name="bc")
+    bc = run_folder(tmp_path / "bc", "method=bc", name="bc")
     write(bc / "scores.csv", episodes("bc") + episodes("bc", decoding="sampled"))
     data = gather([bc, tmp_path / "ql0", tmp_path / "ql1"])
     assert [(a.label, a.role, a.decoding) for a in data.agents] == [
@@ -102,7 +102,7 @@ def test_an_ablation_is_called_by_its_name_and_is_no_size(tmp_path):
         "ours": "model.encoder=resnet34",
         "larger_without_norm": "model.encoder=resnet50 model.feature_norm=false",
         "impala": "model.encoder=impala",
-        "mse": "model.encoder=resnet50 objective.target=mse model.num_atoms=null model.value_prior_std=null",
+        "mse": "model.encoder=resnet50 method=cql_mse",
         "again": "model.encoder=resnet34",
     }
     for name, overrides in changes.items():
@@ -115,7 +115,7 @@ def test_an_ablation_is_called_by_its_name_and_is_no_size(tmp_path):
     assert data.agents[0].agent == "ours" and set(data.settings) == {a.label for a in data.agents}
 
 
-CHANGES = ("objective.cql_alpha=0.7", "data.batch_size=7", "trainer.num_gradient_steps=300")
+CHANGES = ("method.cql_alpha=0.7", "data.batch_size=7", "trainer.num_gradient_steps=300")
 
 
 def test_seeds_that_differ_in_more_and_unlike_games_are_refused(tmp_path):

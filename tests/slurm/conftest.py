@@ -249,7 +249,7 @@ def profile(slurm):
 def settings(slurm):
     """Settings of a small training run over a small store of real transitions."""
     store = slurm.folder / "store"
-    tiny = ["experiment=quickstart", "data.games=[Breakout,Freeway]", f"data.store={store}"]
+    tiny = ["scale=cpu", "data.store=store", "data.games=[Breakout,Freeway]", f"data.store={store}"]
     collection = ["collection.num_agent_steps_per_game=400", "collection.max_env_frames_per_episode=800"]
     collect_data(compose_run_config([*tiny, *collection]))
     trainer = {

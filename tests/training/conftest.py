@@ -16,11 +16,12 @@ from torchrl_sql.collection import collect_data
 from torchrl_sql.config import compose_run_config
 
 TINY = [
-    "experiment=quickstart",
+    "scale=cpu",
+    "data.store=store",
     "collection.num_agent_steps_per_game=600",
     "collection.max_env_frames_per_episode=800",
     "data.games=[Breakout,Freeway]",
-    "objective.cql_alpha=0.1",
+    "data.n_steps=10",
     "data.batch_size=8",
     "trainer.num_gradient_steps=12",
     "trainer.target_update_interval_gradient_steps=3",

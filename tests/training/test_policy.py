@@ -27,7 +27,7 @@ def states(seed=0, num_states=16):
 
 @pytest.mark.parametrize(
     "changes",
-    [[], ["objective=cql_mse", "model.num_atoms=null", "model.value_prior_std=null"], ["model.center_input=true"]],
+    [[], ["method=cql_mse"], ["model.center_input=true"]],
 )
 def test_a_trained_run_leaves_its_policy_and_it_acts_as_the_network(make_config, changes):
     folder = train(make_config(*changes))

@@ -70,11 +70,9 @@ def test_data_settings_reach_the_replay_buffer(make_config):
     assert (sampler.mixture, sampler.temperature, sampler.seed) == ((1.0, 3.0), 2.0, config.seed)
 
 
-@pytest.mark.parametrize("objective", ["cql_c51", "cql_hl_gauss", "cql_mse", "bc"])
-def test_an_interrupted_run_continues_exactly(make_config, monkeypatch, objective):
-    changes = [f"objective={objective}"]
-    if objective in ("cql_mse", "bc"):
-        changes += ["model.num_atoms=null", "model.value_prior_std=null"]
+@pytest.mark.parametrize("method", ["cql_c51", "cql_hl_gauss", "cql_mse", "bc"])
+def test_an_interrupted_run_continues_exactly(make_config, monkeypatch, method):
+    changes = [f"method={method}"]
     whole, parts = make_config(*changes, name="whole"), make_config(*changes, name="parts")
     train(whole)
     with monkeypatch.context() as patch:
@@ -230,8 +228,8 @@ def test_a_finished_run_is_left_alone_and_other_settings_are_refused(make_config
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     train(config)
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
-    with pytest.raises(ConfigError, match=r"other settings \(objective.cql_alpha: 0.1 there, 0.5 now\)"):
-        train(make_config("objective.cql_alpha=0.5"))
+    with pytest.raises(ConfigError, match=r"other settings \(method.cql_alpha: 0.1 there, 0.5 now\)"):
+        train(make_config("method.cql_alpha=0.5"))
     for changes, named in (
         (["data.temperature=2"], "temperature"),
         (["data.replacement=false"], "replacement"),

@@ -17,10 +17,10 @@ DESCRIPTION = """\
 Scaled Q-learning (Kumar et al., ICLR 2023) in TorchRL: one policy for many Atari games, learned offline.
 
   torchrl-sql quickstart                                the whole method in minutes, on a CPU
-  torchrl-sql train experiment=quickstart seed=1        one training run from configs/experiment/quickstart.yaml
+  torchrl-sql train scale=cpu data.store=STORE          one training run, settings from configs/
   torchrl-sql evaluate runs/NAME                        play a trained network, add to runs/NAME/scores.csv
   torchrl-sql report runs/NAME                          scores, intervals and curves as one HTML page
-  torchrl-sql launch train experiment=... cluster=...   the same on a SLURM cluster
+  torchrl-sql launch train scale=... cluster=...        the same on a SLURM cluster
 """
 EXIT_CLOSED_PIPE = 141
 """As a shell reports a process that SIGPIPE ended."""

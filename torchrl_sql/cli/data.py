@@ -46,7 +46,7 @@ def add_commands(commands: Any) -> None:
 
 
 def _collect(args: argparse.Namespace) -> None:
-    """Fills data.store with episodes of scripted behaviour policies, as the experiment's collection settings say."""
+    """Fills data.store with episodes of scripted behaviour policies, as the collection settings say."""
     from torchrl_sql.collection import collect_data
     from torchrl_sql.config import compose_run_config
 

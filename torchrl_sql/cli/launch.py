@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 
 KINDS = ("train", "sweep", "evaluate", "import", "collect", "report", "bench", "chain")
 _EPILOG = """\
-  torchrl-sql launch train experiment=scaled_ql_resnet50 data.store=STORE cluster=gpus8
-  torchrl-sql launch sweep experiment=scaled_ql_resnet50 seed=0,1,2 cluster=gpus8 cluster.array_parallelism=2
+  torchrl-sql launch train scale=paper model.encoder=resnet50 data.store=STORE cluster=gpus8
+  torchrl-sql launch sweep scale=gpu seed=0,1,2 cluster=gpus8 cluster.array_parallelism=2
   torchrl-sql launch evaluate runs/A runs/B --shards 4 cluster=gpus1
   torchrl-sql launch import dqn-replay SOURCE --games train40 --out STORE cluster=cpu
-  torchrl-sql launch chain experiment=quickstart seed=0,1,2 cluster=my_cluster.yaml
+  torchrl-sql launch chain scale=cpu data.store=STORE seed=0,1,2 cluster=my_cluster.yaml
 
 Settings of the cluster are cluster=NAME (configs/cluster/) or cluster=FILE.yaml, and cluster.KEY=VALUE.
 """
@@ -148,7 +148,7 @@ def _plan_chain(
     data: dict[str, list[PlannedTask]] = {}
     if source is not None:
         data["import"] = [plan_command("import", [*shlex.split(source), "--out", config.data.store])]
-    elif config.collection is not None:
+    else:
         data["collect"] = [plan_command("collect", first)]
     runs = [planned.task.run_dir for planned in training if planned.task.run_dir is not None]
     evaluations = plan_evaluation(runs, [], num_shards=num_shards)

@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 OVERRIDES_HELP = (
-    "settings as group=choice or key=value, e.g. experiment=quickstart model=resnet50 objective.cql_alpha=0.5; "
-    "the keys are explained in torchrl_sql/config.py and the files of configs/"
+    "settings as group=choice or key=value, e.g. scale=cpu method=cql_hl_gauss seed=1; "
+    "the keys are explained in torchrl_sql/config/schema.py and the files of configs/"
 )

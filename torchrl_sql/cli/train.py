@@ -24,6 +24,7 @@ def add_commands(commands: Any) -> None:
     quickstart.set_defaults(run_command=_quickstart)
 
     train = commands.add_parser("train", help="train a network offline, from a store", description=_train.__doc__)
+    train.add_argument("--config", type=Path, help="a whole configuration, as --print-config prints it")
     train.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
     train.add_argument("overrides", nargs="*", metavar="key=value", help=OVERRIDES_HELP)
     train.set_defaults(run_command=_train)
@@ -49,13 +50,16 @@ def _quickstart(args: argparse.Namespace) -> None:
 
 def _train(args: argparse.Namespace) -> None:
     """Trains a network from a store; continues the run in run_dir if there is one."""
-    from torchrl_sql.config import compose_run_config
-    from torchrl_sql.training import train
+    from torchrl_sql.config import compose_run_config, load_run_config
 
-    config = compose_run_config(args.overrides)
+    if args.config is not None and args.overrides:
+        raise ValueError(f"--config takes no settings beside the file's own, got {args.overrides[0]!r}")
+    config = compose_run_config(args.overrides) if args.config is None else load_run_config(args.config)
     if args.print_config:
         print(config.to_yaml(), end="")
         return
+    from torchrl_sql.training import train
+
     folder = train(config)
     if os.environ.get("RANK", "0") == "0":
         print(f"Trained: {folder}. Next: torchrl-sql evaluate {folder}")

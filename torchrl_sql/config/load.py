@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -75,7 +75,7 @@ def _split(word: str) -> tuple[str, str]:
     return key, text
 
 
-def _set(config: DictConfig, key: str, text: str, groups: Sequence[str]) -> None:
+def _set(config: DictConfig, key: str, text: str, groups: Iterable[str]) -> None:
     """Sets a value; text that is meant as text stays as it was written."""
     known = dict(_leaves(config))
     plain = key.lstrip("+~")  # Hydra's ways to add and to delete keys
@@ -102,7 +102,7 @@ def _set(config: DictConfig, key: str, text: str, groups: Sequence[str]) -> None
 
 def _leaves(config: DictConfig, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Keys and nodes of all values, not of sections."""
-    for name in config:
+    for name in map(str, config):
         node = config._get_node(name)
         if isinstance(node, DictConfig) and not node._is_missing():
             yield from _leaves(node, f"{prefix}{name}.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, is_dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from omegaconf import MISSING, OmegaConf
 
@@ -13,7 +13,7 @@ from torchrl_sql.games import resolve_games
 
 if TYPE_CHECKING:
     Games = tuple[str, ...]
-    Mixture = str | tuple[float, ...]
+    Mixture = Literal["games", "transitions"] | tuple[float, ...]
 else:
     Games = Mixture = Any  # OmegaConf cannot say "a string or a list"
 
