@@ -1,6 +1,6 @@
 """SHA-256 of what collection and training made, to see that a change of the code leaves their numbers alone.
 
-A store is a line per file, by path. A run is one line: over the bytes of all tensors of its newest checkpoint's loss and
+A store has a line per file. A run has one line: over the bytes of all tensors of its newest checkpoint's loss and
 optimizer, with their shapes and types, sorted, so that names do not count.
 
     python benchmarks/digests.py STORE_OR_RUN...
@@ -32,7 +32,8 @@ def tensors(state: Any) -> Iterator[torch.Tensor]:
 def digest_of_tensors(state: Any) -> str:
     """Of values, shapes and types, whatever their names and order."""
     parts = sorted(
-        f"{value.dtype} {tuple(value.shape)} ".encode() + value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        f"{value.dtype} {tuple(value.shape)} ".encode()
+        + value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
         for value in tensors(state)
     )
     return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()

@@ -74,8 +74,16 @@ def test_the_contributors_recipe_adds_an_encoder():
     known = {*ENCODERS}
     try:
         exec(recipe, {**vars(encoders)})
-        config = compose_run_config(["experiment=quickstart", "model.encoder=stem", "model.num_embeddings=null"])
-        actor = build_actor(config.model, config.games)
+        config = compose_run_config(
+            [
+                "scale=cpu",
+                "data.store=store",
+                "data.games=[Pong,Freeway]",
+                "model.encoder=stem",
+                "model.num_embeddings=null",
+            ]
+        )
+        actor = build_actor(config)
         assert actor.module[0].module.heads.weight.shape == (2, 51 * 18, 64)
     finally:
         for name in {*ENCODERS} - known:

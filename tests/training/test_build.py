@@ -32,6 +32,6 @@ def test_a_cuda_device_always_has_its_index(monkeypatch, name, num_gpus, local_r
     ("setting", "message"), [("encoder=resnt", "encoder .*'resnt'"), ("pooling=max", "pooling .*'max'")]
 )
 def test_unknown_networks_are_refused_before_the_store_is_opened(tmp_path, setting, message):
-    config = compose_run_config(["experiment=quickstart", f"data.store={tmp_path / 'none'}", f"model.{setting}"])
+    config = compose_run_config(["scale=cpu", f"data.store={tmp_path / 'none'}", f"model.{setting}"])
     with pytest.raises(ValueError, match=message):
         build_trainer(config)
