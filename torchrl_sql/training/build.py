@@ -162,7 +162,9 @@ def build_trainer(config: RunConfig, ranks: Ranks | None = None) -> Trainer:
     compile = config.trainer.compile
     call = Replicated(loss, ranks, compile=compile) if ranks.world_size > 1 else SingleProcess(loss, compile=compile)
     # Interval 0 copies at each call; the trainer calls it when it is due.
-    target_updater = HardUpdate(loss, value_network_update_interval=0) if config.objective.name == "cql" else None
+    target_updater = (
+        HardUpdate(loss, value_network_update_interval=0) if isinstance(config.method, QLearningConfig) else None
+    )
     return Trainer(
         loss,
         replay,
