@@ -83,7 +83,7 @@ def test_help_of_a_kind(here, capsys):
             ["train", "scale=cpu", "data.store=store", "--gpus", "cluster=cpu"],
             "settings must be key=value, got '--gpus'",
         ),
-        (["train", "scale=cpu", "data.store=store", "loss.alhpa=1", "cluster=cpu"], "'loss'"),
+        (["train", "scale=cpu", "data.store=store", "loss.alhpa=1", "cluster=cpu"], "no setting 'loss.alhpa'"),
         (
             ["train", "scale=cpu", "data.store=store", "data.batch_size=9", "cluster=gpus8"],
             "data.batch_size must be a multiple of the 8 processes, got 9",

@@ -63,6 +63,6 @@ def test_other_commands_are_checked(here, capsys):
     with pytest.raises(SystemExit):
         prepare("evaluate", [], JOB)
     assert "are required" in capsys.readouterr().err
-    with pytest.raises(ConfigError, match="'alhpa'"):
+    with pytest.raises(ConfigError, match=r"no setting 'method\.alhpa'"):
         prepare("train", ["scale=cpu", "data.store=store", "method.alhpa=1"], JOB)
     assert len(list((here / "runs").iterdir())) == 1

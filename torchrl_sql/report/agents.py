@@ -79,7 +79,8 @@ def deciding_settings(config: RunConfig) -> dict[str, Any]:
     """Settings that decide what is learned, beside the seeds and the place of the data."""
     values = asdict(config)
     trainer = ("num_gradient_steps", "target_update_interval_gradient_steps", "precision")
-    return {
+    collection = {key: value for key, value in values["collection"].items() if key != "seed"}
+    return {"collection": collection} | {
         f"{section}.{key}": value
         for section in ("data", "model", "method", "optim", "trainer")
         for key, value in values[section].items()
