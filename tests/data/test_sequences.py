@@ -16,6 +16,7 @@ from torchrl_sql.data import (
     FrameStore,
     GameMixtureSampler,
     GameMixtureSamplerWithoutReplacement,
+    OfflineAtariReplay,
 )
 
 
@@ -137,6 +138,25 @@ def test_pickled_storages_show_the_same_and_states_tell_them_apart(two_games):
     again.load_state_dict(storage.state_dict())
     with pytest.raises(ValueError, match="num_steps"):
         AtariSequenceStorage(two_games, num_steps=4).load_state_dict(storage.state_dict())
+
+
+def test_a_replay_buffer_of_windows_reads_ahead_and_continues(two_games):
+    def replay(**kwargs):
+        return OfflineAtariReplay(two_games, batch_size=6, window_steps=3, seed=1, **kwargs)
+
+    plain = replay()
+    expected = [plain.sample() for _ in range(5)]
+    assert expected[0]["observation"].shape == (6, 3, 84, 84)
+    ahead, later = replay(prefetch=2), replay()
+    for batch in expected[:3]:
+        assert (ahead.sample() == batch).all()
+    later.load_state_dict(ahead.state_dict())
+    assert (later.sample() == expected[3]).all()
+    halves = [replay(rank=rank, world_size=2).sample() for rank in range(2)]
+    assert (torch.cat(halves) == expected[0]).all()
+    ahead.shutdown()
+    with pytest.raises(ValueError, match="n_steps must be 1 with window_steps"):
+        replay(n_steps=3)
 
 
 def test_refuses_windows_without_steps(two_games):

@@ -14,6 +14,7 @@ from torchrl.data import TensorDictReplayBuffer
 from torchrl.data.replay_buffers.writers import ImmutableDatasetWriter
 
 from torchrl_sql.data.sampler import GameMixtureSampler, GameMixtureSamplerWithoutReplacement
+from torchrl_sql.data.sequences import AtariSequenceStorage
 from torchrl_sql.data.storage import AtariFrameStorage
 from torchrl_sql.data.store import FrameStore
 
@@ -31,6 +32,8 @@ class OfflineAtariReplay(TensorDictReplayBuffer):
 
     Keyword Args:
         batch_size (int): transitions of the *global* batch; this rank gets ``batch_size / world_size`` of them.
+        window_steps (int, optional): in place of transitions, windows of so many steps with returns-to-go, see
+            :class:`AtariSequenceStorage`.
         games, n_steps, gamma, first_fraction, every_kth_episode, transitions_per_game: see :class:`AtariFrameStorage`.
         mixture, temperature, seed, rank, world_size: see :class:`GameMixtureSampler`.
         replacement (bool): False for :class:`GameMixtureSamplerWithoutReplacement`.
@@ -38,7 +41,7 @@ class OfflineAtariReplay(TensorDictReplayBuffer):
         pin_memory (bool): copy batches to page-locked memory, for asynchronous transfers to a GPU.
         transform (optional): as for TorchRL's buffers; runs in the calling thread, so that random ones reproduce.
 
-    The batch is that of :class:`AtariFrameStorage` plus ``index`` int64 ``[B]``, the storage indices.
+    The batch is that of the storage plus ``index`` int64 ``[B]``, the storage indices.
 
     Examples:
         >>> replay = OfflineAtariReplay("store", batch_size=512)  # doctest: +SKIP
@@ -51,6 +54,7 @@ class OfflineAtariReplay(TensorDictReplayBuffer):
         store: FrameStore | str | os.PathLike[str],
         *,
         batch_size: int,
+        window_steps: int | None = None,
         games: str | Sequence[str] | None = None,
         n_steps: int = 1,
         gamma: float = 0.99,
@@ -71,19 +75,23 @@ class OfflineAtariReplay(TensorDictReplayBuffer):
             raise ValueError(f"batch_size must be a positive multiple of world_size {world_size}, got {batch_size}")
         if prefetch < 0:
             raise ValueError(f"prefetch must be >= 0, got {prefetch}")
+        if window_steps is not None and n_steps != 1:
+            raise ValueError(f"n_steps must be 1 with window_steps, whose returns go to the end, got {n_steps}")
+        storage: AtariFrameStorage
+        subset: dict[str, Any] = {
+            "first_fraction": first_fraction,
+            "every_kth_episode": every_kth_episode,
+            "transitions_per_game": transitions_per_game,
+        }
+        if window_steps is None:
+            storage = AtariFrameStorage(store, games, n_steps=n_steps, gamma=gamma, **subset)
+        else:
+            storage = AtariSequenceStorage(store, games, num_steps=window_steps, **subset)
         self._depth = prefetch
         self._reads: deque[tuple[int, Future[TensorDict]]] = deque()
         self._readers: ThreadPoolExecutor | None = None
         super().__init__(
-            storage=AtariFrameStorage(
-                store,
-                games,
-                n_steps=n_steps,
-                gamma=gamma,
-                first_fraction=first_fraction,
-                every_kth_episode=every_kth_episode,
-                transitions_per_game=transitions_per_game,
-            ),
+            storage=storage,
             sampler=(GameMixtureSampler if replacement else GameMixtureSamplerWithoutReplacement)(
                 mixture=mixture,
                 temperature=temperature,
