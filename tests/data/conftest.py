@@ -25,6 +25,7 @@ class Episode:
     rewards: np.ndarray
     terminated: bool
     behaviour: int = 0
+    cut: bool = False
 
 
 def make_episode(first_tag: int, num_steps: int, *, terminated: bool = True, final: bool = False) -> Episode:
@@ -48,7 +49,7 @@ def make_episodes(shapes: Sequence[tuple[int, bool, bool]], first_tag: int = 0) 
 
 def add(writer: Any, episodes: Sequence[Episode]) -> None:
     for e in episodes:
-        writer.add_episode(e.frames, e.actions, e.rewards, e.terminated, behaviour=e.behaviour)
+        writer.add_episode(e.frames, e.actions, e.rewards, e.terminated, behaviour=e.behaviour, cut=e.cut)
 
 
 def write(store: FrameStore, game: str, episodes: Sequence[Episode], **kwargs: Any) -> None:

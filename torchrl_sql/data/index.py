@@ -49,8 +49,9 @@ class EpisodeIndex:
         recordings (sequence of Recording): ``R`` recordings, in the order of their games.
 
     Keyword Args:
-        n_steps (int): steps of the return. A transition that spans the end of an episode which did not terminate needs
-            the frame that follows, and cannot be drawn where it was not stored.
+        n_steps (int or None): steps of the return. A transition that spans the end of an episode which did not
+            terminate needs the frame that follows, and cannot be drawn where it was not stored. None is for returns to
+            the episode's end, which those that are cut do not have.
         subset (Subset): a further restriction.
 
     Attributes:
@@ -59,13 +60,15 @@ class EpisodeIndex:
         first_step, num_steps (int64 ``[E]``): rows of the recording's actions and rewards.
         terminated (bool ``[E]``): how the episode ended.
         game_offsets (int64 ``[G + 1]``): game ``g`` has the numbers ``game_offsets[g]..game_offsets[g + 1] - 1``.
-        num_unsampleable (int): steps that cannot be drawn because the frame they need was never stored.
+        num_unsampleable (int): steps that cannot be drawn because what they need was never stored.
 
     Raises:
         ValueError: if a game has fewer transitions than ``subset`` asks for.
     """
 
-    def __init__(self, games: Sequence[str], recordings: Sequence[Recording], *, n_steps: int, subset: Subset) -> None:
+    def __init__(
+        self, games: Sequence[str], recordings: Sequence[Recording], *, n_steps: int | None, subset: Subset
+    ) -> None:
         tables = [recording.episodes for recording in recordings]
         num_episodes = np.array([len(table) for table in tables])
 
@@ -81,8 +84,9 @@ class EpisodeIndex:
         self.stop_frame = self.first_frame + self.num_steps + has_final_frame
         self.first_step = np.concatenate([recording.first_steps() for recording in recordings])
 
-        end_usable = self.terminated | has_final_frame
-        count = np.where(end_usable, self.num_steps, np.maximum(self.num_steps - n_steps, 0))
+        end_usable = ~join("cut", np.bool_) if n_steps is None else self.terminated | has_final_frame
+        before_end = 0 if n_steps is None else np.maximum(self.num_steps - n_steps, 0)
+        count = np.where(end_usable, self.num_steps, before_end)
         self.num_unsampleable = int(self.num_steps.sum() - count.sum())
 
         recording_steps = np.array([recording.num_steps for recording in recordings])

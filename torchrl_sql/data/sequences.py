@@ -13,12 +13,10 @@ import numpy as np
 import torch
 from tensordict import TensorDict
 
+from torchrl_sql.data.index import EpisodeIndex
 from torchrl_sql.data.storage import AtariFrameStorage
 from torchrl_sql.data.store import FrameStore
 from torchrl_sql.games import FRAME_SHAPE
-
-_TO_THE_END = 2**31 - 1
-"""``n_steps`` of a return-to-go: it needs the episode's end, however far that is."""
 
 
 class AtariSequenceStorage(AtariFrameStorage):
@@ -26,8 +24,8 @@ class AtariSequenceStorage(AtariFrameStorage):
 
     A window begins at the transition of its index, and every step that can be drawn begins one. Where fewer than ``K``
     steps of the episode (or of the part of it that is shown) are left, the rest is padding: zeros, with ``mask`` False.
-    Steps of episodes whose end was not recorded have no return-to-go and are not sampleable. All else, the samplers
-    included, is as with :class:`AtariFrameStorage`, from the same files.
+    Steps of an episode that is cut have no return-to-go and are not sampleable. All else, the samplers included, is as
+    with :class:`AtariFrameStorage`, from the same files.
 
     Args:
         store (FrameStore or path): where the episodes are.
@@ -68,12 +66,13 @@ class AtariSequenceStorage(AtariFrameStorage):
         super().__init__(
             store,
             games,
-            n_steps=_TO_THE_END,
-            gamma=1.0,
             first_fraction=first_fraction,
             every_kth_episode=every_kth_episode,
             transitions_per_game=transitions_per_game,
         )
+
+    def _make_index(self) -> EpisodeIndex:
+        return EpisodeIndex(self.games, self._recordings, n_steps=None, subset=self.subset)
 
     def _read(self, index: np.ndarray) -> TensorDict:
         self._check_index(index)

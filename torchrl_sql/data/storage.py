@@ -114,9 +114,12 @@ class AtariFrameStorage(Storage):
         self.subset = subset
         """Which transitions of the recordings this storage shows."""
         self._recordings = recordings
-        self._episodes = EpisodeIndex(games, recordings, n_steps=n_steps, subset=subset)
+        self._episodes = self._make_index()
         self._reader = FrameReader(recordings)
         super().__init__(max_size=len(self._episodes))
+
+    def _make_index(self) -> EpisodeIndex:
+        return EpisodeIndex(self.games, self._recordings, n_steps=self.n_steps, subset=self.subset)
 
     @property
     def game_offsets(self) -> np.ndarray:
