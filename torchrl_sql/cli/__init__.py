@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torchrl_sql
-from torchrl_sql.cli import bench, data, evaluate, launch, train
+from torchrl_sql.cli import bench, config, data, evaluate, launch, train
 
 DESCRIPTION = """\
 Scaled Q-learning (Kumar et al., ICLR 2023) in TorchRL: one policy for many Atari games, learned offline.
@@ -104,7 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"torchrl-sql {torchrl_sql.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=CommandParser)
-    for group in (train, evaluate, data, launch, bench):
+    for group in (train, evaluate, data, launch, bench, config):
         group.add_commands(commands)
     completion = commands.add_parser(
         "completion",

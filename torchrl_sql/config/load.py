@@ -48,7 +48,7 @@ def compose_run_config(overrides: Sequence[str]) -> RunConfig:
     for key, text in words:
         if key in groups and text not in groups[key]:
             raise ConfigError(
-                f"{key} must be one of {', '.join(groups[key])}, got {text!r}{_did_you_mean(text, groups[key])}"
+                f"{key} must be one of {', '.join(groups[key])}, got {text!r}{did_you_mean(text, groups[key])}"
             )
     if "scale" not in dict(words):
         raise ConfigError(f"scale must be given: scale=NAME with one of {', '.join(groups['scale'])}")
@@ -80,7 +80,7 @@ def _set(config: DictConfig, key: str, text: str, groups: Iterable[str]) -> None
     known = dict(_leaves(config))
     plain = key.lstrip("+~")  # Hydra's ways to add and to delete keys
     if plain not in known:
-        raise ConfigError(f"there is no setting {key!r} here{_did_you_mean(plain, [*known, *groups])}")
+        raise ConfigError(f"there is no setting {key!r} here{did_you_mean(plain, [*known, *groups])}")
     if plain != key:
         raise ConfigError(f"settings must be key=value, every one has a value already: {plain}={text}, got {key!r}")
     value: Any = text
@@ -110,7 +110,7 @@ def _leaves(config: DictConfig, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield f"{prefix}{name}", node
 
 
-def _did_you_mean(word: str, known: Sequence[str]) -> str:
+def did_you_mean(word: str, known: Sequence[str]) -> str:
     """A hint at names like this one, or in another section; empty if there are none."""
     same = [name for name in known if name.rpartition(".")[2] == word.rpartition(".")[2]]
     close = same or difflib.get_close_matches(word, known)
