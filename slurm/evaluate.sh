@@ -1,7 +1,7 @@
 #!/bin/bash
 # Plays a trained network in the emulator.
 #   sbatch slurm/evaluate.sh runs/NAME --episodes 100
-# Eight jobs that share the episodes: for k in {1..8}; do sbatch slurm/evaluate.sh runs/NAME --shard $k/8; done
+# Eight jobs that share the episodes: for k in {1..8}; do sbatch slurm/evaluate.sh runs/NAME --share $k/8; done
 # Give your cluster's partition, account and sizes here, or to sbatch.
 #SBATCH --job-name=torchrl-sql-evaluate
 #SBATCH --nodes=1

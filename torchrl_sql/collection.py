@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from torchrl_sql.config import ConfigError, RunConfig
 from torchrl_sql.data import FrameStore
-from torchrl_sql.envs import WEAK_SKILLS, SkillMixture, collect
+from torchrl_sql.envs import WEAK_SKILLS, Emulator, SkillMixture, collect
 from torchrl_sql.envs.behaviours import describe
 
 
@@ -26,6 +26,10 @@ def collect_data(config: RunConfig) -> FrameStore:
         "sticky_action_probability": collection.sticky_action_probability,
         "max_env_frames_per_episode": collection.max_env_frames_per_episode,
     }
+    emulator = Emulator(
+        sticky_action_probability=collection.sticky_action_probability,
+        max_env_frames=collection.max_env_frames_per_episode,
+    )
     policies = {game: SkillMixture(game) for game in config.games}
     store = FrameStore.create(config.data.store, exist_ok=True)
     for game, policy in policies.items():
@@ -52,9 +56,8 @@ def collect_data(config: RunConfig) -> FrameStore:
                     policy,
                     game,
                     collection.num_agent_steps_per_game,
+                    emulator,
                     seed=collection.seed,
-                    sticky_action_probability=collection.sticky_action_probability,
-                    max_env_frames_per_episode=collection.max_env_frames_per_episode,
                     progress=partial(_advance, bar),
                 )
     return store

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from torchrl_sql.collection import collect_data
 from torchrl_sql.config import ConfigError, RunConfig, compose_run_config
-from torchrl_sql.evaluation.agents import evaluate_checkpoint, evaluate_constant_actions
+from torchrl_sql.evaluation.agents import TrainedAgent, make_agents
+from torchrl_sql.evaluation.protocol import DECODINGS, Protocol
 from torchrl_sql.report import format_score_table, write_report
 from torchrl_sql.report.gather import gather
-from torchrl_sql.training import load_actor, train
+from torchrl_sql.training import train
 
 NUM_CONSTANT_ACTION_EPISODES = 5
 _MADE_HERE = (
@@ -77,17 +79,13 @@ def quickstart(
     train(bc)
     episodes = method.evaluation.num_episodes_per_game
     say(f"3/4  Evaluating {episodes} episodes a game in the emulator")
-    evaluate_checkpoint(load_actor(Path(method.run_dir)), method.evaluation, folder, clips=folder / "clips")
-    trained_bc = load_actor(Path(bc.run_dir))
-    evaluate_checkpoint(trained_bc, bc.evaluation, folder)
-    evaluate_checkpoint(trained_bc, bc.evaluation, folder, decoding="sampled")
-    evaluate_constant_actions(
-        method.games,
-        method.evaluation,
-        folder,
-        seed=method.seed,
-        num_episodes=min(episodes, NUM_CONSTANT_ACTION_EPISODES),
-    )
+    TrainedAgent(Path(method.run_dir)).evaluate(folder, clips=folder / "clips")
+    for decoding in DECODINGS:
+        TrainedAgent(Path(bc.run_dir), decoding=decoding).evaluate(folder)
+    protocol = Protocol.from_config(method.evaluation)
+    few = replace(protocol, num_episodes=min(episodes, NUM_CONSTANT_ACTION_EPISODES))
+    for agent in make_agents("constant", method.games):
+        agent.evaluate(folder, protocol=few)
     say("4/4  Writing the report")
     data = gather(
         [folder], title="Quickstart: one offline Q-network, several games", introduction=_introduction(method)

@@ -7,7 +7,7 @@ import torch
 from gymnasium.wrappers import AtariPreprocessing
 from torchrl.envs.utils import check_env_specs
 
-from torchrl_sql.envs import AtariEnv, AtariVector
+from torchrl_sql.envs import AtariEnv, AtariVector, Emulator
 
 
 def play(vector: AtariVector, seeds: list[int], actions: np.ndarray) -> np.ndarray:
@@ -27,7 +27,7 @@ def test_frames_equal_gymnasiums_preprocessing():
         grayscale_obs=True,
     )
     expected = [env.reset(seed=0)[0]] + [env.step(action)[0] for action in actions]
-    ours = play(AtariVector("Breakout", 1, sticky_action_probability=0.0), [0], actions[:, None])[0, :, -1]
+    ours = play(AtariVector("Breakout", 1, Emulator(sticky_action_probability=0.0)), [0], actions[:, None])[0, :, -1]
     np.testing.assert_array_equal(ours, np.stack(expected))
 
 
@@ -55,7 +55,7 @@ def test_illegal_actions_act_as_noop():
 
 
 def test_partial_reset_leaves_the_others_and_takes_the_place_of_the_automatic_one():
-    vector = AtariVector("Breakout", 2, max_env_frames_per_episode=40)
+    vector = AtariVector("Breakout", 2, Emulator(max_env_frames=40))
     vector.reset(np.array([0, 1]))
     for _ in range(10):
         observation, _, terminated, truncated = vector.step(np.array([1, 1]))
@@ -68,10 +68,19 @@ def test_partial_reset_leaves_the_others_and_takes_the_place_of_the_automatic_on
     assert not observation[0, :2].any() and observation[0, 2:].any(axis=(1, 2)).all()
 
 
-@pytest.mark.parametrize("value", [-0.1, 1.5])
-def test_bad_sticky_probability(value):
-    with pytest.raises(ValueError, match=r"sticky_action_probability must be in \[0, 1\]"):
-        AtariVector("Pong", 1, sticky_action_probability=value)
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"sticky_action_probability": -0.1}, r"sticky_action_probability must be in \[0, 1\], got -0.1"),
+        ({"sticky_action_probability": 1.5}, r"sticky_action_probability must be in \[0, 1\], got 1.5"),
+        ({"max_env_frames": 0}, "max_env_frames must be at least 1, got 0"),
+        ({"mode": 0}, "mode must be None, the game's default: others are not supported yet, got 0"),
+        ({"difficulty": 1}, "difficulty must be None, the game's default: others are not supported yet, got 1"),
+    ],
+)
+def test_emulators_that_cannot_be_had_are_refused(setting, message):
+    with pytest.raises(ValueError, match=message):
+        Emulator(**setting)
 
 
 def test_unknown_game():
@@ -81,12 +90,12 @@ def test_unknown_game():
 
 class TestAtariEnv:
     def test_specs(self):
-        env = AtariEnv("Breakout", 2, max_env_frames_per_episode=200)
+        env = AtariEnv("Breakout", 2, Emulator(max_env_frames=200))
         env.set_seed(0)
         check_env_specs(env)
 
     def test_rollout_equals_the_arrays_and_resets_finished_copies(self):
-        env = AtariEnv("Breakout", 2, game_id=4, max_env_frames_per_episode=80)
+        env = AtariEnv("Breakout", 2, Emulator(max_env_frames=80), game_id=4)
         env.set_seed(0)
         rollout = env.rollout(30, break_when_any_done=False)
         assert (rollout["game_id"] == 4).all()
@@ -100,7 +109,7 @@ class TestAtariEnv:
     def test_same_seed_same_rollout(self):
         rollouts = []
         for _ in range(2):
-            env = AtariEnv("Pong", 2, max_env_frames_per_episode=60)
+            env = AtariEnv("Pong", 2, Emulator(max_env_frames=60))
             env.set_seed(3)
             torch.manual_seed(0)
             rollouts.append(env.rollout(40, break_when_any_done=False))

@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 
 from torchrl_sql.data import AtariFrameStorage, FrameStore
-from torchrl_sql.envs import SKILLS, WEAK_SKILLS, AtariVector, Behaviour, SkillMixture, collect
+from torchrl_sql.envs import SKILLS, WEAK_SKILLS, AtariVector, Behaviour, Emulator, SkillMixture, collect
 from torchrl_sql.envs.behaviours import FIRE, LEFT, LEFTFIRE, NOOP, RIGHT, RIGHTFIRE, UP, describe
 from torchrl_sql.games import GAMES
+
+SHORT = Emulator(max_env_frames=400)
 
 
 def make_store(path, *, num_steps, calls=1, game="Breakout", num_envs=3):
@@ -15,15 +17,7 @@ def make_store(path, *, num_steps, calls=1, game="Breakout", num_envs=3):
     policy = SkillMixture(game)
     for call in range(1, calls + 1):
         with store.writer(game, source="test", behaviours=policy.behaviour_names) as writer:
-            collect(
-                writer,
-                policy,
-                game,
-                num_steps * call // calls,
-                seed=1,
-                num_envs=num_envs,
-                max_env_frames_per_episode=400,
-            )
+            collect(writer, policy, game, num_steps * call // calls, SHORT, seed=1, num_envs=num_envs)
     return store
 
 
@@ -48,7 +42,7 @@ def test_stored_transitions_equal_what_the_policy_saw(tmp_path):
     first_step = 0
     for index, episode in enumerate(run.episodes):
         rng = np.random.default_rng([1, list(GAMES).index("Breakout"), index])
-        vector = AtariVector("Breakout", 1, max_env_frames_per_episode=400)
+        vector = AtariVector("Breakout", 1, SHORT)
         observation = vector.reset(np.array([int(rng.integers(2**31 - 1))]))
         batch = storage.get(np.arange(first_step, first_step + episode["num_steps"]))
         for t in range(episode["num_steps"]):

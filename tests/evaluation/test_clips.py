@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import re
 import subprocess
 
@@ -8,27 +9,28 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from torchrl_sql.envs import AtariVector, replay_episode
+from torchrl_sql.envs import AtariVector, Emulator, replay_episode
 from torchrl_sql.evaluation import clips
 from torchrl_sql.evaluation.clips import find_clip, write_clip
 from torchrl_sql.evaluation.policies import ConstantPolicy, RandomPolicy
+from torchrl_sql.evaluation.protocol import AgentId
 from torchrl_sql.evaluation.rollout import Rollout, rollout
 
-PROTOCOL = {"sticky_action_probability": 0.25, "max_env_frames_per_episode": 80}
-WHO = {"agent": "ours", "decoding": "sampled", "training_seed": 3}
+SHORT = Emulator(max_env_frames=80)
+OURS = AgentId(name="ours", decoding="sampled", training_seed=3, gradient_step=40)
 
 
 @pytest.fixture(scope="module")
 def episode():
     """20 agent steps of Breakout, with values that grow with the action's number and the step."""
-    (played,) = rollout(RandomPolicy(["Breakout"]), ["Breakout"], [("Breakout", 0)], record=lambda *_: True, **PROTOCOL)
+    (played,) = rollout(RandomPolicy(["Breakout"]), ["Breakout"], [("Breakout", 0)], SHORT, record=lambda *_: True)
     played.action_values = [np.arange(18, dtype=np.float32) * step for step in range(20)]
     return played
 
 
 def test_replay_shows_the_same_episode_in_colour(episode):
-    views = list(replay_episode("Breakout", episode.episode_seed, episode.actions, **PROTOCOL))
-    vector = AtariVector("Breakout", 1, **PROTOCOL)
+    views = list(replay_episode("Breakout", episode.episode_seed, episode.actions, SHORT))
+    vector = AtariVector("Breakout", 1, SHORT)
     observation = vector.reset(np.array([episode.episode_seed]))
     for (seen, screen, reward), action in zip(views, episode.actions, strict=True):
         np.testing.assert_array_equal(seen, observation[0])
@@ -42,7 +44,7 @@ def test_replay_shows_the_same_episode_in_colour(episode):
 
 
 def test_bars_follow_the_values_and_name_the_action(episode):
-    views = replay_episode("Breakout", episode.episode_seed, episode.actions, **PROTOCOL)
+    views = replay_episode("Breakout", episode.episode_seed, episode.actions, SHORT)
     images = [np.asarray(image) for image in clips._draw(episode, views, "heading", "Q-values")]
     assert len(images) == 20 and images[0].shape == (480, 1008, 3)
     bars = [image[clips._BARS_TOP :, clips._BAR_LEFT : clips._BAR_RIGHT] for image in images]
@@ -54,34 +56,34 @@ def test_bars_follow_the_values_and_name_the_action(episode):
 
 
 def test_mp4_is_playable_and_found(episode, tmp_path):
-    path = write_clip(episode, tmp_path / "clips", **WHO, gradient_step=40, **PROTOCOL)
+    path = write_clip(episode, tmp_path / "clips", OURS, SHORT)
     assert path.name == "Breakout-ours-sampled-seed3-40.mp4" and [p.name for p in path.parent.iterdir()] == [path.name]
     decode = [imageio_ffmpeg.get_ffmpeg_exe(), "-i", str(path), "-f", "null", "-"]
     said = subprocess.run(decode, capture_output=True, text=True, check=True).stderr
     assert "Video: h264" in said and "yuv420p" in said and "1008x480" in said and "15 fps" in said
     assert re.findall(r"frame= *(\d+)", said)[-1] == "20"
-    assert find_clip(path.parent, "Breakout", **WHO, gradient_step=40) == path
-    for other in ({"decoding": "greedy"}, {"training_seed": 0}, {"agent": "theirs"}, {"gradient_step": 4}):
-        assert find_clip(path.parent, "Breakout", **{**WHO, "gradient_step": 40, **other}) is None
-    assert find_clip(path.parent, "Pong", **WHO, gradient_step=40) is None
+    assert find_clip(path.parent, "Breakout", OURS) == path
+    for other in ({"decoding": "greedy"}, {"training_seed": 0}, {"name": "theirs"}, {"gradient_step": 4}):
+        assert find_clip(path.parent, "Breakout", dataclasses.replace(OURS, **other)) is None
+    assert find_clip(path.parent, "Pong", OURS) is None
 
 
 def test_without_an_encoder_it_is_a_gif(episode, tmp_path, monkeypatch):
     monkeypatch.setattr(clips, "has_video_encoder", lambda: False)
-    path = write_clip(episode, tmp_path, **WHO, gradient_step=0, **PROTOCOL)
+    path = write_clip(episode, tmp_path, OURS, SHORT)
     with Image.open(path) as image:
         assert path.suffix == ".gif" and image.size == (504, 240) and image.n_frames == 20
 
 
 def test_an_agent_without_values_is_drawn(tmp_path):
-    (played,) = rollout(ConstantPolicy(2), ["Freeway"], [("Freeway", 0)], record=lambda *_: True, **PROTOCOL)
-    assert write_clip(played, tmp_path, **WHO, gradient_step=0, **PROTOCOL).stat().st_size > 1_000
+    (played,) = rollout(ConstantPolicy(2), ["Freeway"], [("Freeway", 0)], SHORT, record=lambda *_: True)
+    assert write_clip(played, tmp_path, OURS, SHORT).stat().st_size > 1_000
 
 
 def test_a_replay_that_differs_and_an_unrecorded_episode_are_refused(episode, tmp_path):
     wrong = Rollout("Breakout", 0, episode.episode_seed, rewards=[7.0] * 20, actions=episode.actions)
     with pytest.raises(ValueError, match=r"must replay Breakout, seed \d+, as it was played: step 0 gave 7, now 0"):
-        write_clip(wrong, tmp_path, **WHO, gradient_step=0, **PROTOCOL)
+        write_clip(wrong, tmp_path, OURS, SHORT)
     with pytest.raises(ValueError, match="must be recorded to be drawn, got no actions"):
-        write_clip(Rollout("Breakout", 0, 1), tmp_path, **WHO, gradient_step=0, **PROTOCOL)
+        write_clip(Rollout("Breakout", 0, 1), tmp_path, OURS, SHORT)
     assert not list(tmp_path.iterdir())

@@ -26,10 +26,10 @@ def test_a_run_and_all_its_checkpoints(run, tmp_path, capsys):
     assert {(row.epsilon, row.sticky, row.max_env_frames, row.seed) for row in rows} == {(0.001, 0.25, 240, 0)}
     assert {len(row.checkpoint) for row in rows} == {len("sha256:") + 16}
 
-    # The newest is not played again; sharded, the others end in parts of the same table.
+    # The newest is not played again; shared out, the others end in parts of the same table.
     checkpoints = sorted(map(str, (run / "checkpoints").glob("*.pt")))
-    for shard in ("1/2", "2/2"):
-        assert main(["evaluate", *checkpoints, "--shard", shard]) == 0
+    for share in ("1/2", "2/2"):
+        assert main(["evaluate", *checkpoints, "--share", share]) == 0
     rows = read_episodes(run / "scores.csv")
     assert [row.gradient_step for row in rows] == [3] * 4 + [6] * 4
     assert len({row.checkpoint for row in rows}) == 2
@@ -59,6 +59,21 @@ def test_random_and_noop(tmp_path, monkeypatch):
     assert rows["random", "Freeway"].decoding == "sampled" and rows["random", "Freeway"].checkpoint == ""
 
 
+def test_constant_plays_each_legal_action_of_each_game_as_it_would_alone(tmp_path):
+    common = ["--episodes", "1", "--max-env-frames", "80"]
+    assert main(["evaluate", "constant", "--games", "Breakout,Freeway", "--out", str(tmp_path / "all"), *common]) == 0
+    rows = read_episodes(tmp_path / "all" / "scores.csv")
+    assert {(row.agent, row.game) for row in rows} == {
+        *((f"constant_{action}", "Breakout") for action in ("NOOP", "FIRE", "RIGHT", "LEFT")),
+        *((f"constant_{action}", "Freeway") for action in ("NOOP", "UP", "DOWN")),
+    }
+    assert {(row.epsilon, row.sticky, row.seed, row.decoding) for row in rows} == {(0.001, 0.25, 0, "greedy")}
+    one = ["constant_UP", "--games", "Freeway", "--out", str(tmp_path / "up"), "--video", *common]
+    assert main(["evaluate", *one]) == 0
+    assert read_episodes(tmp_path / "up" / "scores.csv") == [row for row in rows if row.agent == "constant_UP"]
+    assert [path.stem for path in (tmp_path / "up" / "clips").iterdir()] == ["Freeway-constant_UP-greedy-seed0-0"]
+
+
 @pytest.fixture(scope="module")
 def other_heads(make_run):
     """A run whose checkpoint has the weights of three games, but says two."""
@@ -81,11 +96,12 @@ def test_weights_of_another_list_of_games_are_refused(other_heads, capsys):
         (["RUN", "--games", "Pog"], "did you mean Pong"),
         (["RUN", "--episodes", "0"], "num_episodes must be at least 1, got 0"),
         (["RUN", "--epsilon", "2"], "epsilon must be in [0, 1], got 2.0"),
-        (["RUN", "--shard", "3/2"], "a shard must be K/N with K from 1 to N, got '3/2'"),
+        (["RUN", "--share", "3/2"], "a share must be K/N with K from 1 to N, got '3/2'"),
         (["RUN/config.yaml"], "must be a checkpoint of torchrl_sql"),
         (["RUN/nothing.pt"], "nothing.pt must be a checkpoint or the folder of a trained run"),
-        (["random", "--games", "all"], "random needs --games and --out"),
-        (["noop", "--games", "Pong", "--out", "OUT", "--video"], "--video is for networks"),
+        (["random", "--out", "OUT"], "random needs --games and --out"),
+        (["constant_UP", "--games", "Pong"], "--out must be given with constant_UP"),
+        (["constant_UPP"], "constant_UPP must be a checkpoint or the folder of a trained run"),
     ],
 )
 def test_bad_input_is_one_clear_line(run, tmp_path, arguments, message, capsys):

@@ -6,12 +6,12 @@ import torch
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 
-from torchrl_sql.envs import AtariVector
+from torchrl_sql.envs import AtariVector, Emulator
 from torchrl_sql.evaluation.policies import ConstantPolicy, NetworkPolicy, RandomPolicy
 from torchrl_sql.evaluation.rollout import episode_seed, rollout
 from torchrl_sql.modules import make_q_actor
 
-SHORT = {"max_env_frames_per_episode": 240}
+SHORT = Emulator(max_env_frames=240)
 GAMES = ["Breakout", "Freeway"]
 EPISODES = [(game, episode) for episode in range(3) for game in GAMES]
 
@@ -21,7 +21,7 @@ def key(result):
 
 
 def play(policy, episodes=EPISODES, **settings):
-    return {key(r) for r in rollout(policy, GAMES, episodes, **settings, **SHORT)}
+    return {key(r) for r in rollout(policy, GAMES, episodes, SHORT, **settings)}
 
 
 def small_network():
@@ -31,9 +31,9 @@ def small_network():
 
 def test_constant_policy_plays_as_the_emulator_does_alone():
     (result,) = rollout(
-        ConstantPolicy(2), ["Freeway"], [("Freeway", 3)], epsilon=0.0, seed=5, record=lambda *_: True, **SHORT
+        ConstantPolicy(2), ["Freeway"], [("Freeway", 3)], SHORT, epsilon=0.0, seed=5, record=lambda *_: True
     )
-    vector = AtariVector("Freeway", 1, **SHORT)
+    vector = AtariVector("Freeway", 1, SHORT)
     vector.reset(np.array([episode_seed(5, "Freeway", 3)]))
     rewards = []
     truncated = np.array([False])
@@ -47,7 +47,7 @@ def test_constant_policy_plays_as_the_emulator_does_alone():
 
 
 def test_values_are_kept_at_the_first_and_every_fiftieth_step():
-    (result,) = rollout(small_network(), GAMES, [("Freeway", 0)], epsilon=1.0, record=lambda *_: True, **SHORT)
+    (result,) = rollout(small_network(), GAMES, [("Freeway", 0)], SHORT, epsilon=1.0, record=lambda *_: True)
     assert len(set(result.actions)) == 3  # exploring: not the greedy actions only
     assert result.predictions == [(step, float(result.action_values[step][result.actions[step]])) for step in (0, 50)]
 
@@ -99,8 +99,8 @@ def test_every_forward_has_the_same_shape():
 
 def test_exploration_is_uniform_over_the_legal_actions():
     (result,) = rollout(
-        ConstantPolicy(0), ["Freeway"], [("Freeway", 0)], epsilon=0.5, record=lambda *_: True,
-        max_env_frames_per_episode=4_000,
+        ConstantPolicy(0), ["Freeway"], [("Freeway", 0)], Emulator(max_env_frames=4_000), epsilon=0.5,
+        record=lambda *_: True,
     )  # fmt: skip
     share = np.bincount(result.actions, minlength=18) / len(result.actions)
     np.testing.assert_allclose(share[[0, 2, 5]], [2 / 3, 1 / 6, 1 / 6], atol=0.05)  # NOOP, UP, DOWN
@@ -117,7 +117,7 @@ def test_any_stochastic_torchrl_policy_plays():
     )
     torch.manual_seed(0)
     with set_interaction_type(InteractionType.RANDOM):
-        (result,) = rollout(policy, ["Pong"], [("Pong", 0)], epsilon=0.0, record=lambda *_: True, **SHORT)
+        (result,) = rollout(policy, ["Pong"], [("Pong", 0)], SHORT, epsilon=0.0, record=lambda *_: True)
     assert len(set(result.actions)) > 10
 
 
@@ -142,16 +142,8 @@ def test_policies_of_other_actions_are_refused(policy, message):
         next(rollout(policy, ["Pong"], [("Pong", 0)]))
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"epsilon": 2}, r"epsilon must be in \[0, 1\], got 2"),
-        ({"sticky_action_probability": -1}, r"sticky_action_probability must be in \[0, 1\], got -1"),
-        ({"max_env_frames_per_episode": 0}, "max_env_frames_per_episode must be at least 1, got 0"),
-    ],
-)
-def test_bad_settings_are_refused_before_playing(settings, message):
-    with pytest.raises(ValueError, match=message):
-        next(rollout(RandomPolicy(["Pong"]), ["Pong"], [("Pong", 0)], **settings))
+def test_bad_settings_are_refused_before_playing():
+    with pytest.raises(ValueError, match=r"epsilon must be in \[0, 1\], got 2"):
+        next(rollout(RandomPolicy(["Pong"]), ["Pong"], [("Pong", 0)], epsilon=2))
     with pytest.raises(ValueError, match=r"policy's games \(Pong\), got Breakout"):
         next(rollout(RandomPolicy(["Pong"]), ["Pong"], [("Breakout", 0)]))

@@ -1,26 +1,28 @@
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from tensordict.nn import TensorDictModule
 
+from torchrl_sql.envs import Emulator
 from torchrl_sql.evaluation import rollout as rollout_module
 from torchrl_sql.evaluation.episodes import EpisodeResult, read_calibration, read_episodes
 from torchrl_sql.evaluation.policies import ConstantPolicy, NetworkPolicy, RandomPolicy
+from torchrl_sql.evaluation.protocol import AgentId, Protocol, Share
 from torchrl_sql.evaluation.rollout import Rollout
 from torchrl_sql.evaluation.runner import _calibration_points, evaluate
-from torchrl_sql.evaluation.share import Shard
 from torchrl_sql.evaluation.tables import TableWriter
 from torchrl_sql.modules import make_q_actor
 from torchrl_sql.provenance import software_versions
 
 GAMES = ("Breakout", "Freeway")
-WHO = {"agent": "a", "gradient_step": 7, "max_env_frames_per_episode": 240}
+AGENT = AgentId(name="a", gradient_step=7)
+SHORT = Protocol(emulator=Emulator(max_env_frames=240), num_episodes=1)
 
 
 def test_calibration_by_hand():
@@ -39,7 +41,9 @@ def test_calibration_by_hand():
 
 def test_without_a_folder_only_the_result_is_returned(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    rows = evaluate(ConstantPolicy(2), "Freeway", num_episodes=2, epsilon=0.0, max_env_frames_per_episode=400)
+    rows = evaluate(
+        ConstantPolicy(2), "Freeway", Protocol(emulator=Emulator(max_env_frames=400), epsilon=0, num_episodes=2)
+    )
     assert [(row.game, row.episode, row.length_agent_steps, row.truncated) for row in rows] == [
         ("Freeway", 0, 100, True),
         ("Freeway", 1, 100, True),
@@ -52,9 +56,9 @@ def network():
     return NetworkPolicy(make_q_actor(GAMES, encoder="resnet_small").eval(), GAMES)
 
 
-def test_shards_and_interruptions_end_in_the_same_tables(tmp_path, monkeypatch):
-    settings = {"gamma": 0.99, "epsilon": 0.3, **WHO}
-    whole = evaluate(network(), GAMES, num_episodes=3, folder=tmp_path / "whole", **settings)
+def test_shares_and_interruptions_end_in_the_same_tables(tmp_path, monkeypatch):
+    settings = {"protocol": replace(SHORT, num_episodes=3, epsilon=0.3), "gamma": 0.99, "agent": AGENT}
+    whole = evaluate(network(), GAMES, folder=tmp_path / "whole", **settings)
     assert whole == read_episodes(tmp_path / "whole" / "scores.csv") and len(whole) == 6
     predicted = read_calibration(tmp_path / "whole" / "calibration.csv")
     assert [point.agent_step for point in predicted] == [0, 50] * 6
@@ -62,7 +66,7 @@ def test_shards_and_interruptions_end_in_the_same_tables(tmp_path, monkeypatch):
 
     parts = tmp_path / "parts"
     for index in range(2):
-        mine = evaluate(network(), GAMES, num_episodes=3, folder=parts, shard=Shard(index, 2), **settings)
+        mine = evaluate(network(), GAMES, folder=parts, share=Share(index, 2), **settings)
         assert len(mine) == 3
     assert sorted(path.name for path in parts.glob("*.csv")) == [
         f"{name}.part-{number}-of-2.csv" for name in ("calibration", "scores") for number in (1, 2)
@@ -84,27 +88,27 @@ def test_shards_and_interruptions_end_in_the_same_tables(tmp_path, monkeypatch):
 
     monkeypatch.setattr(TableWriter, "append", killed)
     with pytest.raises(KeyboardInterrupt):
-        evaluate(network(), GAMES, num_episodes=3, folder=interrupted, **settings)
+        evaluate(network(), GAMES, folder=interrupted, **settings)
     monkeypatch.undo()
     kept = read_episodes(interrupted / "scores.csv")
     assert len(kept) == 2 and set(kept) < set(whole)
     # Continued in another split, over what a lone process left.
     for index in range(3):
-        evaluate(network(), GAMES, num_episodes=3, folder=interrupted, shard=Shard(index, 3), **settings)
+        evaluate(network(), GAMES, folder=interrupted, share=Share(index, 3), **settings)
     assert read_episodes(interrupted / "scores.csv") == whole
     assert read_calibration(interrupted / "calibration.csv") == predicted
     files = {path: path.read_bytes() for path in interrupted.iterdir()}
-    assert evaluate(network(), GAMES, num_episodes=3, folder=interrupted, **settings) == whole
+    assert evaluate(network(), GAMES, folder=interrupted, **settings) == whole
     assert all(path.read_bytes() == content for path, content in files.items())
 
 
 def test_several_agents_and_steps_share_a_table_and_an_episode_is_recorded_again_on_request(tmp_path):
     for step in (1, 2):
-        evaluate(RandomPolicy(GAMES), GAMES, num_episodes=1, folder=tmp_path, **WHO | {"gradient_step": step})
+        evaluate(RandomPolicy(GAMES), GAMES, SHORT, folder=tmp_path, agent=replace(AGENT, gradient_step=step))
     recorded = []
     evaluate(
-        RandomPolicy(GAMES), GAMES, num_episodes=2, folder=tmp_path, recorded_games=["Freeway"],
-        on_recorded=recorded.append, **WHO,
+        RandomPolicy(GAMES), GAMES, replace(SHORT, num_episodes=2), folder=tmp_path, agent=AGENT,
+        recorded_games=["Freeway"], on_recorded=recorded.append,
     )  # fmt: skip
     rows = read_episodes(tmp_path / "scores.csv")
     assert [(row.gradient_step, row.game, row.episode) for row in rows] == [
@@ -116,7 +120,7 @@ def test_several_agents_and_steps_share_a_table_and_an_episode_is_recorded_again
 
 
 def test_other_weights_in_one_folder_are_refused_and_a_policy_without_any_needs_a_name(tmp_path):
-    settings = {"num_episodes": 1, "max_env_frames_per_episode": 80, "folder": tmp_path}
+    settings = {"protocol": SHORT, "folder": tmp_path}
     (row,) = evaluate(network(), "Breakout", **settings)
     assert row.agent == "policy" and row.checkpoint.startswith("sha256:")
     other = network()
@@ -129,11 +133,11 @@ def test_other_weights_in_one_folder_are_refused_and_a_policy_without_any_needs_
 
 
 def test_an_episode_that_ends_otherwise_when_played_again_is_refused(tmp_path):
-    settings = {"num_episodes": 1, "folder": tmp_path, **WHO}
+    settings = {"protocol": SHORT, "folder": tmp_path, "agent": AGENT}
     (row,) = evaluate(RandomPolicy(["Breakout"]), "Breakout", **settings)
     (tmp_path / "scores.csv").unlink()
     with TableWriter(tmp_path / "scores.csv", EpisodeResult) as writer:
-        writer.append([dataclasses.replace(row, episode_return=123.0)])
+        writer.append([replace(row, episode_return=123.0)])
     recorded = []
     again = {"recorded_games": ["Breakout"], "on_recorded": recorded.append}
     with pytest.raises(ValueError, match=r"must end as the table says, .*return=123.0.*, got .*return=[01]\.0"):
@@ -145,24 +149,28 @@ def test_an_episode_that_ends_otherwise_when_played_again_is_refused(tmp_path):
     ("change", "message"),
     [
         (
-            {"epsilon": 0.5},
-            r"scores.csv holds episodes at \(epsilon, sticky, frame limit\) \(0.001, 0.25, 240\), wanted \(0.5",
+            {"protocol": replace(SHORT, epsilon=0.5)},
+            r"holds episodes at epsilon 0.001, sticky 0.25, frame limit 240, wanted epsilon 0.5, sticky 0.25",
         ),
-        ({"sticky_action_probability": 0.0}, r"wanted \(0.001, 0.0, 240\).*different protocols"),
-        ({"max_env_frames_per_episode": 80, "agent": "b"}, r"wanted \(0.001, 0.25, 80\)"),
         (
-            {"checkpoint": "sha256:ff"},
+            {"protocol": replace(SHORT, emulator=Emulator(sticky_action_probability=0.0, max_env_frames=240))},
+            "wanted epsilon 0.001, sticky 0, frame limit 240: scores of different protocols",
+        ),
+        (
+            {"protocol": replace(SHORT, emulator=Emulator(max_env_frames=80)), "agent": AgentId(name="b")},
+            "wanted epsilon 0.001, sticky 0.25, frame limit 80",
+        ),
+        (
+            {"agent": replace(AGENT, checkpoint="sha256:ff")},
             r"holds episodes of a .* from checkpoint 'none' .* wanted checkpoint 'sha256:ff'",
         ),
-        ({"seed": 1}, r"with evaluation seed 0, wanted .* seed 1"),
-        ({"num_episodes": 0}, "num_episodes must be at least 1, got 0"),
+        ({"protocol": replace(SHORT, seed=1)}, r"with evaluation seed 0, wanted .* seed 1"),
         ({"policy_games": ["Freeway"]}, r"games must be among those the policy has \(Freeway\), got \['Breakout'\]"),
         ({"games": "Breakut"}, "did you mean Breakout"),
-        ({"epsilon": -1.0}, r"epsilon must be in \[0, 1\]"),
     ],
 )
-def test_conflicts_and_bad_settings_leave_the_table_as_it_was(tmp_path, change, message):
-    settings = {"games": "Breakout", "num_episodes": 1, "folder": tmp_path, **WHO}
+def test_conflicts_leave_the_table_as_it_was(tmp_path, change, message):
+    settings = {"games": "Breakout", "protocol": SHORT, "folder": tmp_path, "agent": AGENT}
     evaluate(RandomPolicy(["Breakout"]), **settings)
     before = (tmp_path / "scores.csv").read_bytes()
     with pytest.raises(ValueError, match=message):
@@ -171,12 +179,12 @@ def test_conflicts_and_bad_settings_leave_the_table_as_it_was(tmp_path, change, 
 
 
 def test_table_of_another_version_is_refused(tmp_path):
-    (row,) = evaluate(RandomPolicy(["Breakout"]), "Breakout", num_episodes=1, folder=tmp_path, **WHO)
+    (row,) = evaluate(RandomPolicy(["Breakout"]), "Breakout", SHORT, folder=tmp_path, agent=AGENT)
     (tmp_path / "scores.csv").unlink()
     with TableWriter(tmp_path / "scores.csv", EpisodeResult) as writer:
-        writer.append([dataclasses.replace(row, episode_seed=row.episode_seed + 1)])
+        writer.append([replace(row, episode_seed=row.episode_seed + 1)])
     with pytest.raises(ValueError, match="was written by another version"):
-        evaluate(RandomPolicy(["Breakout"]), "Breakout", num_episodes=2, folder=tmp_path, **WHO)
+        evaluate(RandomPolicy(["Breakout"]), "Breakout", replace(SHORT, num_episodes=2), folder=tmp_path, agent=AGENT)
 
 
 def test_two_processes_cannot_write_one_part(tmp_path):
@@ -184,7 +192,7 @@ def test_two_processes_cannot_write_one_part(tmp_path):
         TableWriter(tmp_path / "scores.csv", EpisodeResult),
         pytest.raises(BlockingIOError, match="another evaluation"),
     ):
-        evaluate(RandomPolicy(["Breakout"]), "Breakout", num_episodes=1, folder=tmp_path, **WHO)
+        evaluate(RandomPolicy(["Breakout"]), "Breakout", SHORT, folder=tmp_path, agent=AGENT)
 
 
 def test_a_failing_emulator_ends_the_evaluation_with_its_error(monkeypatch):
@@ -193,13 +201,12 @@ def test_a_failing_emulator_ends_the_evaluation_with_its_error(monkeypatch):
 
     monkeypatch.setattr(rollout_module.AtariVector, "reset", broken)
     with pytest.raises(RuntimeError, match="no such ROM"):
-        evaluate(RandomPolicy(["Breakout"]), "Breakout", num_episodes=1)
+        evaluate(RandomPolicy(["Breakout"]), "Breakout", SHORT)
 
 
 def test_a_plain_tensordict_module_is_a_policy():
     policy = TensorDictModule(lambda observation: torch.full((len(observation),), 2), ["observation"], ["action"])
-    settings = {"num_episodes": 1, "epsilon": 0.0, "max_env_frames_per_episode": 400}
-    assert evaluate(policy, "Freeway", **settings) == evaluate(ConstantPolicy(2), "Freeway", **settings)
+    assert evaluate(policy, "Freeway", SHORT) == evaluate(ConstantPolicy(2), "Freeway", SHORT)
 
 
 def test_the_example_of_the_documentation_runs(capsys):

@@ -46,7 +46,7 @@ def test_dry_run_prints_every_script_and_makes_nothing(here, capsys):
         "seed=0,1",
         "cluster=gpus1",
         "--dry-run",
-        "--shards",
+        "--shares",
         "3",
     ]
     assert main([*words, "--into", "runs/x"]) == 0
@@ -105,8 +105,8 @@ def test_help_of_a_kind(here, capsys):
             "--import belongs to launch chain",
         ),
         (
-            ["train", "scale=cpu", "data.store=store", "--shards", "2", "cluster=cpu"],
-            "--shards belongs to launch evaluate",
+            ["train", "scale=cpu", "data.store=store", "--shares", "2", "cluster=cpu"],
+            "--shares belongs to launch evaluate",
         ),
     ],
 )

@@ -70,16 +70,16 @@ def test_commands_are_checked_before_they_are_submitted(capsys):
 
 
 def test_evaluations_are_split_into_shares_of_each_agent():
-    planned = plan_evaluation(["runs/a", "runs/b"], ["--episodes", "9"], num_shards=2)
+    planned = plan_evaluation(["runs/a", "runs/b"], ["--episodes", "9"], num_shares=2)
     assert [p.task.arguments for p in planned] == [
-        ["evaluate", run, "--episodes", "9", "--shard", share]
+        ["evaluate", run, "--episodes", "9", "--share", share]
         for run in ("runs/a", "runs/b")
         for share in ("1/2", "2/2")
     ]
-    (whole,) = plan_evaluation(["runs/a"], [], num_shards=1)
+    (whole,) = plan_evaluation(["runs/a"], [], num_shares=1)
     assert whole.task.arguments == ["evaluate", "runs/a"]
-    with pytest.raises(ConfigError, match="--shards must be at least 1, got 0"):
-        plan_evaluation(["runs/a"], [], num_shards=0)
+    with pytest.raises(ConfigError, match="--shares must be at least 1, got 0"):
+        plan_evaluation(["runs/a"], [], num_shares=0)
 
 
 def test_folder_names():

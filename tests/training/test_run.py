@@ -182,7 +182,7 @@ def test_greedy_play_of_all_games_marks_the_best_checkpoint(make_config):
     folder = train(make_config("evaluation.max_env_frames_per_episode=200", "evaluation.num_episodes_per_game=2"))
     older = list_checkpoints(folder / "checkpoints")[0]
     evaluate = ["evaluate", str(older), "--device", "cpu"]
-    less = (["--decoding", "sampled"], ["--games", "Freeway"], ["--sticky", "0.5"], ["--shard", "1/2"])
+    less = (["--decoding", "sampled"], ["--games", "Freeway"], ["--sticky", "0.5"], ["--share", "1/2"])
     for elsewhere in (*less, ["--episodes", "1"]):
         assert main([*evaluate, "--out", str(folder / "elsewhere" / elsewhere[0]), *elsewhere]) == 0
         assert best_step(folder / "checkpoints") is None, elsewhere

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torchrl_sql.evaluation.episodes import EpisodeResult
-    from torchrl_sql.evaluation.share import Shard
+    from torchrl_sql.evaluation.protocol import Protocol
 
 
 def add_commands(commands: Any) -> None:
@@ -19,17 +19,18 @@ def add_commands(commands: Any) -> None:
         "evaluate",
         help="play trained networks in the emulator",
         description=_evaluate.__doc__,
-        epilog="A SLURM array of eight tasks: #SBATCH --array=1-8, and in the script --shard $SLURM_ARRAY_TASK_ID/8",
+        epilog="A SLURM array of eight tasks: #SBATCH --array=1-8, and in the script --share $SLURM_ARRAY_TASK_ID/8",
     )
     evaluate.add_argument(
         "agents",
         nargs="+",
         metavar="AGENT",
-        help="a run's folder (its newest checkpoint), checkpoints (all of a run: RUN/checkpoints/*.pt), random or noop",
+        help="a run's folder (its newest checkpoint), checkpoints (all of a run: RUN/checkpoints/*.pt), random, noop, "
+        "constant_ACTION, or constant: each legal action of each game",
     )
     evaluate.add_argument("--games", help="train40, heldout5, all, or names separated by commas (default: the run's)")
     evaluate.add_argument(
-        "--episodes", type=int, help="a game, those in the table included (default: the run's, or 16)"
+        "--episodes", type=int, help="per game, those in the table included (default: the run's, or 16)"
     )
     evaluate.add_argument("--sticky", type=float, help="sticky-action probability (default: the run's, or 0.25)")
     evaluate.add_argument("--epsilon", type=float, help="of random actions (default: the run's, or 0.001)")
@@ -40,10 +41,10 @@ def add_commands(commands: Any) -> None:
     evaluate.add_argument("--decoding", choices=("greedy", "sampled"), default="greedy", help="default: greedy")
     evaluate.add_argument("--out", type=Path, help="folder of scores.csv (default: the run's)")
     evaluate.add_argument(
-        "--shard",
+        "--share",
         metavar="K/N",
         help="play the K-th of N shares of the episodes, each into its own part of the table; reports read all parts "
-        "(default: everything, or by RANK and WORLD_SIZE where torchrun sets them)",
+        "(default: everything, or by RANK and WORLD_SIZE where torchrun sets them); marks no best checkpoint",
     )
     evaluate.add_argument(
         "--video", action="store_true", help="save a clip of each game's first episode in the folder's clips/"
@@ -65,74 +66,49 @@ def _evaluate(args: argparse.Namespace) -> None:
     """Plays agents in the emulator and adds each finished episode to scores.csv. Episodes that it has already are not
     played again: the same command continues an interrupted evaluation.
     """
-    from torchrl_sql.evaluation.share import Shard
+    from torchrl_sql.evaluation.agents import make_agents
+    from torchrl_sql.evaluation.clips import has_video_encoder
+    from torchrl_sql.evaluation.protocol import Share
+    from torchrl_sql.games import resolve_games
 
-    shard = Shard.from_environment() if args.shard is None else Shard.parse(args.shard)
-    folders = [_evaluate_agent(agent, args, shard) for agent in args.agents]
+    share = Share.from_environment() if args.share is None else Share.parse(args.share)
+    games = None if args.games is None else resolve_games(args.games)
+    if args.video and not has_video_encoder():
+        print("Clips are short GIFs: pip install torchrl-sql[video] brings an encoder for MP4.")
+    folders = []
+    for word in args.agents:
+        for agent in make_agents(word, games, decoding=args.decoding, device=args.device):
+            folder = args.out or agent.run_dir
+            if folder is None:
+                raise ValueError(f"--out must be given with {word}, which is not in the folder of a run")
+            episodes = agent.evaluate(
+                folder,
+                protocol=_changed(agent.protocol, args),
+                share=share,
+                clips=folder / "clips" if args.video else None,
+            )
+            agent.mark_if_best(episodes)
+            _print_means(agent.id.name if agent.run_dir is None else word, episodes)
+            folders.append(folder)
     for folder in dict.fromkeys(folders):
         print(f"Scores: {folder / 'scores.csv'}. Next: torchrl-sql report {folder}")
 
 
-def _evaluate_agent(name: str, args: argparse.Namespace, shard: Shard) -> Path:
-    from torchrl_sql.evaluation.agents import SIMPLE_PROTOCOL, evaluate_checkpoint, evaluate_simple_agent, mark_if_best
-    from torchrl_sql.evaluation.clips import has_video_encoder
-    from torchrl_sql.games import resolve_games
-    from torchrl_sql.training.build import find_checkpoint, load_actor
+def _changed(protocol: Protocol, args: argparse.Namespace) -> Protocol:
+    """A protocol with what the command line says of it."""
 
-    options = {
-        "num_episodes_per_game": args.episodes,
-        "sticky_action_probability": args.sticky,
-        "epsilon": args.epsilon,
-        "seed": args.seed,
-        "max_env_frames_per_episode": args.max_env_frames,
-    }
-    given = {key: value for key, value in options.items() if value is not None}
-    games = None if args.games is None else resolve_games(args.games)
-    if name in ("random", "noop"):
-        if games is None or args.out is None:
-            raise ValueError(f"{name} needs --games and --out, having no run: e.g. --games all --out runs/{name}")
-        if args.video:
-            raise ValueError(f"--video is for networks, got it with {name}")
-        episodes = evaluate_simple_agent(name, games, replace(SIMPLE_PROTOCOL, **given), args.out, shard=shard)
-        folder = args.out
-    else:
-        path = Path(name)
-        checkpoint = find_checkpoint(path)
-        trained = load_actor(checkpoint)
-        folder = args.out or _run_folder(path, checkpoint)
-        if args.video and not has_video_encoder():
-            print("Clips are short GIFs: pip install torchrl-sql[video] brings an encoder for MP4.")
-        episodes = evaluate_checkpoint(
-            trained,
-            replace(trained.config.evaluation, **given),
-            folder,
-            games=games,
-            decoding=args.decoding,
-            device=args.device,
-            shard=shard,
-            clips=folder / "clips" if args.video else None,
-        )
-        own_protocol = not given.keys() - {"num_episodes_per_game"}
-        in_run = checkpoint.parent.name == "checkpoints"
-        if in_run and args.decoding == "greedy" and games is None and own_protocol:
-            if shard.count == 1:
-                mark_if_best(checkpoint.parent.parent, trained, episodes)
-            else:
-                print("A share of the episodes does not mark the run's best checkpoint; the same command without does.")
-    _print_means(name, episodes)
-    return folder
+    def given(**values: Any) -> dict[str, Any]:
+        return {name: value for name, value in values.items() if value is not None}
 
-
-def _run_folder(given: Path, checkpoint: Path) -> Path:
-    """Where a checkpoint's tables go: its run."""
-    folder = given if given.is_dir() else checkpoint.parent.parent
-    if not (folder / "config.yaml").is_file():
-        raise ValueError(f"--out must be given with {given}, which is not in the folder of a run")
-    return folder
+    emulator = replace(
+        protocol.emulator, **given(sticky_action_probability=args.sticky, max_env_frames=args.max_env_frames)
+    )
+    changes = given(epsilon=args.epsilon, num_episodes=args.episodes, seed=args.seed)
+    return replace(protocol, emulator=emulator, **changes)
 
 
 def _print_means(name: str, episodes: Sequence[EpisodeResult]) -> None:
-    """A line a game: enough to see that it worked; `torchrl-sql report` has the statistics."""
+    """A line per game: enough to see that it worked; `torchrl-sql report` has the statistics."""
     returns: dict[str, list[float]] = {}
     for episode in episodes:
         returns.setdefault(episode.game, []).append(episode.episode_return)

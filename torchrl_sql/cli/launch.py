@@ -18,7 +18,7 @@ KINDS = ("train", "sweep", "evaluate", "import", "collect", "report", "bench", "
 _EPILOG = """\
   torchrl-sql launch train scale=paper model.encoder=resnet50 data.store=STORE cluster=gpus8
   torchrl-sql launch sweep scale=gpu seed=0,1,2 cluster=gpus8 cluster.array_parallelism=2
-  torchrl-sql launch evaluate runs/A runs/B --shards 4 cluster=gpus1
+  torchrl-sql launch evaluate runs/A runs/B --shares 4 cluster=gpus1
   torchrl-sql launch import dqn-replay SOURCE --games train40 --out STORE cluster=cpu
   torchrl-sql launch chain scale=cpu data.store=STORE seed=0,1,2 cluster=my_cluster.yaml
 
@@ -73,7 +73,7 @@ def _add_launch_options(parser: argparse.ArgumentParser, *, into: bool = True) -
         parser.add_argument("--into", type=Path, help="new folder of the launch (default: runs/NAME-DATE-TIME-RANDOM)")
         parser.add_argument("--import", dest="source", metavar="ARGUMENTS", help="chain: of torchrl-sql import")
         parser.add_argument(
-            "--shards", type=int, metavar="N", help="evaluate, chain: elements an evaluation is split into"
+            "--shares", type=int, metavar="N", help="evaluate, chain: elements an evaluation is split into"
         )
 
 
@@ -95,9 +95,9 @@ def _launch(args: argparse.Namespace) -> None:
         parse(["launch", "--help"])
     if args.source is not None and args.kind != "chain":
         raise ValueError(f"--import belongs to launch chain, got it with launch {args.kind}")
-    if args.shards is not None and args.kind not in ("evaluate", "chain"):
-        raise ValueError(f"--shards belongs to launch evaluate and chain, got it with launch {args.kind}")
-    num_shards = 1 if args.shards is None else args.shards
+    if args.shares is not None and args.kind not in ("evaluate", "chain"):
+        raise ValueError(f"--shares belongs to launch evaluate and chain, got it with launch {args.kind}")
+    num_shares = 1 if args.shares is None else args.shares
     cluster_overrides, words = split_overrides(words)
     cluster = compose_cluster_config(cluster_overrides)
     planned: dict[str, list[PlannedTask]]
@@ -113,14 +113,14 @@ def _launch(args: argparse.Namespace) -> None:
             found = f"{len(planned['train'])} combinations of settings"
             raise ValueError(f"launch train takes one, launch sweep several, got launch {args.kind} with {found}")
         if args.kind == "chain":
-            planned = _plan_chain(words, planned["train"], root, source=args.source, num_shards=num_shards)
+            planned = _plan_chain(words, planned["train"], root, source=args.source, num_shares=num_shares)
     else:
         root = choose_root(args.kind, out=args.into)
         if args.kind == "evaluate":
             agents = list(takewhile(lambda word: not word.startswith("-"), words))
             if not agents:
                 raise ValueError("launch evaluate needs runs or checkpoints before its options")
-            planned = {"evaluate": plan_evaluation(agents, words[len(agents) :], num_shards=num_shards)}
+            planned = {"evaluate": plan_evaluation(agents, words[len(agents) :], num_shares=num_shares)}
         else:
             planned = {args.kind: [plan_command(args.kind, words)]}
     command = shlex.join(["torchrl-sql", *args.words])
@@ -137,7 +137,7 @@ def _launch(args: argparse.Namespace) -> None:
 
 
 def _plan_chain(
-    words: Sequence[str], training: list[PlannedTask], root: Path, *, source: str | None, num_shards: int
+    words: Sequence[str], training: list[PlannedTask], root: Path, *, source: str | None, num_shares: int
 ) -> dict[str, list[PlannedTask]]:
     """Data, training, evaluation, report, in this order."""
     from torchrl_sql.config import compose_run_config
@@ -151,7 +151,7 @@ def _plan_chain(
     else:
         data["collect"] = [plan_command("collect", first)]
     runs = [planned.task.run_dir for planned in training if planned.task.run_dir is not None]
-    evaluations = plan_evaluation(runs, [], num_shards=num_shards)
+    evaluations = plan_evaluation(runs, [], num_shares=num_shares)
     report = plan_command("report", [*runs, "--out", str(root.resolve() / "report.html")])
     return data | {"train": training, "evaluate": evaluations, "report": [report]}
 

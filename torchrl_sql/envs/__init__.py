@@ -1,6 +1,6 @@
 """The emulator, and behaviour policies that collect data in it."""
 
-from torchrl_sql.envs.atari import AtariEnv, AtariVector, replay_episode
+from torchrl_sql.envs.atari import AtariEnv, AtariVector, Emulator, replay_episode
 from torchrl_sql.envs.behaviours import SKILLS, WEAK_SKILLS, Behaviour, SkillMixture
 from torchrl_sql.envs.collector import collect
 from torchrl_sql.envs.context import PolicyInputs, first_context, next_context
@@ -11,6 +11,7 @@ __all__ = [
     "AtariEnv",
     "AtariVector",
     "Behaviour",
+    "Emulator",
     "PolicyInputs",
     "SkillMixture",
     "collect",

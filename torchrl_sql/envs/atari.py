@@ -1,13 +1,14 @@
 """The emulator, with the one definition of preprocessing: arrays (:class:`AtariVector`), TorchRL (:class:`AtariEnv`).
 
 Preprocessing (Machado et al. 2018; Kumar et al. 2023): 84x84 grayscale, maximum over the last two of four skipped
-frames, a stack of four zero-padded at an episode's start, at most 108,000 emulator frames an episode, the full set of
-18 actions with a game's illegal ones acting as NOOP, no no-op starts, no automatic FIRE, raw rewards.
+frames, a stack of four zero-padded at an episode's start, the full set of 18 actions with a game's illegal ones acting
+as NOOP, no no-op starts, no automatic FIRE, raw rewards.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -28,6 +29,41 @@ SCREEN_SHAPE = (210, 160)
 ALEInterface.setLoggerMode(LoggerMode.Error)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Emulator:
+    """How the emulator runs a game: with an episode's seed and actions, all that decides the episode.
+
+    Attributes:
+        sticky_action_probability (float): that an emulator frame repeats the previous action instead of the given one;
+            0.25 in Machado et al. (2018) and in DQN-Replay.
+        max_env_frames (int): emulator frames (four per agent step) after which an episode is truncated.
+        mode (int, optional), difficulty (int, optional): of the game; only the game's default, None, is supported yet.
+
+    Raises:
+        ValueError: for a probability outside [0, 1], an episode without a frame, or another mode or difficulty.
+    """
+
+    sticky_action_probability: float = 0.25
+    max_env_frames: int = 108_000
+    mode: int | None = None
+    difficulty: int | None = None
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.sticky_action_probability <= 1.0:
+            raise ValueError(f"sticky_action_probability must be in [0, 1], got {self.sticky_action_probability}")
+        if self.max_env_frames < 1:
+            raise ValueError(f"max_env_frames must be at least 1, got {self.max_env_frames}")
+        for name in ("mode", "difficulty"):
+            if getattr(self, name) is not None:
+                raise ValueError(
+                    f"{name} must be None, the game's default: others are not supported yet, got {getattr(self, name)}"
+                )
+
+
+DEFAULT_EMULATOR = Emulator()
+"""Sticky actions as in the data, 30 minutes of play per episode."""
+
+
 class AtariVector:
     """``N`` independent copies of one game, stepped by C++ threads.
 
@@ -37,32 +73,27 @@ class AtariVector:
     Args:
         game (str): a name from :data:`torchrl_sql.games.GAMES`.
         num_envs (int): number of copies, ``N``.
+        emulator (Emulator): how they run.
 
     Keyword Args:
-        sticky_action_probability (float): probability that an emulator frame repeats the previous action instead of
-            the given one; 0.25 in Machado et al. (2018) and in DQN-Replay.
-        max_env_frames_per_episode (int): emulator frames (four an agent step) after which an episode is truncated.
-        num_threads (int): emulator threads; 0 takes one a core.
+        num_threads (int): emulator threads; 0 takes one per core.
         screen (bool): give the game's picture in colour, uint8 ``[N, 1, 210, 160, 3]``, in place of the observation
             (the maximum over two frames here too, so that flickering objects stay visible).
 
     Raises:
-        ValueError: for an unknown game or a probability outside [0, 1].
+        ValueError: for an unknown game or no copies.
     """
 
     def __init__(
         self,
         game: str,
         num_envs: int,
+        emulator: Emulator = DEFAULT_EMULATOR,
         *,
-        sticky_action_probability: float = 0.25,
-        max_env_frames_per_episode: int = 108_000,
         num_threads: int = 0,
         screen: bool = False,
     ):
         (self.game,) = resolve_games([game])
-        if not 0.0 <= sticky_action_probability <= 1.0:
-            raise ValueError(f"sticky_action_probability must be in [0, 1], got {sticky_action_probability}")
         if num_envs < 1:
             raise ValueError(f"num_envs must be at least 1, got {num_envs}")
         self.num_envs = num_envs
@@ -70,8 +101,8 @@ class AtariVector:
             GAMES[game].rom,
             num_envs,
             num_threads=num_threads,
-            repeat_action_probability=sticky_action_probability,
-            max_num_frames_per_episode=max_env_frames_per_episode,
+            repeat_action_probability=emulator.sticky_action_probability,
+            max_num_frames_per_episode=emulator.max_env_frames,
             full_action_space=True,
             grayscale=not screen,
             img_height=(SCREEN_SHAPE if screen else FRAME_SHAPE)[0],
@@ -92,7 +123,7 @@ class AtariVector:
         """Starts new episodes.
 
         Args:
-            seeds (array): int ``[number of copies reset]``, one a copy in ascending order.
+            seeds (array): int ``[number of copies reset]``, one per copy in ascending order.
             mask (array, optional): bool ``[N]``, the copies to reset; default all.
 
         Returns:
@@ -123,12 +154,7 @@ class AtariVector:
 
 
 def replay_episode(
-    game: str,
-    seed: int,
-    actions: Sequence[int],
-    *,
-    sticky_action_probability: float,
-    max_env_frames_per_episode: int,
+    game: str, seed: int, actions: Sequence[int], emulator: Emulator
 ) -> Iterator[tuple[np.ndarray, np.ndarray, float]]:
     """Plays the actions of a known episode again, which gives the same episode, to look at it.
 
@@ -136,26 +162,13 @@ def replay_episode(
         game (str): its game.
         seed (int): its emulator seed.
         actions (sequence of int): its actions, 0..17.
-
-    Keyword Args:
-        sticky_action_probability (float): as it was played, see :class:`AtariVector`.
-        max_env_frames_per_episode (int): likewise.
+        emulator (Emulator): as it was played.
 
     Yields:
         for each action: the observation uint8 ``[4, 84, 84]`` and the screen uint8 ``[210, 160, 3]`` on which it was
         taken, and the raw reward that followed.
     """
-    views = [
-        AtariVector(
-            game,
-            1,
-            sticky_action_probability=sticky_action_probability,
-            max_env_frames_per_episode=max_env_frames_per_episode,
-            num_threads=1,
-            screen=screen,
-        )
-        for screen in (False, True)
-    ]
+    views = [AtariVector(game, 1, emulator, num_threads=1, screen=screen) for screen in (False, True)]
     observation, screen = (view.reset(np.array([seed]))[0] for view in views)
     for action in actions:
         for view in views:
@@ -169,16 +182,17 @@ class AtariEnv(EnvBase):
     """``N`` copies of one Atari game as a batched TorchRL environment (batch size ``[N]``).
 
     Writes ``observation`` uint8 ``[N, 4, 84, 84]``, ``game_id`` int64 ``[N]``, raw ``reward`` float32 ``[N, 1]``,
-    ``terminated`` (game over), ``truncated`` (108,000 frames) and ``done`` bool ``[N, 1]``; reads ``action`` int64
+    ``terminated`` (game over), ``truncated`` (at the frame limit) and ``done`` bool ``[N, 1]``; reads ``action`` int64
     ``[N]`` in 0..17. ``set_seed`` makes every later episode reproducible.
 
     Args:
         game (str): a name from :data:`torchrl_sql.games.GAMES`.
         num_envs (int): number of copies, ``N``.
+        emulator (Emulator): how they run.
 
     Keyword Args:
         game_id (int): what to write under ``game_id``: the game's place in the policy's list of games.
-        **vector_kwargs: further arguments of :class:`AtariVector`.
+        num_threads (int): emulator threads; 0 takes one per core.
 
     Examples:
         >>> env = AtariEnv("Breakout", 2)
@@ -186,9 +200,17 @@ class AtariEnv(EnvBase):
         torch.Size([2, 3, 4, 84, 84])
     """
 
-    def __init__(self, game: str, num_envs: int = 1, *, game_id: int = 0, **vector_kwargs):
+    def __init__(
+        self,
+        game: str,
+        num_envs: int = 1,
+        emulator: Emulator = DEFAULT_EMULATOR,
+        *,
+        game_id: int = 0,
+        num_threads: int = 0,
+    ):
         super().__init__(device="cpu", batch_size=[num_envs])
-        self._vector = AtariVector(game, num_envs, **vector_kwargs)
+        self._vector = AtariVector(game, num_envs, emulator, num_threads=num_threads)
         self._rng = np.random.default_rng()
         self._game_id = torch.full((num_envs,), game_id, dtype=torch.int64)
         self.observation_spec = Composite(

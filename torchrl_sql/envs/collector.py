@@ -8,7 +8,7 @@ from typing import Protocol
 
 import numpy as np
 
-from torchrl_sql.envs.atari import AtariVector
+from torchrl_sql.envs.atari import DEFAULT_EMULATOR, AtariVector, Emulator
 from torchrl_sql.games import GAMES
 
 _COMMIT_INTERVAL_AGENT_STEPS = 10_000
@@ -61,11 +61,10 @@ def collect(
     policy: BehaviourPolicy,
     game: str,
     num_agent_steps: int,
+    emulator: Emulator = DEFAULT_EMULATOR,
     *,
     seed: int = 0,
     num_envs: int = 8,
-    sticky_action_probability: float = 0.25,
-    max_env_frames_per_episode: int = 108_000,
     progress: Callable[[int], None] = lambda num_agent_steps: None,
 ) -> None:
     """Appends whole episodes until the writer holds at least ``num_agent_steps`` steps.
@@ -79,22 +78,16 @@ def collect(
         policy (BehaviourPolicy): what chooses the actions.
         game (str): a name from :data:`torchrl_sql.games.GAMES`.
         num_agent_steps (int): transitions wanted, those already in ``writer`` included.
+        emulator (Emulator): how the game runs.
 
     Keyword Args:
         seed (int): seed of emulator and policy.
         num_envs (int): episodes played at a time.
-        sticky_action_probability (float): see :class:`~torchrl_sql.envs.atari.AtariVector`.
-        max_env_frames_per_episode (int): emulator frames after which an episode is truncated.
         progress (callable): is given the number of agent steps in the store after each episode.
     """
     if writer.num_steps >= num_agent_steps:
         return
-    vector = AtariVector(
-        game,
-        num_envs,
-        sticky_action_probability=sticky_action_probability,
-        max_env_frames_per_episode=max_env_frames_per_episode,
-    )
+    vector = AtariVector(game, num_envs, emulator)
     game_index = list(GAMES).index(game)
     next_index = first_index = writer.num_episodes
     slots: dict[int, _Episode] = {}

@@ -2,186 +2,251 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 import numpy as np
+from tensordict.nn import TensorDictModuleBase
 
-from torchrl_sql.config import EvaluationConfig, QLearningConfig
+from torchrl_sql.config import QLearningConfig, compose_run_config
 from torchrl_sql.evaluation.clips import find_clip, write_clip
-from torchrl_sql.evaluation.episodes import Decoding, EpisodeResult
+from torchrl_sql.evaluation.episodes import EpisodeResult
 from torchrl_sql.evaluation.policies import ConstantPolicy, NetworkPolicy, RandomPolicy, digest_of_weights
+from torchrl_sql.evaluation.protocol import WHOLE, AgentId, Decoding, Protocol, Share
 from torchrl_sql.evaluation.rollout import Rollout
 from torchrl_sql.evaluation.runner import evaluate
-from torchrl_sql.evaluation.share import WHOLE, Shard
 from torchrl_sql.games import ACTION_NAMES, GAMES
 from torchrl_sql.statistics.aggregates import interquartile_mean
 from torchrl_sql.statistics.scores import human_normalised, split_by_reference
-from torchrl_sql.training.build import Trained, resolve_device, set_num_threads
+from torchrl_sql.training.build import find_checkpoint, load_actor, resolve_device, set_num_threads
 from torchrl_sql.training.checkpoint import mark_best
 
-CONSTANT_AGENT = "constant_"
-"""Prefix of the names of agents that always take one action, e.g. ``constant_UP``."""
 
-SIMPLE_PROTOCOL = EvaluationConfig(
-    num_episodes_per_game=16,
-    epsilon=0.001,
-    sticky_action_probability=0.25,
-    max_env_frames_per_episode=108_000,
-    seed=0,
-)
-"""How agents without a run are evaluated unless told otherwise: that of configs/evaluation/sticky.yaml."""
-
-
-def evaluate_checkpoint(
-    trained: Trained,
-    evaluation: EvaluationConfig,
-    folder: Path,
-    *,
-    games: Sequence[str] | None = None,
-    decoding: Decoding = "greedy",
-    device: str | None = None,
-    shard: Shard = WHOLE,
-    clips: Path | None = None,
-) -> list[EpisodeResult]:
-    """Evaluates a trained network; the agent's name in the tables is its run's.
+class Agent:
+    """What can be evaluated.
 
     Args:
-        trained (Trained): what :func:`torchrl_sql.training.load_actor` loaded.
-        evaluation (EvaluationConfig): the protocol.
-        folder (Path): of the tables to add to.
+        id (AgentId): who it is in the tables.
+        policy (TensorDictModuleBase): how it plays, as :func:`torchrl_sql.evaluation.runner.evaluate` takes it.
+        policy_games (sequence of str): those it can play, in the order of the policy's ``game_id``.
 
     Keyword Args:
-        games (sequence of str, optional): some of the network's games; default all.
-        decoding ("greedy" or "sampled"): how actions follow from its outputs.
-        device (str, optional): ``cpu``, ``cuda`` or ``auto``; default as in training.
-        shard (Shard): which share of the episodes to play.
-        clips (Path, optional): folder for a clip of each game's first episode; existing ones stay.
-
-    Raises:
-        ValueError: as :func:`torchrl_sql.evaluation.runner.evaluate` does.
+        games (sequence of str, optional): those it plays; default all that it can.
+        protocol (Protocol, optional): how it is evaluated unless told otherwise; default
+            ``configs/evaluation/sticky.yaml``.
+        gamma (float, optional): discount of its training, if its outputs are values.
+        run_dir (Path, optional): the folder of the run that it is a checkpoint of.
     """
-    actor, config, gradient_step = trained
-    set_num_threads(config)
-    digest = digest_of_weights(actor)
-    actor.to(resolve_device(device or config.trainer.device))
-    games = config.games if games is None else games
-    has_values = isinstance(config.method, QLearningConfig)
-    who: dict[str, Any] = {
-        "agent": config.name,
-        "training_seed": config.seed,
-        "gradient_step": gradient_step,
-        "decoding": decoding,
-    }
 
-    def draw(episode: Rollout) -> None:
-        assert clips is not None
-        write_clip(
-            episode,
-            clips,
-            **who,
-            value_name="Q-values" if has_values else "logits",
-            sticky_action_probability=evaluation.sticky_action_probability,
-            max_env_frames_per_episode=evaluation.max_env_frames_per_episode,
+    def __init__(
+        self,
+        id: AgentId,
+        policy: TensorDictModuleBase,
+        policy_games: Sequence[str],
+        *,
+        games: Sequence[str] | None = None,
+        protocol: Protocol | None = None,
+        gamma: float | None = None,
+        run_dir: Path | None = None,
+    ) -> None:
+        self.id = id
+        self.policy = policy
+        self.policy_games = tuple(policy_games)
+        self.games = self.policy_games if games is None else tuple(games)
+        self.protocol = protocol or _protocol_without_run()
+        self.gamma = gamma
+        self.run_dir = run_dir
+
+    def evaluate(
+        self,
+        folder: Path,
+        *,
+        protocol: Protocol | None = None,
+        share: Share = WHOLE,
+        clips: Path | None = None,
+    ) -> list[EpisodeResult]:
+        """Plays, and adds each finished episode to the tables of ``folder``.
+
+        Args:
+            folder (Path): of the tables.
+
+        Keyword Args:
+            protocol (Protocol, optional): in place of its own.
+            share (Share): which share of the episodes to play.
+            clips (Path, optional): folder for a clip of each game's first episode; existing ones stay.
+
+        Raises:
+            ValueError: as :func:`torchrl_sql.evaluation.runner.evaluate` does.
+        """
+        protocol = protocol or self.protocol
+        without_clip = [game for game in self.games if clips is not None and find_clip(clips, game, self.id) is None]
+
+        def draw(played: Rollout) -> None:
+            assert clips is not None
+            values = "logits" if self.gamma is None else "Q-values"
+            write_clip(played, clips, self.id, protocol.emulator, value_name=values)
+
+        return evaluate(
+            self.policy,
+            self.games,
+            protocol,
+            agent=self.id,
+            policy_games=self.policy_games,
+            gamma=self.gamma if self.id.decoding == "greedy" else None,
+            folder=folder,
+            share=share,
+            recorded_games=without_clip,
+            on_recorded=draw,
         )
 
-    return evaluate(
-        NetworkPolicy(actor, config.games, decoding=decoding),
-        games,
-        **who,
-        checkpoint=digest,
-        policy_games=config.games,
-        gamma=config.method.gamma if isinstance(config.method, QLearningConfig) and decoding == "greedy" else None,
-        shard=shard,
-        folder=folder,
-        recorded_games=() if clips is None else [game for game in games if find_clip(clips, game, **who) is None],
-        on_recorded=draw,
-        **_protocol(evaluation),
-    )
+    def mark_if_best(self, episodes: Sequence[EpisodeResult]) -> bool:
+        """Records this checkpoint as its run's best so far, if it is; training never deletes the best.
+
+        The score is the human-normalised interquartile mean over its policy's games that have a human score.
+
+        Args:
+            episodes (sequence of EpisodeResult): of this agent.
+
+        Returns:
+            Whether it is the best now. It cannot be by other than greedy play, under another protocol than the run's,
+            without one of its games, or by fewer episodes.
+        """
+        if self.run_dir is None or self.id.decoding != "greedy":
+            return False
+        protocol = self.protocol
+        returns: dict[str, list[float]] = {game: [] for game in self.policy_games}
+        for row in episodes:
+            if (row.emulator, row.epsilon, row.evaluation_seed) != (protocol.emulator, protocol.epsilon, protocol.seed):
+                return False
+            returns[row.game].append(row.episode_return)
+        if any(len(values) < protocol.num_episodes for values in returns.values()):
+            return False
+        scored, _ = split_by_reference(self.policy_games, "human")
+        if not scored:
+            return False
+        scores = np.array([[human_normalised(fmean(returns[game]), game) for game in scored]])
+        return mark_best(self.run_dir, self.id.gradient_step, float(interquartile_mean(scores)))
 
 
-def mark_if_best(run_dir: Path, trained: Trained, episodes: Sequence[EpisodeResult]) -> bool:
-    """Marks a checkpoint as its run's best, which training never deletes, if it scores highest so far.
-
-    The score is the human-normalised interquartile mean over the network's games that have a human score.
-
-    Args:
-        run_dir (Path): folder of the run whose checkpoint it is.
-        trained (Trained): the checkpoint.
-        episodes (sequence of EpisodeResult): all of its greedy episodes in all of its games, under the run's protocol.
-
-    Returns:
-        Whether it is the best now. It cannot be with fewer episodes of a game than the run's protocol has.
-    """
-    counts = Counter(each.game for each in episodes)
-    if any(counts[game] < trained.config.evaluation.num_episodes_per_game for game in trained.config.games):
-        return False
-    scored, _ = split_by_reference(trained.config.games, "human")
-    if not scored:
-        return False
-    returns = {game: [each.episode_return for each in episodes if each.game == game] for game in scored}
-    scores = np.array([[human_normalised(fmean(returns[game]), game) for game in scored]])
-    return mark_best(run_dir, trained.gradient_step, float(interquartile_mean(scores)))
+@cache
+def _protocol_without_run() -> Protocol:
+    run = compose_run_config(["scale=paper", "evaluation=sticky", "data.store=unused"])
+    return Protocol.from_config(run.evaluation)
 
 
-def evaluate_simple_agent(
-    name: str,
-    games: Sequence[str],
-    evaluation: EvaluationConfig,
-    folder: Path,
-    *,
-    training_seed: int = 0,
-    shard: Shard = WHOLE,
-) -> list[EpisodeResult]:
-    """Evaluates an agent that needs no training: the bars that learning must clear, and a check of published scores.
+class TrainedAgent(Agent):
+    """A trained network, under its run's name and protocol.
 
     Args:
-        name (str): ``random`` (uniform over the legal actions), ``noop``, or ``constant_`` and an action, e.g.
-            ``constant_UP``.
-        games (sequence of str): what to play.
-        evaluation (EvaluationConfig): the protocol.
-        folder (Path): of the table to add to.
+        path (Path): a checkpoint, or a run's folder (its newest checkpoint is taken).
 
     Keyword Args:
-        training_seed (int): ``seed`` in the table.
-        shard (Shard): which share of the episodes to play.
+        games (sequence of str, optional): some of its games; default all.
+        decoding ("greedy" or "sampled"): how actions follow from its outputs.
+        device (str, optional): ``cpu``, ``cuda`` or ``auto``; default as in training.
+
+    Raises:
+        FileNotFoundError, CheckpointError: if there is no usable checkpoint.
     """
-    action = "NOOP" if name == "noop" else name.removeprefix(CONSTANT_AGENT)
-    if name != "random" and action not in ACTION_NAMES:
-        raise ValueError(f"a simple agent must be random, noop or {CONSTANT_AGENT}ACTION, got {name!r}")
-    return evaluate(
-        RandomPolicy(games) if name == "random" else ConstantPolicy(ACTION_NAMES.index(action)),
-        games,
-        agent=name,
-        training_seed=training_seed,
-        decoding="sampled" if name == "random" else "greedy",
-        shard=shard,
-        folder=folder,
-        **_protocol(evaluation),
-    )
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        games: Sequence[str] | None = None,
+        decoding: Decoding = "greedy",
+        device: str | None = None,
+    ) -> None:
+        path = find_checkpoint(path)
+        actor, config, gradient_step = load_actor(path)
+        set_num_threads(config)  # as in training: the last bits of outputs depend on it
+        agent = AgentId(
+            name=config.name,
+            training_seed=config.seed,
+            gradient_step=gradient_step,
+            decoding=decoding,
+            checkpoint=digest_of_weights(actor),
+        )
+        actor.to(resolve_device(device or config.trainer.device))
+        folder = path.parent.parent
+        in_run = path.parent.name == "checkpoints" and (folder / "config.yaml").is_file()
+        super().__init__(
+            agent,
+            NetworkPolicy(actor, config.games, decoding=decoding),
+            config.games,
+            games=games,
+            protocol=Protocol.from_config(config.evaluation),
+            gamma=config.method.gamma if isinstance(config.method, QLearningConfig) else None,
+            run_dir=folder if in_run else None,
+        )
 
 
-def evaluate_constant_actions(
-    games: Sequence[str], evaluation: EvaluationConfig, folder: Path, *, seed: int, num_episodes: int
-) -> None:
-    """Evaluates each game's legal actions, always the same one: a bar that learning must clear."""
-    evaluation = replace(evaluation, num_episodes_per_game=num_episodes)
-    for game in games:
-        for action in GAMES[game].minimal_actions:
-            name = CONSTANT_AGENT + ACTION_NAMES[action]
-            evaluate_simple_agent(name, [game], evaluation, folder, training_seed=seed)
+class RandomAgent(Agent):
+    """Uniform over each game's legal actions."""
+
+    def __init__(self, games: Sequence[str]) -> None:
+        super().__init__(AgentId(name="random", decoding="sampled"), RandomPolicy(games), games)
 
 
-def _protocol(evaluation: EvaluationConfig) -> dict[str, Any]:
-    """Arguments of :func:`evaluate`."""
-    return {
-        "num_episodes": evaluation.num_episodes_per_game,
-        "epsilon": evaluation.epsilon,
-        "sticky_action_probability": evaluation.sticky_action_probability,
-        "max_env_frames_per_episode": evaluation.max_env_frames_per_episode,
-        "seed": evaluation.seed,
-    }
+class ConstantAgent(Agent):
+    """Always the same action, named after it, e.g. ``constant_UP``: a bar that learning must clear.
+
+    Args:
+        action (int): 0..17; where a game does not know it, it acts as NOOP.
+        games (sequence of str): what to play.
+
+    Keyword Args:
+        name (str, optional): in place of the action's.
+    """
+
+    _PREFIX = "constant_"
+
+    def __init__(self, action: int, games: Sequence[str], *, name: str | None = None) -> None:
+        super().__init__(AgentId(name=name or self._PREFIX + ACTION_NAMES[action]), ConstantPolicy(action), games)
+
+    @classmethod
+    def action_of(cls, name: str) -> int | None:
+        """The action that an agent of this name always takes; None for other agents' names."""
+        action = name.removeprefix(cls._PREFIX)
+        return ACTION_NAMES.index(action) if action != name and action in ACTION_NAMES else None
+
+
+def make_agents(
+    word: str, games: Sequence[str] | None = None, *, decoding: Decoding = "greedy", device: str | None = None
+) -> Iterator[Agent]:
+    """The agents that a word of the command line stands for.
+
+    Args:
+        word (str): a run's folder, a checkpoint, ``random``, ``noop``, ``constant_ACTION``, or ``constant``: each legal
+            action of each game.
+        games (sequence of str, optional): what is played; a trained network plays all of its games by default.
+
+    Keyword Args:
+        decoding ("greedy" or "sampled"): of a trained network.
+        device (str, optional): likewise.
+
+    Yields:
+        One agent, or with ``constant`` one per action, each with the games that know it.
+
+    Raises:
+        ValueError: without games where they are needed.
+        FileNotFoundError, CheckpointError: if it is none of the words, and no usable checkpoint.
+    """
+    action = ConstantAgent.action_of(word)
+    if word not in ("random", "noop", "constant") and action is None:
+        yield TrainedAgent(Path(word), games=games, decoding=decoding, device=device)
+        return
+    if games is None:
+        raise ValueError(f"{word} needs --games and --out, having no run: e.g. --games all --out runs/{word}")
+    if word == "random":
+        yield RandomAgent(games)
+    elif word == "noop":
+        yield ConstantAgent(0, games, name="noop")
+    elif action is not None:
+        yield ConstantAgent(action, games)
+    else:
+        for action in range(len(ACTION_NAMES)):
+            if knowing := [game for game in games if action in GAMES[game].minimal_actions]:
+                yield ConstantAgent(action, knowing)

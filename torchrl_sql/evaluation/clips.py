@@ -13,16 +13,16 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from torchrl_sql.envs import replay_episode
-from torchrl_sql.evaluation.episodes import Decoding
+from torchrl_sql.envs import Emulator, replay_episode
+from torchrl_sql.evaluation.protocol import AgentId
 from torchrl_sql.evaluation.rollout import Rollout
 from torchrl_sql.files import replacing
 from torchrl_sql.games import ACTION_NAMES, GAMES
 
 MAX_AGENT_STEPS = 900
-"""Where a clip ends: a minute, at 15 agent steps a second."""
+"""Where a clip ends: a minute, at 15 agent steps per second."""
 _GIF_AGENT_STEPS = 300
-_FRAMES_PER_SECOND = 15  # an agent step is four of 60 frames a second
+_FRAMES_PER_SECOND = 15  # an agent step is four of 60 frames per second
 
 _WIDTH, _HEIGHT = 1008, 480  # multiples of 16, as H.264 likes them
 _SCREEN = (16, 44, 560, 420)  # left, top, width, height: four by three
@@ -38,29 +38,18 @@ def has_video_encoder() -> bool:
     return importlib.util.find_spec("imageio_ffmpeg") is not None
 
 
-def find_clip(
-    folder: Path, game: str, *, agent: str, decoding: Decoding, training_seed: int, gradient_step: int
-) -> Path | None:
+def find_clip(folder: Path, game: str, agent: AgentId) -> Path | None:
     """The clip of an agent in a game, None without one."""
-    stem = _stem(game, agent, decoding, training_seed, gradient_step)
+    stem = _stem(game, agent)
     return next((path for suffix in ("mp4", "gif") if (path := folder / f"{stem}.{suffix}").is_file()), None)
 
 
-def _stem(game: str, agent: str, decoding: Decoding, training_seed: int, gradient_step: int) -> str:
-    return f"{game}-{agent}-{decoding}-seed{training_seed}-{gradient_step}"
+def _stem(game: str, agent: AgentId) -> str:
+    return f"{game}-{agent.name}-{agent.decoding}-seed{agent.training_seed}-{agent.gradient_step}"
 
 
 def write_clip(
-    episode: Rollout,
-    folder: Path,
-    *,
-    agent: str,
-    decoding: Decoding,
-    training_seed: int,
-    gradient_step: int,
-    value_name: str = "Q-values",
-    sticky_action_probability: float,
-    max_env_frames_per_episode: int,
+    episode: Rollout, folder: Path, agent: AgentId, emulator: Emulator, *, value_name: str = "Q-values"
 ) -> Path:
     """Plays a recorded episode again and writes ``<game>-<agent>-<decoding>-seed<seed>-<step>.mp4`` (or ``.gif``).
 
@@ -69,15 +58,11 @@ def write_clip(
     Args:
         episode (Rollout): with actions (and the policy's values, if it has any) recorded.
         folder (Path): created if absent.
+        agent (AgentId): who played it.
+        emulator (Emulator): as it was played.
 
     Keyword Args:
-        agent (str): for the file's name and the heading.
-        decoding ("greedy" or "sampled"): for the file's name, as the next.
-        training_seed (int): of the agent.
-        gradient_step (int): as ``agent``.
         value_name (str): what the values are.
-        sticky_action_probability (float): as the episode was played.
-        max_env_frames_per_episode (int): likewise.
 
     Raises:
         ValueError: if nothing was recorded, or the emulator does not replay the episode.
@@ -85,16 +70,11 @@ def write_clip(
     if not episode.actions:
         raise ValueError(f"episode {episode.episode} of {episode.game} must be recorded to be drawn, got no actions")
     folder.mkdir(parents=True, exist_ok=True)
-    stem = _stem(episode.game, agent, decoding, training_seed, gradient_step)
-    path = folder / f"{stem}.{'mp4' if has_video_encoder() else 'gif'}"
-    heading = f"{episode.game}   {agent}" + (f"   gradient step {gradient_step:,}" if gradient_step else "")
-    views = replay_episode(
-        episode.game,
-        episode.episode_seed,
-        episode.actions[:MAX_AGENT_STEPS],
-        sticky_action_probability=sticky_action_probability,
-        max_env_frames_per_episode=max_env_frames_per_episode,
+    path = folder / f"{_stem(episode.game, agent)}.{'mp4' if has_video_encoder() else 'gif'}"
+    heading = f"{episode.game}   {agent.name}" + (
+        f"   gradient step {agent.gradient_step:,}" if agent.gradient_step else ""
     )
+    views = replay_episode(episode.game, episode.episode_seed, episode.actions[:MAX_AGENT_STEPS], emulator)
     images = _draw(episode, views, heading, value_name)
     with replacing(path) as temporary:
         (_write_mp4 if path.suffix == ".mp4" else _write_gif)(temporary, images)
@@ -138,7 +118,7 @@ def _write_gif(path: Path, images: Iterator[Image.Image]) -> None:
 def _draw(
     episode: Rollout, views: Iterable[tuple[np.ndarray, np.ndarray, float]], heading: str, value_name: str
 ) -> Iterator[Image.Image]:
-    """One picture an agent step, of what :func:`replay` shows."""
+    """One picture per agent step, of what :func:`replay_episode` shows."""
     font, small = ImageFont.load_default(17), ImageFont.load_default(13)
     actions = GAMES[episode.game].minimal_actions
     values = np.array(episode.action_values)[:, actions] if episode.action_values else None
@@ -175,7 +155,7 @@ def _draw_bars(
     all_steps: np.ndarray | None,
     value_name: str,
 ) -> None:
-    """A row a legal action; a bar is how far the action's value is above the worst one's, on one scale for the clip."""
+    """A row per legal action; its bar is how far its value is above the worst one's, on one scale for the clip."""
     title = "action" if now is None else f"{value_name} (bar: above the worst action)"
     draw.text((_PANEL_LEFT, _BARS_TOP - 24), f"{title}:", _MUTED, font)
     draw.text((_PANEL_RIGHT, _BARS_TOP - 24), ACTION_NAMES[chosen], _CHOSEN, font, anchor="ra")

@@ -1,4 +1,4 @@
-"""What evaluation leaves behind: a row an episode (``scores.csv``), and predicted values beside what followed."""
+"""What evaluation leaves behind: a row per episode (``scores.csv``), and predicted values beside what followed."""
 
 from __future__ import annotations
 
@@ -6,12 +6,10 @@ import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
+from torchrl_sql.envs import Emulator
+from torchrl_sql.evaluation.protocol import DECODINGS, AgentId, Decoding
 from torchrl_sql.evaluation.tables import read_table
-
-Decoding = Literal["greedy", "sampled"]
-"""How an action is taken from a network's output: its argmax, or a draw from its softmax."""
 
 SCORES = "scores.csv"
 """File name of the table of episodes."""
@@ -26,8 +24,7 @@ class EpisodeResult:
     """One finished episode of one agent in one game.
 
     Attributes:
-        agent (str): which agent, e.g. ``"scaled_ql"``.
-        seed (int): training seed of the agent.
+        agent (str), seed (int): name and training seed of the :class:`AgentId`; its other fields are columns too.
         game (str): name in :data:`torchrl_sql.games.GAMES`.
         episode (int): number of the episode within (agent, decoding, gradient step, seed, game), from 0.
         episode_seed (int): emulator seed; decided by the evaluation seed, the game and the episode's number.
@@ -35,14 +32,7 @@ class EpisodeResult:
         length_agent_steps (int): decisions taken; one is four emulator frames.
         terminated (bool): the game was over.
         truncated (bool): the episode was cut at the frame limit.
-        gradient_step (int): gradient steps the agent was trained for.
-        epsilon (float): probability of a uniformly random legal action.
-        sticky (float): probability that the emulator repeats the last action.
-        max_env_frames (int): emulator frames at which an episode is cut.
-        decoding (str): ``"greedy"`` or ``"sampled"``.
-        evaluation_seed (int): seed of emulator and exploration.
-        checkpoint (str): which weights played: the first 16 digits of their SHA-256, ``"sha256:1f0c..."``; empty for an
-            agent without.
+        epsilon (float), sticky (float), max_env_frames (int), evaluation_seed (int): of the :class:`Protocol`.
 
     Raises:
         ValueError: if the return is not finite, the episode has not ended, or a value is out of its range.
@@ -83,13 +73,29 @@ class EpisodeResult:
         for name in ("epsilon", "sticky"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be a probability, got {getattr(self, name)}")
-        if self.decoding not in ("greedy", "sampled"):
+        if self.decoding not in DECODINGS:
             raise ValueError(f"decoding must be 'greedy' or 'sampled', got {self.decoding!r}")
 
     @property
     def key(self) -> tuple[str, str, int, int, str, int]:
         """Which episode it is: a table has at most one result of it."""
-        return (self.agent, self.decoding, self.gradient_step, self.seed, self.game, self.episode)
+        return (*self.agent_id.key, self.game, self.episode)
+
+    @property
+    def agent_id(self) -> AgentId:
+        """Who played it."""
+        return AgentId(
+            name=self.agent,
+            training_seed=self.seed,
+            gradient_step=self.gradient_step,
+            decoding=self.decoding,
+            checkpoint=self.checkpoint,
+        )
+
+    @property
+    def emulator(self) -> Emulator:
+        """How its game ran."""
+        return Emulator(sticky_action_probability=self.sticky, max_env_frames=self.max_env_frames)
 
 
 @dataclass(frozen=True, kw_only=True)

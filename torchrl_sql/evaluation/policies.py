@@ -1,5 +1,5 @@
 """Policies that evaluation provides: trained networks, random play, always one action. Any other TensorDict module will
-do as well: see :func:`torchrl_sql.evaluation.runner`.
+do as well: see :func:`torchrl_sql.evaluation.runner.evaluate`.
 
 Legend: B batch, G games, A actions.
 """
@@ -17,7 +17,7 @@ from torch import nn
 from torchrl.data import Composite, OneHot
 from torchrl.modules import DistributionalQValueActor, QValueActor
 
-from torchrl_sql.evaluation.episodes import Decoding
+from torchrl_sql.evaluation.protocol import DECODINGS, Decoding
 from torchrl_sql.games import ACTION_NAMES, NUM_ACTIONS, legal_action_mask
 
 
@@ -44,7 +44,7 @@ class NetworkPolicy(TensorDictModuleBase):
 
     def __init__(self, actor: QValueActor, games: Sequence[str], *, decoding: Decoding = "greedy"):
         super().__init__()
-        if decoding not in ("greedy", "sampled"):
+        if decoding not in DECODINGS:
             raise ValueError(f"decoding must be 'greedy' or 'sampled', got {decoding!r}")
         check_action_set(actor)
         self.actor = actor

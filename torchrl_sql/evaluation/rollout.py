@@ -18,7 +18,8 @@ import torch
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModuleBase
 
-from torchrl_sql.envs import AtariVector
+from torchrl_sql.envs import AtariVector, Emulator
+from torchrl_sql.envs.atari import DEFAULT_EMULATOR
 from torchrl_sql.evaluation.policies import check_action_set, draw
 from torchrl_sql.games import FRAME_SHAPE, FRAME_STACK, GAMES, NUM_ACTIONS, legal_action_mask
 
@@ -81,9 +82,8 @@ class _EpisodeNoise:
 class _Slot:
     """One emulator and the episode it plays."""
 
-    def __init__(self, *, sticky_action_probability: float, max_env_frames_per_episode: int) -> None:
-        self._sticky_action_probability = sticky_action_probability
-        self._max_env_frames_per_episode = max_env_frames_per_episode
+    def __init__(self, emulator: Emulator) -> None:
+        self._emulator = emulator
         self._vector: AtariVector | None = None
         self._stepping = False
         self.rollout: Rollout
@@ -98,13 +98,7 @@ class _Slot:
 
     def start(self, rollout: Rollout, game_id: int) -> None:
         if self.game != rollout.game:
-            self._vector = AtariVector(
-                rollout.game,
-                1,
-                sticky_action_probability=self._sticky_action_probability,
-                max_env_frames_per_episode=self._max_env_frames_per_episode,
-                num_threads=1,
-            )
+            self._vector = AtariVector(rollout.game, 1, self._emulator, num_threads=1)
         assert self._vector is not None
         self.rollout, self.game_id = rollout, game_id
         self.noise = _EpisodeNoise(rollout.episode_seed)
@@ -140,30 +134,13 @@ def episode_seed(seed: int, game: str, episode: int) -> int:
     return int(np.random.SeedSequence([seed, list(GAMES).index(game), episode]).generate_state(1)[0] & 0x7FFFFFFF)
 
 
-def check_settings(
-    policy: TensorDictModuleBase, epsilon: float, sticky_action_probability: float, max_env_frames_per_episode: int
-) -> None:
-    """Refuses what :func:`rollout` cannot play.
-
-    Raises:
-        ValueError: for a probability outside [0, 1], episodes without a step, or a policy of another action set.
-    """
-    for name, value in (("epsilon", epsilon), ("sticky_action_probability", sticky_action_probability)):
-        if not 0.0 <= value <= 1.0:
-            raise ValueError(f"{name} must be in [0, 1], got {value}")
-    if max_env_frames_per_episode < 1:
-        raise ValueError(f"max_env_frames_per_episode must be at least 1, got {max_env_frames_per_episode}")
-    check_action_set(policy)
-
-
 def rollout(
     policy: TensorDictModuleBase,
     games: Sequence[str],
     episodes: Sequence[tuple[str, int]],
+    emulator: Emulator = DEFAULT_EMULATOR,
     *,
     epsilon: float = 0.001,
-    sticky_action_probability: float = 0.25,
-    max_env_frames_per_episode: int = 108_000,
     seed: int = 0,
     num_parallel: int | None = None,
     rows_per_forward: int | None = None,
@@ -180,25 +157,26 @@ def rollout(
         games (sequence of str): the policy's games; their order is the meaning of ``game_id``.
         episodes (sequence of (str, int)): games and episode numbers to play; a number stands for the same emulator
             and exploration noise in every evaluation of the same ``seed``.
+        emulator (Emulator): how the games run.
 
     Keyword Args:
         epsilon (float): probability of a uniformly random legal action in place of the policy's.
-        sticky_action_probability (float): see :class:`~torchrl_sql.envs.AtariVector`.
-        max_env_frames_per_episode (int): emulator frames after which an episode is truncated.
         seed (int): evaluation seed.
         num_parallel (int, optional): episodes played at a time; default two forwards in each of the two groups.
         rows_per_forward (int, optional): ``B``; default by the policy's device, 16 or (CUDA) 128. What the network
             computes may depend on it in the last bits.
-        num_emulator_threads (int, optional): default one a core.
+        num_emulator_threads (int, optional): default one per core.
         record (callable): whether to keep the actions and values of (game, episode).
 
     Raises:
-        ValueError: for an unknown game, a bad setting, or a policy of another action set.
+        ValueError: for a game that the policy does not know, a bad probability, or a policy of another action set.
     """
     for game, _ in episodes:
         if game not in games:
             raise ValueError(f"episodes must be of the policy's games ({', '.join(games)}), got {game}")
-    check_settings(policy, epsilon, sticky_action_probability, max_env_frames_per_episode)
+    if not 0.0 <= epsilon <= 1.0:
+        raise ValueError(f"epsilon must be in [0, 1], got {epsilon}")
+    check_action_set(policy)
     device = next((p.device for p in policy.parameters()), torch.device("cpu"))
     rows = rows_per_forward or ROWS_PER_FORWARD.get(device.type, ROWS_PER_FORWARD["cuda"])
     num_parallel = num_parallel or 4 * rows
@@ -251,12 +229,7 @@ def rollout(
     groups: list[list[_Slot]] = [[], []]
     with ThreadPoolExecutor(num_threads, thread_name_prefix="start") as starters:
         for _ in range(min(num_parallel, len(queue))):
-            start(
-                _Slot(
-                    sticky_action_probability=sticky_action_probability,
-                    max_env_frames_per_episode=max_env_frames_per_episode,
-                )
-            )
+            start(_Slot(emulator))
         while starting or any(groups):
             for group in groups:
                 join()

@@ -6,23 +6,24 @@ import json
 import sys
 from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 from tensordict.nn import TensorDictModuleBase
 from tqdm import tqdm
 
+from torchrl_sql.envs import Emulator
 from torchrl_sql.evaluation.episodes import (
     CALIBRATION,
     EVALUATION_VERSIONS,
     SCORES,
     CalibrationPoint,
-    Decoding,
     EpisodeResult,
     read_episodes,
 )
-from torchrl_sql.evaluation.policies import digest_of_weights
-from torchrl_sql.evaluation.rollout import Rollout, check_settings, episode_seed, rollout
-from torchrl_sql.evaluation.share import WHOLE, Shard
+from torchrl_sql.evaluation.policies import check_action_set, digest_of_weights
+from torchrl_sql.evaluation.protocol import WHOLE, AgentId, Protocol, Share
+from torchrl_sql.evaluation.rollout import Rollout, episode_seed, rollout
 from torchrl_sql.evaluation.tables import TableWriter, part_of
 from torchrl_sql.files import write_text
 from torchrl_sql.games import resolve_games
@@ -32,27 +33,19 @@ from torchrl_sql.provenance import software_versions
 def evaluate(
     policy: TensorDictModuleBase,
     games: str | Sequence[str],
+    protocol: Protocol,
     *,
-    num_episodes: int,
-    epsilon: float = 0.001,
-    sticky_action_probability: float = 0.25,
-    max_env_frames_per_episode: int = 108_000,
-    seed: int = 0,
-    folder: Path | None = None,
-    agent: str | None = None,
-    training_seed: int = 0,
-    gradient_step: int = 0,
-    decoding: Decoding = "greedy",
-    checkpoint: str = "",
+    agent: AgentId | None = None,
     policy_games: Sequence[str] | None = None,
     gamma: float | None = None,
-    shard: Shard = WHOLE,
+    folder: Path | None = None,
+    share: Share = WHOLE,
     recorded_games: Collection[str] = (),
     on_recorded: Callable[[Rollout], None] = lambda rollout: None,
 ) -> list[EpisodeResult]:
     """Plays a policy, many games and episodes at once.
 
-    The same seed gives the same episodes, whatever else is played beside them, in how many shards, and however often
+    The same seed gives the same episodes, whatever else is played beside them, in how many shares, and however often
     the evaluation was interrupted: on one kind of machine, with the same versions and number of torch threads, and for
     policies whose randomness comes from ``uniform``.
 
@@ -62,26 +55,19 @@ def evaluate(
             ``action`` ``[B]`` integers in 0..17, where 4 is LEFT in every game and those a game does not know act as
             NOOP. It keeps no state between calls, and rows beyond the episodes at hand are empty.
         games (str or sequence of str): what to play, as :func:`torchrl_sql.games.resolve_games` takes it.
+        protocol (Protocol): how; its number of episodes includes those already in the table.
 
     Keyword Args:
-        num_episodes (int): a game, those already in the table included.
-        epsilon (float): probability of a uniformly random legal action in place of the policy's.
-        sticky_action_probability (float): that the emulator repeats the last action.
-        max_env_frames_per_episode (int): emulator frames at which an episode is cut.
-        seed (int): of emulator and exploration.
-        folder (Path, optional): where ``scores.csv`` (and, with ``gamma``, ``calibration.csv``) are: episodes they
-            hold are not played again, each finished one is added at once, rows of other agents stay. Versions and
-            machine are added to ``evaluation_versions.json``.
-        agent (str): who plays; this and the next four are columns of :class:`EpisodeResult`. Default ``policy``, but
-            needed with a folder if the policy has no parameters by which its rows can be told from another's.
-        training_seed (int): its column ``seed``.
-        gradient_step (int): how long the policy was trained.
-        decoding ("greedy" or "sampled"): how the policy takes its actions.
-        checkpoint (str): which weights they are; with a folder, a hash of the policy's by default.
+        agent (AgentId, optional): who plays. Default the name ``policy``, but needed with a folder if the policy has no
+            parameters by which its rows can be told from another's. With a folder, the default of its checkpoint is a
+            hash of the policy's parameters.
         policy_games (sequence of str, optional): the games in the order of the policy's ``game_id``; default ``games``.
         gamma (float, optional): discount of training, if the policy writes Q-values as ``action_value`` ``[B, 18]``:
             they are recorded beside the realised returns, see :class:`CalibrationPoint`.
-        shard (Shard): play only this share of the episodes, and write it to an own part of the tables.
+        folder (Path, optional): where ``scores.csv`` (and, with ``gamma``, ``calibration.csv``) are: episodes they
+            hold are not played again, each finished one is added at once, rows of other agents stay. Versions and
+            machine are added to ``evaluation_versions.json``.
+        share (Share): play only this share of the episodes, and write it to its own part of the tables.
         recorded_games (collection of str): games whose first episode is recorded, played again if it is in the table.
         on_recorded (callable): is given each of those.
 
@@ -89,9 +75,9 @@ def evaluate(
         The episodes of this agent and this share, those that the table held included, sorted.
 
     Raises:
-        ValueError: for games that the policy does not know, no episodes, a policy of another action set, one without
-            parameters and name, and if the table holds episodes of another protocol, of another checkpoint under the
-            same name, or another result of an episode that is played again.
+        ValueError: for games that the policy does not know, a policy of another action set, one without parameters and
+            name, and if the table holds episodes of another protocol, of another checkpoint under the same name, or
+            another result of an episode that is played again.
         BlockingIOError: if another process is writing this part of the table.
     """
     games = resolve_games(games)
@@ -99,85 +85,35 @@ def evaluate(
     unknown = [game for game in games if game not in policy_games]
     if unknown:
         raise ValueError(f"games must be among those the policy has ({', '.join(policy_games)}), got {unknown}")
-    if num_episodes < 1:
-        raise ValueError(f"num_episodes must be at least 1, got {num_episodes}")
-    check_settings(policy, epsilon, sticky_action_probability, max_env_frames_per_episode)
-    if folder is not None and not checkpoint:
-        if next(policy.parameters(), None) is not None:
-            checkpoint = digest_of_weights(policy)
-        elif agent is None:
-            raise ValueError("agent must be given with a folder for a policy without parameters, got None")
-    name = "policy" if agent is None else agent
-
-    def result(game: str, episode: int, played: Rollout) -> EpisodeResult:
-        return EpisodeResult(
-            agent=name,
-            seed=training_seed,
-            game=game,
-            episode=episode,
-            episode_seed=played.episode_seed,
-            episode_return=played.episode_return,
-            length_agent_steps=played.length_agent_steps,
-            terminated=played.terminated,
-            truncated=played.truncated,
-            gradient_step=gradient_step,
-            epsilon=epsilon,
-            sticky=sticky_action_probability,
-            max_env_frames=max_env_frames_per_episode,
-            decoding=decoding,
-            evaluation_seed=seed,
-            checkpoint=checkpoint,
-        )
-
-    own = [
+    check_action_set(policy)
+    agent = _identify(policy, agent, hashed=folder is not None)
+    episodes = [
         (game, episode)
-        for episode in range(num_episodes)
-        for number, game in enumerate(games)
-        if shard.has(number, episode)
+        for episode in range(protocol.num_episodes)
+        for index, game in enumerate(games)
+        if share.has(index, episode)
     ]
     with ExitStack() as stack:
-        rows: list[EpisodeResult] = []
+        tables = None
+        finished: dict[tuple[str, int], EpisodeResult] = {}
         if folder is not None:
-            scores = stack.enter_context(TableWriter(part_of(folder / SCORES, shard.index, shard.count), EpisodeResult))
-            calibration = (
-                None
-                if gamma is None
-                else stack.enter_context(
-                    TableWriter(part_of(folder / CALIBRATION, shard.index, shard.count), CalibrationPoint)
-                )
-            )
-            rows = read_episodes(folder / SCORES)
-            _check_protocol(folder, rows, (epsilon, sticky_action_probability, max_env_frames_per_episode))
-            who = (name, decoding, gradient_step, training_seed)
-            rows = [row for row in rows if row.key[:4] == who]
-            _check_agent(folder, rows, checkpoint, seed)
-        finished = {(row.game, row.episode): row for row in rows}
-        missing = [key for key in own if key not in finished or (key[0] in recorded_games and key[1] == 0)]
-        if folder is not None and missing:
-            _record_versions(part_of(folder / EVALUATION_VERSIONS, shard.index, shard.count))
-        bar = stack.enter_context(
-            tqdm(
-                total=len(own),
-                initial=len(own) - len(missing),
-                desc=f"evaluate {name}" + (f" at step {gradient_step:,}" if gradient_step else ""),
-                unit="episode",
-                mininterval=0.5 if sys.stderr.isatty() else 10,
-                dynamic_ncols=True,
-                disable=folder is None,
-            )
-        )
+            tables = _Tables(stack, folder, share, with_calibration=gamma is not None)
+            finished = {(row.game, row.episode): row for row in tables.rows_of(agent, protocol)}
+        missing = [key for key in episodes if key not in finished or (key[0] in recorded_games and key[1] == 0)]
+        if tables is not None and missing:
+            tables.record_versions()
+        bar = stack.enter_context(_progress(agent, len(episodes), len(missing), hidden=tables is None))
         for played in rollout(
             policy,
             policy_games,
             missing,
-            epsilon=epsilon,
-            sticky_action_probability=sticky_action_probability,
-            max_env_frames_per_episode=max_env_frames_per_episode,
-            seed=seed,
+            protocol.emulator,
+            epsilon=protocol.epsilon,
+            seed=protocol.seed,
             record=lambda game, episode: episode == 0 and game in recorded_games,
         ):
             key = (played.game, played.episode)
-            row = result(*key, played)
+            row = _row(agent, protocol, played)
             if finished.get(key, row) != row:
                 raise ValueError(
                     f"an episode played again must end as the table says, {finished[key]}, got {row}: it was written "
@@ -187,41 +123,118 @@ def evaluate(
                 on_recorded(played)
             if key not in finished:
                 finished[key] = row
-                if folder is not None:
-                    if calibration is not None and gamma is not None:
-                        calibration.append(_calibration_points(finished[key], played, gamma))
-                    scores.append([finished[key]])
+                if tables is not None:
+                    tables.add(row, [] if gamma is None else _calibration_points(row, played, gamma))
             bar.update()
-    return sorted((finished[key] for key in own), key=lambda row: row.key)
+    return sorted((finished[key] for key in episodes), key=lambda row: row.key)
 
 
-def _record_versions(path: Path) -> None:
-    """Adds what plays now to a JSON list; the lock on the table of scores keeps other writers away."""
-    known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
-    versions = software_versions()
-    if versions not in known:
-        write_text(path, json.dumps([*known, versions], indent=1) + "\n")
+def _identify(policy: TensorDictModuleBase, agent: AgentId | None, *, hashed: bool) -> AgentId:
+    """The agent with what it does not say itself: a name, and with ``hashed`` the hash of its weights."""
+    named = AgentId(name="policy") if agent is None else agent
+    if not hashed or named.checkpoint:
+        return named
+    if next(policy.parameters(), None) is not None:
+        return replace(named, checkpoint=digest_of_weights(policy))
+    if agent is None:
+        raise ValueError("agent must be given with a folder for a policy without parameters, got None")
+    return agent
 
 
-def _check_protocol(folder: Path, rows: Iterable[EpisodeResult], wanted: tuple[float, float, int]) -> None:
+def _progress(agent: AgentId, total: int, missing: int, *, hidden: bool) -> tqdm:
+    return tqdm(
+        total=total,
+        initial=total - missing,
+        desc=f"evaluate {agent.name}" + (f" at step {agent.gradient_step:,}" if agent.gradient_step else ""),
+        unit="episode",
+        mininterval=0.5 if sys.stderr.isatty() else 10,
+        dynamic_ncols=True,
+        disable=hidden,
+    )
+
+
+def _row(agent: AgentId, protocol: Protocol, played: Rollout) -> EpisodeResult:
+    return EpisodeResult(
+        agent=agent.name,
+        seed=agent.training_seed,
+        game=played.game,
+        episode=played.episode,
+        episode_seed=played.episode_seed,
+        episode_return=played.episode_return,
+        length_agent_steps=played.length_agent_steps,
+        terminated=played.terminated,
+        truncated=played.truncated,
+        gradient_step=agent.gradient_step,
+        epsilon=protocol.epsilon,
+        sticky=protocol.emulator.sticky_action_probability,
+        max_env_frames=protocol.emulator.max_env_frames,
+        decoding=agent.decoding,
+        evaluation_seed=protocol.seed,
+        checkpoint=agent.checkpoint,
+    )
+
+
+class _Tables:
+    """A share's parts of a folder's tables, locked until ``stack`` closes."""
+
+    def __init__(self, stack: ExitStack, folder: Path, share: Share, *, with_calibration: bool) -> None:
+        self._folder, self._share = folder, share
+        self._scores = stack.enter_context(TableWriter(self._part(SCORES), EpisodeResult))
+        self._calibration: TableWriter[CalibrationPoint] | None = None
+        if with_calibration:
+            self._calibration = stack.enter_context(TableWriter(self._part(CALIBRATION), CalibrationPoint))
+
+    def _part(self, name: str) -> Path:
+        return part_of(self._folder / name, self._share.index, self._share.count)
+
+    def rows_of(self, agent: AgentId, protocol: Protocol) -> list[EpisodeResult]:
+        """An agent's episodes in all parts; refuses tables that these would not continue."""
+        rows = read_episodes(self._folder / SCORES)
+        _check_protocol(self._folder, rows, protocol)
+        rows = [row for row in rows if row.agent_id.key == agent.key]
+        _check_agent(self._folder, rows, agent, protocol.seed)
+        return rows
+
+    def add(self, row: EpisodeResult, points: list[CalibrationPoint]) -> None:
+        """Adds a finished episode; what was predicted first, for the row says that the episode is done."""
+        if self._calibration is not None:
+            self._calibration.append(points)
+        self._scores.append([row])
+
+    def record_versions(self) -> None:
+        """Adds what plays now to a JSON list; the lock on the table of scores keeps other writers away."""
+        path = self._part(EVALUATION_VERSIONS)
+        known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+        versions = software_versions()
+        if versions not in known:
+            write_text(path, json.dumps([*known, versions], indent=1) + "\n")
+
+
+def _check_protocol(folder: Path, rows: Iterable[EpisodeResult], protocol: Protocol) -> None:
     for row in rows:
-        found = (row.epsilon, row.sticky, row.max_env_frames)
-        if found != wanted:
+        if (row.epsilon, row.emulator) != (protocol.epsilon, protocol.emulator):
             raise ValueError(
-                f"{folder / SCORES} holds episodes at (epsilon, sticky, frame limit) {found}, wanted {wanted}: scores "
-                "of different protocols cannot be compared; choose another folder (--out)"
+                f"{folder / SCORES} holds episodes at {_conditions(row.epsilon, row.emulator)}, wanted "
+                f"{_conditions(protocol.epsilon, protocol.emulator)}: scores of different protocols cannot be "
+                "compared; choose another folder (--out)"
             )
 
 
-def _check_agent(folder: Path, rows: Iterable[EpisodeResult], checkpoint: str, seed: int) -> None:
+def _conditions(epsilon: float, emulator: Emulator) -> str:
+    return (
+        f"epsilon {epsilon:g}, sticky {emulator.sticky_action_probability:g}, frame limit {emulator.max_env_frames:,}"
+    )
+
+
+def _check_agent(folder: Path, rows: Iterable[EpisodeResult], agent: AgentId, seed: int) -> None:
     """Rows that would continue those of this agent must be of the same weights and the same episodes."""
     for row in rows:
-        if (row.checkpoint, row.evaluation_seed) != (checkpoint, seed):
+        if (row.checkpoint, row.evaluation_seed) != (agent.checkpoint, seed):
             raise ValueError(
                 f"{folder / SCORES} holds episodes of {row.agent} (training seed {row.seed}, gradient step "
                 f"{row.gradient_step}) from checkpoint {row.checkpoint or 'none'!r} with evaluation seed "
-                f"{row.evaluation_seed}, wanted checkpoint {checkpoint or 'none'!r} and seed {seed}; choose another "
-                "folder (--out) or delete the table"
+                f"{row.evaluation_seed}, wanted checkpoint {agent.checkpoint or 'none'!r} and seed {seed}; choose "
+                "another folder (--out) or delete the table"
             )
         if row.episode_seed != (expected := episode_seed(seed, row.game, row.episode)):
             raise ValueError(

@@ -115,7 +115,7 @@ def plan_command(kind: str, arguments: Sequence[str], *, label: str = "") -> Pla
     return PlannedTask(Task(label=label, arguments=[kind, *arguments]))
 
 
-def plan_evaluation(agents: Sequence[str], options: Sequence[str], *, num_shards: int) -> list[PlannedTask]:
+def plan_evaluation(agents: Sequence[str], options: Sequence[str], *, num_shares: int) -> list[PlannedTask]:
     """Evaluations of agents, each split into shares of its episodes, all of which write parts of one table.
 
     Args:
@@ -123,19 +123,19 @@ def plan_evaluation(agents: Sequence[str], options: Sequence[str], *, num_shards
         options (sequence of str): further arguments of ``torchrl-sql evaluate``.
 
     Keyword Args:
-        num_shards (int): shares of each.
+        num_shares (int): shares of each.
 
     Raises:
-        ConfigError: if ``num_shards`` is less than 1.
+        ConfigError: if ``num_shares`` is less than 1.
         SystemExit: as for :func:`plan_command`.
     """
-    if num_shards < 1:
-        raise ConfigError(f"--shards must be at least 1, got {num_shards}")
-    if num_shards == 1:
+    if num_shares < 1:
+        raise ConfigError(f"--shares must be at least 1, got {num_shares}")
+    if num_shares == 1:
         return [plan_command("evaluate", [agent, *options], label=agent) for agent in agents]
-    shares = [f"{number}/{num_shards}" for number in range(1, num_shards + 1)]
+    shares = [f"{number}/{num_shares}" for number in range(1, num_shares + 1)]
     return [
-        plan_command("evaluate", [agent, *options, "--shard", share], label=f"{agent} {share}")
+        plan_command("evaluate", [agent, *options, "--share", share], label=f"{agent} {share}")
         for agent in agents
         for share in shares
     ]

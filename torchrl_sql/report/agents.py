@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from torchrl_sql.config import RunConfig
-from torchrl_sql.evaluation.agents import CONSTANT_AGENT
+from torchrl_sql.evaluation.agents import ConstantAgent
 from torchrl_sql.evaluation.episodes import EpisodeResult
 from torchrl_sql.report import Agent, Role
 from torchrl_sql.report.text import format_size
@@ -37,9 +37,9 @@ def find_agents(runs: Sequence[RunConfig], episodes: Sequence[EpisodeResult]) ->
     configs: dict[str, RunConfig] = {}
     for config in runs:
         configs.setdefault(config.name, config)
-    played = dict.fromkeys((row.agent, row.decoding) for row in episodes if not row.agent.startswith(CONSTANT_AGENT))
+    played = dict.fromkeys((row.agent, row.decoding) for row in episodes if ConstantAgent.action_of(row.agent) is None)
     if not played:
-        raise ValueError(f"the tables must hold episodes of an agent beside {CONSTANT_AGENT}*, found none")
+        raise ValueError("the tables must hold episodes of an agent beside constant actions, found none")
     parameters = {name: _num_parameters(config) for name, config in configs.items()}
     series = _size_series(configs)
     method_series = series.get("cql") or next(iter(series.values()), None)

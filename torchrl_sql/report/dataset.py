@@ -10,8 +10,9 @@ import numpy as np
 from torchrl_sql.config import DataConfig
 from torchrl_sql.data import FrameStore, Subset, summarise
 from torchrl_sql.data.summary import GameSummary
-from torchrl_sql.evaluation.agents import CONSTANT_AGENT
+from torchrl_sql.evaluation.agents import ConstantAgent
 from torchrl_sql.evaluation.episodes import EpisodeResult
+from torchrl_sql.games import ACTION_NAMES
 from torchrl_sql.report import GameData, ReturnSummary
 
 
@@ -49,9 +50,9 @@ def game_data(
         behaviours = np.concatenate([part.behaviours for part in parts])
         constants: dict[str, dict[int, float]] = {}  # by emulator seed: the same episode counts once
         for episode in episodes:
-            if episode.game == game and episode.agent.startswith(CONSTANT_AGENT):
-                action = episode.agent.removeprefix(CONSTANT_AGENT)
-                constants.setdefault(action, {})[episode.episode_seed] = episode.episode_return
+            action = ConstantAgent.action_of(episode.agent)
+            if episode.game == game and action is not None:
+                constants.setdefault(ACTION_NAMES[action], {})[episode.episode_seed] = episode.episode_return
         num_transitions = sum(part.num_transitions for part in parts)
         result.append(
             GameData(

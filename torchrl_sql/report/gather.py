@@ -19,6 +19,7 @@ from torchrl_sql.evaluation.episodes import (
     read_calibration,
     read_episodes,
 )
+from torchrl_sql.evaluation.protocol import AgentId
 from torchrl_sql.evaluation.tables import files_of
 from torchrl_sql.games import GAMES
 from torchrl_sql.report import Agent, Clip, Curve, ReportData
@@ -253,10 +254,12 @@ def _clips(runs: Sequence[_Run], games: Sequence[str], method: Agent, episodes: 
                 file := find_clip(
                     folder / "clips",
                     game,
-                    agent=method.agent,
-                    decoding=method.decoding,
-                    training_seed=run.config.seed,
-                    gradient_step=last_step,
+                    AgentId(
+                        name=method.agent,
+                        training_seed=run.config.seed,
+                        gradient_step=last_step,
+                        decoding=method.decoding,
+                    ),
                 )
             )
         ]

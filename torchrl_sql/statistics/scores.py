@@ -16,7 +16,8 @@ from typing import Literal, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from torchrl_sql.evaluation.episodes import Decoding, EpisodeResult
+from torchrl_sql.evaluation.episodes import EpisodeResult
+from torchrl_sql.evaluation.protocol import Decoding
 from torchrl_sql.games import GAMES
 
 Reference = Literal["human", "dqn"]
