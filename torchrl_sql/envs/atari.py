@@ -37,7 +37,8 @@ class Emulator:
         sticky_action_probability (float): that an emulator frame repeats the previous action instead of the given one;
             0.25 in Machado et al. (2018) and in DQN-Replay.
         max_env_frames (int): emulator frames (four per agent step) after which an episode is truncated.
-        mode (int, optional), difficulty (int, optional): of the game; only the game's default, None, is supported yet.
+        mode (int, optional): of the game; only its default, None, is supported yet.
+        difficulty (int, optional): likewise.
 
     Raises:
         ValueError: for a probability outside [0, 1], an episode without a frame, or another mode or difficulty.

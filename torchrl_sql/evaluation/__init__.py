@@ -1,1 +1,20 @@
-"""Evaluation in the emulator, statistics of scores, and reports."""
+"""Agents play in the emulator; every finished episode is kept in a table."""
+
+from torchrl_sql.evaluation.episodes import CalibrationPoint, EpisodeResult, read_calibration, read_episodes
+from torchrl_sql.evaluation.policies import ConstantPolicy, NetworkPolicy, RandomPolicy
+from torchrl_sql.evaluation.protocol import AgentId, Protocol, Share
+from torchrl_sql.evaluation.runner import evaluate
+
+__all__ = [
+    "AgentId",
+    "CalibrationPoint",
+    "ConstantPolicy",
+    "EpisodeResult",
+    "NetworkPolicy",
+    "Protocol",
+    "RandomPolicy",
+    "Share",
+    "evaluate",
+    "read_calibration",
+    "read_episodes",
+]

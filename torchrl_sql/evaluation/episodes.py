@@ -24,7 +24,8 @@ class EpisodeResult:
     """One finished episode of one agent in one game.
 
     Attributes:
-        agent (str), seed (int): name and training seed of the :class:`AgentId`; its other fields are columns too.
+        agent (str): name of the :class:`AgentId`, whose other fields are columns too.
+        seed (int): its training seed.
         game (str): name in :data:`torchrl_sql.games.GAMES`.
         episode (int): number of the episode within (agent, decoding, gradient step, seed, game), from 0.
         episode_seed (int): emulator seed; decided by the evaluation seed, the game and the episode's number.
@@ -32,7 +33,13 @@ class EpisodeResult:
         length_agent_steps (int): decisions taken; one is four emulator frames.
         terminated (bool): the game was over.
         truncated (bool): the episode was cut at the frame limit.
-        epsilon (float), sticky (float), max_env_frames (int), evaluation_seed (int): of the :class:`Protocol`.
+        gradient_step (int): of the agent.
+        epsilon (float): of the :class:`Protocol`.
+        sticky (float): sticky-action probability of its emulator.
+        max_env_frames (int): frame limit of its emulator.
+        decoding (str): of the agent.
+        evaluation_seed (int): seed of the protocol.
+        checkpoint (str): of the agent.
 
     Raises:
         ValueError: if the return is not finite, the episode has not ended, or a value is out of its range.
@@ -105,8 +112,11 @@ class CalibrationPoint:
     Recorded at an episode's first step and every 50th, for greedy agents whose outputs are values.
 
     Attributes:
-        agent (str), gradient_step (int), seed (int), game (str), episode_seed (int): whose episode, as in
-            :class:`EpisodeResult`.
+        agent (str): whose episode, as in :class:`EpisodeResult`.
+        gradient_step (int): likewise.
+        seed (int): likewise.
+        game (str): likewise.
+        episode_seed (int): likewise.
         agent_step (int): decisions taken before this one.
         predicted_value (float): Q of the action taken there (its greedy one, save at exploration steps), in the units
             of training: clipped rewards, discounted.

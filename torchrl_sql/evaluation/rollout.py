@@ -35,7 +35,9 @@ class Rollout:
     """One finished episode.
 
     Attributes:
-        game (str), episode (int), episode_seed (int): which one.
+        game (str): what was played.
+        episode (int): number of the episode.
+        episode_seed (int): its emulator seed.
         terminated, truncated (bool): how it ended; exactly one is true.
         rewards (list of float): raw reward of each step.
         predictions (list of (int, float)): agent step and value of the action taken there, every 50 steps, if the
