@@ -9,14 +9,13 @@ import torch
 from tensordict.nn import TensorDictSequential
 from torchrl.collectors import Collector
 from torchrl.data import Categorical, LazyTensorStorage, TensorDictReplayBuffer
-from torchrl.data.postprocs import MultiStep
 from torchrl.envs import RewardClipping, TransformedEnv
 from torchrl.modules import EGreedyModule
 from torchrl.objectives import HardUpdate
 
 from torchrl_sql.envs import AtariEnv
 from torchrl_sql.modules import make_q_actor
-from torchrl_sql.objectives import DistributionalCQLLoss
+from torchrl_sql.objectives import DistributionalCQLLoss, MultiStep
 
 
 def main(game: str = "Assault", agent_steps: int = 4_000, num_envs: int = 8) -> list[dict[str, float]]:
@@ -41,7 +40,7 @@ def main(game: str = "Assault", agent_steps: int = 4_000, num_envs: int = 8) -> 
     log = []
     for data in collector:
         explore.step(data.numel())
-        replay.extend(data.reshape(-1).exclude("action_value", "action_mask", "feature_norm"))
+        replay.extend(data.reshape(-1).exclude("action_value", "action_mask", "features", "feature_norm"))
         for _ in range(20):
             losses = loss(replay.sample())
             losses["loss_qvalue"].backward()

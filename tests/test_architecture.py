@@ -11,11 +11,12 @@ import pytest
 import torchrl_sql
 
 PACKAGE = Path(torchrl_sql.__file__).parent
-LEAVES = {"games", "files", "provenance"}
+LEAVES = {"games", "files", "provenance", "arguments"}
 MAY_IMPORT: dict[str, set[str]] = {
     "games": set(),
     "files": set(),
     "provenance": set(),
+    "arguments": set(),
     "config": LEAVES,
     "data": LEAVES,
     "modules": LEAVES,

@@ -66,3 +66,22 @@ def test_bias_is_added_in_float32_under_autocast(batch_size):
         output = heads(torch.randn(batch_size, 5), torch.zeros(batch_size, dtype=torch.long))
     assert output.dtype == torch.float32
     torch.testing.assert_close(output, torch.full((batch_size, 3), 1.001), rtol=0, atol=0)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(2, 100), st.sampled_from([-100, -NUM_GAMES - 1, -2, -1, NUM_GAMES, NUM_GAMES + 1, 100]), st.data())
+def test_an_unknown_game_raises_or_reads_nothing_of_other_samples(batch_size, bad_id, data):
+    heads = PerGameLinear(NUM_GAMES, 5, 3)
+    game_id = torch.randint(NUM_GAMES, (batch_size,))
+    features = torch.randn(batch_size, 5, requires_grad=True)
+    bad = data.draw(st.integers(0, batch_size - 1))
+    expected = heads(features, game_id).detach()
+    game_id[bad] = bad_id
+    try:
+        out = heads(features, game_id)
+    except (IndexError, RuntimeError):
+        return
+    (gradient,) = torch.autograd.grad(out[bad].sum(), features)
+    others = torch.arange(batch_size) != bad
+    assert not gradient[others].any()
+    torch.testing.assert_close(out[others], expected[others])

@@ -10,8 +10,10 @@ from torchrl.envs.utils import ExplorationType
 from torchrl.modules import DistributionalQValueActor, EGreedyModule, QValueActor
 
 from torchrl_sql.games import GAMES
-from torchrl_sql.modules import MultiGameQNetwork, make_q_actor
+from torchrl_sql.modules import POOLINGS, MultiGameQNetwork, make_q_actor
 
+# tensordict 0.14 reads a setting that torch 2.13 has retired.
+IGNORE_COMPILE_WARNING = pytest.mark.filterwarnings("ignore:torch._dynamo.config.inline_inbuilt:FutureWarning")
 GAME_NAMES = ["Breakout", "Freeway", "Pong"]
 
 
@@ -39,9 +41,10 @@ def test_forward_by_hand():
     network.heads.weight.data.zero_()
     network.heads.weight.data[1, 0] = torch.tensor([1.0, 2])  # game 1, atom 0, action 0
     network.heads.bias.data[1, 4] = 7  # game 1, atom 1, action 1
-    value, norm = network(torch.zeros(2, 1, 4, 4), torch.tensor([0, 1]))
+    value, norm, features = network(torch.zeros(2, 1, 4, 4), torch.tensor([0, 1]))
     assert value.shape == (2, 5, 3)
     torch.testing.assert_close(norm, torch.full((2, 1), 5.0))
+    torch.testing.assert_close(features, torch.tensor([[3.0, 4], [3, 4]]))
     expected = torch.zeros(2, 5, 3)
     expected[1, 0, 0] = 10 * (3 / 5 + 2 * 4 / 5)
     expected[1, 1, 1] = 7
@@ -104,10 +107,10 @@ def test_feature_norm_makes_outputs_invariant_to_the_features_scale():
     x, game_id = torch.rand(4, 1, 4, 4), torch.tensor([0, 1, 2, 0])
     for feature_norm in (True, False):
         network = tiny_network(feature_norm=feature_norm)
-        value, norm = network(x, game_id)
+        value, norm, _ = network(x, game_id)
         network.encoder.weight.data *= 10
         network.encoder.bias.data *= 10
-        scaled_value, scaled_norm = network(x, game_id)
+        scaled_value, scaled_norm, _ = network(x, game_id)
         torch.testing.assert_close(scaled_norm, 10 * norm)
         assert torch.allclose(scaled_value, value, atol=1e-5) == feature_norm
 
@@ -124,7 +127,7 @@ def test_zero_features_are_finite():
     network = tiny_network()
     network.encoder.weight.data.zero_()
     network.encoder.bias.data.zero_()
-    value, _ = network(torch.rand(2, 1, 4, 4), torch.tensor([0, 1]))
+    value, *_ = network(torch.rand(2, 1, 4, 4), torch.tensor([0, 1]))
     value.sum().backward()
     assert value.isfinite().all()
     assert all(parameter.grad.isfinite().all() for parameter in network.parameters() if parameter.grad is not None)
@@ -202,23 +205,37 @@ def test_bf16_autocast_gives_float32_log_probabilities():
     ("kwargs", "message"),
     [
         ({"encoder": "resnet35"}, "encoder must be one of .*resnet34.*got 'resnet35'"),
-        ({"pooling": "max"}, "pooling must be .*got 'max'"),
-        ({"num_atoms": 1}, "num_atoms >= 2"),
-        ({"v_min": 1.0, "v_max": 1.0}, "v_min < v_max"),
-        ({"logit_scale": 0.0}, "logit_scale must be positive"),
-        ({"value_prior_std": -1.0}, "value_prior_std must be positive"),
-        ({"value_prior_std": 1.0, "num_atoms": None}, "value_prior_std .* needs atoms"),
+        ({"encoder": nn.Unflatten(-1, (84, 1))}, r"encoder must give .*got \(1, 4, 84, 84, 1\)"),
+        ({"pooling": "max"}, "pooling must be one of .*got 'max'"),
+        ({"num_atoms": 1}, "num_atoms must be at least 2, got 1"),
+        ({"num_atoms": 5.0}, "num_atoms must be an integer, got 5.0"),
+        ({"num_actions": 0}, "num_actions must be at least 1, got 0"),
+        ({"num_embeddings": 0}, "num_embeddings must be at least 1, got 0"),
+        ({"num_groups": True}, "num_groups must be an integer, got True"),
+        ({"v_min": 1.0, "v_max": 1.0}, r"v_max must be in \(1, inf\), got 1.0"),
+        ({"v_min": -math.inf}, "v_min must be in .*got -inf"),
+        ({"v_max": math.nan}, "v_max must be in .*got nan"),
+        ({"feature_norm": 1}, "feature_norm must be one of True, False, got 1"),
+        ({"mask_illegal_actions": "yes"}, "mask_illegal_actions must be one of True, False, got 'yes'"),
+        ({"logit_scale": 0.0}, r"logit_scale must be in \(0, inf\), got 0.0"),
+        ({"logit_scale": math.nan}, "logit_scale must be in .*got nan"),
+        ({"logit_scale": "30"}, "logit_scale must be a number, got '30'"),
+        ({"value_prior_std": 1e-30}, r"value_prior_std must be in \[0.04, inf\), got 1e-30"),
+        ({"value_prior_std": math.nan}, "value_prior_std must be in .*got nan"),
+        ({"value_prior_std": 1.0, "num_atoms": None}, "value_prior_std needs atoms"),
         ({"mask_illegal_actions": True}, "games given by name"),
         ({"input_mean": torch.zeros(2, 84, 84)}, r"input_mean must have shape \(3, 84, 84\)"),
     ],
 )
 def test_refuses(kwargs, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         make_q_actor(3, **{"encoder": "resnet_small", **kwargs})
 
 
 def test_refuses_wrong_shapes():
     network = tiny_network()
+    with pytest.raises(ValueError, match=r"game_id \[\*B\].*\(2, 1, 4, 4\) and None"):
+        network(torch.zeros(2, 1, 4, 4))
     with pytest.raises(ValueError, match=r"observation must be \[\*B, 1, 4, 4\].*got \(2, 1, 4, 5\)"):
         network(torch.zeros(2, 1, 4, 5), torch.zeros(2, dtype=torch.long))
     with pytest.raises(ValueError, match=r"game_id \[\*B\].*\(2, 1\)"):
@@ -235,5 +252,99 @@ def test_initial_logits_have_range():
     """Unit-norm features and default heads alone would give logits of standard deviation 1/sqrt(3 * 256) = 0.04."""
     actor = make_q_actor(2, encoder="resnet_small")
     with torch.no_grad():
-        logits, _ = actor.module[0].module(**states(64, num_games=2))
+        logits, *_ = actor.module[0].module(**states(64, num_games=2))
     assert logits.std().item() == pytest.approx(30 / math.sqrt(3 * 256), rel=0.3)
+
+
+class Tokens(nn.Module):
+    """``[B, T, C]``, as a vision transformer gives them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(4, 8, 12, 12)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.patches(x).flatten(2).transpose(1, 2)
+
+
+OTHER_ENCODERS = {
+    "vector": nn.Sequential(nn.Conv2d(4, 8, 8, 4), nn.AdaptiveAvgPool2d(1), nn.Flatten()),
+    "tokens": Tokens(),
+    "norm_after_pooling": nn.Sequential(nn.Conv2d(4, 8, 8, 4), nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(8)),
+    "batch_norm": nn.Sequential(nn.Conv2d(4, 8, 8, 4), nn.BatchNorm2d(8), nn.ReLU()),
+}
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+@pytest.mark.parametrize("name", OTHER_ENCODERS)
+def test_any_encoder_fits_and_is_left_as_it_was(name, pooling):
+    encoder = OTHER_ENCODERS[name]
+    encoder[0].eval() if name == "batch_norm" else encoder.train()
+    state = {key: value.clone() for key, value in encoder.state_dict().items()}
+    modes = [module.training for module in encoder.modules()]
+    actor = make_q_actor(2, encoder=encoder, pooling=pooling, num_embeddings=2)
+    assert all(torch.equal(value, state[key]) for key, value in encoder.state_dict().items())
+    assert [module.training for module in encoder.modules()] == modes
+    places = {"vector": 1, "tokens": 49, "norm_after_pooling": 1, "batch_norm": 400}[name]
+    width = 8 * {"spatial_embedding": 2, "average": 1, "flatten": places}[pooling]
+    out = actor(states(3, num_games=2))
+    assert out["features"].shape == (3, width) and out["action_value"].shape == (3, 51, 18)
+
+
+def test_tokens_are_places_of_a_map():
+    """The same numbers as tokens and as a map: the same features."""
+    as_map = nn.Sequential(OTHER_ENCODERS["tokens"].patches, nn.Flatten(2), nn.Unflatten(2, (49, 1)))
+    networks = []
+    for encoder in (OTHER_ENCODERS["tokens"], as_map):
+        torch.manual_seed(0)
+        networks.append(MultiGameQNetwork(encoder, 1, num_embeddings=3))
+    x = states(2, num_games=1)["observation"]
+    torch.testing.assert_close(networks[0](x)[2], networks[1](x)[2])
+
+
+def test_one_game_needs_no_game_id():
+    actor = make_q_actor(["Pong"], encoder="resnet_small")
+    batch = states(3, num_games=1)
+    expected = actor.module[0].module(batch["observation"], batch["game_id"])
+    assert actor.in_keys == ["observation"]
+    torch.testing.assert_close(actor(batch.exclude("game_id"))["features"], expected[2])
+    assert make_q_actor(2, encoder="resnet_small").in_keys == ["observation", "game_id"]
+
+
+@IGNORE_COMPILE_WARNING
+@pytest.mark.parametrize("kwargs", [{}, {"mask_illegal_actions": True}, {"num_atoms": None}], ids=str)
+def test_the_actor_compiles_and_exports_as_one_graph(kwargs):
+    actor = make_q_actor(GAME_NAMES, encoder="resnet_small", **kwargs).eval()
+    batch = states(4)
+    expected = actor(batch.clone())
+    assert expected["action"].dtype == torch.int64
+    compiled = torch.compile(actor, fullgraph=True, backend="aot_eager")(batch.clone())
+
+    class Act(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.actor = actor
+
+        def forward(self, observation, game_id):
+            return self.actor(TensorDict({"observation": observation, "game_id": game_id}, observation.shape[:1]))[
+                "action"
+            ]
+
+    exported = torch.export.export(Act(), (batch["observation"], batch["game_id"])).module()
+    assert torch.equal(compiled["action"], expected["action"])
+    assert torch.equal(exported(batch["observation"], batch["game_id"]), expected["action"])
+
+
+@pytest.mark.parametrize("encoder", ["resnet_small", "resnet50", "nature", "impala"])
+def test_reset_parameters_gives_the_initialization_of_a_fresh_actor(encoder):
+    kwargs = {"encoder": encoder, "value_prior_std": 2.0}
+    actor, fresh = make_q_actor(2, **kwargs), make_q_actor(2, **kwargs)
+    for parameter in actor.parameters():
+        parameter.data.fill_(7)
+    actor.reset_parameters_recursive()
+    for (name, got), expected in zip(actor.named_parameters(), fresh.parameters(), strict=True):
+        assert not (got == 7).all(), name
+        if expected.std(correction=0) == 0 or "heads.bias" in name:  # constants: the same
+            torch.testing.assert_close(got, expected, msg=name)
+        elif got.numel() > 500:
+            assert got.std(correction=0).item() == pytest.approx(expected.std(correction=0).item(), rel=0.35), name

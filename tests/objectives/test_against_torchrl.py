@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tensordict import TensorDict
-from tensordict.nn import TensorDictSequential
+from tensordict.nn import TensorDictModule, TensorDictSequential
 from torch import nn
 from torchrl.data import (
     Bounded,
@@ -17,13 +17,12 @@ from torchrl.data import (
     TensorDictReplayBuffer,
     Unbounded,
 )
-from torchrl.data.postprocs import MultiStep
 from torchrl.envs import EnvBase
 from torchrl.modules import EGreedyModule, QValueActor
 from torchrl.objectives import DiscreteCQLLoss, DistributionalDQNLoss, DQNLoss, HardUpdate
 
 from torchrl_sql.modules import make_q_actor
-from torchrl_sql.objectives import DistributionalCQLLoss, expected_value
+from torchrl_sql.objectives import DistributionalCQLLoss, MultiStep, expected_value
 
 seeds = st.integers(0, 2**31)
 
@@ -133,21 +132,55 @@ def atari_batch(batch_size: int = 6, num_games: int = 2) -> TensorDict:
 
 @pytest.mark.parametrize("mask", [False, True])
 def test_our_actor_in_distributional_dqn(mask):
-    """`game_id` is only at the root of a batch; masking for acting leaves both losses as they are."""
+    """`game_id` is only at the root of a batch; with a mask both losses choose the best legal next action."""
     torch.manual_seed(0)
     actor = make_q_actor(["Breakout", "Freeway"], encoder="resnet_small", mask_illegal_actions=mask)
     batch = atari_batch()
-    ours = with_updater(DistributionalCQLLoss(actor, cql_alpha=0.0, double_q=not mask), scale=1)
+    ours = with_updater(DistributionalCQLLoss(actor, cql_alpha=0.0, double_q=True), scale=1)
     theirs = with_updater(DistributionalDQNLoss(actor, gamma=0.99), scale=1)
     out, expected = ours(batch.clone())["loss_qvalue"], theirs(batch.clone())["loss"]
-    if not mask:  # TorchRL's loss lets the actor choose the next action: with a mask, the best legal one.
-        torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
-        assert_same_gradients(out, expected, actor)
-    torch.manual_seed(0)
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+    assert_same_gradients(out, expected, actor)
     free = make_q_actor(["Breakout", "Freeway"], encoder="resnet_small")
     free.load_state_dict(actor.state_dict(), strict=False)
-    same = with_updater(DistributionalCQLLoss(free, cql_alpha=0.0, double_q=not mask), scale=1)
-    torch.testing.assert_close(same(batch)["loss_qvalue"], out, rtol=0, atol=0)
+    unmasked = with_updater(DistributionalCQLLoss(free, cql_alpha=0.0, double_q=True), scale=1)
+    assert (unmasked(batch)["loss_qvalue"] == out) == (not mask)
+
+
+@settings(max_examples=25, deadline=None)
+@given(seeds, st.booleans())
+def test_an_actors_own_mask_is_dqns_and_discrete_cqls(seed, double_q):
+    """Legal actions in the data: target and penalty are those of TorchRL's losses."""
+    torch.manual_seed(seed)
+    network = TensorDictModule(nn.Linear(4, 3), in_keys=["observation"], out_keys=["action_value"])
+    actor = QValueActor(network, spec=Categorical(3), action_mask_key="action_mask")
+    action = torch.randint(3, (16,))
+    legal, end = torch.rand(2, 16, 3) < 0.5, torch.rand(16, 1) < 0.3
+    legal[:, torch.arange(16), action] = True
+    batch = TensorDict(
+        {
+            "observation": torch.randn(16, 4),
+            "action_mask": legal[0],
+            "action": action,
+            "next": {
+                "observation": torch.randn(16, 4),
+                "action_mask": legal[1],
+                "reward": torch.randn(16, 1),
+                "terminated": end,
+                "done": end,
+            },
+        },
+        [16],
+    )
+    ours = with_updater(DistributionalCQLLoss(actor, gamma=0.9, cql_alpha=1.0, double_q=double_q, target="mse"))
+    theirs = with_updater(DQNLoss(actor, double_dqn=double_q, action_space="categorical"))
+    theirs.make_value_estimator(gamma=0.9)
+    penalty = with_updater(DiscreteCQLLoss(actor, action_space="categorical"))
+    penalty.make_value_estimator(gamma=0.9)
+    our_batch, their_batch = batch.clone(), batch.clone()
+    out, _ = ours(our_batch), theirs(their_batch)
+    torch.testing.assert_close(our_batch["td_error"], their_batch["td_error"], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(out["loss_cql"], penalty(batch)["loss_cql"], rtol=1e-5, atol=1e-5)
 
 
 def test_the_head_of_an_absent_game_gets_no_gradient():
@@ -220,7 +253,7 @@ def test_actor_explores_in_a_collector_and_learns_from_a_buffer():
     )
     for data in collector:
         assert set(data["action"].tolist()) <= {0, 1, 3, 4}  # Breakout's legal actions
-        buffer.extend(data.reshape(-1).exclude("action_value", "action_mask", "feature_norm"))
+        buffer.extend(data.reshape(-1).exclude("action_value", "action_mask", "features", "feature_norm"))
         for _ in range(2):
             batch = buffer.sample()
             out = loss(batch)

@@ -1,6 +1,9 @@
+import math
+
 import pytest
 import torch
 from tensordict import TensorDict
+from tensordict.nn import TensorDictModule
 from torch import nn
 from torch.nn import functional as F
 from torchrl.data import Categorical
@@ -77,9 +80,49 @@ def test_refuses(make_actor, make_batch):
     with pytest.raises(TypeError, match=r"actor_network .*scalar values, got DistributionalQValueActor"):
         DiscreteBCLoss(make_actor())
     scalar = make_actor(distributional=False)
+    with pytest.raises(ValueError, match="use_prioritized_weights must be one of"):
+        DiscreteBCLoss(scalar, use_prioritized_weights="yes")
     with pytest.raises(ValueError, match=r"reduction .*'median'"):
         DiscreteBCLoss(scalar, reduction="median")
     batch = make_batch()
     batch["action"] = torch.zeros(32, 2, dtype=torch.long)
     with pytest.raises(ValueError, match=r"categorical action must be \[\*B\] or \[\*B, 1\].*got \(32, 2\)"):
         DiscreteBCLoss(scalar)(batch)
+
+
+def test_an_actors_own_mask_is_honoured():
+    network = TensorDictModule(nn.Identity(), in_keys=["observation"], out_keys=["action_value"])
+    actor = QValueActor(network, spec=Categorical(3), action_mask_key="action_mask")
+    batch = TensorDict(
+        {
+            "observation": torch.tensor([[1.0, 2, 9], [1.0, 2, 9]]),
+            "action": torch.tensor([1, 2]),  # the second is illegal, but in the data
+            "action_mask": torch.tensor([[True, True, False]]).expand(2, 3),
+        },
+        [2],
+    )
+    out = DiscreteBCLoss(actor, reduction="none")(batch)
+    expected = [math.log(math.e + math.e**2) - 2, math.log(math.e + math.e**2 + math.e**9) - 9]
+    torch.testing.assert_close(out["loss_bc"], torch.tensor(expected))
+    assert out["accuracy"].item() == 0.5
+
+
+def test_accuracy_is_of_what_the_loss_is():
+    """Padding does not count, weights do."""
+    actor = QValueActor(nn.Identity(), spec=Categorical(2))
+    logits = torch.tensor([[[0.0, 1], [1, 0]], [[1, 0], [0, 1]]])
+    batch = TensorDict({"observation": logits, "action": torch.tensor([[1, 0], [1, 0]])}, [2, 2])
+    batch["collector", "mask"] = torch.tensor([[True, True], [True, False]])
+    assert DiscreteBCLoss(actor)(batch)["accuracy"].item() == pytest.approx(2 / 3)
+    batch["priority_weight"] = torch.tensor([[1.0, 1], [6, 100]])
+    assert DiscreteBCLoss(actor)(batch)["accuracy"].item() == pytest.approx(2 / 8)
+
+
+def test_features_are_returned_to_whoever_asks(make_batch):
+    actor = make_q_actor(1, encoder="resnet_small", num_atoms=None)
+    loss = DiscreteBCLoss(actor, keep=["features"], reduction=None)
+    frames = torch.randint(256, (4, 4, 84, 84), dtype=torch.uint8)
+    out = loss(TensorDict({"observation": frames, "action": torch.randint(18, (4,))}, [4]))
+    assert loss.out_keys == ["loss_bc", "accuracy", "features"]
+    out["features"].mean().backward()
+    assert actor.module[0].module.encoder[0].weight.grad.any()

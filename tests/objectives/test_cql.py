@@ -9,9 +9,10 @@ from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from torch import nn
 from torchrl.data import Categorical
-from torchrl.modules import DistributionalQValueActor, QValueActor
-from torchrl.objectives import HardUpdate, SoftUpdate
+from torchrl.modules import MLP, DistributionalQValueActor, QValueActor
+from torchrl.objectives import HardUpdate, SoftUpdate, ValueEstimators
 
+from torchrl_sql.modules import GreedyDistributionalQValueModule, make_q_actor
 from torchrl_sql.objectives import DistributionalCQLLoss
 
 # tensordict 0.14 reads a setting that torch 2.13 has retired.
@@ -181,7 +182,7 @@ def test_dispatch_without_tensordict(make_actor, make_batch):
     positional = loss(*(batch[key] for key in loss.in_keys))
     torch.testing.assert_close(positional[0], expected["loss_qvalue"])
     batch["steps_to_next_obs"].fill_(1)
-    one_step = loss(**{"_".join(k) if isinstance(k, tuple) else k: batch[k] for k in loss.in_keys[:-1]})
+    one_step = loss(**{"_".join(k) if isinstance(k, tuple) else k: batch[k] for k in loss.in_keys[:-2]})
     torch.testing.assert_close(one_step[0], loss(batch)["loss_qvalue"])
 
 
@@ -346,16 +347,28 @@ def test_finite_check_names_the_key(make_actor, make_batch):
     ("kwargs", "message"),
     [
         ({"gamma": 1.1}, r"gamma must be in \[0, 1\], got 1.1"),
-        ({"cql_alpha": -0.1}, "cql_alpha must not be negative, got -0.1"),
+        ({"gamma": math.nan}, "gamma must be in .*got nan"),
+        ({"gamma": "0.9"}, "gamma must be a number, got '0.9'"),
+        ({"gamma": True}, "gamma must be a number, got True"),
+        ({"cql_alpha": -0.1}, r"cql_alpha must be in \[0, inf\), got -0.1"),
+        ({"cql_alpha": math.nan}, "cql_alpha must be in .*got nan"),
+        ({"cql_alpha": math.inf}, "cql_alpha must be in .*got inf"),
+        ({"cql_alpha": None}, "cql_alpha must be a number, got None"),
         ({"target": "qr"}, "target must be .*'qr'"),
         ({"target": "mse"}, "'mse' needs a scalar QValueActor, got DistributionalQValueActor"),
-        ({"sigma_ratio": 0.0}, "sigma_ratio must be positive"),
+        ({"sigma_ratio": 0.0}, r"sigma_ratio must be in \(0, inf\), got 0.0"),
+        ({"sigma_ratio": math.nan}, "sigma_ratio must be in .*got nan"),
+        ({"sigma_ratio": math.inf}, "sigma_ratio must be in .*got inf"),
+        ({"double_q": "no"}, "double_q must be one of True, False, got 'no'"),
+        ({"delay_value": 1}, "delay_value must be one of True, False, got 1"),
         ({"reduction": "max"}, "reduction must be .*'max'"),
+        ({"use_prioritized_weights": "yes"}, "use_prioritized_weights must be one of True, False, 'auto', got 'yes'"),
+        ({"keep": ["feature"]}, "each key of keep must be one of 'action_value', got 'feature'"),
         ({"double_q": True, "delay_value": False}, "double_q=True needs delay_value=True"),
     ],
 )
 def test_refuses_arguments(make_actor, kwargs, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         DistributionalCQLLoss(make_actor(), **kwargs)
 
 
@@ -372,17 +385,279 @@ def test_refuses_actors(make_actor):
 
 def test_refuses_batches(make_actor, make_batch):
     loss = make_loss(make_actor())
-    for key in ("observation", "action", ("next", "reward"), ("next", "terminated"), ("next", "observation")):
+    for key in ("observation", "action", ("next", "reward"), ("next", "observation")):
         batch = make_batch()
+        batch["next", "other"] = torch.zeros(32)
         del batch[key]
         with pytest.raises(KeyError, match=key if isinstance(key, str) else key[-1]):
             loss(batch)
+    with pytest.raises(KeyError, match=r"neither \('next', 'terminated'\) nor \('next', 'done'\)"):
+        loss(make_batch().exclude(("next", "terminated"), ("next", "done")))
     # Shapes that would broadcast into losses between samples.
     for key in (("next", "reward"), ("next", "terminated"), "steps_to_next_obs"):
         batch = make_batch()
         batch[key] = batch[key].expand(32, 2) if key == "steps_to_next_obs" else batch[key].squeeze(-1)
         with pytest.raises(ValueError, match=rf"{key if isinstance(key, str) else key[-1]}.* must be .*got \(32,"):
             loss(batch)
+    batch = make_batch()
+    batch["action"] = batch["action"].float()
+    with pytest.raises(ValueError, match=r"action must be .*of integers, got \(32,\) of torch.float32"):
+        loss(batch)
+
+
+def test_only_static_keys_are_taken_from_the_root():
+    """``game_id`` does not change within a game; any other input of the network must be there under "next"."""
+    inputs = {"observation": torch.randn(6, 4), "game_id": torch.zeros(6, dtype=torch.long), "goal": torch.randn(6, 4)}
+
+    class Sum(nn.Linear):
+        def forward(self, observation, game_id, goal):
+            return super().forward(observation + goal)
+
+    network = TensorDictModule(Sum(4, 3), in_keys=[*inputs], out_keys=["action_value"])
+    actor = QValueActor(network, spec=Categorical(3))
+    end = torch.zeros(6, 1, dtype=torch.bool)
+    batch = TensorDict(
+        {**inputs, "action": torch.randint(3, (6,)), "next": {**inputs, "reward": end.float(), "terminated": end}}, [6]
+    )
+    loss = make_loss(actor, target="mse")
+    expected = loss(batch.clone())["q_target"]
+    torch.testing.assert_close(loss(batch.exclude(("next", "game_id")))["q_target"], expected)
+    with pytest.raises(KeyError, match=r"\('next', 'goal'\) is not in the batch"):
+        loss(batch.exclude(("next", "goal")))
+    static = make_loss(actor, target="mse", static_keys=["goal", "game_id"])
+    torch.testing.assert_close(static(batch.exclude(("next", "goal")))["q_target"], expected)
+
+
+def masked_actor(num_actions: int, support: torch.Tensor | None = None):
+    """As :func:`table_actor`, with an action mask read from the state."""
+    spec = Categorical(num_actions)
+    if support is None:
+        network = TensorDictModule(Table(), in_keys=["observation"], out_keys=["action_value"])
+        return QValueActor(network, spec=spec, action_mask_key="action_mask")
+
+    class MaskedTable(Table):
+        def forward(self, observation, action_mask):
+            return super().forward(observation), action_mask
+
+    # The mask passes through the network: TorchRL's actor with a mask key takes the softmax of the mask.
+    keys = ["action_value", "action_mask"]
+    network = TensorDictModule(MaskedTable(), in_keys=["observation", "action_mask"], out_keys=keys)
+    actor = DistributionalQValueActor(network, spec=spec, support=support)
+    actor.module[-1] = GreedyDistributionalQValueModule(None, support, action_mask_key="action_mask", spec=spec)
+    return actor
+
+
+def with_masks(batch: TensorDict, mask: list[bool], next_mask: list[bool]) -> TensorDict:
+    batch["action_mask"], batch["next", "action_mask"] = torch.tensor([mask]), torch.tensor([next_mask])
+    return batch
+
+
+@pytest.mark.parametrize("double_q", [False, True])
+def test_an_actors_own_mask_is_honoured_in_target_and_penalty(double_q):
+    loss = make_loss(masked_actor(3), target="mse", gamma=1.0, cql_alpha=1.0, double_q=double_q)
+    batch = transition([1.0, 2, 9], [3.0, 4, 9])
+    out = loss(with_masks(batch, [True, True, False], [True, True, False]))
+    assert out["q_target"].item() == pytest.approx(4) and out["td_error"].item() == pytest.approx((4 - 1) ** 2)
+    assert out["loss_cql"].item() == pytest.approx(math.log(math.e + math.e**2) - 1)
+    assert out["q_max"].item() == pytest.approx(2)
+    # An action of the data is in the penalty's sum whatever the mask says: the penalty stays bounded below.
+    out = loss(with_masks(transition([1.0, 2, 9], [3.0, 4, 9], action=2), [True, True, False], [True, False, False]))
+    assert out["loss_cql"].item() == pytest.approx(math.log(math.e + math.e**2 + math.e**9) - 9, abs=1e-5)
+    assert out["q_target"].item() == pytest.approx(3)
+    # A terminal state may have no legal action at all.
+    out = loss(with_masks(transition([1.0, 2, 9], [3.0, 4, 9], terminated=True, reward=1.0), [True] * 3, [False] * 3))
+    assert out["q_target"].item() == pytest.approx(1)
+
+
+@pytest.mark.parametrize("target", ["c51", "hl_gauss"])
+def test_an_actors_own_mask_is_honoured_with_distributions(target):
+    """The second action is better and illegal: the target is the first one's, here of value 0."""
+    logits = torch.stack([-(SUPPORT**2), -((SUPPORT - 3) ** 2)], -1).tolist()
+    loss = make_loss(masked_actor(2, SUPPORT), target=target, gamma=1.0, cql_alpha=1.0)
+    out = loss(with_masks(transition(logits, logits), [True, False], [True, False]))
+    assert out["q_target"].item() == pytest.approx(0, abs=1e-4)
+    assert out["loss_cql"].item() == pytest.approx(0, abs=1e-5)
+    out = loss(with_masks(transition(logits, logits), [True, True], [True, True]))
+    assert out["q_target"].item() == pytest.approx(3, abs=1e-2) and out["loss_cql"].item() > 2.5
+
+
+@pytest.mark.parametrize("target", ["c51", "hl_gauss", "mse"])
+def test_metrics_are_of_what_the_losses_are(make_actor, make_batch, target):
+    """A padding mask and priority weights hold for losses and metrics alike."""
+    loss = make_loss(make_actor(distributional=target != "mse"), target=target)
+    batch = make_batch(8).reshape(2, 4)
+    expected = loss(batch[:, :3].clone())
+    batch["next", "reward"][:, 3] = 1e3
+    batch["next", "reward"][0, 3] = torch.nan
+    batch["collector", "mask"] = torch.ones(2, 4, 1, dtype=torch.bool)
+    batch["collector", "mask"][:, 3] = False
+    out = loss(batch.clone())
+    for key in loss.out_keys:
+        torch.testing.assert_close(out[key], expected[key], msg=key)
+    batch["priority_weight"] = torch.rand(2, 4)
+    weighted = loss(batch.clone())
+    each = [
+        loss(batch[index : index + 1].exclude("priority_weight", "collector")[:, t : t + 1].clone())
+        for index in range(2)
+        for t in range(3)
+    ]
+    weight = batch["priority_weight"][:, :3].flatten()
+    for key in loss.out_keys:
+        value = (torch.stack([out[key] for out in each]) * weight).sum() / weight.sum()
+        torch.testing.assert_close(weighted[key], value, msg=key)
+
+
+def test_weights_of_slices(make_actor, make_batch):
+    """One weight per slice is one per step; other shapes are refused by name, and True asks for weights."""
+    loss, batch = make_loss(make_actor()), make_batch(8).reshape(2, 4)
+    batch["priority_weight"] = torch.tensor([[1.0], [3]]).expand(2, 4)
+    expected = loss(batch.clone())["loss_qvalue"]
+    for shape in ((2,), (2, 1), (2, 1, 1)):
+        flat = batch.exclude("priority_weight")
+        flat.batch_size = [2]
+        flat["priority_weight"] = torch.tensor([1.0, 3]).reshape(shape)
+        if shape != (2, 1, 1):
+            torch.testing.assert_close(loss(flat)["loss_qvalue"], expected)
+    batch.batch_size = [2]
+    batch["priority_weight"] = torch.ones(2, 3)
+    with pytest.raises(ValueError, match=r"'priority_weight' must be \[\*B\] with \*B=\(2, 4\), got \(2, 3\)"):
+        loss(batch)
+    with pytest.raises(KeyError, match="use_prioritized_weights=True needs 'priority_weight'"):
+        make_loss(make_actor(), use_prioritized_weights=True)(make_batch())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("target", ["c51", "hl_gauss", "mse"])
+def test_casting_the_networks_leaves_the_problem_as_it_is(dtype, target):
+    support = None if target == "mse" else torch.linspace(-10, 10, 51)
+    loss = make_loss(table_actor(1, support), gamma=0.99, cql_alpha=0.3, target=target).to(dtype)
+    assert loss.gamma.item() == pytest.approx(0.99, abs=1e-7) and loss.cql_alpha.item() == pytest.approx(0.3, abs=1e-7)
+    # All mass on the atom at 2 (and scalar 2), exact in any precision.
+    value = [2.0] if support is None else torch.where(torch.arange(51) == 30, 0.0, -1e4).unsqueeze(-1).tolist()
+    batch = transition(value, value, reward=1.0, steps=3)
+    for key in ("observation", ("next", "observation")):
+        batch[key] = batch[key].to(dtype)
+    out = loss(batch)
+    assert out["q_target"].item() == pytest.approx(1 + 0.99**3 * 2, abs=1e-4)
+    if support is not None:
+        torch.testing.assert_close(loss.support, support, rtol=0, atol=0)
+
+
+# TorchRL's contracts: what its own tests of DQNLoss and DiscreteCQLLoss ask ------------------------------------------
+
+
+def test_value_estimator_sets_gamma_and_others_are_refused_by_name(make_actor):
+    loss = make_loss(make_actor())
+    assert loss.default_value_estimator is ValueEstimators.TD0
+    loss.make_value_estimator()
+    assert loss.gamma.item() == pytest.approx(0.99)
+    for value_type in (None, ValueEstimators.TD0, "td0"):
+        loss.make_value_estimator(value_type, gamma=0.9)
+        assert loss.gamma.item() == pytest.approx(0.9)
+        loss.gamma = 0.5
+    for value_type in set(ValueEstimators) - {ValueEstimators.TD0}:
+        with pytest.raises(NotImplementedError, match=rf"value_type must be None or TD0.*{value_type.name}"):
+            loss.make_value_estimator(value_type)
+    with pytest.raises(TypeError, match=r"takes gamma and device, got \['lmbda'\]"):
+        loss.make_value_estimator(lmbda=0.9)
+    with pytest.raises(ValueError, match="gamma must be in"):
+        loss.make_value_estimator(gamma=1.5)
+
+
+def test_done_stands_in_for_terminated_and_only_then_counts(make_actor, make_batch):
+    loss, batch = make_loss(make_actor()), make_batch()
+    expected = loss(batch.clone())["loss_qvalue"]
+    only_done = batch.clone()
+    only_done["next", "done"] = only_done["next"].pop("terminated")
+    torch.testing.assert_close(loss(only_done)["loss_qvalue"], expected)
+    loss.set_keys(done="over")
+    only_done["next", "over"] = only_done["next"].pop("done")
+    torch.testing.assert_close(loss(only_done)["loss_qvalue"], expected)
+    dispatched = loss(
+        observation=batch["observation"],
+        action=batch["action"],
+        steps_to_next_obs=batch["steps_to_next_obs"],
+        next_reward=batch["next", "reward"],
+        next_over=batch["next", "terminated"],
+        next_observation=batch["next", "observation"],
+    )
+    torch.testing.assert_close(dispatched[0], expected)
+
+
+def test_reduction_none_is_the_mean(make_actor, make_batch):
+    actor, batch = make_actor(), make_batch()
+    torch.testing.assert_close(
+        make_loss(actor, reduction=None)(batch.clone())["loss_qvalue"], make_loss(actor)(batch)["loss_qvalue"]
+    )
+
+
+def test_a_locked_batch_takes_its_priorities_in_place(make_actor, make_batch):
+    loss, batch = make_loss(make_actor()), make_batch()
+    expected = batch.clone()
+    loss(expected)
+    batch["td_error"] = torch.zeros(32, 1)
+    entry = batch["td_error"]
+    loss(batch.lock_())
+    torch.testing.assert_close(entry, expected["td_error"])
+
+
+@pytest.mark.parametrize("delay_value", [False, True])
+def test_reset_parameters_recursive_starts_everything_anew(make_actor, delay_value):
+    loss = DistributionalCQLLoss(make_q_actor(2, encoder="resnet_small"), delay_value=delay_value)
+    for params in (loss.value_network_params, loss.target_value_network_params):
+        params.data.apply_(lambda x: x.fill_(7) if x.is_floating_point() and x.numel() != 51 else x)
+    loss.reset_parameters_recursive()
+    assert not [name for name, parameter in loss.named_parameters() if (parameter == 7).all()]
+    online, target = loss.value_network_params.data, loss.target_value_network_params.data
+    assert (online == target).all()
+
+
+@pytest.mark.parametrize("actor_first", [False, True])
+def test_lazy_networks(make_batch, actor_first):
+    actor = DistributionalQValueActor(MLP(out_features=(3, 3), depth=2), spec=Categorical(3), support=torch.arange(3))
+    loss, batch = DistributionalCQLLoss(actor), make_batch()
+    updater = SoftUpdate(loss, eps=0.5)
+    if actor_first:
+        actor(batch.clone())
+        updater.step()
+    assert total(loss(batch)).isfinite()
+    online, target = loss.value_network_params, loss.target_value_network_params
+    assert (online.data == target.data).all()
+
+
+def test_features_are_returned_to_whoever_asks():
+    """An auxiliary loss on ``features`` costs no second pass, and its gradient reaches the encoder."""
+    actor = make_q_actor(2, encoder="resnet_small")
+    loss = make_loss(actor, keep=["features", "feature_norm"])
+    frames = torch.randint(256, (4, 4, 84, 84), dtype=torch.uint8)
+    end = torch.zeros(4, 1, dtype=torch.bool)
+    state = {"observation": frames, "game_id": torch.tensor([0, 1, 1, 0])}
+    batch = TensorDict(
+        {**state, "action": torch.randint(18, (4,)), "next": {**state, "reward": end.float(), "terminated": end}}, [4]
+    )
+    calls = []
+    actor.module[0].module.encoder.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
+    out = loss(batch.clone())
+    assert sum(calls) == 1 and loss.out_keys[-2:] == ["features", "feature_norm"]
+    torch.testing.assert_close(out["features"], actor(batch.clone())["features"])
+    out["features"].square().mean().backward()
+    encoder, heads = actor.module[0].module.encoder, actor.module[0].module.heads
+    assert all(parameter.grad.any() for parameter in encoder.parameters()) and heads.weight.grad is None
+    assert "features" not in make_loss(actor)(batch)
+
+
+def test_an_ensemble_is_one_loss_per_member(make_actor, make_batch):
+    """Members learn as they would alone, and act on the mean of their values."""
+    actors, batch = [make_actor(distributional=False) for _ in range(3)], make_batch()
+    losses = nn.ModuleList(make_loss(actor, target="mse") for actor in actors)
+    sum(total(loss(batch.clone())) for loss in losses).backward()
+    together = [parameter.grad.clone() for parameter in losses[1].parameters()]
+    losses.zero_grad()
+    total(losses[1](batch.clone())).backward()
+    for got, parameter in zip(together, losses[1].parameters(), strict=True):
+        torch.testing.assert_close(got, parameter.grad)
+    values = torch.stack([actor(batch.clone())["action_value"] for actor in actors]).mean(0)
+    assert values.argmax(-1).shape == (32,)
 
 
 def test_steps_as_multi_step_writes_them(make_actor, make_batch):

@@ -181,15 +181,28 @@ def test_hl_gauss_is_a_distribution(value, sigma_ratio):
     torch.testing.assert_close(got.sum(), torch.tensor(1.0, dtype=torch.double))
 
 
-@settings(max_examples=60, deadline=None)
-@given(rewards)
-def test_hl_gauss_recovers_its_mean(value):
-    width, sigma = 0.4, 0.75 * 0.4
-    mean = (hl_gauss_target(column(value), SUPPORT) * SUPPORT).sum().item()
+@settings(max_examples=100, deadline=None)
+@given(rewards, st.floats(0.75, 2))
+def test_hl_gauss_recovers_its_mean(value, sigma_ratio):
+    width, sigma = 0.4, sigma_ratio * 0.4
+    mean = (hl_gauss_target(column(value), SUPPORT, sigma_ratio) * SUPPORT).sum().item()
     clipped = min(max(value, -10), 10)
-    assert mean == pytest.approx(clipped, abs=sigma)
+    assert abs(mean - clipped) < sigma
     if abs(clipped) < 10 - 4 * sigma:
-        assert mean == pytest.approx(clipped, abs=1e-4 * width)
+        assert abs(mean - clipped) < 1e-4 * width
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.floats(-9, 9), st.floats(0.01, 0.75))
+def test_narrow_hl_gauss_errs_by_less_than_half_a_bin(value, sigma_ratio):
+    mean = (hl_gauss_target(column(value), SUPPORT, sigma_ratio) * SUPPORT).sum().item()
+    assert abs(mean - value) <= (0.5 + 1e-9 if sigma_ratio < 0.5 else 0.003) * 0.4
+
+
+@pytest.mark.parametrize("sigma_ratio", [0.0, -1.0, float("nan"), float("inf")])
+def test_hl_gauss_refuses_what_is_no_width(sigma_ratio):
+    with pytest.raises(ValueError, match="sigma_ratio must be in"):
+        hl_gauss_target(column(0.0), SUPPORT, sigma_ratio)
 
 
 @settings(max_examples=60, deadline=None)

@@ -8,7 +8,7 @@ from torchrl_sql.modules.decision_transformer import (
 from torchrl_sql.modules.encoders import ENCODERS, Encoder, ImpalaCNN, NatureCNN, ResNet, SmallResNet
 from torchrl_sql.modules.heads import PerGameLinear
 from torchrl_sql.modules.pooling import POOLINGS, GlobalAveragePooling, LearnedSpatialEmbedding
-from torchrl_sql.modules.q_network import LegalDistributionalQValueModule, MultiGameQNetwork, make_q_actor
+from torchrl_sql.modules.q_network import GreedyDistributionalQValueModule, MultiGameQNetwork, make_q_actor
 
 __all__ = [
     "ENCODERS",
@@ -17,9 +17,9 @@ __all__ = [
     "DecisionTransformerPolicy",
     "Encoder",
     "GlobalAveragePooling",
+    "GreedyDistributionalQValueModule",
     "ImpalaCNN",
     "LearnedSpatialEmbedding",
-    "LegalDistributionalQValueModule",
     "MultiGameQNetwork",
     "NatureCNN",
     "PerGameLinear",

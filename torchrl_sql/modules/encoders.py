@@ -77,13 +77,21 @@ def _bottleneck_block(in_channels: int, width: int, stride: int, num_groups: int
     return _ResidualBlock(residual, in_channels, out_channels, stride, num_groups)
 
 
-def _he_init(module: nn.Module) -> None:
-    for layer in module.modules():
-        if isinstance(layer, nn.Conv2d):
-            nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+class _ResidualTrunk(_Trunk):
+    """Convolutions start from He et al.'s normal initialization."""
+
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__(*layers)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Starts the convolutions anew; the other layers do so themselves."""
+        for layer in self.modules():
+            if isinstance(layer, nn.Conv2d):
+                nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
 
 
-class ResNet(_Trunk):
+class ResNet(_ResidualTrunk):
     """A torchvision-style ResNet trunk with GroupNorm and without a classifier.
 
     A 7x7 stride-2 stem and a stride-2 max-pool, then four stages of 64, 128, 256 and 512 channels (four times that with
@@ -117,10 +125,9 @@ class ResNet(_Trunk):
                 layers.append(block(channels, width, 2 if stage > 0 and index == 0 else 1, num_groups))
                 channels = width * expansion
         super().__init__(*layers)
-        _he_init(self)
 
 
-class SmallResNet(_Trunk):
+class SmallResNet(_ResidualTrunk):
     """A ResNet small enough to learn Atari games on two CPU cores within minutes (about 42k parameters).
 
     An 8x8 stride-4 stem of 16 channels, then three basic blocks of 16, 32 (stride 2) and 32 channels. Not from the
@@ -144,7 +151,6 @@ class SmallResNet(_Trunk):
             _basic_block(16, 32, 2, num_groups),
             _basic_block(32, 32, 1, num_groups),
         )
-        _he_init(self)
 
 
 class NatureCNN(_Trunk):

@@ -31,15 +31,21 @@ class PerGameLinear(nn.Module):
 
     Shape:
         - features: ``[B, D]`` float
-        - game_id: ``[B]`` int64 in ``[0, G)``
+        - game_id: ``[B]`` int64 in ``[0, G)``; others raise, or give something of the same sample
         - output: ``[B, O]`` in the parameters' dtype (under autocast only the product is of lower precision)
     """
 
     def __init__(self, num_games: int, in_features: int, out_features: int) -> None:
         super().__init__()
-        bound = in_features**-0.5  # as nn.Linear
-        self.weight = nn.Parameter(torch.empty(num_games, out_features, in_features).uniform_(-bound, bound))
-        self.bias = nn.Parameter(torch.zeros(num_games, out_features))
+        self.weight = nn.Parameter(torch.empty(num_games, out_features, in_features))
+        self.bias = nn.Parameter(torch.empty(num_games, out_features))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Weights uniform in ``+-1 / sqrt(D)``, as ``nn.Linear``; biases 0."""
+        bound = self.weight.shape[-1] ** -0.5
+        nn.init.uniform_(self.weight, -bound, bound)
+        nn.init.zeros_(self.bias)
 
     def forward(self, features: Tensor, game_id: Tensor) -> Tensor:
         num_games, batch_size = self.weight.shape[0], features.shape[0]
@@ -49,9 +55,9 @@ class PerGameLinear(nn.Module):
 
     def _all_heads(self, features_BD: Tensor, game_id_B: Tensor) -> Tensor:
         num_games, num_outputs, _ = self.weight.shape
-        product = F.linear(features_BD, self.weight.flatten(0, 1)).view(-1, num_outputs)
-        row = torch.arange(features_BD.shape[0], device=game_id_B.device) * num_games + game_id_B
-        return product.index_select(0, row)
+        product = F.linear(features_BD, self.weight.flatten(0, 1)).view(-1, num_games, num_outputs)
+        # Within each sample's own row, so that no game_id can reach another sample.
+        return product[torch.arange(features_BD.shape[0], device=game_id_B.device), game_id_B]
 
     def _tiles(self, features_BD: Tensor, game_id_B: Tensor) -> Tensor:
         num_games = self.weight.shape[0]

@@ -25,8 +25,12 @@ class LearnedSpatialEmbedding(nn.Module):
 
     def __init__(self, channels: int, height: int, width: int, num_embeddings: int = 1) -> None:
         super().__init__()
-        # Unit variance out for unit variance in.
-        self.weight = nn.Parameter(torch.randn(num_embeddings, channels, height, width) * (height * width) ** -0.5)
+        self.weight = nn.Parameter(torch.empty(num_embeddings, channels, height, width))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Unit variance out for unit variance in."""
+        nn.init.normal_(self.weight, std=self.weight[0, 0].numel() ** -0.5)
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.einsum("bchw,echw->bce", x, self.weight).flatten(1)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torchrl.data import Categorical
 from torchrl.modules import DistributionalQValueActor, DistributionalQValueModule, QValueActor
 
+from torchrl_sql.arguments import check_choice, check_count, check_number
 from torchrl_sql.games import NUM_ACTIONS, legal_action_mask, resolve_games
 from torchrl_sql.modules.encoders import ENCODERS, Encoder
 from torchrl_sql.modules.heads import PerGameLinear
@@ -30,7 +31,9 @@ class MultiGameQNetwork(nn.Module):
     would otherwise be confined to ``+-||weight||``, too flat for a softmax over 51 atoms.
 
     Args:
-        encoder (nn.Module): ``[B, *input_shape]`` float -> ``[B, C, H, W]``.
+        encoder (nn.Module): ``[B, *input_shape]`` float -> a feature map ``[B, C, H, W]``, tokens ``[B, T, C]`` (a map
+            of ``T`` places) or a vector ``[B, C]`` (a map of one). It is run once on zeros, in evaluation mode and
+            without gradient, to see which.
         num_games (int): ``G``.
 
     Keyword Args:
@@ -38,11 +41,12 @@ class MultiGameQNetwork(nn.Module):
         num_atoms (int or None): ``N``; ``None`` for scalar Q-values.
         input_shape (sequence of int): shape of one observation, frames first.
         pooling (str): ``"spatial_embedding"`` (the paper's), ``"average"`` (its ablation), or ``"flatten"`` (on
-            ``NatureCNN`` and with ``feature_norm=False``, the network of DQN).
-        num_embeddings (int): ``E`` of :class:`LearnedSpatialEmbedding`.
+            ``NatureCNN`` and with ``feature_norm=False``, the network of DQN; for encoders that give a vector).
+        num_embeddings (int): learned maps per channel of ``"spatial_embedding"``.
         feature_dim (int or None): size of the hidden layer after pooling, ``None`` for no such layer.
         feature_norm (bool): divide the features by their L2 norm.
         logit_scale (float): initial value of ``s``; used with ``feature_norm`` only.
+        initial_bias (Tensor or None): the heads' biases at the start, ``[N]`` for all actions alike; ``None`` for 0.
         input_mean (Tensor or None): ``[G, H, W]`` float, a mean image per game in the units of the scaled input (0 to
             1), subtracted from each frame. A departure from the paper that helps where a static background makes all
             states alike.
@@ -53,13 +57,13 @@ class MultiGameQNetwork(nn.Module):
     Shape:
         - observation: ``[*B, *input_shape]``, uint8 (scaled to [0, 1] here, on the device) or float (taken as scaled);
           any number of leading dimensions, none included
-        - game_id: ``[*B]`` int64
+        - game_id: ``[*B]`` int64 in ``[0, G)``; may be left out with one game
         - output: a tuple of the logits ``[*B, N, A]`` (``[*B, A]`` with scalar heads), the detached L2 norm of the
-          features before normalization ``[*B, 1]``, and with ``legal_actions`` the mask ``[*B, A]``. All in the
-          parameters' precision, also under autocast.
+          features before normalization ``[*B, 1]``, the features themselves before normalization ``[*B, D]``, and with
+          ``legal_actions`` the mask ``[*B, A]``. Numbers are in the parameters' precision, also under autocast.
 
     Raises:
-        ValueError: for shapes other than the above.
+        TypeError, ValueError: for arguments, shapes or feature maps other than the above.
     """
 
     input_mean: Tensor | None
@@ -78,50 +82,65 @@ class MultiGameQNetwork(nn.Module):
         feature_dim: int | None = None,
         feature_norm: bool = True,
         logit_scale: float = 30.0,
+        initial_bias: Tensor | None = None,
         input_mean: Tensor | None = None,
         legal_actions: Tensor | None = None,
         memory_format: torch.memory_format = torch.contiguous_format,
     ) -> None:
         super().__init__()
-        if num_games < 1 or num_actions < 1:
-            raise ValueError(f"num_games and num_actions must be positive, got {num_games} and {num_actions}")
-        if logit_scale <= 0:
-            raise ValueError(f"logit_scale must be positive, got {logit_scale}")
+        counts = {"num_games": num_games, "num_actions": num_actions, "num_embeddings": num_embeddings}
+        optional = {"num_atoms": num_atoms, "feature_dim": feature_dim}
+        for name, count in counts.items() | {item for item in optional.items() if item[1] is not None}:
+            check_count(name, count)
+        check_choice("pooling", pooling, POOLINGS)
+        check_choice("feature_norm", feature_norm, (True, False))
+        check_number("logit_scale", logit_scale, 0, above=True)
         self.input_shape = tuple(input_shape)
-        if input_mean is not None and input_mean.shape != (num_games, *self.input_shape[1:]):
-            expected = (num_games, *self.input_shape[1:])
-            raise ValueError(f"input_mean must have shape {expected}, got {tuple(input_mean.shape)}")
-        if legal_actions is not None and legal_actions.shape != (num_games, num_actions):
-            raise ValueError(
-                f"legal_actions must have shape {(num_games, num_actions)}, got {tuple(legal_actions.shape)}"
-            )
-        if pooling not in POOLINGS:
-            raise ValueError(f"pooling must be one of {', '.join(POOLINGS)}, got {pooling!r}")
+        mean_shape = (num_games, *self.input_shape[1:])
+        _check_shape("initial_bias", initial_bias, (num_atoms or 1,))
+        _check_shape("input_mean", input_mean, mean_shape)
+        _check_shape("legal_actions", legal_actions, (num_games, num_actions))
         self.encoder = encoder
+        feature_map = _probe(encoder, self.input_shape)
+        channels, height, width = feature_map.shape[1:]
+        self.pooling = POOLINGS[pooling](channels, height, width, num_embeddings)
         with torch.no_grad():
-            feature_map = encoder(torch.zeros(1, *self.input_shape))
-            channels, height, width = feature_map.shape[1:]
-            self.pooling = POOLINGS[pooling](channels, height, width, num_embeddings)
             num_features = self.pooling(feature_map).shape[1]
         self.hidden: nn.Module = nn.Identity()
         if feature_dim is not None:
             self.hidden = nn.Sequential(nn.Linear(num_features, feature_dim), nn.ReLU())
             num_features = feature_dim
-        self.log_scale = nn.Parameter(torch.tensor([math.log(logit_scale)])) if feature_norm else None
+        self.logit_scale = logit_scale
+        self.log_scale = nn.Parameter(torch.empty(1)) if feature_norm else None
         self.output_shape = (num_actions,) if num_atoms is None else (num_atoms, num_actions)
         self.heads = PerGameLinear(num_games, num_features, math.prod(self.output_shape))
+        self.initial_bias = initial_bias
         self.register_buffer("input_mean", None if input_mean is None else input_mean.to(torch.get_default_dtype()))
         self.register_buffer("legal_actions", legal_actions)
         self.memory_format = memory_format
         self.encoder.to(memory_format=memory_format)  # type: ignore[call-overload]  # not in torch's annotations
+        self.reset_parameters()
 
-    def forward(self, observation: Tensor, game_id: Tensor) -> tuple[Tensor, ...]:
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Starts the scale and the heads' biases anew; the other layers do so themselves."""
+        if self.log_scale is not None:
+            self.log_scale.fill_(math.log(self.logit_scale))
+        if self.initial_bias is not None:
+            bias = self.initial_bias.unsqueeze(-1).expand(self.output_shape)
+            self.heads.bias.copy_(bias.flatten())
+
+    def forward(self, observation: Tensor, game_id: Tensor | None = None) -> tuple[Tensor, ...]:
         batch_shape = observation.shape[: observation.ndim - len(self.input_shape)]
-        if observation.shape[len(batch_shape) :] != self.input_shape or game_id.shape != batch_shape:
+        if game_id is None and self.heads.weight.shape[0] == 1:
+            game_id = torch.zeros(batch_shape, dtype=torch.int64, device=observation.device)
+        shape = None if game_id is None else game_id.shape
+        if observation.shape[len(batch_shape) :] != self.input_shape or shape != batch_shape:
             raise ValueError(
                 f"observation must be [*B, {', '.join(map(str, self.input_shape))}] and game_id [*B], "
-                f"got {tuple(observation.shape)} and {tuple(game_id.shape)}"
+                f"got {tuple(observation.shape)} and {shape if shape is None else tuple(shape)}"
             )
+        assert game_id is not None
         game_id = game_id.reshape(-1)
         dtype = self.heads.bias.dtype
         # The layout first: bytes are a quarter of the traffic.
@@ -129,36 +148,63 @@ class MultiGameQNetwork(nn.Module):
         x = x.to(dtype).div_(255) if observation.dtype == torch.uint8 else x.to(dtype)
         if self.input_mean is not None:
             x = x - self.input_mean[game_id].unsqueeze(1)
-        features = self.hidden(self.pooling(self.encoder(x))).to(dtype)
+        features = self.hidden(self.pooling(_as_map(self.encoder(x)))).to(dtype)
         norm = torch.linalg.vector_norm(features, dim=-1, keepdim=True)
+        scaled = features
         if self.log_scale is not None:
-            features = features / norm.clamp_min(1e-6) * self.log_scale.exp()
+            scaled = features / norm.clamp_min(1e-6) * self.log_scale.exp()
         out = (
-            self.heads(features, game_id).reshape(*batch_shape, *self.output_shape),
+            self.heads(scaled, game_id).reshape(*batch_shape, *self.output_shape),
             norm.detach().reshape(*batch_shape, 1),
+            features.reshape(*batch_shape, -1),
         )
         if self.legal_actions is None:
             return out
         return (*out, self.legal_actions[game_id].reshape(*batch_shape, -1))
 
 
-class LegalDistributionalQValueModule(DistributionalQValueModule):
-    """Picks the legal action of greatest expected return, leaving ``action_value`` as it is.
+def _check_shape(name: str, value: Tensor | None, shape: tuple[int, ...]) -> None:
+    if value is not None and value.shape != shape:
+        raise ValueError(f"{name} must have shape {shape}, got {tuple(value.shape)}")
 
-    TorchRL's own masking overwrites the log-probabilities of illegal actions, which gives those actions the expected
-    value 0 (above every negative one) and would enter a loss computed from the same output.
 
-    Reads: ``action_value`` ``[*B, N, A]`` log-probabilities, ``action_mask`` ``[*B, A]`` bool.
+def _as_map(features: Tensor) -> Tensor:
+    """``[B, C, H, W]`` as it is, tokens ``[B, T, C]`` as ``[B, C, T, 1]``, a vector ``[B, C]`` as ``[B, C, 1, 1]``."""
+    if features.ndim == 3:
+        return features.transpose(1, 2).unsqueeze(-1)
+    return features[..., None, None] if features.ndim == 2 else features
+
+
+@torch.no_grad()
+def _probe(encoder: nn.Module, input_shape: tuple[int, ...]) -> Tensor:
+    """The encoder's map of one observation of zeros, its batch statistics left as they are."""
+    training = {module: module.training for module in encoder.modules()}
+    try:
+        features = encoder.eval()(torch.zeros(1, *input_shape))
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+    if not isinstance(features, Tensor) or features.ndim not in (2, 3, 4):
+        got = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
+        raise ValueError(f"encoder must give [B, C, H, W], [B, T, C] or [B, C] for {(1, *input_shape)}, got {got}")
+    return _as_map(features)
+
+
+class GreedyDistributionalQValueModule(DistributionalQValueModule):
+    """Picks the action of greatest expected return, of the legal ones with a mask, and leaves ``action_value`` alone.
+
+    TorchRL's own reads a tensor back to the host, which breaks compiled and exported graphs. Its masking overwrites the
+    log-probabilities of illegal actions, which gives those the expected value 0 (above every negative one).
+
+    Reads: ``action_value_key`` ``[*B, N, A]`` log-probabilities; ``action_mask_key``, if not None, ``[*B, A]`` bool.
     Writes: ``action`` ``[*B]`` int64.
     """
 
-    def __init__(self, support: Tensor, spec: Categorical) -> None:
-        super().__init__(action_space=None, support=support, spec=spec)
-        self.in_keys = ["action_value", "action_mask"]
-
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        q = (tensordict["action_value"].exp() * self.support.unsqueeze(-1)).sum(-2)
-        tensordict["action"] = q.masked_fill(~tensordict["action_mask"], -torch.inf).argmax(-1)
+        q = (tensordict[self.action_value_key].exp() * self.support.unsqueeze(-1)).sum(-2)
+        if self.action_mask_key is not None:
+            q = q.masked_fill(~tensordict[self.action_mask_key], -torch.inf)
+        tensordict[self.out_keys[0]] = q.argmax(-1)
         return tensordict
 
 
@@ -180,7 +226,9 @@ def make_q_actor(
     input_mean: Tensor | None = None,
     memory_format: torch.memory_format = torch.contiguous_format,
 ) -> DistributionalQValueActor | QValueActor:
-    """Makes the paper's multi-game Q-network as a TorchRL actor.
+    """Makes the paper's multi-game Q-network as a TorchRL actor, which compiles and exports as one graph.
+
+    Its fifteen arguments are the network's settings, each of which a run's configuration reaches.
 
     Args:
         games (int, str or sequence of str): number of games, or their names as :func:`torchrl_sql.games.resolve_games`
@@ -202,22 +250,25 @@ def make_q_actor(
         feature_norm (bool): divide the features by their L2 norm before the heads (the paper's).
         logit_scale (float): initial value of the learned scale of normalized features.
         value_prior_std (float or None): start the heads' biases at ``-z^2 / (2 * value_prior_std^2)`` over the atoms
-            ``z``, a return distribution centred on 0 with this standard deviation. ``None`` starts uniform over the
-            support, from where a network must first unlearn values near ``v_min`` and ``v_max``.
+            ``z``, a return distribution centred on 0 with this standard deviation, at least a tenth of the atoms'
+            spacing. ``None`` starts uniform over the support, from where a network must first unlearn values near
+            ``v_min`` and ``v_max``.
         mask_illegal_actions (bool): never act with an action that the game does not know (such actions act as NOOP);
             needs names in ``games`` and all 18 actions. The actor then also writes ``action_mask`` ``[*B, A]``, as
-            :class:`~torchrl.modules.EGreedyModule` reads it. Distributional ``action_value`` is left untouched.
+            :class:`~torchrl.modules.EGreedyModule` reads it, and the losses leave illegal actions out of targets and
+            penalty.
         input_mean (Tensor or None): ``[G, 84, 84]`` float in [0, 1], subtracted from each frame of its game.
         memory_format (torch.memory_format): layout of the encoder (an argument because TorchRL's actors do not take
             ``.to(memory_format=...)``).
 
     Returns:
-        An actor that reads ``observation`` ``[*B, 4, 84, 84]`` and ``game_id`` ``[*B]``, and writes ``action_value``
-        (``[*B, num_atoms, num_actions]`` log-probabilities, or ``[*B, num_actions]`` Q-values), ``action`` ``[*B]``
-        int64, and ``feature_norm`` ``[*B, 1]``, the L2 norm of the features before normalization.
+        An actor that reads ``observation`` ``[*B, 4, 84, 84]`` and, with more than one game, ``game_id`` ``[*B]``, and
+        writes ``action_value`` (``[*B, num_atoms, num_actions]`` log-probabilities, or ``[*B, num_actions]`` Q-values),
+        ``action`` ``[*B]`` int64, ``features`` ``[*B, D]`` before normalization, for auxiliary losses, and
+        ``feature_norm`` ``[*B, 1]``, their L2 norm.
 
     Raises:
-        ValueError: if an argument is out of its range, or a combination makes no sense.
+        TypeError, ValueError: if an argument is out of its range, or a combination makes no sense.
 
     Examples:
         >>> import torch
@@ -228,8 +279,10 @@ def make_q_actor(
         >>> actor(state)["action_value"].shape
         torch.Size([5, 51, 18])
     """
-    if isinstance(encoder, str) and encoder not in ENCODERS:
-        raise ValueError(f"encoder must be one of {', '.join(ENCODERS)}, or a module, got {encoder!r}")
+    if isinstance(encoder, str):
+        check_choice("encoder", encoder, ENCODERS)
+    check_count("num_groups", num_groups)
+    check_choice("mask_illegal_actions", mask_illegal_actions, (True, False))
     names = None if isinstance(games, int) else resolve_games(games)
     legal_actions = None
     if mask_illegal_actions:
@@ -239,16 +292,12 @@ def make_q_actor(
                 f"got games={games!r} and num_actions={num_actions}"
             )
         legal_actions = legal_action_mask(names)
-    if num_atoms is not None and (num_atoms < 2 or not v_min < v_max):
-        raise ValueError(f"the support needs num_atoms >= 2 and v_min < v_max, got {num_atoms}, {v_min} and {v_max}")
-    if value_prior_std is not None and (num_atoms is None or value_prior_std <= 0):
-        raise ValueError(
-            f"value_prior_std must be positive and needs atoms, got {value_prior_std} with num_atoms={num_atoms}"
-        )
+    support = None if num_atoms is None else _support(num_atoms, v_min, v_max)
+    num_games = games if isinstance(games, int) else len(resolve_games(games))
     defaults = ENCODERS[encoder] if isinstance(encoder, str) else Encoder(build=lambda **_: encoder)
     network = MultiGameQNetwork(
         defaults.build(num_groups=num_groups),
-        games if isinstance(games, int) else len(resolve_games(games)),
+        num_games,
         num_actions=num_actions,
         num_atoms=num_atoms,
         pooling=pooling,
@@ -256,22 +305,36 @@ def make_q_actor(
         feature_dim=defaults.feature_dim,
         feature_norm=feature_norm,
         logit_scale=logit_scale,
+        initial_bias=None if value_prior_std is None else _log_prior(support, value_prior_std),
         input_mean=input_mean,
         legal_actions=legal_actions,
         memory_format=memory_format,
     )
-    mask_keys = ["action_mask"] if mask_illegal_actions else []
+    mask_key = "action_mask" if mask_illegal_actions else None
     module = TensorDictModule(
-        network, in_keys=["observation", "game_id"], out_keys=["action_value", "feature_norm", *mask_keys]
+        network,
+        in_keys=["observation"] if num_games == 1 else ["observation", "game_id"],
+        out_keys=["action_value", "feature_norm", "features", *([mask_key] if mask_key else [])],
     )
     spec = Categorical(num_actions)
-    if num_atoms is None:
-        return QValueActor(module, spec=spec, action_mask_key="action_mask" if mask_illegal_actions else None)
-    support = torch.linspace(v_min, v_max, num_atoms)
-    if value_prior_std is not None:
-        prior = (-(support**2) / (2 * value_prior_std**2)).unsqueeze(-1).expand(num_atoms, num_actions)
-        network.heads.bias.data.copy_(prior.flatten())
+    if support is None:
+        return QValueActor(module, spec=spec, action_mask_key=mask_key)
     actor = DistributionalQValueActor(module, support=support, spec=spec)
-    if mask_illegal_actions:
-        actor.module[-1] = LegalDistributionalQValueModule(support, spec)
+    actor.module[-1] = GreedyDistributionalQValueModule(None, support, action_mask_key=mask_key, spec=spec)
     return actor
+
+
+def _support(num_atoms: int, v_min: float, v_max: float) -> Tensor:
+    check_count("num_atoms", num_atoms, 2)
+    check_number("v_min", v_min, -math.inf)
+    check_number("v_max", v_max, v_min, above=True)
+    return torch.linspace(v_min, v_max, num_atoms)
+
+
+def _log_prior(support: Tensor | None, std: float) -> Tensor:
+    """Unnormalized log-probabilities of a normal around 0 over the atoms."""
+    if support is None:
+        raise ValueError(f"value_prior_std needs atoms, got {std} with num_atoms=None")
+    # A narrower one has no two atoms that differ by less than a logit of 50: no gradient would ever widen it.
+    check_number("value_prior_std", std, float(support[1] - support[0]) / 10)
+    return -(support**2) / (2 * std**2)

@@ -2,34 +2,48 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 from tensordict import NestedKey, TensorDict, TensorDictBase, TensorDictParams
 from tensordict.nn import TensorDictModule, dispatch
 from torchrl.modules import DistributionalQValueActor, QValueActor
 from torchrl.objectives import LossModule
 
-from torchrl_sql.objectives.common import action_index, action_values, check_actor
+from torchrl_sql.objectives.common import (
+    action_index,
+    action_values,
+    check_actor,
+    check_kept,
+    check_reduction,
+    mask_illegal,
+    mean_over_batch,
+    priority_weights,
+)
 
 
 class DiscreteBCLoss(LossModule):
     """Cross-entropy between the policy ``softmax(action_value)`` and the data's actions.
+
+    Where the actor has an action mask of its own, the policy is over the legal actions and the data's own.
 
     Args:
         actor_network (QValueActor): any of TorchRL's with scalar values (``make_q_actor(..., num_atoms=None)``) and a
             categorical or one-hot action. A distributional one is refused: its support would bound the logits.
 
     Keyword Args:
-        reduction (str): ``"mean"``, ``"sum"`` or ``"none"`` (a loss of shape ``[*B]``).
+        reduction (str): ``"mean"`` (also as None), ``"sum"`` or ``"none"`` (a loss of shape ``[*B]``).
         use_prioritized_weights (bool or "auto"): weigh samples by the ``priority_weight`` entry; ``"auto"`` where the
             batch has one.
+        keep (sequence of NestedKey): outputs of the network, such as ``"features"``, to be returned with their graph.
 
     Reads: ``actor_network.in_keys``; ``action`` ``[*B]`` or ``[*B, 1]`` indices, or ``[*B, A]`` one-hot; optional
     ``priority_weight`` ``[*B]``.
 
     Returns:
-        ``loss_bc``, and ``accuracy``: the detached share of samples whose greedy action is the data's.
+        ``loss_bc``, and ``accuracy``: the detached share of samples, with the batch's mask and weights, whose greedy
+        action is the data's; then what ``keep`` names.
 
     Raises:
         TypeError, ValueError: if ``actor_network`` does not fit or ``reduction`` is unknown.
@@ -44,7 +58,6 @@ class DiscreteBCLoss(LossModule):
         priority_weight: NestedKey = "priority_weight"
 
     default_keys = _AcceptedKeys
-    out_keys: ClassVar[list[str]] = ["loss_bc", "accuracy"]
 
     actor_network: TensorDictModule
     actor_network_params: TensorDictParams
@@ -54,17 +67,18 @@ class DiscreteBCLoss(LossModule):
         self,
         actor_network: QValueActor,
         *,
-        reduction: Literal["mean", "sum", "none"] = "mean",
+        reduction: Literal["mean", "sum", "none"] | None = "mean",
         use_prioritized_weights: bool | Literal["auto"] = "auto",
+        keep: Sequence[NestedKey] = (),
     ) -> None:
         super().__init__()
         check_actor(actor_network, "actor_network")
-        if reduction not in ("mean", "sum", "none"):
-            raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
+        check_reduction(reduction, use_prioritized_weights)
         if isinstance(actor_network, DistributionalQValueActor):
             raise TypeError("actor_network must be a QValueActor with scalar values, got DistributionalQValueActor")
-        self.reduction = reduction
+        self.reduction = reduction or "mean"
         self.use_prioritized_weights = use_prioritized_weights
+        self.keep = check_kept(keep, actor_network)
         self.convert_to_functional(actor_network, "actor_network", create_target_params=False)
 
     def _forward_value_estimator_keys(self, **kwargs: NestedKey) -> None:
@@ -75,23 +89,30 @@ class DiscreteBCLoss(LossModule):
         """Keys of a batch, in the order of positional arguments."""
         return [*self.actor_network.in_keys, self.tensor_keys.action]
 
+    @property
+    def out_keys(self) -> list[NestedKey]:
+        """Keys of the result."""
+        return ["loss_bc", "accuracy", *self.keep]
+
     @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDict:
-        keys = self.tensor_keys
-        inputs = TensorDict({key: tensordict[key] for key in self.actor_network.in_keys}, tensordict.batch_size)
-        logits = action_values(self.actor_network, self.actor_network_params, inputs, keys.action_value)
+        keys, network = self.tensor_keys, self.actor_network
+        inputs = TensorDict({key: tensordict[key] for key in network.in_keys}, tensordict.batch_size)
+        logits = action_values(network, self.actor_network_params, inputs, keys.action_value)
         batch_shape = logits.shape[:-1]
-        action = action_index(tensordict[keys.action], logits.shape[-1], batch_shape, self.actor_network.action_space)
-        log_probs = logits.log_softmax(-1)
+        action = action_index(tensordict[keys.action], logits.shape[-1], batch_shape, network.action_space)
+        log_probs = mask_illegal(logits, network, inputs, action).log_softmax(-1)
         loss = -log_probs.gather(-1, action.unsqueeze(-1)).squeeze(-1)
-        weights = self._maybe_get_priority_weight(tensordict)
-        if weights is not None:
-            weights = weights.reshape(batch_shape)
+        greedy = mask_illegal(logits, network, inputs).argmax(-1)
+        weights = priority_weights(self, tensordict, batch_shape)
+        mean = mean_over_batch(self, tensordict, weights)
         out = TensorDict(
             {
                 "loss_bc": self._reduce_loss(loss, tensordict, weights=weights),
-                "accuracy": (logits.argmax(-1) == action).to(logits.dtype).mean(),
+                "accuracy": mean((greedy == action).to(logits.dtype)),
             }
         )
+        for key in self.keep:
+            out[key] = inputs[key]
         self._clear_weakrefs(tensordict, out, "actor_network_params")
         return out

@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase, TensorDictParams, unravel_key
 from tensordict.nn import TensorDictModule, dispatch
 from torch import Tensor
 from torchrl.modules import DistributionalQValueActor, QValueActor
-from torchrl.objectives import LossModule
+from torchrl.objectives import LossModule, ValueEstimators
 
-from torchrl_sql.objectives.common import action_index, action_values, check_actor, require_finite
+from torchrl_sql.arguments import check_choice, check_number
+from torchrl_sql.objectives.common import (
+    action_index,
+    action_values,
+    check_actor,
+    check_kept,
+    check_reduction,
+    mask_illegal,
+    mean_over_batch,
+    next_inputs,
+    priority_weights,
+    require_finite,
+)
 from torchrl_sql.objectives.return_distribution import c51_projection, check_support, expected_value, hl_gauss_target
 
 
@@ -30,12 +43,20 @@ class DistributionalCQLLoss(LossModule):
 
     ``a'`` is the target network's greedy action, or the online network's with ``double_q`` (then ``cql_alpha=0`` and
     ``"c51"`` make :class:`torchrl.objectives.DistributionalDQNLoss`). ``terminated`` stops bootstrapping, ``truncated``
-    does not.
+    does not. Where the actor has an action mask of its own, ``a'`` is legal, and the penalty's sum runs over the legal
+    actions and the data's own.
+
+    With n steps, the reward, the next observation and ``terminated`` must be those of the window's end. TorchRL's
+    ``MultiStep`` and ``MultiStepTransform`` leave ``terminated`` where the window began, so that targets bootstrap from
+    terminal states: use those of this package.
 
     A call runs the online network once on the observation and the target network once on the next one; ``double_q``
     adds a forward of the online network, without gradient, on the next one. Nothing is read back to the host, and
     ``torch.compile(loss, fullgraph=True)`` works. Under autocast the networks run in the lower precision, the
-    arithmetic of distributions in float32.
+    arithmetic of distributions in float32. ``gamma``, ``cql_alpha`` and the support keep their precision whatever
+    ``loss.to(dtype)`` does to the networks; ``loss.gamma = 0.9`` and ``loss.cql_alpha = 0.1`` schedule them.
+
+    An ensemble is one loss per member, over actors of their own, whose losses are summed.
 
     Args:
         value_network (DistributionalQValueActor or QValueActor): any of TorchRL's, with a categorical or one-hot action
@@ -49,29 +70,36 @@ class DistributionalCQLLoss(LossModule):
         sigma_ratio (float): ``"hl_gauss"``: standard deviation of the target in units of the atoms' spacing.
         delay_value (bool): keep separate target parameters, to be moved by :class:`torchrl.objectives.HardUpdate` or
             ``SoftUpdate``; otherwise the online parameters, detached, give the targets.
-        reduction (str): ``"mean"``, ``"sum"`` or ``"none"`` (losses of shape ``[*B]``).
+        reduction (str): ``"mean"`` (also as None), ``"sum"`` or ``"none"`` (losses of shape ``[*B]``).
         use_prioritized_weights (bool or "auto"): weigh samples by the ``priority_weight`` entry; ``"auto"`` where the
             batch has one. As in TorchRL, ``"mean"`` is then the weighted mean.
+        static_keys (sequence of NestedKey): what the network reads that a transition does not change: taken from the
+            root where ``"next"`` lacks it.
+        keep (sequence of NestedKey): outputs of the online network on the observation, such as ``"features"`` of
+            :func:`torchrl_sql.modules.make_q_actor`, to be returned with their graph: an auxiliary loss costs no second
+            pass.
 
     Attributes:
         check_finite (bool): set it for debugging: raise ``ValueError`` with the key's name where rewards or network
             outputs are not finite. It synchronizes with the device and cannot be compiled with ``fullgraph=True``.
 
-    Reads: ``value_network.in_keys`` and the same under ``"next"`` (those that are not there, such as ``game_id``, are
-    taken from the root, as in :func:`torchrl.envs.utils.step_mdp`); ``action`` ``[*B]`` or ``[*B, 1]`` indices, or
+    Reads: ``value_network.in_keys`` and the same under ``"next"``; ``action`` ``[*B]`` or ``[*B, 1]`` indices, or
     ``[*B, A]`` one-hot; ``("next", "reward")`` ``[*B, 1]`` float (with n steps the discounted sum);
-    ``("next", "terminated")`` ``[*B, 1]`` bool; optional ``steps_to_next_obs`` ``[*B, 1]`` or ``[*B]`` integers
-    (1 if absent); optional ``priority_weight`` ``[*B]``.
+    ``("next", "terminated")`` ``[*B, 1]`` bool, or ``("next", "done")`` where that is absent; optional
+    ``steps_to_next_obs`` ``[*B, 1]`` or ``[*B]`` integers (1 if absent); optional ``priority_weight`` ``[*B]``.
 
-    Writes: ``td_error`` ``[*B, 1]`` into its input, each sample's TD loss (squared error with ``"mse"``), as priority.
+    Writes: ``td_error`` ``[*B, 1]`` into its input, each sample's TD loss (squared error with ``"mse"``), as priority;
+    in place where the batch is locked.
 
     Returns:
-        ``loss_qvalue`` and ``loss_cql`` (already weighted: the objective is their sum), and detached batch means:
-        ``td_error``, ``cql_gap`` (the penalty before its weight), ``q_data`` (Q of the data's actions), ``q_max`` (of
-        the greedy ones), ``q_target`` (of the targets) and, where the network writes it, ``feature_norm``.
+        ``loss_qvalue`` and ``loss_cql`` (already weighted: the objective is their sum); detached means over the batch
+        with its mask and weights: ``td_error``, ``cql_gap`` (the penalty before its weight), ``q_data`` (Q of the
+        data's actions), ``q_max`` (of the greedy ones), ``q_target`` (of the targets) and, where the network writes it,
+        ``feature_norm``; and what ``keep`` names.
 
     Raises:
         TypeError, ValueError: if ``value_network`` does not fit, its support is unusable, or a value is out of range.
+        KeyError: from a call, naming what the batch lacks.
 
     Examples:
         >>> import torch
@@ -109,16 +137,19 @@ class DistributionalCQLLoss(LossModule):
         action: NestedKey = "action"
         reward: NestedKey = "reward"
         terminated: NestedKey = "terminated"
+        done: NestedKey = "done"
         steps_to_next_obs: NestedKey = "steps_to_next_obs"
         priority: NestedKey = "td_error"
         priority_weight: NestedKey = "priority_weight"
         feature_norm: NestedKey = "feature_norm"
 
     default_keys = _AcceptedKeys
+    default_value_estimator = ValueEstimators.TD0
     _schedulable_buffers = frozenset({"gamma", "cql_alpha"})
 
     gamma: Tensor
     cql_alpha: Tensor
+    support: Tensor | None
     value_network: TensorDictModule
     value_network_params: TensorDictParams
     target_value_network_params: TensorDictParams
@@ -133,46 +164,84 @@ class DistributionalCQLLoss(LossModule):
         target: Literal["c51", "hl_gauss", "mse"] = "c51",
         sigma_ratio: float = 0.75,
         delay_value: bool = True,
-        reduction: Literal["mean", "sum", "none"] = "mean",
+        reduction: Literal["mean", "sum", "none"] | None = "mean",
         use_prioritized_weights: bool | Literal["auto"] = "auto",
+        static_keys: Sequence[NestedKey] = ("game_id",),
+        keep: Sequence[NestedKey] = (),
     ) -> None:
         super().__init__()
         check_actor(value_network, "value_network")
-        if not 0 <= gamma <= 1:
-            raise ValueError(f"gamma must be in [0, 1], got {gamma}")
-        if cql_alpha < 0:
-            raise ValueError(f"cql_alpha must not be negative, got {cql_alpha}")
-        if sigma_ratio <= 0:
-            raise ValueError(f"sigma_ratio must be positive, got {sigma_ratio}")
-        if target not in ("c51", "hl_gauss", "mse"):
-            raise ValueError(f"target must be 'c51', 'hl_gauss' or 'mse', got {target!r}")
-        if reduction not in ("mean", "sum", "none"):
-            raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
+        check_number("gamma", gamma, 0, 1)
+        check_number("cql_alpha", cql_alpha, 0)
+        check_number("sigma_ratio", sigma_ratio, 0, above=True)
+        check_choice("target", target, ("c51", "hl_gauss", "mse"))
+        check_choice("double_q", double_q, (True, False))
+        check_choice("delay_value", delay_value, (True, False))
+        check_reduction(reduction, use_prioritized_weights)
         distributional = isinstance(value_network, DistributionalQValueActor)
         if distributional == (target == "mse"):
             expected = "a scalar QValueActor" if target == "mse" else "a DistributionalQValueActor"
             raise ValueError(f"target={target!r} needs {expected}, got {type(value_network).__name__}")
-        if distributional:
-            check_support(value_network.support)
         if double_q and not delay_value:
             raise ValueError("double_q=True needs delay_value=True: without target parameters both networks are one")
         self.register_buffer("gamma", torch.tensor(gamma))
         self.register_buffer("cql_alpha", torch.tensor(cql_alpha))
+        self.register_buffer("support", None)
+        if isinstance(value_network, DistributionalQValueActor):
+            check_support(value_network.support)
+            self.support = value_network.support.clone()
         self.double_q = double_q
         self.target = target
         self.sigma_ratio = sigma_ratio
         self.delay_value = delay_value
-        self.reduction = reduction
+        self.reduction = reduction or "mean"
         self.use_prioritized_weights = use_prioritized_weights
+        self.static_keys = list(static_keys)
+        self.keep = check_kept(keep, value_network)
         self.check_finite = False
         self.convert_to_functional(value_network, "value_network", create_target_params=delay_value)
+
+    def _apply(self, fn: Callable[..., Any]) -> DistributionalCQLLoss:
+        """Moves and casts the networks; what defines the problem moves but keeps its precision."""
+        exact = {name: self._buffers[name] for name in ("gamma", "cql_alpha", "support")}
+        super()._apply(fn)
+        for name, value in exact.items():
+            if value is not None:
+                self._buffers[name] = value.to(self._buffers[name].device)
+        return self
+
+    def reset_parameters_recursive(self) -> None:
+        """Starts the network anew, and the target with the same parameters."""
+        super().reset_parameters_recursive()
+        if self.delay_value:
+            self.target_value_network_params.data.update_(self.value_network_params.data)
+
+    def make_value_estimator(self, value_type: ValueEstimators | None = None, **hyperparams: Any) -> LossModule:
+        """Sets ``gamma``, as TorchRL's scripts do; targets are one-step (or n-step) ones, computed here.
+
+        Args:
+            value_type (ValueEstimators, optional): ``TD0`` or None.
+            **hyperparams: ``gamma`` (float), the discount per agent step; ``device`` is ignored.
+
+        Raises:
+            NotImplementedError: for another estimator.
+            TypeError: for another hyper-parameter.
+        """
+        if value_type not in (None, ValueEstimators.TD0, "td0", "TD0"):
+            raise NotImplementedError(f"value_type must be None or TD0, the only target of this loss, got {value_type}")
+        if unknown := sorted(hyperparams.keys() - {"gamma", "device"}):
+            raise TypeError(f"make_value_estimator takes gamma and device, got {unknown}")
+        if (gamma := hyperparams.get("gamma")) is not None:
+            check_number("gamma", float(gamma), 0, 1)
+            self.gamma.fill_(gamma)
+        return self
 
     def _forward_value_estimator_keys(self, **kwargs: NestedKey) -> None:
         """Nothing to forward: the one-step (or n-step) target is computed here."""
 
     @property
     def in_keys(self) -> list[NestedKey]:
-        """Keys of a batch, in the order of positional arguments; ``steps_to_next_obs`` may be absent."""
+        """Keys of a batch, in the order of positional arguments; the last two may be absent."""
         keys = self.tensor_keys
         return [
             *self.value_network.in_keys,
@@ -181,15 +250,16 @@ class DistributionalCQLLoss(LossModule):
             unravel_key(("next", keys.terminated)),
             *(unravel_key(("next", key)) for key in self.value_network.in_keys),
             keys.steps_to_next_obs,
+            unravel_key(("next", keys.done)),
         ]
 
     @property
     def out_keys(self) -> list[NestedKey]:
-        """Keys of the result: the two losses, then the metrics."""
+        """Keys of the result: the two losses, the metrics, and what ``keep`` names."""
         metrics = ["td_error", "cql_gap", "q_data", "q_max", "q_target"]
         if self._writes_feature_norm:
             metrics.append("feature_norm")
-        return ["loss_qvalue", "loss_cql", *metrics]
+        return ["loss_qvalue", "loss_cql", *metrics, *self.keep]
 
     @property
     def _writes_feature_norm(self) -> bool:
@@ -197,53 +267,44 @@ class DistributionalCQLLoss(LossModule):
 
     @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDict:
-        keys = self.tensor_keys
+        keys, network = self.tensor_keys, self.value_network
         reward, terminated, steps = self._read_transition(tensordict)
         # Not the batch size of the tensordict, which dispatch can only guess.
         batch_shape = reward.shape[:-1]
-        inputs = TensorDict({key: tensordict[key] for key in self.value_network.in_keys}, batch_shape)
-        values = action_values(self.value_network, self.value_network_params, inputs, keys.action_value)
+        inputs = TensorDict({key: tensordict[key] for key in network.in_keys}, batch_shape)
+        values = action_values(network, self.value_network_params, inputs, keys.action_value)
         with torch.no_grad():
             next_values, next_action = self._next_values(tensordict, batch_shape)
         if self.check_finite:
             next_key = unravel_key(("next", keys.action_value))
             require_finite({("next", keys.reward): reward, keys.action_value: values, next_key: next_values})
-        action = action_index(tensordict[keys.action], values.shape[-1], batch_shape, self.value_network.action_space)
+        action = action_index(tensordict[keys.action], values.shape[-1], batch_shape, network.action_space)
         discount = self.gamma if steps is None else self.gamma**steps
         discount = discount * terminated.logical_not().to(values.dtype)
-        reward = reward.to(values.dtype)
 
         taken, next_taken = _select(values, action), _select(next_values, next_action)
-        if self.target == "mse":
-            q_values = values
-            q_target = reward + discount * next_taken.unsqueeze(-1)
-            squared_error = (taken - q_target.squeeze(-1)).square()
-            loss_td, priority = squared_error / 2, squared_error
-        else:
-            support = self.value_network_params["support"].to(values.dtype)
-            q_values = expected_value(values, support)
-            target_probs = self._target_probs(next_taken, support, reward, discount)
-            q_target = (target_probs * support).sum(-1)
-            loss_td = priority = -(target_probs * taken).sum(-1)
+        loss_td, priority, q_target = self._td(taken, next_taken, reward.to(values.dtype), discount)
+        q_values = mask_illegal(self._q_values(values), network, inputs, action)
         q_data = _select(q_values, action)
         gap = q_values.logsumexp(-1) - q_data
 
-        tensordict.set(keys.priority, priority.detach().unsqueeze(-1))
-        weights = self._maybe_get_priority_weight(tensordict)
-        if weights is not None:
-            weights = weights.reshape(batch_shape)
+        tensordict.set(keys.priority, priority.detach().unsqueeze(-1), inplace=tensordict.is_locked)
+        weights = priority_weights(self, tensordict, batch_shape)
+        mean = mean_over_batch(self, tensordict, weights)
         result = {
             "loss_qvalue": self._reduce_loss(loss_td, tensordict, weights=weights),
             "loss_cql": self.cql_alpha * self._reduce_loss(gap, tensordict, weights=weights),
-            "td_error": priority.detach().mean(),
-            "cql_gap": gap.detach().mean(),
-            "q_data": q_data.detach().mean(),
-            "q_max": q_values.detach().amax(-1).mean(),
-            "q_target": q_target.mean(),
+            "td_error": mean(priority),
+            "cql_gap": mean(gap),
+            "q_data": mean(q_data),
+            "q_max": mean(q_values.amax(-1)),
+            "q_target": mean(q_target),
         }
         if self._writes_feature_norm:
-            result["feature_norm"] = inputs[keys.feature_norm].detach().mean()
+            result["feature_norm"] = mean(inputs[keys.feature_norm].squeeze(-1))
         out = TensorDict(result)
+        for key in self.keep:
+            out[key] = inputs[key]
         self._clear_weakrefs(tensordict, out, "value_network_params", "target_value_network_params")
         return out
 
@@ -251,42 +312,52 @@ class DistributionalCQLLoss(LossModule):
         """Reward, ``terminated`` and, if there, ``steps_to_next_obs``, each ``[*B, 1]``."""
         keys = self.tensor_keys
         reward = tensordict[unravel_key(("next", keys.reward))]
-        terminated = tensordict[unravel_key(("next", keys.terminated))]
+        end_key = unravel_key(("next", keys.terminated))
+        if (terminated := tensordict.get(end_key, None)) is None:
+            done_key = unravel_key(("next", keys.done))
+            if (terminated := tensordict.get(done_key, None)) is None:
+                raise KeyError(f"neither {end_key!r} nor {done_key!r} is in the batch")
+            end_key = done_key
         steps = tensordict.get(keys.steps_to_next_obs, None)
         # Any other shape would broadcast into a loss between samples.
         if reward.shape[-1:] != (1,):
             raise ValueError(f"('next', {keys.reward!r}) must be [*B, 1], got {tuple(reward.shape)}")
         if steps is not None and steps.shape == reward.shape[:-1]:
             steps = steps.unsqueeze(-1)  # as TorchRL's MultiStep writes it
-        for key, value in ((("next", keys.terminated), terminated), (keys.steps_to_next_obs, steps)):
+        for key, value in ((end_key, terminated), (keys.steps_to_next_obs, steps)):
             if value is not None and value.shape != reward.shape:
                 raise ValueError(f"{key!r} must be {tuple(reward.shape)} like the reward, got {tuple(value.shape)}")
         return reward, terminated, steps
 
     def _next_values(self, tensordict: TensorDictBase, batch_shape: torch.Size) -> tuple[Tensor, Tensor]:
         """The target network's values of the next observation, and the ``[*B]`` index of the action to evaluate."""
-        keys = self.tensor_keys
-        next_keys = {key: unravel_key(("next", key)) for key in self.value_network.in_keys}
-        present = tensordict.keys(include_nested=True)
-        if not any(next_key in present for next_key in next_keys.values()):
-            raise KeyError(f"none of {list(next_keys.values())} is in the batch, which has {sorted(present, key=str)}")
-        source = {key: next_key if next_key in present else key for key, next_key in next_keys.items()}
-        inputs = TensorDict({key: tensordict[name] for key, name in source.items()}, batch_shape)
-        network = self.value_network
-        values = action_values(network, self.target_value_network_params, inputs.copy(), keys.action_value)
-        chooser = values
+        key, network = self.tensor_keys.action_value, self.value_network
+        inputs = next_inputs(network, tensordict, batch_shape, self.static_keys)
+        choosing = inputs.copy()
+        values = chooser = action_values(network, self.target_value_network_params, choosing, key)
         if self.double_q:
-            chooser = action_values(network, self.value_network_params, inputs, keys.action_value)
-        if self.target != "mse":
-            chooser = expected_value(chooser, self.value_network_params["support"].to(chooser.dtype))
-        return values, chooser.argmax(-1)
+            choosing = inputs
+            chooser = action_values(network, self.value_network_params, choosing, key)
+        return values, mask_illegal(self._q_values(chooser), network, choosing).argmax(-1)
 
-    def _target_probs(self, log_probs: Tensor, support: Tensor, reward: Tensor, discount: Tensor) -> Tensor:
-        probs = log_probs.exp()
+    def _q_values(self, values: Tensor) -> Tensor:
+        """``[*B, A]`` expectations of log-probabilities ``[*B, N, A]``; scalar values as they are."""
+        return values if self.support is None else expected_value(values, self.support.to(values.dtype))
+
+    def _td(self, taken: Tensor, next_taken: Tensor, reward: Tensor, discount: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Each sample's TD loss, priority and target value, all ``[*B]``, from the values of the two actions."""
+        if self.support is None:
+            q_target = (reward + discount * next_taken.unsqueeze(-1)).squeeze(-1)
+            squared_error = (taken - q_target).square()
+            return squared_error / 2, squared_error, q_target
+        support, probs = self.support.to(taken.dtype), next_taken.exp()
         if self.target == "c51":
-            return c51_projection(probs, support, reward, discount)
-        value = (probs * support).sum(-1, keepdim=True)
-        return hl_gauss_target(reward + discount * value, support, self.sigma_ratio)
+            target_probs = c51_projection(probs, support, reward, discount)
+        else:
+            value = (probs * support).sum(-1, keepdim=True)
+            target_probs = hl_gauss_target(reward + discount * value, support, self.sigma_ratio)
+        loss_td = -(target_probs * taken).sum(-1)
+        return loss_td, loss_td, (target_probs * support).sum(-1)
 
 
 def _select(values: Tensor, action: Tensor) -> Tensor:

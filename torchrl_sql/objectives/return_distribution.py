@@ -11,6 +11,8 @@ import math
 import torch
 from torch import Tensor
 
+from torchrl_sql.arguments import check_number
+
 
 def check_support(support: Tensor) -> None:
     """Checks that a support can carry a return distribution.
@@ -76,7 +78,8 @@ def hl_gauss_target(value: Tensor, support: Tensor, sigma_ratio: float = 0.75) -
     """A normal distribution around a scalar target as a histogram (Farebrother et al. 2024, section 3.1).
 
     Atoms are the centres of the bins, whose mass is a difference of the normal's distribution function, renormalized to
-    what lies within the outermost bins' edges.
+    what lies within the outermost bins' edges. The source's bins lie otherwise: their *edges* span the support, so that
+    the outermost centres are half a bin inside, and its targets are not clipped.
 
     Args:
         value (Tensor): ``[*B, 1]`` targets; clipped to the support, as C51 clips atoms.
@@ -84,9 +87,15 @@ def hl_gauss_target(value: Tensor, support: Tensor, sigma_ratio: float = 0.75) -
         sigma_ratio (float): standard deviation in units of a bin's width; 0.75 is the source's.
 
     Returns:
-        ``[*B, N]`` probabilities. Their mean differs from ``value`` by less than 1e-4 bins further than four standard
-        deviations inside the support, and by less than one standard deviation anywhere.
+        ``[*B, N]`` probabilities. With ratios from 0.75 to 2 their mean differs from the clipped ``value`` by less than
+        1e-4 bins further than four standard deviations inside the support, and by less than one standard deviation
+        anywhere. Inside, narrower distributions err by more, as few bins hold their mass: 0.003 bins at 0.5, up to half
+        a bin towards 0.
+
+    Raises:
+        TypeError, ValueError: if ``sigma_ratio`` is not a positive number.
     """
+    check_number("sigma_ratio", sigma_ratio, 0, above=True)
     num_atoms = support.shape[0]
     width = (support[-1] - support[0]) / (num_atoms - 1)
     edges = torch.cat([support - width / 2, support[-1:] + width / 2])
