@@ -39,10 +39,9 @@ from tensordict.nn import TensorDictModule
 from torchrl.envs import CatFrames, Compose, GymWrapper, TransformedEnv, UnsqueezeTransform
 
 from torchrl_sql.envs import AtariVector
-from torchrl_sql.evaluation.policies import NetworkPolicy
 from torchrl_sql.evaluation.rollout import ROWS_PER_FORWARD, rollout
 from torchrl_sql.games import GAMES
-from torchrl_sql.modules import make_q_actor
+from torchrl_sql.modules import NetworkPolicy, make_q_actor
 from torchrl_sql.provenance import describe_benchmark
 
 gymnasium.register_envs(ale_py)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from torchrl_sql.config import compose_run_config
-from torchrl_sql.training.build import build_actor, build_loss
+from torchrl_sql.methods import make_method
 from torchrl_sql.training.checkpoint import save_checkpoint
 
 GAMES = ("Breakout", "Freeway")
@@ -34,7 +34,8 @@ def make_run(tmp_path_factory):
         (folder / "config.yaml").write_text(config.to_yaml())
         for step in steps:
             torch.manual_seed(step)
-            loss = build_loss(config, build_actor(config))
+            method = make_method(config.method)
+            loss = method.loss(method.network(config.model, config.games))
             content = {"config": config.to_yaml(), "trainer": {"step": step, "loss": loss.state_dict()}}
             save_checkpoint(folder / "checkpoints", step, content)
         return folder

@@ -7,9 +7,9 @@ from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 
 from torchrl_sql.envs import AtariVector, Emulator
-from torchrl_sql.evaluation.policies import ConstantPolicy, NetworkPolicy, RandomPolicy
+from torchrl_sql.evaluation.policies import ConstantPolicy, RandomPolicy
 from torchrl_sql.evaluation.rollout import episode_seed, rollout
-from torchrl_sql.modules import make_q_actor
+from torchrl_sql.modules import NetworkPolicy, make_q_actor
 
 SHORT = Emulator(max_env_frames=240)
 GAMES = ["Breakout", "Freeway"]

@@ -12,12 +12,12 @@ from tensordict.nn import TensorDictModule
 from torchrl_sql.envs import Emulator
 from torchrl_sql.evaluation import rollout as rollout_module
 from torchrl_sql.evaluation.episodes import EpisodeResult, read_calibration, read_episodes
-from torchrl_sql.evaluation.policies import ConstantPolicy, NetworkPolicy, RandomPolicy
+from torchrl_sql.evaluation.policies import ConstantPolicy, RandomPolicy
 from torchrl_sql.evaluation.protocol import AgentId, Protocol, Share
 from torchrl_sql.evaluation.rollout import Rollout
 from torchrl_sql.evaluation.runner import _calibration_points, evaluate
 from torchrl_sql.evaluation.tables import TableWriter
-from torchrl_sql.modules import make_q_actor
+from torchrl_sql.modules import NetworkPolicy, make_q_actor
 from torchrl_sql.provenance import software_versions
 
 GAMES = ("Breakout", "Freeway")

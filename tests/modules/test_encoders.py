@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from torchrl_sql.config import compose_run_config
+from torchrl_sql.methods import make_method
 from torchrl_sql.modules import ENCODERS, ImpalaCNN, NatureCNN, ResNet, SmallResNet, encoders, make_q_actor
-from torchrl_sql.training.build import build_actor
 
 
 @pytest.mark.parametrize(
@@ -83,7 +83,7 @@ def test_the_contributors_recipe_adds_an_encoder():
                 "model.num_embeddings=null",
             ]
         )
-        actor = build_actor(config)
+        actor = make_method(config.method).network(config.model, config.games)
         assert actor.module[0].module.heads.weight.shape == (2, 51 * 18, 64)
     finally:
         for name in {*ENCODERS} - known:

@@ -19,7 +19,7 @@ from torchrl_sql.config import ConfigError
 from torchrl_sql.data import GameMixtureSamplerWithoutReplacement, OfflineAtariReplay
 from torchrl_sql.evaluation.episodes import read_episodes
 from torchrl_sql.statistics.scores import human_normalised
-from torchrl_sql.training import Interrupted, load_actor, train
+from torchrl_sql.training import Interrupted, load_agent, train
 from torchrl_sql.training.build import build_trainer, learning_rate_factor
 from torchrl_sql.training.checkpoint import best_step, checkpoint_step, list_checkpoints, load_checkpoint
 from torchrl_sql.training.logs import read_scalars
@@ -249,7 +249,7 @@ def test_a_loaded_actor_is_the_trained_one(make_config):
     trainer = build_trainer(config)
     trainer.load_state_dict(final_state(config))
     batch = trainer.replay.sample()
-    actor, loaded_config, step = load_actor(folder)
+    actor, loaded_config, step = load_agent(folder)
     assert (step, loaded_config) == (12, config)
     with torch.no_grad():
         loaded = actor(batch.clone())["action_value"]

@@ -1,7 +1,7 @@
 """Agents play in the emulator; every finished episode is kept in a table."""
 
 from torchrl_sql.evaluation.episodes import CalibrationPoint, EpisodeResult, read_calibration, read_episodes
-from torchrl_sql.evaluation.policies import ConstantPolicy, NetworkPolicy, RandomPolicy
+from torchrl_sql.evaluation.policies import ConstantPolicy, RandomPolicy
 from torchrl_sql.evaluation.protocol import AgentId, Protocol, Share
 from torchrl_sql.evaluation.runner import evaluate
 
@@ -10,7 +10,6 @@ __all__ = [
     "CalibrationPoint",
     "ConstantPolicy",
     "EpisodeResult",
-    "NetworkPolicy",
     "Protocol",
     "RandomPolicy",
     "Share",

@@ -10,17 +10,18 @@ from statistics import fmean
 import numpy as np
 from tensordict.nn import TensorDictModuleBase
 
-from torchrl_sql.config import QLearningConfig, compose_run_config
+from torchrl_sql.config import compose_run_config
 from torchrl_sql.evaluation.clips import find_clip, write_clip
 from torchrl_sql.evaluation.episodes import EpisodeResult
-from torchrl_sql.evaluation.policies import ConstantPolicy, NetworkPolicy, RandomPolicy, digest_of_weights
+from torchrl_sql.evaluation.policies import ConstantPolicy, RandomPolicy, digest_of_weights
 from torchrl_sql.evaluation.protocol import WHOLE, AgentId, Decoding, Protocol, Share
 from torchrl_sql.evaluation.rollout import Rollout
 from torchrl_sql.evaluation.runner import evaluate
 from torchrl_sql.games import ACTION_NAMES, GAMES
+from torchrl_sql.methods import make_method
 from torchrl_sql.statistics.aggregates import interquartile_mean
 from torchrl_sql.statistics.scores import human_normalised, split_by_reference
-from torchrl_sql.training.build import find_checkpoint, load_actor, resolve_device, set_num_threads
+from torchrl_sql.training.build import find_checkpoint, load_agent, resolve_device, set_num_threads
 from torchrl_sql.training.checkpoint import mark_best
 
 
@@ -160,25 +161,28 @@ class TrainedAgent(Agent):
         device: str | None = None,
     ) -> None:
         path = find_checkpoint(path)
-        actor, config, gradient_step = load_actor(path)
+        network, config, gradient_step = load_agent(path)
+        method = make_method(config.method)
+        if method.values == "none":
+            raise ValueError(f"{path} must hold a network that acts, got one of method {config.method.name!r}")
         set_num_threads(config)  # as in training: the last bits of outputs depend on it
         agent = AgentId(
             name=config.name,
             training_seed=config.seed,
             gradient_step=gradient_step,
             decoding=decoding,
-            checkpoint=digest_of_weights(actor),
+            checkpoint=digest_of_weights(network),
         )
-        actor.to(resolve_device(device or config.trainer.device))
+        network.to(resolve_device(device or config.trainer.device))
         folder = path.parent.parent
         in_run = path.parent.name == "checkpoints" and (folder / "config.yaml").is_file()
         super().__init__(
             agent,
-            NetworkPolicy(actor, config.games, decoding=decoding),
+            method.policy(network, config.games, decoding=decoding),
             config.games,
             games=games,
             protocol=Protocol.from_config(config.evaluation),
-            gamma=config.method.gamma if isinstance(config.method, QLearningConfig) else None,
+            gamma=method.gamma if method.values == "q" else None,
             run_dir=folder if in_run else None,
         )
 

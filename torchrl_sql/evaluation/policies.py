@@ -1,4 +1,4 @@
-"""Policies that evaluation provides: trained networks, random play, always one action. Any other TensorDict module will
+"""Policies that evaluation provides: random play, always one action. Any other TensorDict module will
 do as well: see :func:`torchrl_sql.evaluation.runner.evaluate`.
 
 Legend: B batch, G games, A actions.
@@ -15,59 +15,9 @@ from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import nn
 from torchrl.data import Composite, OneHot
-from torchrl.modules import DistributionalQValueActor, QValueActor
 
-from torchrl_sql.evaluation.protocol import DECODINGS, Decoding
 from torchrl_sql.games import ACTION_NAMES, NUM_ACTIONS, legal_action_mask
-
-
-class NetworkPolicy(TensorDictModuleBase):
-    """Plays a Q-value actor (or the logits of a cloning network), never an action that the game does not know.
-
-    Reads: ``observation`` ``[B, 4, 84, 84]`` uint8, ``game_id`` ``[B]`` int64, ``uniform`` ``[B]`` float64.
-    Writes: ``action`` ``[B]`` int64, ``action_value`` ``[B, 18]`` float: Q-values (the expectation of a return
-    distribution) or logits.
-
-    Args:
-        actor (QValueActor or DistributionalQValueActor): over the 18 actions.
-        games (sequence of str): its games, in the order of its ``game_id``.
-
-    Keyword Args:
-        decoding ("greedy" or "sampled"): the argmax, or a draw from the softmax of ``action_value``.
-
-    Raises:
-        ValueError: for another decoding, other action sets and, when playing, values that are not finite.
-    """
-
-    in_keys: ClassVar[list[str]] = ["observation", "game_id", "uniform"]
-    out_keys: ClassVar[list[str]] = ["action", "action_value"]
-
-    def __init__(self, actor: QValueActor, games: Sequence[str], *, decoding: Decoding = "greedy"):
-        super().__init__()
-        if decoding not in DECODINGS:
-            raise ValueError(f"decoding must be 'greedy' or 'sampled', got {decoding!r}")
-        check_action_set(actor)
-        self.actor = actor
-        self.decoding = decoding
-        self.support = actor.support if isinstance(actor, DistributionalQValueActor) else None
-        device = next(actor.parameters()).device
-        self.register_buffer("legal", legal_action_mask(games).to(device), persistent=False)
-
-    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """Writes ``action`` and ``action_value``, see :class:`NetworkPolicy`."""
-        value_BA = self.actor(tensordict.select("observation", "game_id"))["action_value"]
-        if self.support is not None:
-            value_BA = (value_BA.exp() * self.support.unsqueeze(-1)).sum(-2)
-        if not value_BA.isfinite().all():
-            raise ValueError("the network's outputs must be finite, got NaN or infinity: its training diverged")
-        legal_BA = self.legal[tensordict["game_id"]]
-        preference_BA = value_BA.double().masked_fill(~legal_BA, -torch.inf)
-        if self.decoding == "greedy":
-            tensordict["action"] = preference_BA.argmax(-1)
-        else:
-            tensordict["action"] = draw(preference_BA.softmax(-1), tensordict["uniform"])
-        tensordict["action_value"] = value_BA
-        return tensordict
+from torchrl_sql.modules import sample_index
 
 
 class RandomPolicy(TensorDictModuleBase):
@@ -85,7 +35,7 @@ class RandomPolicy(TensorDictModuleBase):
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Writes ``action``, see :class:`RandomPolicy`."""
-        tensordict["action"] = draw(self.legal[tensordict["game_id"]], tensordict["uniform"])
+        tensordict["action"] = sample_index(self.legal[tensordict["game_id"]], tensordict["uniform"])
         return tensordict
 
 
@@ -106,15 +56,6 @@ class ConstantPolicy(TensorDictModuleBase):
         """Writes ``action``, see :class:`ConstantPolicy`."""
         tensordict["action"] = torch.full_like(tensordict["game_id"], self.action)
         return tensordict
-
-
-def draw(weight_BA: torch.Tensor, uniform_B: torch.Tensor) -> torch.Tensor:
-    """The first action at which the cumulative weight exceeds the uniform number's share of the total: ``[B]`` int64.
-
-    The sums are in float64; actions of weight 0 are never drawn.
-    """
-    cumulative_BA = weight_BA.double().cumsum(-1)
-    return (cumulative_BA > uniform_B.unsqueeze(-1) * cumulative_BA[:, -1:]).int().argmax(-1)
 
 
 def check_action_set(policy: torch.nn.Module) -> None:

@@ -20,8 +20,9 @@ from tensordict.nn import TensorDictModuleBase
 
 from torchrl_sql.envs import AtariVector, Emulator
 from torchrl_sql.envs.atari import DEFAULT_EMULATOR
-from torchrl_sql.evaluation.policies import check_action_set, draw
+from torchrl_sql.evaluation.policies import check_action_set
 from torchrl_sql.games import FRAME_SHAPE, FRAME_STACK, GAMES, NUM_ACTIONS, legal_action_mask
+from torchrl_sql.modules import sample_index
 
 CALIBRATION_INTERVAL_AGENT_STEPS = 50
 """How often the value of an action is kept beside the rewards that follow."""
@@ -212,7 +213,7 @@ def rollout(
             _decide(policy, group[i : i + rows], game_ids[i : i + rows], noise[i : i + rows, 2], rows, device)
             for i in range(0, len(group), rows)
         ]
-        explored = draw(legal[game_ids], torch.from_numpy(noise[:, 1]))
+        explored = sample_index(legal[game_ids], torch.from_numpy(noise[:, 1]))
         actions = torch.cat([action for action, _ in decisions])
         actions = torch.where(torch.from_numpy(noise[:, 0] < epsilon), explored, actions)
         values = [value for _, chunk in decisions for value in ([None] * rows if chunk is None else chunk)]

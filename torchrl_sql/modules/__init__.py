@@ -7,6 +7,7 @@ from torchrl_sql.modules.decision_transformer import (
 )
 from torchrl_sql.modules.encoders import ENCODERS, Encoder, ImpalaCNN, NatureCNN, ResNet, SmallResNet
 from torchrl_sql.modules.heads import PerGameLinear
+from torchrl_sql.modules.policy import NetworkPolicy, sample_index
 from torchrl_sql.modules.pooling import POOLINGS, GlobalAveragePooling, LearnedSpatialEmbedding
 from torchrl_sql.modules.q_network import GreedyDistributionalQValueModule, MultiGameQNetwork, make_q_actor
 
@@ -22,9 +23,11 @@ __all__ = [
     "LearnedSpatialEmbedding",
     "MultiGameQNetwork",
     "NatureCNN",
+    "NetworkPolicy",
     "PerGameLinear",
     "ResNet",
     "SmallResNet",
     "make_decision_transformer",
     "make_q_actor",
+    "sample_index",
 ]

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from torchrl_sql.games import FRAME_SHAPE, NUM_ACTIONS, legal_action_mask
+from torchrl_sql.modules.policy import check_outputs, sample_index
 
 LOWEST_RETURN, HIGHEST_RETURN = -20, 100
 NUM_RETURNS = HIGHEST_RETURN - LOWEST_RETURN + 1
@@ -374,11 +375,11 @@ class DecisionTransformerPolicy(TensorDictModuleBase):
         inputs.append(torch.zeros_like(inputs[-1], dtype=torch.bool))  # nothing comes after the end of a game
         if self.network.return_token:
             return_logits = self.network.predict_return(context["observation"][:, 0])
-            token = self.choose_return(_finite(return_logits), tensordict.get("return_uniform", None))
+            token = self.choose_return(check_outputs(return_logits), tensordict.get("return_uniform", None))
             inputs.append((token + LOWEST_RETURN).unsqueeze(-1).expand_as(context["action"]))
         present = (context["mask"].sum(-1) - 1).clamp_min(0)  # rows without a step only fill the batch
         action_logits = self.network(*inputs)[0]
-        logits_BA = _finite(action_logits[torch.arange(len(present), device=present.device), present])
+        logits_BA = check_outputs(action_logits[torch.arange(len(present), device=present.device), present])
         tensordict["action"] = self.choose_action(logits_BA, tensordict["game_id"], tensordict.get("uniform", None))
         tensordict["action_value"] = logits_BA
         return tensordict
@@ -391,10 +392,10 @@ class DecisionTransformerPolicy(TensorDictModuleBase):
         assert uniform_B is not None
         if self.decoding == "expert":
             tilt = torch.linspace(0, self.kappa, NUM_RETURNS, dtype=torch.float64, device=logits_BR.device)
-            return _draw((logits_BR + tilt).softmax(-1), uniform_B)
+            return sample_index((logits_BR + tilt).softmax(-1), uniform_B)
         if self.decoding == "expert_128":
-            return _draw((self.return_temperature * logits_BR).softmax(-1), uniform_B ** (1 / self.num_draws))
-        return _draw(logits_BR.softmax(-1), uniform_B)
+            return sample_index((self.return_temperature * logits_BR).softmax(-1), uniform_B ** (1 / self.num_draws))
+        return sample_index(logits_BR.softmax(-1), uniform_B)
 
     def choose_action(self, logits_BA: Tensor, game_id_B: Tensor, uniform_B: Tensor | None) -> Tensor:
         """Actions ``[B]`` int64, from logits ``[B, 18]`` and uniform numbers ``[B]`` (None if greedy)."""
@@ -405,19 +406,4 @@ class DecisionTransformerPolicy(TensorDictModuleBase):
         assert uniform_B is not None
         if self.decoding == "expert_128":
             allowed_BA = allowed_BA & (logits_BA > logits_BA.quantile(0.5, dim=-1, keepdim=True))
-        return _draw(logits_BA.softmax(-1) * allowed_BA, uniform_B)
-
-
-def _finite(logits: Tensor) -> Tensor:
-    if not logits.isfinite().all():
-        raise ValueError("the network's outputs must be finite, got NaN or infinity: its training diverged")
-    return logits
-
-
-def _draw(weight_BN: Tensor, uniform_B: Tensor) -> Tensor:
-    """The first index at which the cumulative weight exceeds the uniform number's share of the total: ``[B]`` int64.
-
-    0 where all weights are 0.
-    """
-    cumulative_BN = weight_BN.double().cumsum(-1)
-    return (cumulative_BN > uniform_B.unsqueeze(-1) * cumulative_BN[:, -1:]).int().argmax(-1)
+        return sample_index(logits_BA.softmax(-1) * allowed_BA, uniform_B)

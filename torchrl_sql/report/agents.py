@@ -11,11 +11,10 @@ import torch
 from torchrl_sql.config import RunConfig
 from torchrl_sql.evaluation.agents import ConstantAgent
 from torchrl_sql.evaluation.episodes import EpisodeResult
+from torchrl_sql.methods import METHODS, make_method
 from torchrl_sql.report import Agent, Role
 from torchrl_sql.report.text import format_size
-from torchrl_sql.training.build import build_actor
 
-_LABELS = {"cql": "Scaled QL", "bc": "BC"}
 _SIZES = ("resnet18", "resnet34", "resnet50", "resnet101")
 """Encoders that are one architecture in several sizes; any other one is another method."""
 
@@ -24,7 +23,7 @@ def find_agents(runs: Sequence[RunConfig], episodes: Sequence[EpisodeResult]) ->
     """Every agent of the tables but constant actions: the method and its sizes first, then cloning, then others.
 
     The method is the first run of Q-learning, or without one the first agent. A run has its role, and a label by its
-    objective, if it differs from the first one of that objective in nothing but the size of the encoder; every other
+    method, if it differs from the first one of that method in nothing but the size of the encoder; every other
     run, an ablation say, is called by its name.
 
     Args:
@@ -42,13 +41,14 @@ def find_agents(runs: Sequence[RunConfig], episodes: Sequence[EpisodeResult]) ->
         raise ValueError("the tables must hold episodes of an agent beside constant actions, found none")
     parameters = {name: _num_parameters(config) for name, config in configs.items()}
     series = _size_series(configs)
-    method_series = series.get("cql") or next(iter(series.values()), None)
+    learning_values = [names for method, names in series.items() if METHODS[method].values == "q"]
+    method_series = next(iter([*learning_values, *series.values()]), None)
     if method_series is None:
         trained = [row.agent for row in episodes if row.checkpoint]
         method_series = [trained[0] if trained else next(iter(played))[0]]
     labels = {
-        name: _LABELS[objective] if len(names) == 1 else f"{_LABELS[objective]} {format_size(parameters[name])}"
-        for objective, names in series.items()
+        name: METHODS[method].label + (f" {format_size(parameters[name])}" if len(names) > 1 else "")
+        for method, names in series.items()
         for name in names
     }
     agents = []
@@ -89,7 +89,7 @@ def deciding_settings(config: RunConfig) -> dict[str, Any]:
 
 
 def _size_series(configs: Mapping[str, RunConfig]) -> dict[str, list[str]]:
-    """By objective: the first run's name and those that differ from it in the size of the encoder only."""
+    """By method: the first run's name and those that differ from it in the size of the encoder only."""
     series: dict[str, list[str]] = {}
     for name, config in configs.items():
         names = series.setdefault(config.method.name, [name])
@@ -110,4 +110,5 @@ def _apart_from_size(config: RunConfig) -> dict[str, Any]:
 
 def _num_parameters(config: RunConfig) -> int:
     with torch.device("meta"):
-        return sum(parameter.numel() for parameter in build_actor(config).parameters())
+        network = make_method(config.method).network(config.model, config.games)
+    return sum(parameter.numel() for parameter in network.parameters())

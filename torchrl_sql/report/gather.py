@@ -22,21 +22,12 @@ from torchrl_sql.evaluation.episodes import (
 from torchrl_sql.evaluation.protocol import AgentId
 from torchrl_sql.evaluation.tables import files_of
 from torchrl_sql.games import GAMES
+from torchrl_sql.methods import make_method
 from torchrl_sql.report import Agent, Clip, Curve, ReportData
 from torchrl_sql.report.agents import deciding_settings, find_agents
 from torchrl_sql.report.dataset import game_data, other_data
 from torchrl_sql.report.text import name_games
 from torchrl_sql.training.logs import read_scalars
-
-_METRICS = {
-    "loss_qvalue": "TD loss (nats)",
-    "loss_cql": "CQL penalty, weighted",
-    "loss_bc": "Cloning loss (nats)",
-    "q_data": "Q of the data's actions",
-    "q_max": "Maximum Q",
-    "feature_norm": "Feature norm before normalization",
-    "grad_norm": "Gradient norm before clipping",
-}
 
 Row = TypeVar("Row", EpisodeResult, CalibrationPoint)
 
@@ -224,6 +215,7 @@ def _merge(values: Sequence[Any]) -> Any:
 
 def _curves(run: _Run, label: str) -> list[Curve]:
     scalars = read_scalars(run.folder)
+    metrics = {**make_method(run.config.method).metrics, "grad_norm": "Gradient norm before clipping"}
     return [
         Curve(
             agent=run.config.name,
@@ -233,7 +225,7 @@ def _curves(run: _Run, label: str) -> list[Curve]:
             gradient_steps=[step for step, _ in scalars[name]],
             values=[value for _, value in scalars[name]],
         )
-        for name, title in _METRICS.items()
+        for name, title in metrics.items()
         if name in scalars
     ]
 

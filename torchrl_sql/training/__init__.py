@@ -9,20 +9,20 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from torchrl_sql.training.build import load_actor
+    from torchrl_sql.training.build import load_agent
     from torchrl_sql.training.policy import export_policy, load_policy
     from torchrl_sql.training.run import train
     from torchrl_sql.training.signals import Interrupted, StopSignals
     from torchrl_sql.training.trainer import Trainer
 
-__all__ = ["Interrupted", "StopSignals", "Trainer", "export_policy", "load_actor", "load_policy", "train"]
+__all__ = ["Interrupted", "StopSignals", "Trainer", "export_policy", "load_agent", "load_policy", "train"]
 
 _MODULES = {
     "Interrupted": "signals",
     "StopSignals": "signals",
     "Trainer": "trainer",
     "export_policy": "policy",
-    "load_actor": "build",
+    "load_agent": "build",
     "load_policy": "policy",
     "train": "run",
 }

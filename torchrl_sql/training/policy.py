@@ -8,11 +8,12 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torchrl.modules import DistributionalQValueActor, QValueActor
+from tensordict.nn import TensorDictModuleBase
 
-from torchrl_sql.config import RunConfig, run_config_from_yaml
+from torchrl_sql.config import run_config_from_yaml
 from torchrl_sql.files import replacing
-from torchrl_sql.training.build import build_actor, find_checkpoint, load_actor
+from torchrl_sql.methods import make_method
+from torchrl_sql.training.build import find_checkpoint, load_agent
 from torchrl_sql.training.checkpoint import CheckpointError
 
 POLICY_FILE = "policy.safetensors"
@@ -36,14 +37,14 @@ def export_policy(checkpoint: Path, path: Path) -> None:
         OSError: if the file cannot be written; nothing is left of it.
     """
     checkpoint = find_checkpoint(checkpoint)
-    actor, config, gradient_step = load_actor(checkpoint)
+    network, config, gradient_step = load_agent(checkpoint)
     metadata = {
         "format": _POLICY_FORMAT,
         "config": config.to_yaml(),
         "games": ",".join(config.games),
         "gradient_step": str(gradient_step),
     }
-    weights = {name: value.contiguous().clone() for name, value in actor.state_dict().items()}
+    weights = {name: value.contiguous().clone() for name, value in network.state_dict().items()}
     with replacing(path, concurrent=True) as temporary:
         try:
             save_file(weights, temporary, metadata=metadata)
@@ -52,7 +53,7 @@ def export_policy(checkpoint: Path, path: Path) -> None:
         shutil.copymode(checkpoint, temporary)  # safetensors' own is for the owner alone
 
 
-def load_policy(path: Path | str, *, device: torch.device | str = "cpu") -> DistributionalQValueActor | QValueActor:
+def load_policy(path: Path | str, *, device: torch.device | str = "cpu") -> TensorDictModuleBase:
     """Loads a ``policy.safetensors`` file, ready to act. Runs no code from the file.
 
     Args:
@@ -62,9 +63,9 @@ def load_policy(path: Path | str, *, device: torch.device | str = "cpu") -> Dist
         device (torch.device or str): where the weights go.
 
     Returns:
-        An actor in evaluation mode, as :func:`torchrl_sql.modules.make_q_actor` makes them, that never chooses an
-        action its game does not know: ``observation`` uint8 ``[*B, 4, 84, 84]`` and ``game_id`` int64 ``[*B]`` (place
-        of the game in the file's ``games``) in, ``action`` int64 ``[*B]`` out.
+        The method's greedy policy in evaluation mode, which never chooses an action that its game does not know; of a
+        Q-network :class:`torchrl_sql.modules.NetworkPolicy`: ``observation`` uint8 ``[*B, 4, 84, 84]`` and ``game_id``
+        int64 ``[*B]`` (place of the game in the file's ``games``) in, ``action`` int64 ``[*B]`` out.
 
     Raises:
         CheckpointError: if the file is damaged or of another format.
@@ -81,9 +82,8 @@ def load_policy(path: Path | str, *, device: torch.device | str = "cpu") -> Dist
         raise CheckpointError(f"{path} must be a safetensors file: {error}") from error
     if metadata.get("format") != _POLICY_FORMAT:
         raise CheckpointError(f"{path} must be of format {_POLICY_FORMAT!r}, got {metadata.get('format')!r}")
-    config: RunConfig = run_config_from_yaml(metadata["config"], source=f"the configuration in {path}")
-    actor = build_actor(config, mask_illegal_actions=True)
-    # Which actions are legal is no weight: it follows from the games.
-    own = {name: value for name, value in actor.state_dict().items() if name.endswith("legal_actions")}
-    actor.load_state_dict({**weights, **own})
-    return actor.eval().to(device)
+    config = run_config_from_yaml(metadata["config"], source=f"the configuration in {path}")
+    method = make_method(config.method)
+    network = method.network(config.model, config.games)
+    network.load_state_dict(weights)
+    return method.policy(network.eval().to(device), config.games)

@@ -1,0 +1,91 @@
+"""What every method must do for the rest of the package."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tensordict import TensorDict
+from torch import nn
+
+from torchrl_sql.config import ConfigError, MethodConfig, compose_run_config, list_choices
+from torchrl_sql.methods import METHODS, make_method
+
+GAMES = ("Breakout", "Freeway")
+
+
+def make(choice):
+    config = compose_run_config(["scale=cpu", f"method={choice}", "data.store=x", f"data.games=[{','.join(GAMES)}]"])
+    method = make_method(config.method)
+    return method, method.network(config.model, config.games)
+
+
+def batch():
+    generator = torch.Generator().manual_seed(0)
+
+    def state():
+        return {
+            "observation": torch.randint(256, (6, 4, 84, 84), dtype=torch.uint8, generator=generator),
+            "game_id": torch.arange(6) % 2,
+        }
+
+    following = {**state(), "reward": torch.ones(6, 1), "terminated": torch.zeros(6, 1, dtype=torch.bool)}
+    return TensorDict(
+        **state(),
+        action=torch.arange(6),
+        next=TensorDict(following, [6]),
+        steps_to_next_obs=torch.ones(6, 1, dtype=torch.int64),
+        batch_size=[6],
+    )
+
+
+def test_each_method_has_a_choice_and_each_choice_a_method():
+    assert {make(choice)[0].settings.name for choice in list_choices("method")} == set(METHODS)
+
+
+@pytest.mark.parametrize("choice", list_choices("method"))
+def test_the_loss_trains_the_network_and_reports_the_metrics_that_pages_draw(choice):
+    method, network = make(choice)
+    loss = method.loss(network)
+    result = loss(batch())
+    assert method.metrics and set(method.metrics) <= set(result.keys())
+    sum(value for key, value in result.items() if key.startswith("loss_")).backward()
+    assert all(parameter.grad is not None for parameter in network.parameters())
+
+
+@pytest.mark.parametrize("choice", list_choices("method"))
+def test_the_losss_state_holds_the_networks_weights(choice):
+    (method, network), (_, other) = make(choice), make(choice)
+    method.loss(other).load_state_dict(method.loss(network).state_dict())
+    ours, theirs = network.state_dict(), other.state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.parametrize("choice", ["cql_c51", "cql_hl_gauss", "cql_mse"])
+def test_q_learnings_target_network_follows_when_it_is_told_to(choice):
+    method, network = make(choice)
+    loss = method.loss(network)
+    updater = method.target_updater(loss)
+    before = loss.target_value_network_params.clone()
+    for parameter in loss.parameters():
+        parameter.data.add_(1.0)
+    assert (loss.target_value_network_params == before).all()
+    updater.step()
+    trained = [key for key, value in loss.value_network_params.items(True, True) if isinstance(value, nn.Parameter)]
+    assert trained and all(
+        torch.equal(loss.target_value_network_params[key], loss.value_network_params[key]) for key in trained
+    )
+
+
+@pytest.mark.parametrize("choice", list_choices("method"))
+@pytest.mark.parametrize("decoding", ["greedy", "sampled"])
+def test_the_policy_knows_the_games_actions(choice, decoding):
+    method, network = make(choice)
+    states = batch().select("observation", "game_id").set("uniform", torch.rand(6, dtype=torch.float64))
+    actions = method.policy(network.eval(), GAMES, decoding=decoding)(states)["action"]
+    legal = {0: {0, 1, 3, 4}, 1: {0, 2, 5}}
+    assert all(action in legal[game] for action, game in zip(actions.tolist(), states["game_id"].tolist(), strict=True))
+
+
+def test_an_unknown_method_is_named():
+    with pytest.raises(ConfigError, match=r"method\.name must be one of cql, bc, got 'x'"):
+        make_method(MethodConfig(name="x"))
