@@ -86,4 +86,4 @@ def load_policy(path: Path | str, *, device: torch.device | str = "cpu") -> Tens
     method = make_method(config.method)
     network = method.network(config.model, config.games)
     network.load_state_dict(weights)
-    return method.policy(network.eval().to(device), config.games)
+    return method.policy(network.to(device), config.games).eval()
