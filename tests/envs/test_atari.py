@@ -114,3 +114,14 @@ class TestAtariEnv:
             torch.manual_seed(0)
             rollouts.append(env.rollout(40, break_when_any_done=False))
         assert (rollouts[0] == rollouts[1]).all()
+
+    @pytest.mark.gpu
+    @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+    def test_it_writes_and_reads_on_any_device(self):
+        rollouts = []
+        for device in ("cpu", "cuda"):
+            env = AtariEnv("Breakout", 2, Emulator(max_env_frames=60), device=device)
+            env.set_seed(3)
+            rollouts.append(env.rollout(30, lambda td: td.set("action", td["game_id"] + 1), break_when_any_done=False))
+        check_env_specs(env)
+        assert rollouts[1].device.type == "cuda" and (rollouts[0] == rollouts[1].cpu()).all()

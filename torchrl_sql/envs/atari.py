@@ -194,6 +194,7 @@ class AtariEnv(EnvBase):
     Keyword Args:
         game_id (int): what to write under ``game_id``: the game's place in the policy's list of games.
         num_threads (int): emulator threads; 0 takes one per core.
+        device (torch.device or str): where tensors are written and actions read; emulation is on the CPU.
 
     Examples:
         >>> env = AtariEnv("Breakout", 2)
@@ -209,8 +210,9 @@ class AtariEnv(EnvBase):
         *,
         game_id: int = 0,
         num_threads: int = 0,
+        device: torch.device | str = "cpu",
     ):
-        super().__init__(device="cpu", batch_size=[num_envs])
+        super().__init__(device=device, batch_size=[num_envs])
         self._vector = AtariVector(game, num_envs, emulator, num_threads=num_threads)
         self._rng = np.random.default_rng()
         self._game_id = torch.full((num_envs,), game_id, dtype=torch.int64)
@@ -235,16 +237,16 @@ class AtariEnv(EnvBase):
             game_id=self._game_id.clone(),
             **entries,
             batch_size=self.batch_size,
-        )
+        ).to(self.device)
 
     def _reset(self, tensordict: TensorDictBase | None = None, **kwargs) -> TensorDictBase:
         mask = None if tensordict is None else tensordict.get("_reset", None)
-        mask = np.ones(self.batch_size, dtype=np.bool_) if mask is None else mask.reshape(self.batch_size).numpy()
+        mask = np.ones(self.batch_size, dtype=np.bool_) if mask is None else mask.reshape(self.batch_size).cpu().numpy()
         seeds = self._rng.integers(0, 2**31 - 1, size=int(mask.sum()))
         return self._observe(self._vector.reset(seeds, mask))
 
     def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
-        observation, reward, terminated, truncated = self._vector.step(tensordict["action"].numpy())
+        observation, reward, terminated, truncated = self._vector.step(tensordict["action"].cpu().numpy())
         return self._observe(
             observation,
             reward=torch.from_numpy(reward).float().unsqueeze(-1),
