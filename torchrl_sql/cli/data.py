@@ -65,12 +65,13 @@ def _add_formats(importer: argparse.ArgumentParser) -> None:
         parser.add_argument("--out", type=Path, required=True, help="the store; made if absent")
         types, parameters = get_type_hints(format.read), inspect.signature(format.read).parameters
         for option, text in format.options.items():
-            kind = types[option]
+            kinds = [types[option], *get_args(types[option])]  # X | None has the arguments X and None
+            choices = [get_args(kind) for kind in kinds if get_origin(kind) is Literal]
             parser.add_argument(
                 f"--{option.replace('_', '-')}",
                 help=text,
-                type=int if kind is int else str,
-                choices=get_args(kind) if get_origin(kind) is Literal else None,
+                type=int if int in kinds else str,
+                choices=choices[0] if choices else None,
                 required=parameters[option].default is inspect.Parameter.empty,
                 default=argparse.SUPPRESS,
             )

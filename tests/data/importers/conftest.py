@@ -32,6 +32,7 @@ class DopamineLog:
     """Logs when the cursor stands one row before the end, looking once a call, as the original does.
 
     ``looks_at_every_row``: a writer that looks after each row, so that a checkpoint may end inside padding.
+    ``is_plain``: no log but Dopamine itself, whose runner calls :meth:`log` now and then.
     """
 
     folder: Path
@@ -39,8 +40,11 @@ class DopamineLog:
     num_actions: int
     seed: int = 0
     looks_at_every_row: bool = False
+    is_plain: bool = False
     add_count: int = 0
     logged: list[tuple[int, int]] = field(default_factory=list)  # Rows of each checkpoint, counted from the start.
+    flushed: int | None = None  # Number of the final flush.
+    ends: set = field(default_factory=set)  # Rows of the ring that end an episode.
     episodes: list[Played] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -54,8 +58,8 @@ class DopamineLog:
             "terminal": np.full(n, GARBAGE, np.uint8),
         }
 
-    def play(self, num_steps: int, *, black_frames: Sequence[int] = ()) -> None:
-        """Plays one episode; frame k of the log carries k + 1 in its pixels."""
+    def play(self, num_steps: int, *, black_frames: Sequence[int] = (), is_terminal: bool = True) -> None:
+        """Plays one episode; frame k of the log carries k + 1 in its pixels. Newer Dopamine does not mark time-outs."""
         first = self.add_count + 3
         frames = np.zeros((num_steps, 84, 84), np.uint8)
         frames[:, 0, :4] = (first + 1 + np.arange(num_steps)).astype("<u4").view(np.uint8).reshape(-1, 4)
@@ -64,7 +68,10 @@ class DopamineLog:
         rewards = self.rng.integers(-1, 2, num_steps).astype(np.float32)
         self.episodes.append(Played(frames, actions, rewards, first))
         for step in range(num_steps):
-            self._add(frames[step], actions[step], rewards[step], step == num_steps - 1, begins=step == 0)
+            is_last = step == num_steps - 1
+            self._add(frames[step], actions[step], rewards[step], is_last and is_terminal, begins=step == 0)
+            cursor = (self.add_count - 1) % self.capacity
+            self.ends = self.ends | {np.int64(cursor)} if is_last else self.ends - {cursor}
 
     def _add(self, *row: object, begins: bool) -> None:
         for values in [(0, 0, 0, 0)] * 3 * begins + [row]:
@@ -77,7 +84,7 @@ class DopamineLog:
             self._log_if_due()
 
     def _log_if_due(self) -> None:
-        if self.add_count % self.capacity == self.capacity - 1:
+        if self.add_count % self.capacity == self.capacity - 1 and not self.is_plain:
             self.log(self.add_count)
 
     def log(self, add_count: int) -> None:
@@ -86,9 +93,10 @@ class DopamineLog:
             self.save(f"$store$_{name}_ckpt.{k}.gz", array)
         self.save(f"add_count_ckpt.{k}.gz", np.array(add_count))
         self.save(f"invalid_range_ckpt.{k}.gz", np.arange(cursor - 1, cursor + 4) % self.capacity)
-        self.logged.append((max(self.add_count - cursor - 1, 0), self.add_count))
+        self.logged.append((max(self.add_count - self.capacity, 0), self.add_count))
 
     def log_final(self) -> None:
+        self.flushed = len(self.logged)
         self.log(self.add_count % self.capacity)
 
     def save(self, name: str, array: np.ndarray) -> None:
@@ -110,7 +118,9 @@ def covered(log: DopamineLog, checkpoints: Sequence[int]) -> list[tuple[int, int
     stretches: list[tuple[int, int]] = []
     for k in checkpoints:
         begin, end = log.logged[k]
-        if stretches and stretches[-1][1] == begin:
+        if not stretches and k == log.flushed:  # Whether the rows past the cursor were ever written is unknown.
+            begin = end - end % log.capacity - (k > 0)
+        if stretches and stretches[-1][1] >= begin:
             stretches[-1] = (stretches[-1][0], end)
         else:
             stretches.append((begin, end))
@@ -193,7 +203,7 @@ def new_log(
     root: Path, *, game: str = "Pong", run: int = 1, capacity: int = 10, seed: int = 0, **kwargs
 ) -> DopamineLog:
     folder = root / game / str(run) / "replay_logs"
-    return DopamineLog(folder, capacity, len(GAMES[game].minimal_actions), **kwargs)
+    return DopamineLog(folder, capacity, len(GAMES[game].minimal_actions), seed=seed, **kwargs)
 
 
 @pytest.fixture
@@ -203,7 +213,7 @@ def log(tmp_path):
     for num_steps in (1, 7, 2, 9):
         log.play(num_steps)
     log.log_final()
-    assert log.logged == [(0, 9), (9, 19), (19, 29), (29, 31)]
+    assert log.logged == [(0, 9), (9, 19), (19, 29), (21, 31)]
     return log
 
 

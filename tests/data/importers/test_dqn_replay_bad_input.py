@@ -6,11 +6,14 @@ import gzip
 import os
 import resource
 import shutil
+import tempfile
 import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from torchrl_sql.data import FrameStore
 from torchrl_sql.data.importers import ImportFailedError, dqn_replay, import_dqn_replay
@@ -95,7 +98,7 @@ DAMAGES = [
     (REWARD, put(2, 7.0), r"row 2 must be clipped to \[-1, 1\], got 7\.0"),
     (REWARD, put(2, np.nan), r"row 2 must be clipped to \[-1, 1\], got nan"),
     (TERMINAL, put(0, 2), "row 0 must be 0 or 1, got 2"),
-    (TERMINAL, put(5, 1), "row 5 must be padding .* but is terminal"),
+    (TERMINAL, put(5, 1), "row 5 must be padding .* but ends one"),
     (TERMINAL, put(3, 0), "an episode has more than 9 steps .it starts at row 4 of .*_ckpt.0.gz."),
     (OBSERVATION, put(5, 1), "row 5 must be padding"),
     (ACTION, put(5, 1), "row 5 must be padding"),
@@ -149,6 +152,9 @@ def test_gzip_damages_without_zlib_ng(log, monkeypatch, damage):
 
 def test_checkpoints_in_the_wrong_order(log, tmp_path, small_store):
     rewrite(lambda a: a - 10)(log.folder / "add_count_ckpt.2.gz")
+    with pytest.raises(ImportFailedError, match=r"_ckpt\.2\.gz: by its add_count 19 it holds 10 rows .* they differ"):
+        import_dqn_replay(tmp_path / "dqn", small_store.path, games="Pong", checkpoints="0-2")
+    rewrite(lambda a: a + 20)(log.folder / "add_count_ckpt.1.gz")
     with pytest.raises(ImportFailedError, match=r"_ckpt\.2\.gz: add_count 19 is not after that of .*_ckpt\.1\.gz"):
         import_dqn_replay(tmp_path / "dqn", small_store.path, games="Pong", checkpoints="0-2")
 
@@ -237,7 +243,56 @@ def test_other_checkpoints_of_a_finished_or_unfinished_import(log, tmp_path, sma
         import_dqn_replay(tmp_path / "dqn", small_store.path, games="Pong", checkpoints="0")
     os.rename(tmp_path / "away", log.folder / OBSERVATION)
     done = import_dqn_replay(tmp_path / "dqn", small_store.path, games="Pong", checkpoints="0-1")
-    shutil.rmtree(tmp_path / "dqn" / "Pong")  # Not needed any more.
     assert import_dqn_replay(tmp_path / "dqn", small_store.path, games="Pong", checkpoints="0-1") == done
     with pytest.raises(ImportFailedError, match="is there already, from DQN-Replay, Pong run 1, checkpoints 0-1"):
         import_dqn_replay(tmp_path / "dqn", small_store.path, games="Pong", checkpoints="0-2")
+    shutil.rmtree(tmp_path / "dqn" / "Pong")  # Whether the store holds what SOURCE holds cannot be told.
+    with pytest.raises(ImportFailedError, match="No such file or directory"):
+        import_dqn_replay(tmp_path / "dqn", small_store.path, games="Pong", checkpoints="0-1")
+
+
+# One broken file, whatever it leads to
+
+
+def header(change):
+    """A damage of the .npy header only."""
+    return rezip(lambda data: change(data[:128]) + data[128:])
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (header(lambda h: h.replace(b"}", b" ")), "is damaged: "),  # tokenize.TokenError in NumPy
+        (header(lambda h: h.replace(b"(5,)", b"(9" + b"9" * 30 + b",)")[:128]), "is damaged|must be integers"),
+        (header(lambda h: h.replace(b"(5,)", b"(-5,)")), "is damaged: its shape is"),
+        (header(lambda h: h.replace(b"(5,), }     ", b"(10**9,), } ")), "is damaged: "),
+        (rewrite(lambda a: np.zeros(1001, int)), r"must be integers \[horizon \+ 4\], got int64 \[1001\]"),
+    ],
+)
+def test_broken_headers_are_named(log, tmp_path, small_store, damage, message):
+    damage(log.folder / "invalid_range_ckpt.1.gz")
+    with pytest.raises(ImportFailedError, match=rf"invalid_range_ckpt\.1\.gz ({message})"):
+        import_dqn_replay(tmp_path / "dqn", small_store.path, games="Pong", checkpoints="0-1")
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_any_damaged_header_is_named_and_the_other_game_is_imported(dopamine, data):
+    with tempfile.TemporaryDirectory() as folder:
+        root, store = Path(folder) / "dqn", FrameStore.create(Path(folder) / "store", chunk_frames=2, shard_frames=8)
+        logs = {game: dopamine.new_log(root, game=game, capacity=10) for game in ("Pong", "Breakout")}
+        for log in logs.values():
+            log.play(6)
+            log.play(3)
+        file = data.draw(st.sampled_from(sorted(logs["Pong"].folder.glob("*_ckpt.0.gz"))))
+        contents = bytearray(gzip.decompress(file.read_bytes()))
+        for _ in range(data.draw(st.integers(1, 3))):
+            contents[data.draw(st.integers(0, 127))] = data.draw(st.integers(0, 255))
+        file.write_bytes(gzip.compress(bytes(contents), 1))
+        try:
+            import_dqn_replay(root, store.path, games="Pong,Breakout", checkpoints="0")
+        except ImportFailedError as error:
+            assert set(error.failures) == {"Pong"} and "_ckpt.0.gz" in str(error)
+        assert "Breakout" in store.games
+        for game in store.games:  # What the damage did not touch is right.
+            dopamine.check_same(dopamine.stored(store, game), dopamine.expected(logs[game], game, [0]))

@@ -64,7 +64,7 @@ def test_stopped_at_any_read_or_write_it_continues_to_the_same_bytes(dopamine, l
         import_dqn_replay(tmp_path / "dqn", part.path, **arguments)
         assert lab.tree(part.path) == expected
         shutil.rmtree(part.path)
-        step += 5
+        step += 3
     assert step > 50 and num_states == {None, 1, 10, 19}
 
 
@@ -146,9 +146,7 @@ def logs(draw, dopamine, folder):
     log = dopamine.new_log(folder / "dqn", capacity=capacity, looks_at_every_row=draw(st.booleans()))
     for num_steps in draw(st.lists(st.integers(1, 30), min_size=2, max_size=12)):
         log.play(min(num_steps, limit))
-    laps = [(max(k * capacity - 1, 0), (k + 1) * capacity - 1) for k in range((log.add_count + 1) // capacity)]
-    # Final flushes of which add_count says too little: after a lost lap, and with no row since the last checkpoint.
-    if log.logged == laps and [log.add_count] != [end for _, end in laps[-1:]] and draw(st.booleans()):
+    if draw(st.booleans()):
         log.log_final()
     assume(log.logged)
     numbers = range(len(log.logged))
@@ -165,6 +163,11 @@ def test_any_episodes_across_any_borders(dopamine, lab, data):
         log, arguments = data.draw(logs(dopamine, folder))
         checkpoints = arguments["checkpoints"]
         expected = dopamine.expected(log, "Pong", checkpoints, limit=arguments["max_episode_steps"])
+        first_lap_is_lost = log.flushed == 0 and log.add_count >= log.capacity
+        if first_lap_is_lost and not any((e.first_row - 3) % log.capacity == 0 for e in log.episodes):
+            with pytest.raises(ImportFailedError, match="must be padding"):  # It reads as the start of a run.
+                import_dqn_replay(folder / "dqn", folder / "store", **arguments)
+            return
         store = FrameStore.create(folder / "store", chunk_frames=2, shard_frames=8)
         if not expected:
             with pytest.raises(ImportFailedError, match="there is no episode in it"):

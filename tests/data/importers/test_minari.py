@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
+import shutil
 import sys
 
 import ale_py
 import gymnasium
 import numpy as np
 import pytest
+from gymnasium.envs.registration import EnvSpec, WrapperSpec
 
 from torchrl_sql.data import AtariFrameStorage, FrameStore
 from torchrl_sql.data.importers import ImportFailedError, import_minari
@@ -139,6 +142,106 @@ def test_emulator_frames_and_the_game_of_the_environment(tmp_path, store, write)
     np.testing.assert_array_equal(run.open_frames()[:61].read().result(), observations)
     np.testing.assert_array_equal(run.actions, PONG[actions])
     assert np.ptp(run.open_frames()[10].read().result()) > 100
+
+
+# What the data set says of itself
+
+
+def spec(*wrappers, **kwargs):
+    """Of an environment with wrappers, as gymnasium writes it."""
+    return EnvSpec(
+        "ALE/Pong-v5",
+        entry_point="ale_py.env:AtariEnv",
+        kwargs={"game": "pong", "frameskip": 1, **kwargs},
+        additional_wrappers=tuple(WrapperSpec(name, f"somewhere:{name}", arguments) for name, arguments in wrappers),
+    )
+
+
+PREPROCESSING = ("AtariPreprocessing", {"frame_skip": 4, "terminal_on_life_loss": False})
+
+
+@pytest.fixture
+def write_with(tmp_path, write):
+    """Writes a data set that says it comes from an environment, without making that."""
+
+    def write_with(env, episodes):
+        name = write(episodes)
+        metadata = tmp_path / "minari" / name / "data" / "metadata.json"
+        fields = json.loads(metadata.read_text())
+        metadata.write_text(json.dumps(fields | ({} if env is None else {"env_spec": env.to_json()})))
+        return name
+
+    return write_with
+
+
+def clipped(episodes):
+    return [(frames, actions, np.clip(rewards, -1, 1), ending) for frames, actions, rewards, ending in episodes]
+
+
+@pytest.mark.parametrize(
+    ("env", "given", "expected"),
+    [
+        (spec(PREPROCESSING), None, "raw"),
+        (spec(PREPROCESSING, ("ClipReward", {"min_reward": -1, "max_reward": 1})), None, "clipped"),
+        (spec(PREPROCESSING, ("ClipReward", {"min_reward": -1, "max_reward": 1})), "clipped", "clipped"),
+        (spec(PREPROCESSING, ("TransformReward", {"func": None})), "clipped", "clipped"),
+        (spec(("MaxAndSkipObservation", {"skip": 4}), ("FrameStackObservation", {"stack_size": 4})), None, "raw"),
+        (spec(("ResizeObservation", {}), frameskip=4, mode=0, difficulty=None), None, "raw"),
+        (None, None, "raw"),
+        (None, "clipped", "clipped"),
+    ],
+)
+def test_rewards_are_what_the_environment_or_the_user_says(lab, store, write_with, caplog, env, given, expected):
+    import_minari(write_with(env, clipped(played(lab))), store.path, game="Pong", rewards=given)
+    assert store.recording("Pong").manifest.rewards == expected
+    assert ("does not say how it was recorded" in caplog.text) == (env is None and given is None)
+
+
+@pytest.mark.parametrize(
+    ("env", "given", "message"),
+    [
+        (
+            spec(("AtariPreprocessing", {"terminal_on_life_loss": True})),
+            "raw",
+            "AtariPreprocessing ends them with each",
+        ),
+        (spec(("EpisodicLifeEnv", None)), "raw", "EpisodicLifeEnv ends them with each life"),
+        (spec(("AtariPreprocessing", {"frame_skip": 1})), None, "steps must be of 4 emulator frames, got 1"),
+        (spec(PREPROCESSING, frameskip=4), None, "steps must be of 4 emulator frames, got 16"),
+        (spec(frameskip=(2, 5)), None, r"steps must be of 4 emulator frames, got \[2, 5\]"),
+        (spec(PREPROCESSING, mode=12), None, "mode must be the game's first, got 12"),
+        (spec(PREPROCESSING, difficulty=1), None, "difficulty must be the game's first, got 1"),
+        (spec(PREPROCESSING, ("ClipReward", {"min_reward": -9, "max_reward": 9})), None, r"clipped to \[-1, 1\], got"),
+        (spec(PREPROCESSING, ("ClipReward", {})), "raw", "rewards are clipped by its environment, cannot take them as"),
+        (
+            spec(PREPROCESSING, ("TransformReward", {"func": None})),
+            None,
+            r"what TransformReward did is unknown .*--rew",
+        ),
+    ],
+)
+def test_other_steps_episodes_and_rewards_are_refused(lab, store, write_with, env, given, message):
+    with pytest.raises(ValueError, match=f"pong/test-v0: .*{message}"):
+        import_minari(write_with(env, played(lab)), store.path, game="Pong", rewards=given)
+    assert store.games == ()
+
+
+def test_rewards_that_are_not_clipped_are_not_taken_as_clipped(lab, store, write):
+    with pytest.raises(ImportFailedError, match=r"pong/test-v0, episode 0: rewards must be within \[-1, 1\].* got "):
+        import_minari(write(played(lab)), store.path, game="Pong", rewards="clipped")
+
+
+def test_a_data_set_recorded_anew_is_another(lab, tmp_path, store, write):
+    """Same id, same number of steps, other frames."""
+    import_minari(write(played(lab)), store.path, game="Pong")
+    before = lab.tree(store.path)
+    shutil.rmtree(tmp_path / "minari")
+    others = [(frames[::-1].copy(), *rest) for frames, *rest in played(lab)]
+    with pytest.raises(
+        ImportFailedError, match="is there already, from another Minari data set pong/test-v0: part main"
+    ):
+        import_minari(write(others), store.path, game="Pong")
+    assert lab.tree(store.path) == before
 
 
 def test_jpeg_is_reported(lab, store, write, caplog):

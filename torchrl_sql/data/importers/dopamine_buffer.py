@@ -15,21 +15,26 @@ lap it was never written. In time order, then, checkpoint 0 is rows ``0 .. N - 2
 ``N - 1``, then rows ``0 .. N - 2``: without a gap and without an overlap.
 
 **The final flush** (checkpoint 50) writes the buffer at whatever cursor the run ended, with ``add_count`` reduced
-modulo ``N``. Rows from the cursor on, except row ``N - 1``, repeat the checkpoint before. (Some copies may have all
-their counts reduced: the checkpoint's number then stands for the laps.)
+modulo ``N``. Rows that were not overwritten since repeat the checkpoint before: all of them if that was written at the
+very end. (Some copies may have all their counts reduced: the checkpoint's number then stands for the laps.)
+
+**Plain Dopamine** leaves files of the same names with the whole ring at whatever cursor, several times per lap. A
+checkpoint's new rows are those after the end of the one before, whatever wrote it.
 
 **A lost lap.** ``add`` tests the cursor once a call, but a call that starts an episode writes four rows. If row
 ``N - 2`` is one of its first three, the cursor jumps over ``N - 1``, the test misses it, and the whole lap is
 overwritten before it is logged. ``add_count`` then grows by ``2 N`` from one checkpoint to the next. The open episode
-is cut there, and rows up to the next episode's start are dropped: how that episode began is unknown. (Right before a
-final flush a lost lap does not show in ``add_count``.)
+is cut there, and rows up to the next episode's start are dropped: how that episode began is unknown. Right before a
+final flush a lost lap does not show in ``add_count``, but the rows that should repeat the checkpoint before do not.
 
 **Padding.** Three (``stack - 1``) rows of zeros precede an episode's first row: ``add`` writes them if the buffer is
-empty or if the row before is terminal. Position tells padding, content does not: a black frame is not padding.
+empty or if the row before ended an episode. Position tells padding, content does not: a black frame is not padding.
 
 **Ends.** ``terminal`` is set on an episode's last row. That is a game over (not a lost life), or the runner's limit of
-27,000 agent steps. The runner does not tell them apart: an episode of exactly that length is taken to be truncated. The
-frame after the last row is not logged, so a truncated episode's last transition has no next observation.
+27,000 agent steps. The runner does not tell them apart: an episode of exactly that length is taken to be truncated. In
+newer Dopamine a row at the limit is not terminal: some versions list such rows in ``episode_end_indices``, in others
+only the length and the padding that follows tell. The frame after the last row is not logged, so a truncated episode's
+last transition has no next observation.
 
 **Actions** index the game's minimal action set; **rewards** were clipped to [-1, 1] by the runner before.
 """
@@ -37,14 +42,16 @@ frame after the last row is not logged, so a truncated episode's last transition
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
 STACK_SIZE = 4
 NUM_PADDING_ROWS = STACK_SIZE - 1
+PAST_CURSOR = "past the cursor"
+REPEATED = "in an earlier checkpoint"
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +74,16 @@ class BufferState:
     add_count: int
     invalid_range: np.ndarray
 
+    @property
+    def cursor(self) -> int:
+        """The row that would have been written next."""
+        return self.add_count % self.num_rows
+
+    @property
+    def is_past_first_lap(self) -> bool:
+        """Whether ``add_count`` says so: else it may also be that laps are missing in it."""
+        return self.add_count >= self.num_rows
+
 
 @dataclass(frozen=True)
 class Segment:
@@ -80,6 +97,7 @@ class Segment:
         wraps (bool): the file's last row comes before them.
         start (str): what comes before the first row: nothing (``"run"``), the last row of the segment before
             (``"previous"``), or rows that are not there (``"unknown"``).
+        unused (mapping): rows of the checkpoint in none of its segments, by reason; counted with the last of these.
     """
 
     number: int
@@ -89,6 +107,7 @@ class Segment:
     stop: int
     wraps: bool
     start: Literal["run", "previous", "unknown"]
+    unused: Mapping[str, int]
 
     def row(self, time: int) -> int:
         """The row at a place in time order."""
@@ -99,50 +118,93 @@ class Segment:
         rows_after = rows[self.first : self.stop]
         return np.concatenate((rows[-1:], rows_after)) if self.wraps else rows_after
 
-    @property
-    def num_unused(self) -> int:
-        """Rows of the checkpoint that are not in the segment."""
-        return self.num_rows - self.wraps - (self.stop - self.first)
 
-
-def place_checkpoints(states: Sequence[BufferState]) -> tuple[Segment, ...]:
+def place_checkpoints(
+    states: Sequence[BufferState], repeats: Callable[[BufferState, BufferState, np.ndarray], bool]
+) -> tuple[Segment, ...]:
     """Finds out which rows of each checkpoint are new, and whether they continue the checkpoint before.
 
     Args:
         states (sequence of BufferState): in ascending order of ``number``.
+        repeats (callable): whether an earlier and a later checkpoint hold the same in some rows (int64 ``[n]``).
 
     Raises:
-        ValueError: if ``add_count`` and ``invalid_range`` contradict each other or the order of the checkpoints.
+        ValueError: if ``add_count`` and ``invalid_range`` contradict each other or the order of the checkpoints, or if
+            rows that two checkpoints should share differ.
     """
-    placed: list[Segment] = []
-    end = None  # Rows written when the previous checkpoint was saved, counted from the start of the run.
-    for state in states:
-        num_rows, cursor = state.num_rows, state.add_count % state.num_rows
-        if placed and num_rows != placed[-1].num_rows:
-            raise ValueError(f"{state.name} must have {placed[-1].num_rows} rows as {placed[-1].name}, got {num_rows}")
-        if state.invalid_range.size <= STACK_SIZE or state.invalid_range[-STACK_SIZE] % num_rows != cursor:
+    segments: list[Segment] = []
+    previous: BufferState | None = None
+    end = 0  # Rows written when the previous checkpoint was saved, counted from the start of the run.
+    for index, state in enumerate(states):
+        if previous is not None and state.num_rows != previous.num_rows:
             raise ValueError(
-                f"{state.name}: add_count {state.add_count} puts the cursor at row {cursor}, "
-                f"but invalid_range is {state.invalid_range.tolist()}"
+                f"{state.name} must have {previous.num_rows} rows as {previous.name}, got {state.num_rows}"
             )
-        previous = placed[-1].number if placed else None
-        wraps = state.number > 0 or state.add_count >= num_rows
-        if not wraps:
-            begin, stop = 0, state.add_count
-        elif state.add_count >= num_rows:
-            begin, stop = state.add_count - cursor - 1, state.add_count
-        else:  # A final flush: the lap number is not recorded.
-            laps = state.number if end is None or previous != state.number - 1 else end // num_rows + 1
-            begin, stop = laps * num_rows - 1, laps * num_rows + cursor
-        if end is not None and stop <= end:
-            raise ValueError(f"{state.name}: add_count {state.add_count} is not after that of {placed[-1].name}")
+        around = state.invalid_range
+        if around.size <= STACK_SIZE or around[-STACK_SIZE] % state.num_rows != state.cursor:
+            raise ValueError(
+                f"{state.name}: add_count {state.add_count} puts the cursor at row {state.cursor}, "
+                f"but invalid_range is {around.tolist()}"
+            )
+        # Only the last count is reduced, or all are.
+        is_reduced = state.number > 0 and not any(later.is_past_first_lap for later in states[index:])
+        count = _rows_written(state, previous, end, repeats, is_reduced=is_reduced)
+        begin = max(end, count - state.num_rows)
+        if previous is None and is_reduced:  # Whether the rows after the cursor were ever written is unknown.
+            begin = count - state.cursor - 1
         start: Literal["run", "previous", "unknown"] = "unknown"
         if begin == 0:
             start = "run"
-        elif begin == end:
+        elif previous is not None and begin == end:
             start = "previous"
-        elif end is not None:
-            logger.warning("%s does not continue %s: rows between them are missing", state.name, placed[-1].name)
-        placed.append(Segment(state.number, state.name, num_rows, 0, cursor, wraps, start))
-        end = stop
-    return tuple(placed)
+        elif previous is not None:
+            logger.warning("%s does not continue %s: rows between them are missing", state.name, previous.name)
+        segments += _segments(state, count - begin, start)
+        previous, end = state, count
+    return tuple(segments)
+
+
+def _rows_written(
+    state: BufferState,
+    previous: BufferState | None,
+    end: int,
+    repeats: Callable[[BufferState, BufferState, np.ndarray], bool],
+    *,
+    is_reduced: bool,
+) -> int:
+    """Rows that the run had written when the checkpoint was saved: ``add_count`` with its laps."""
+    num_rows = state.num_rows
+    if previous is None:
+        return state.number * num_rows + state.cursor if is_reduced else state.add_count
+    count = state.add_count
+    if is_reduced:  # The first that is not before `end`.
+        count = end + (state.cursor - end) % num_rows
+    if count < end:
+        raise ValueError(f"{state.name}: add_count {count} is not after that of {previous.name}")
+    shared = np.arange(max(count - num_rows, end - num_rows, 0), end) % num_rows
+    if not shared.size or repeats(previous, state, shared):
+        return count
+    if not is_reduced:
+        raise ValueError(
+            f"{state.name}: by its add_count {count} it holds {len(shared)} rows of {previous.name}, but they differ: "
+            f"are these checkpoints of one run?"
+        )
+    count += num_rows  # At least a lap was lost, or is missing.
+    return count if previous.number == state.number - 1 else max(count, state.number * num_rows + state.cursor)
+
+
+def _segments(state: BufferState, num_new: int, start: Literal["run", "previous", "unknown"]) -> list[Segment]:
+    """The newest ``num_new`` rows of a checkpoint: those before the cursor, and before them the file's last ones."""
+    num_older = max(num_new - state.cursor, 0)
+    first = state.cursor - min(num_new, state.cursor)
+    wraps = num_older == 1
+    unused = {PAST_CURSOR: state.num_rows - state.cursor - num_older, REPEATED: first}
+
+    def segment(first: int, stop: int, *, wraps: bool, last: bool, start: Any = start) -> Segment:
+        return Segment(state.number, state.name, state.num_rows, first, stop, wraps, start, unused if last else {})
+
+    if num_older < 2:
+        return [segment(first, state.cursor, wraps=wraps, last=True)]
+    older = segment(state.num_rows - num_older, state.num_rows, wraps=False, last=not state.cursor)
+    newer = segment(0, state.cursor, wraps=False, last=True, start="previous")
+    return [older, newer] if state.cursor else [older]

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
@@ -17,10 +18,11 @@ from torchrl_sql.data.importers.job import Episode, Position
 from torchrl_sql.games import FRAME_SHAPE, GAMES
 
 PADDING = "padding"
-PAST_CURSOR = "past the cursor"
 NO_EPISODE_START = "episode start missing"
 
 _Ending = Literal["terminated", "truncated", "cut"]
+
+logger = logging.getLogger(__name__)
 
 
 class CheckpointReader(Protocol):
@@ -28,11 +30,13 @@ class CheckpointReader(Protocol):
 
     Attributes:
         action (integers ``[N]``), reward (floats ``[N]``), terminal (integers ``[N]``).
+        time_out (bool ``[N]``, optional): rows at which a time limit ended an episode; None: the files do not say.
     """
 
     action: np.ndarray
     reward: np.ndarray
     terminal: np.ndarray
+    time_out: np.ndarray | None
 
     def path(self, member: str) -> str:
         """The file that holds ``"observation"``, ``"action"``, ``"reward"`` or ``"terminal"``, for messages."""
@@ -53,6 +57,7 @@ def read_episodes(
     *,
     game: str,
     max_episode_steps: int,
+    rewards: Literal["raw", "clipped"] = "clipped",
     state: Mapping[str, Any] | None = None,
 ) -> Iterator[Episode | Position]:
     """Yields the episodes, and after each segment a position to continue from.
@@ -67,12 +72,13 @@ def read_episodes(
     Keyword Args:
         game (str): whose minimal actions the checkpoints hold.
         max_episode_steps (int): length of a time-out, and of the longest episode.
+        rewards (str): ``"clipped"`` refuses those outside [-1, 1].
         state (mapping, optional): of the position to continue from.
 
     Raises:
         ValueError: if rows contradict the format.
     """
-    builder = _EpisodeBuilder(segments, open_checkpoint, game, max_episode_steps)
+    builder = _EpisodeBuilder(segments, open_checkpoint, game, max_episode_steps, rewards)
     if state is not None:
         builder.place = _Place(**state)
     while builder.place.segment < len(segments):
@@ -131,18 +137,29 @@ class _OpenEpisode:
 
 
 class _Rows:
-    """Rows of a segment in time order: full actions, rewards, terminal flags."""
+    """Rows of a segment in time order: full actions, rewards, terminal flags, ends of episodes."""
 
-    def __init__(self, actions: np.ndarray, rewards: np.ndarray, terminals: np.ndarray) -> None:
+    def __init__(
+        self, actions: np.ndarray, rewards: np.ndarray, terminals: np.ndarray, time_outs: np.ndarray | None
+    ) -> None:
         self.actions, self.rewards, self.terminals = actions, rewards, terminals
-        self._ends = np.append(np.flatnonzero(terminals) + 1, len(terminals))
+        self.tells_time_outs = time_outs is not None
+        self.is_end = terminals != 0 if time_outs is None else (terminals != 0) | time_outs
+        self._ends = np.append(np.flatnonzero(self.is_end) + 1, len(terminals))
 
     def __len__(self) -> int:
         return len(self.terminals)
 
     def end_of_piece(self, start: int) -> int:
-        """The time after the next terminal row, or after the last row."""
+        """The time after the next row that ends an episode, or after the last row."""
         return int(self._ends[np.searchsorted(self._ends, start, side="right")])
+
+    def zeros(self, times: slice, frames: np.ndarray) -> int:
+        """How many times a third NOOP in a row comes on a black frame, without a reward: as padding would look."""
+        may_be_padding = (self.actions[times] == 0) & (self.rewards[times] == 0) & ~frames[:, ::12, ::12].any((1, 2))
+        rows = np.flatnonzero(may_be_padding)
+        rows = rows[~frames[rows].any((1, 2))]
+        return int((rows[2:] - rows[:-2] == 2).sum())
 
 
 class _EpisodeBuilder:
@@ -154,15 +171,18 @@ class _EpisodeBuilder:
         open_checkpoint: Callable[[int], AbstractContextManager[CheckpointReader]],
         game: str,
         max_episode_steps: int,
+        rewards: Literal["raw", "clipped"],
     ) -> None:
         self.segments = segments
         self.open_checkpoint = open_checkpoint
         self.game = game
         self.full_actions = np.array(GAMES[game].minimal_actions, np.uint8)
         self.max_episode_steps = max_episode_steps
+        self.rewards = rewards
         self.place = _Place()
         self.episode: _OpenEpisode | None = None
         self.unmarked_end: _Place | None = None  # Start of the episode before, if only its length says that it ended.
+        self.num_zeros = 0  # Places inside episodes that look like padding.
 
     def read_segment(self) -> Iterator[Episode | Position]:
         place, segment = self.place, self.segments[self.place.segment]
@@ -208,36 +228,52 @@ class _EpisodeBuilder:
             reader.finish()
             for episode, ending in late:
                 yield episode.close(ending)
-        place.drop(PAST_CURSOR, segment.num_unused)
+        for reason, num_rows in segment.unused.items():
+            place.drop(reason, num_rows)
         place.segment, place.time = place.segment + 1, 0
         if place.segment < len(self.segments):
             yield self._position()
 
     def finish(self) -> Iterator[Episode | Position]:
         yield from self._cut()
-        yield Position(None, dict(self.place.dropped))
+        if self.num_zeros:
+            logger.warning(
+                "%s: %d times inside episodes, a third NOOP on a black frame looks like padding between two. If the "
+                "runner's time limit was not %d agent steps, give it as max_episode_steps (--max-episode-steps)",
+                *(self.segments[0].name, self.num_zeros, self.max_episode_steps),
+            )
+        yield Position(None, dict(self.place.dropped), self._parts())
 
     def _position(self) -> Position:
         place = self.place if self.episode is None else self.episode.start
-        return Position(asdict(place), dict(place.dropped))
+        return Position(asdict(place), dict(place.dropped), self._parts())
+
+    def _parts(self) -> tuple[str, ...]:
+        """Checkpoints that were read to the end."""
+        return tuple(dict.fromkeys(str(segment.number) for segment in self.segments[: self.place.segment]))
 
     def _rows(self, segment: Segment, reader: CheckpointReader) -> _Rows:
         """Checks and translates the scalars."""
 
-        def check(member: str, values: np.ndarray, good: np.ndarray, expected: str) -> None:
+        def check(member: str, values: np.ndarray, good: np.ndarray, expected: str, hint: str = "") -> None:
             if not good.all():
                 time = int(np.argmin(good))
                 raise ValueError(
-                    f"{reader.path(member)}: row {segment.row(time)} must be {expected}, got {values[time]}"
+                    f"{reader.path(member)}: row {segment.row(time)} must be {expected}, got {values[time]}{hint}"
                 )
 
         actions, rewards, terminals = map(segment.in_time_order, (reader.action, reader.reward, reader.terminal))
+        time_outs = None if reader.time_out is None else segment.in_time_order(reader.time_out)
         num_actions = len(self.full_actions)
         expected = f"in 0..{num_actions - 1}, the minimal actions of {self.game}"
         check("action", actions, (actions >= 0) & (actions < num_actions), expected)
-        check("reward", rewards, np.abs(rewards) <= 1, "clipped to [-1, 1]")
+        if self.rewards == "clipped":
+            hint = " (the game's own rewards need rewards='raw', --rewards raw)"
+            check("reward", rewards, np.abs(rewards) <= 1, "clipped to [-1, 1]", hint)
+        else:
+            check("reward", rewards, np.isfinite(rewards), "finite")
         check("terminal", terminals, (terminals == 0) | (terminals == 1), "0 or 1")
-        return _Rows(self.full_actions[actions], rewards, terminals)
+        return _Rows(self.full_actions[actions], rewards, terminals, time_outs)
 
     def _append(self, reader: CheckpointReader, segment: Segment, rows: _Rows, times: slice, frames: np.ndarray) -> int:
         """Adds rows to the open episode; returns how many of them are padding."""
@@ -252,6 +288,8 @@ class _EpisodeBuilder:
             episode.frames.append(frames[num_padding:])
             episode.actions.append(actions[num_padding:])
             episode.rewards.append(rewards[num_padding:])
+            if not rows.tells_time_outs:
+                self.num_zeros += rows.zeros(slice(times.start + num_padding, times.stop), frames[num_padding:])
         return num_padding
 
     def _ending(self, reader: CheckpointReader, segment: Segment, rows: _Rows, time: int) -> _Ending | None:
@@ -259,17 +297,19 @@ class _EpisodeBuilder:
         episode = self.episode
         assert episode is not None
         at_limit = episode.num_steps == self.max_episode_steps
-        if not rows.terminals[time] and not at_limit:
+        if not rows.is_end[time] and not at_limit:
             return None
         if not episode.num_steps:
             raise ValueError(
                 f"{reader.path('terminal')}: row {segment.row(time)} must be padding (the row before it, or the "
-                f"one or two before that, ended an episode), but is terminal"
+                f"one or two before that, ended an episode), but ends one"
             )
         self.place.drop(PADDING, NUM_PADDING_ROWS)
-        self.unmarked_end = None if rows.terminals[time] else episode.start
+        self.unmarked_end = None if rows.is_end[time] else episode.start
         self.episode = None
-        return "truncated" if at_limit else "terminated"
+        if rows.terminals[time] and (rows.tells_time_outs or not at_limit):
+            return "terminated"
+        return "truncated"
 
     def _check_padding(
         self,

@@ -7,11 +7,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
+
+import numpy as np
 
 from torchrl_sql.data.importers.dopamine_buffer import BufferState, Segment, place_checkpoints
 from torchrl_sql.data.importers.dopamine_episodes import CheckpointReader, read_episodes
 from torchrl_sql.data.importers.job import Episode, EpisodeSource, Position
+from torchrl_sql.games import FRAME_SHAPE
 
 MAX_EPISODE_STEPS = 27_000
 """Agent steps after which the runner of DQN-Replay ended an episode."""
@@ -22,8 +25,11 @@ OPTIONS = {
     "checkpoints": "e.g. 0-9, the first 20%%: the paper's sub-optimal set (default: it, or all the folders there are)",
     "workers": "processes, each on one game at a time (default: 1)",
     "max_episode_steps": f"agent steps after which the agent's runner ended an episode (default: {MAX_EPISODE_STEPS})",
+    "rewards": "what the agent's runner logged (default: clipped)",
 }
 """Options on the command line, with their help."""
+
+_COMPARED_FRAMES = 64
 
 
 class DopamineSource(EpisodeSource):
@@ -38,13 +44,22 @@ class DopamineSource(EpisodeSource):
         run (int): which of its runs.
         checkpoints (str or sequence of int): as :func:`parse_checkpoints` takes them.
         max_episode_steps (int): agent steps after which the data's runner ended an episode.
+        rewards (str): ``"clipped"``, or ``"raw"`` as the game scored them.
 
     Raises:
         ValueError: for bad arguments.
     """
 
     def __init__(
-        self, format: str, title: str, game: str, *, run: int, checkpoints: str | Sequence[int], max_episode_steps: int
+        self,
+        format: str,
+        title: str,
+        game: str,
+        *,
+        run: int,
+        checkpoints: str | Sequence[int],
+        max_episode_steps: int,
+        rewards: Literal["raw", "clipped"],
     ) -> None:
         if run < 1:
             raise ValueError(f"run must be >= 1, got {run}")
@@ -54,12 +69,13 @@ class DopamineSource(EpisodeSource):
         self.max_episode_steps = max_episode_steps
         self.game = game
         self.description = f"{title}, {game} run {run}, checkpoints {_shortened(self.checkpoints)}"
-        self.rewards = "clipped"
+        self.rewards = rewards
         self.request = {
             "format": format,
             "run": run,
             "checkpoints": list(self.checkpoints),
             "max_episode_steps": max_episode_steps,
+            "rewards": rewards,
         }
 
     @abstractmethod
@@ -70,19 +86,47 @@ class DopamineSource(EpisodeSource):
     def open(self, number: int) -> AbstractContextManager[CheckpointReader]:
         """Opens the rows of a checkpoint."""
 
+    @abstractmethod
+    def digest(self, part: str) -> str:
+        """Of the contents of the checkpoint whose number ``part`` is."""
+
     def count_rows(self) -> int:
         """Those of all checkpoints, unused ones included."""
-        return sum(segment.num_rows for segment in self._segments)
+        return sum({segment.number: segment.num_rows for segment in self._segments}.values())
 
     def read(self, state: Mapping[str, Any] | None) -> Iterator[Episode | Position]:
         """Goes through the checkpoints, with a position after each."""
         return read_episodes(
-            self._segments, self.open, game=self.game, max_episode_steps=self.max_episode_steps, state=state
+            self._segments,
+            self.open,
+            game=self.game,
+            max_episode_steps=self.max_episode_steps,
+            rewards=self.rewards,
+            state=state,
         )
 
     @cached_property
     def _segments(self) -> tuple[Segment, ...]:
-        return place_checkpoints([self.state(number) for number in self.checkpoints])
+        return place_checkpoints([self.state(number) for number in self.checkpoints], self._repeats)
+
+    def _repeats(self, earlier: BufferState, later: BufferState, rows: np.ndarray) -> bool:
+        """Whether two checkpoints hold the same; frames are looked at where only content tells how rows follow."""
+        with self.open(earlier.number) as one, self.open(later.number) as other:
+            pairs = [(one.action, other.action), (one.reward, other.reward), (one.terminal, other.terminal)]
+            if any((ours[rows] != theirs[rows]).any() for ours, theirs in pairs):
+                return False
+            is_shared = np.zeros(later.num_rows, bool)
+            is_shared[rows] = not later.is_past_first_lap
+            blocks = np.split(is_shared, range(_COMPARED_FRAMES, later.num_rows, _COMPARED_FRAMES))
+            while blocks and not blocks[-1].any():
+                blocks.pop()
+            for block in blocks:
+                frames = np.empty((2, len(block), *FRAME_SHAPE), np.uint8)
+                one.read_frames(frames[0])
+                other.read_frames(frames[1])
+                if (frames[0, block] != frames[1, block]).any():
+                    return False
+        return True
 
 
 def parse_checkpoints(checkpoints: str | Sequence[int]) -> tuple[int, ...]:

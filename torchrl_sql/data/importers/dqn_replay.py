@@ -9,14 +9,16 @@ gzipped ``numpy.save`` of an array. The public copy is ``gs://atari-replay-datas
 from __future__ import annotations
 
 import gzip
+import hashlib
 import io
 import os
+import pickletools
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any, Literal, cast
 
 import numpy as np
 
@@ -42,6 +44,10 @@ STORE_MEMBERS: dict[str, tuple[np.dtype, tuple[int, ...]]] = {
 _STATE_MEMBERS = {"add_count": (0, "one integer"), "invalid_range": (1, "integers [horizon + 4]")}
 """The other files of a checkpoint: rank, and what they are."""
 
+_EPISODE_ENDS = "episode_end_indices"
+_MAX_ENDS_BYTES = 1 << 28
+_MAX_STATE_ENTRIES = 1_000
+_GZIP_TRAILER_BYTES = 8  # CRC32 and length of what was compressed.
 _SKIP_FRAMES = 64
 _READ_BYTES = 1 << 18
 """Inflated at a time: little enough to be in the processor's cache when it is copied."""
@@ -64,14 +70,16 @@ def import_dqn_replay(
     checkpoints: str | Sequence[int] = "0-9",
     workers: int = 1,
     max_episode_steps: int = MAX_EPISODE_STEPS,
+    rewards: Literal["raw", "clipped"] = "clipped",
     progress: bool = False,
 ) -> list[ImportSummary]:
     """Imports games of DQN-Replay into a store; run ``r`` becomes the run named ``"r"`` of each game.
 
     The default checkpoints are the first 20% of a run: the sub-optimal set of Kumar et al. (2023). A game appears in
     the store when it is complete. Called again with the same arguments, an import that was stopped at any instant
-    continues, from the checkpoint it was in, and ends in the same files byte for byte. Needs less than 2 GB of
-    memory a worker, whatever the size.
+    continues, from the checkpoint it was in, and ends in the same files byte for byte; the checkpoints that it read
+    before must hold what they held. Checkpoints of plain Dopamine can be read too: where they overlap, rows come once.
+    Needs less than 2 GB of memory per worker, whatever the size.
 
     With ``workers > 1`` a script must guard its top level with ``if __name__ == "__main__":``.
 
@@ -86,6 +94,7 @@ def import_dqn_replay(
             checkpoint that is not among them is cut.
         workers (int): processes, each working on one game at a time.
         max_episode_steps (int): agent steps after which the data's runner ended an episode.
+        rewards (str): ``"clipped"``, or ``"raw"`` where the runner did not clip them.
         progress (bool): show a bar with rate and time left on standard error.
 
     Returns:
@@ -98,7 +107,14 @@ def import_dqn_replay(
     """
     root = _Folder(os.fspath(source))
     sources = [
-        DQNReplaySource(root.location, game, run=run, checkpoints=checkpoints, max_episode_steps=max_episode_steps)
+        DQNReplaySource(
+            root.location,
+            game,
+            run=run,
+            checkpoints=checkpoints,
+            max_episode_steps=max_episode_steps,
+            rewards=rewards,
+        )
         for game in resolve_games(games)
     ]
     root.names()
@@ -126,16 +142,26 @@ class DQNReplaySource(DopamineSource):
         values = {}
         for member, (rank, meaning) in _STATE_MEMBERS.items():
             with _open_array(self._folder, _file_name(member, number)) as array:
-                if array.dtype.kind not in "iu" or len(array.shape) != rank:
+                is_small = max(array.shape, default=1) <= _MAX_STATE_ENTRIES
+                if array.dtype.kind not in "iu" or len(array.shape) != rank or not is_small:
                     raise ValueError(f"{array.path} must be {meaning}, got {array.dtype} {list(array.shape)}")
                 values[member] = array.read_all().astype(np.int64)
         name = f"{self._folder.location}/*_ckpt.{number}.gz"
         return BufferState(number, name, self._num_rows, int(values["add_count"]), values["invalid_range"])
 
+    def digest(self, part: str) -> str:
+        """Of the checksums that end the checkpoint's files."""
+        digest = hashlib.sha256()
+        for member in (*STORE_MEMBERS, *_STATE_MEMBERS):
+            with self._folder.open(_file_name(member, int(part))) as file:
+                file.seek(-_GZIP_TRAILER_BYTES, os.SEEK_END)
+                digest.update(file.read())
+        return digest.hexdigest()
+
     @cached_property
     def _num_rows(self) -> int:
         """Capacity of the buffer, once all files are there."""
-        found = self._folder.names()
+        found = self._names
         names = [_file_name(member, k) for k in self.checkpoints for member in (*STORE_MEMBERS, *_STATE_MEMBERS)]
         missing = [name for name in names if name not in found]
         if missing:
@@ -154,15 +180,36 @@ class DQNReplaySource(DopamineSource):
             }
             for member, array in arrays.items():
                 array.expect(member, self._num_rows)
-            yield _Reader(arrays)
+            yield _Reader(arrays, self._episode_ends(number))
+
+    @cached_property
+    def _names(self) -> set[str]:
+        return self._folder.names()
+
+    def _episode_ends(self, number: int) -> np.ndarray | None:
+        """Rows that end episodes, where newer Dopamine lists them: bool ``[N]``."""
+        name = _file_name(_EPISODE_ENDS, number)
+        if name not in self._names:
+            return None
+        path, is_end = f"{self._folder.location}/{name}", np.zeros(self._num_rows, bool)
+        try:
+            with self._folder.open(name) as file, _open_gzip(fileobj=file, mode="rb") as stream:
+                rows = _integers(stream.read(_MAX_ENDS_BYTES))
+            if len(rows) and (min(rows) < 0 or max(rows) >= len(is_end)):
+                raise ValueError(f"rows must lie in 0..{len(is_end) - 1}, got {min(rows)}..{max(rows)}")
+            is_end[rows] = True
+        except Exception as error:
+            raise ValueError(f"{path} is damaged, or no list of rows: {error!r}") from error
+        return is_end
 
 
 class _Reader:
     """The rows of one checkpoint, as ``dopamine_episodes.CheckpointReader`` describes."""
 
-    def __init__(self, arrays: Mapping[str, _Array]) -> None:
+    def __init__(self, arrays: Mapping[str, _Array], is_end: np.ndarray | None) -> None:
         self._arrays = arrays
         self.action, self.reward, self.terminal = (arrays[m].read_all() for m in ("action", "reward", "terminal"))
+        self.time_out: np.ndarray | None = None if is_end is None else is_end & (self.terminal == 0)
 
     def path(self, member: str) -> str:
         return self._arrays[member].path
@@ -185,7 +232,7 @@ class _Array:
     def __init__(self, path: str, stream: io.BufferedIOBase) -> None:
         self.path = path
         self._stream = stream
-        with self._named():
+        with self._named(Exception):  # NumPy's parser of headers may raise anything.
             version = np.lib.format.read_magic(stream)
             read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
             if version not in read_header:
@@ -195,6 +242,8 @@ class _Array:
                 raise ValueError("its array is in Fortran order")
             if self.dtype.hasobject:
                 raise ValueError("it holds Python objects")
+            if min(self.shape, default=0) < 0:
+                raise ValueError(f"its shape is {list(self.shape)}")
 
     def expect(self, member: str, num_rows: int | None) -> int:
         """Checks type and shape of a member of the buffer; returns the number of rows."""
@@ -229,13 +278,13 @@ class _Array:
                 raise ValueError(f"it goes on after the array {list(self.shape)} that its header announces")
 
     @contextmanager
-    def _named(self) -> Iterator[None]:
+    def _named(self, *errors: type[Exception]) -> Iterator[None]:
         """Says which file it was."""
         try:
             yield
         except EOFError as error:
             raise ValueError(f"{self.path} is truncated: {error}") from error
-        except _damage_errors as error:
+        except (*_damage_errors, *errors) as error:
             raise ValueError(f"{self.path} is damaged: {error}") from error
 
 
@@ -273,6 +322,22 @@ class _Folder:
         if not self._is_url:
             return open(path, "rb")
         return cast("IO[bytes]", fsspec.open(path, "rb").open())
+
+
+def _integers(data: bytes) -> list[int]:
+    """Numbers of a NumPy array or of a pickled set of them. A pickle is read as tokens: nothing in it is executed."""
+    if data.startswith(b"\x93NUMPY"):
+        array = np.load(io.BytesIO(data), allow_pickle=False)
+        if array.ndim != 1 or array.dtype.kind not in "iu":
+            raise ValueError(f"it must hold integers [n], got {array.dtype} {list(array.shape)}")
+        return array.tolist()
+    tokens: list[tuple[str, Any]] = [(opcode.name, argument) for opcode, argument, _ in pickletools.genops(data)]
+    if ("EMPTY_SET", None) not in tokens:
+        raise ValueError("it must be a NumPy array or a pickled set")
+    scalars = [argument for name, argument in tokens if name == "SHORT_BINBYTES"]  # NumPy's, whose dtype has integers.
+    if scalars:
+        return [int.from_bytes(argument, "little") for argument in scalars]
+    return [argument for name, argument in tokens if name in ("BININT", "BININT1", "BININT2")]
 
 
 def _file_name(member: str, checkpoint: int) -> str:

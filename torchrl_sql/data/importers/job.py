@@ -50,10 +50,12 @@ class Position:
     Attributes:
         state (mapping of JSON values, or None): what :meth:`EpisodeSource.read` needs to continue; None at the end.
         dropped (mapping): rows before this position that are not transitions, by reason.
+        parts (sequence of str): names of the parts of the source (files, episodes) that were read so far.
     """
 
     state: Mapping[str, Any] | None
     dropped: Mapping[str, int]
+    parts: Sequence[str]
 
 
 class EpisodeSource(ABC):
@@ -63,7 +65,8 @@ class EpisodeSource(ABC):
         game (str): name of the game.
         description (str): goes to the manifest, for people.
         rewards (str): ``"raw"`` or ``"clipped"``.
-        request (mapping of JSON values): what is imported; an unfinished import continues only with an equal one.
+        request (mapping of JSON values): what is imported; an unfinished import continues only with an equal one, and
+            only if what was read before is still the same, see :meth:`digest`.
     """
 
     game: str
@@ -82,6 +85,10 @@ class EpisodeSource(ABC):
         Args:
             state (mapping or None): of the position to continue from; None: from the start.
         """
+
+    @abstractmethod
+    def digest(self, part: str) -> str:
+        """Tells the contents of a part (named by a position) from others. Raises if it is missing."""
 
 
 @dataclass(frozen=True)
@@ -193,10 +200,11 @@ def run_import(job: ImportJob, report: Callable[[int, int], None]) -> ImportSumm
     target = store.path / source.game / job.run
     if (target / "manifest.json").exists():
         run = Recording(target)
-        if _recorded_request(run.manifest) != source.request:
+        if _recorded(run.manifest, "request") != source.request:
             raise FileExistsError(
                 f"{target} is there already, from {run.manifest.source}: choose another store, or delete it"
             )
+        _check_contents(source, run.manifest, f"{target} is there already, from another {source.description}")
         return ImportSummary.of_run(run)
     if target.exists() and any(target.iterdir()):
         raise FileExistsError(f"{target} is in the way: it has files but no manifest; delete it")
@@ -211,14 +219,14 @@ def run_import(job: ImportJob, report: Callable[[int, int], None]) -> ImportSumm
     staged = staging.path / source.game / job.run
     if (staged / "manifest.json").exists():
         manifest = Manifest.read(staged / "manifest.json")
-        if _recorded_request(manifest) != source.request:
-            raise ValueError(
-                f"{staged} holds an unfinished import of {manifest.source}: finish that one, or delete the folder"
-            )
+        unfinished = f"{staged} holds an unfinished import of"
+        if _recorded(manifest, "request") != source.request:
+            raise ValueError(f"{unfinished} {manifest.source}: finish that one, or delete the folder")
+        _check_contents(source, manifest, f"{unfinished} another {source.description}")
     with staging.writer(source.game, run=job.run, source=source.description, rewards=source.rewards) as writer:
         record = dict(writer.metadata.get("import", {}))
         if not record:
-            record = {"request": dict(source.request), "state": None, "dropped": {}, "complete": False}
+            record = {"request": dict(source.request), "state": None, "dropped": {}, "contents": {}, "complete": False}
             record |= {"num_truncated": 0, "num_cut": 0, "clipped_return_sum": 0.0}
         num_done = writer.num_steps + sum(record["dropped"].values())
         report(num_done, num_rows)
@@ -240,7 +248,9 @@ def run_import(job: ImportJob, report: Callable[[int, int], None]) -> ImportSumm
             else:
                 if item.state is None and not writer.num_steps:
                     raise ValueError(f"{source.description}: there is no episode in it")
+                contents = {part: record["contents"].get(part) or source.digest(part) for part in item.parts}
                 record |= {"state": item.state, "dropped": dict(item.dropped), "complete": item.state is None}
+                record["contents"] = contents
                 writer.commit(metadata={"import": record})
                 num_done = writer.num_steps + sum(record["dropped"].values())
             report(num_done, num_rows)
@@ -251,6 +261,12 @@ def run_import(job: ImportJob, report: Callable[[int, int], None]) -> ImportSumm
     return ImportSummary.of_run(Recording(target))
 
 
-def _recorded_request(manifest: Manifest) -> Any:
+def _recorded(manifest: Manifest, key: str) -> Any:
     record = manifest.metadata.get("import")
-    return record.get("request") if isinstance(record, dict) else None
+    return record.get(key) if isinstance(record, dict) else None
+
+
+def _check_contents(source: EpisodeSource, manifest: Manifest, message: str) -> None:
+    for part, digest in _recorded(manifest, "contents").items():
+        if source.digest(part) != digest:
+            raise ValueError(f"{message}: part {part} had other contents; choose another store, or delete the folder")

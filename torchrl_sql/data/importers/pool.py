@@ -36,7 +36,7 @@ class ImportFailedError(RuntimeError):
         self.summaries = list(summaries)
         super().__init__(
             f"{len(failures)} of {len(failures) + len(summaries)} games could not be imported:\n"
-            + "\n".join(f"  {game}: {error}" for game, error in failures.items())
+            + "\n".join(f"  {game}: {_text(error)}" for game, error in failures.items())
         )
 
 
@@ -102,8 +102,12 @@ def _attempt(job: ImportJob, report: Callable[[int, int], None]) -> ImportSummar
     try:
         return run_import(job, report)
     except Exception as error:  # Whatever a damaged file of one game leads to, the others go on.
-        logger.error("%s was not imported: %s", job.source.game, error)
+        logger.error("%s was not imported: %s", job.source.game, _text(error))
         return error
+
+
+def _text(error: Exception) -> str:
+    return str(error) if isinstance(error, (OSError, ValueError)) and str(error) else repr(error)
 
 
 class _JobRows(ctypes.Structure):

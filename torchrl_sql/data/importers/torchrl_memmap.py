@@ -9,13 +9,14 @@ what they mean. The files are mapped here, not loaded through tensordict: that w
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -39,6 +40,7 @@ _DTYPES: dict[str, np.dtype] = {
     "torch.int64": np.dtype("<i8"),
     "torch.float32": np.dtype("<f4"),
 }
+_DIGESTED_FRAMES = 64
 
 
 def import_torchrl_memmap(
@@ -50,6 +52,7 @@ def import_torchrl_memmap(
     checkpoints: str | Sequence[int] | None = None,
     workers: int = 1,
     max_episode_steps: int = MAX_EPISODE_STEPS,
+    rewards: Literal["raw", "clipped"] = "clipped",
     progress: bool = False,
 ) -> list[ImportSummary]:
     """Imports what ``AtariDQNExperienceReplay("<Game>/<run>", root=source)`` has downloaded and converted.
@@ -66,6 +69,7 @@ def import_torchrl_memmap(
         checkpoints (str or sequence of int, optional): which of the folders; default all that are there.
         workers (int): processes, each working on one game at a time.
         max_episode_steps (int): agent steps after which the data's runner ended an episode.
+        rewards (str): ``"clipped"``, or ``"raw"`` where the runner did not clip them.
         progress (bool): show a bar with rate and time left on standard error.
 
     Returns:
@@ -87,6 +91,7 @@ def import_torchrl_memmap(
             run=run,
             checkpoints=there if checkpoints is None else checkpoints,
             max_episode_steps=max_episode_steps,
+            rewards=rewards,
         )
         jobs.append(ImportJob(memmaps, Path(store_path), str(run)))
     return run_imports(jobs, workers=workers, progress=progress)
@@ -122,6 +127,15 @@ class TorchRLMemmapSource(DopamineSource):
         num_rows = len(_Reader(folder).action)
         return BufferState(number, str(folder), num_rows, int(add_count), np.array(invalid_range))
 
+    def digest(self, part: str) -> str:
+        """Of all actions, rewards and flags, and of some frames."""
+        reader, digest = _Reader(self._folder / part), hashlib.sha256()
+        num_rows = len(reader.action)
+        frames = reader.frames[np.linspace(0, num_rows - 1, _DIGESTED_FRAMES, dtype=np.int64)]
+        for array in (reader.action, reader.reward, reader.terminal, frames):
+            digest.update(array.tobytes())
+        return digest.hexdigest()
+
     @contextmanager
     def open(self, number: int) -> Iterator[_Reader]:
         """Maps the files."""
@@ -130,6 +144,8 @@ class TorchRLMemmapSource(DopamineSource):
 
 class _Reader:
     """The rows of one folder, as ``dopamine_episodes.CheckpointReader`` describes."""
+
+    time_out: np.ndarray | None = None
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -144,7 +160,7 @@ class _Reader:
                     f"{self.path(member)} must be {dtype} {list(expected)} (action has {num_rows} rows), "
                     f"got {array.dtype} {list(array.shape)}"
                 )
-        self._frames, self._next_row = arrays["observation"], 0
+        self.frames, self._next_row = arrays["observation"], 0
         self.action, self.reward, self.terminal = (np.array(arrays[m]) for m in ("action", "reward", "terminal"))
 
     def path(self, member: str) -> str:
@@ -152,7 +168,7 @@ class _Reader:
         return str(self._folder / where / f"{name}.memmap")
 
     def read_frames(self, out: np.ndarray) -> None:
-        out[:] = self._frames[self._next_row : self._next_row + len(out)]
+        out[:] = self.frames[self._next_row : self._next_row + len(out)]
         self._next_row += len(out)
 
     def skip_frames(self, num_frames: int) -> None:
@@ -169,7 +185,9 @@ def _map(folder: Path, name: str) -> np.ndarray:
     try:
         entry = json.loads(meta.read_text(encoding="utf-8"))[name]
         dtype, shape = _DTYPES[entry["dtype"]], tuple(int(size) for size in entry["shape"])
-    except (ValueError, KeyError, TypeError) as error:
+    except OSError:
+        raise
+    except Exception as error:
         raise ValueError(f"{meta} does not describe {name}: {error!r}") from error
     num_bytes = dtype.itemsize * prod(shape)
     if min(shape, default=1) < 1 or path.stat().st_size != num_bytes:
