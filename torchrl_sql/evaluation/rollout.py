@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,8 +21,9 @@ from tensordict.nn import TensorDictModuleBase
 
 from torchrl_sql.envs import AtariVector, Emulator
 from torchrl_sql.envs.atari import DEFAULT_EMULATOR
+from torchrl_sql.envs.context import Context, first_context, next_context
 from torchrl_sql.evaluation.policies import check_action_set
-from torchrl_sql.games import FRAME_SHAPE, FRAME_STACK, GAMES, NUM_ACTIONS, legal_action_mask
+from torchrl_sql.games import GAMES, NUM_ACTIONS, legal_action_mask
 from torchrl_sql.modules import sample_index
 
 CALIBRATION_INTERVAL_AGENT_STEPS = 50
@@ -69,28 +71,37 @@ class Rollout:
 
 
 class _EpisodeNoise:
-    """Uniform numbers that depend on the episode's seed and the step only, not on what else is played."""
+    """Uniform numbers that depend on the episode's seed and the step only, not on what else is played.
 
-    def __init__(self, seed: int):
+    Args:
+        seed (SeedSequence): of the stream.
+        num_columns (int): numbers per step.
+    """
+
+    def __init__(self, seed: np.random.SeedSequence, num_columns: int):
         self._rng = np.random.Generator(np.random.Philox(seed))
-        self._block = np.empty((0, 3))
+        self._block = np.empty((0, num_columns))
 
     def at(self, step: int) -> np.ndarray:
         row = step % 512
         if row == 0:
-            self._block = self._rng.random((512, 3))
+            self._block = self._rng.random((512, self._block.shape[1]))
         return self._block[row]
 
 
 class _Slot:
     """One emulator and the episode it plays."""
 
-    def __init__(self, emulator: Emulator) -> None:
+    def __init__(self, emulator: Emulator, context_steps: int) -> None:
         self._emulator = emulator
+        self._context_steps = context_steps
+        self._action = 0
         self._vector: AtariVector | None = None
         self._stepping = False
         self.rollout: Rollout
         self.noise: _EpisodeNoise
+        self.return_noise: _EpisodeNoise
+        self.context: Context = {}
         self.game_id: int
         self.observation: np.ndarray
 
@@ -104,8 +115,12 @@ class _Slot:
             self._vector = AtariVector(rollout.game, 1, self._emulator, num_threads=1)
         assert self._vector is not None
         self.rollout, self.game_id = rollout, game_id
-        self.noise = _EpisodeNoise(rollout.episode_seed)
+        self.noise = _EpisodeNoise(np.random.SeedSequence(rollout.episode_seed), 3)
+        # A stream of its own: a fourth column would change what all agents without a choice of return play.
+        self.return_noise = _EpisodeNoise(np.random.SeedSequence(rollout.episode_seed, spawn_key=(1,)), 1)
         self.observation = self._vector.reset(np.array([rollout.episode_seed]))[0]
+        if self._context_steps:
+            self.context = first_context(torch.from_numpy(self.observation[-1]), self._context_steps)
 
     def send(self, action: int, value: np.ndarray | None, *, recorded: bool) -> None:
         """Starts a step, and keeps what the episode's record needs of the decision."""
@@ -117,6 +132,7 @@ class _Slot:
             self.rollout.actions.append(action)
             if value is not None:
                 self.rollout.action_values.append(value)
+        self._action = action
         self._vector.send(np.array([action]))
         self._stepping = True
 
@@ -129,6 +145,9 @@ class _Slot:
             self.observation = observation[0]
             self.rollout.rewards.append(float(reward[0]))
             self.rollout.terminated, self.rollout.truncated = bool(terminated[0]), bool(truncated[0])
+            if self._context_steps:
+                frame, rewards = torch.from_numpy(self.observation[-1]), torch.tensor(self.rollout.rewards[-1:])
+                self.context = next_context(self.context, torch.tensor(self._action), rewards, frame)
         return self.rollout.terminated or self.rollout.truncated
 
 
@@ -155,8 +174,9 @@ def rollout(
     Args:
         policy (TensorDictModuleBase): reads any of ``observation`` ``[B, 4, 84, 84]`` uint8, ``game_id`` ``[B]`` int64
             and ``uniform`` ``[B]`` float64 in [0, 1), a random number that depends on evaluation seed, episode and step
-            alone; writes ``action`` ``[B]`` integers in 0..17 and maybe ``action_value`` ``[B, 18]``. Where its
-            parameters are, the batch is put.
+            alone; with ``context_steps`` K also ``context``, the last K steps (:func:`torchrl_sql.envs.next_context`),
+            and ``return_uniform``, another such number. Writes ``action`` ``[B]`` integers in 0..17 and maybe
+            ``action_value`` ``[B, 18]``. Where its parameters are, the batch is put.
         games (sequence of str): the policy's games; their order is the meaning of ``game_id``.
         episodes (sequence of (str, int)): games and episode numbers to play; a number stands for the same emulator
             and exploration noise in every evaluation of the same ``seed``.
@@ -210,7 +230,7 @@ def rollout(
         noise = np.stack([slot.noise.at(slot.rollout.length_agent_steps) for slot in group])
         game_ids = torch.tensor([slot.game_id for slot in group])
         decisions = [
-            _decide(policy, group[i : i + rows], game_ids[i : i + rows], noise[i : i + rows, 2], rows, device)
+            _decide(policy, group[i : i + rows], noise[i : i + rows, 2], rows, device)
             for i in range(0, len(group), rows)
         ]
         explored = sample_index(legal[game_ids], torch.from_numpy(noise[:, 1]))
@@ -232,7 +252,7 @@ def rollout(
     groups: list[list[_Slot]] = [[], []]
     with ThreadPoolExecutor(num_threads, thread_name_prefix="start") as starters:
         for _ in range(min(num_parallel, len(queue))):
-            start(_Slot(emulator))
+            start(_Slot(emulator, getattr(policy, "context_steps", 0)))
         while starting or any(groups):
             for group in groups:
                 join()
@@ -245,22 +265,30 @@ def rollout(
 def _decide(
     policy: TensorDictModuleBase,
     slots: list[_Slot],
-    game_ids: torch.Tensor,
     uniform: np.ndarray,
     rows: int,
     device: torch.device,
 ) -> tuple[torch.Tensor, np.ndarray | None]:
     """The policy's actions int64 ``[len(slots)]`` and values float32 ``[len(slots), 18]``, from a batch of ``rows``."""
     number = len(slots)
+
+    def filled(values: Iterable[Any], dtype: torch.dtype) -> torch.Tensor:
+        """One row per slot, and zeros."""
+        entry = torch.from_numpy(np.stack(list(values))).to(dtype)
+        return torch.cat([entry, entry.new_zeros(rows - number, *entry.shape[1:])])
+
     batch = TensorDict(
-        observation=torch.zeros(rows, FRAME_STACK, *FRAME_SHAPE, dtype=torch.uint8),
-        game_id=torch.zeros(rows, dtype=torch.int64),
-        uniform=torch.zeros(rows, dtype=torch.float64),
+        observation=filled([slot.observation for slot in slots], torch.uint8),
+        game_id=filled([slot.game_id for slot in slots], torch.int64),
+        uniform=filled(uniform, torch.float64),
         batch_size=[rows],
     )
-    np.stack([slot.observation for slot in slots], out=batch["observation"][:number].numpy())
-    batch["game_id"][:number] = game_ids
-    batch["uniform"][:number] = torch.from_numpy(uniform)
+    if slots[0].context:
+        keys = slots[0].context
+        batch["context"] = {key: filled([slot.context[key] for slot in slots], keys[key].dtype) for key in keys}
+        batch["return_uniform"] = filled(
+            [slot.return_noise.at(slot.rollout.length_agent_steps)[0] for slot in slots], torch.float64
+        )
     out = policy(batch.to(device))
     action = out["action"].cpu()
     if action.shape != (rows,) or action.is_floating_point() or action.dtype == torch.bool:
