@@ -74,7 +74,9 @@ def test_keys_weights_and_dispatch():
     torch.testing.assert_close(dispatched[0], plain["loss_action"])
     data["weight"], data["known"] = torch.tensor([0.5, 2.0]), data.pop("mask")
     loss.set_keys(mask="known", priority_weight="weight")
-    torch.testing.assert_close(loss(data)["loss_return"], plain["loss_return"] * data["weight"])
+    weighted = loss(data)
+    torch.testing.assert_close(weighted["loss_return"], plain["loss_return"] * data["weight"])
+    assert weighted["accuracy"].item() == pytest.approx(0.5 / (0.5 + 0.5 + 2.0))
 
 
 def network_batch(num_windows: int) -> TensorDict:

@@ -28,10 +28,10 @@ def first_context(frame: Tensor, num_steps: int) -> Context:
     """
     shape = (*frame.shape[:-2], num_steps)
     context = {
-        "observation": torch.zeros(*shape, *FRAME_SHAPE, dtype=torch.uint8),
-        "action": torch.zeros(shape, dtype=torch.int64),
-        "reward": torch.zeros(*shape, 1),
-        "mask": torch.zeros(shape, dtype=torch.bool),
+        "observation": frame.new_zeros(*shape, *FRAME_SHAPE),
+        "action": frame.new_zeros(shape, dtype=torch.int64),
+        "reward": frame.new_zeros(*shape, 1, dtype=torch.float32),
+        "mask": frame.new_zeros(shape, dtype=torch.bool),
     }
     context["observation"][..., 0, :, :] = frame
     context["mask"][..., 0] = True
@@ -48,7 +48,7 @@ def next_context(context: Context, action: Tensor, reward: Tensor, frame: Tensor
         frame (Tensor): uint8 ``[*B, 84, 84]``, what is seen now.
     """
     num_steps = context["mask"].shape[-1]
-    place = torch.arange(num_steps)
+    place = torch.arange(num_steps, device=frame.device)
     num_known = context["mask"].sum(-1, keepdim=True)
     present = place == num_known - 1
     known = {
@@ -109,7 +109,7 @@ class PolicyInputs(Transform):
     def _write(self, tensordict: TensorDictBase, context: Context) -> TensorDictBase:
         tensordict["context"] = TensorDict(context, tensordict.batch_size)
         for key in ("uniform", "return_uniform"):
-            tensordict[key] = torch.rand(tensordict.batch_size, dtype=torch.float64)
+            tensordict[key] = torch.rand(tensordict.batch_size, dtype=torch.float64, device=tensordict.device)
         return tensordict
 
     def transform_observation_spec(self, observation_spec: TensorSpec) -> TensorSpec:

@@ -10,6 +10,8 @@ from tensordict.nn import TensorDictModule, dispatch
 from torch import Tensor
 from torchrl.objectives import LossModule
 
+from torchrl_sql.objectives.common import check_reduction, priority_weights
+
 
 class DecisionTransformerLoss(LossModule):
     """Mean of the cross-entropies of return, actions and rewards (without return tokens, of the latter two).
@@ -24,7 +26,7 @@ class DecisionTransformerLoss(LossModule):
     Keyword Args:
         class_averaged (bool): divide each cross-entropy by its number of classes too, as the notebook's helper does: a
             return then weighs 18/121 of an action, a reward 18/4.
-        reduction (str): ``"mean"``, ``"sum"`` or ``"none"`` (losses of shape ``[*B]``).
+        reduction (str): ``"mean"`` (also as None), ``"sum"`` or ``"none"`` (losses of shape ``[*B]``).
         use_prioritized_weights (bool or "auto"): weigh windows by the ``priority_weight`` entry; ``"auto"`` where the
             batch has one.
 
@@ -33,7 +35,7 @@ class DecisionTransformerLoss(LossModule):
 
     Returns:
         ``loss_action``, ``loss_reward`` and, with return tokens, ``loss_return``, weighted so that the objective is
-        their sum; ``accuracy``: the detached share of actions that the likeliest one is right about.
+        their sum; ``accuracy``: the share of steps, with the batch's weights, whose likeliest action is the data's.
 
     Raises:
         TypeError, ValueError: if ``actor_network`` does not fit, ``reduction`` is unknown, or the batch has other
@@ -64,16 +66,15 @@ class DecisionTransformerLoss(LossModule):
         actor_network: TensorDictModule,
         *,
         class_averaged: bool = False,
-        reduction: Literal["mean", "sum", "none"] = "mean",
+        reduction: Literal["mean", "sum", "none"] | None = "mean",
         use_prioritized_weights: bool | Literal["auto"] = "auto",
     ) -> None:
         super().__init__()
         if not isinstance(actor_network, TensorDictModule):
             raise TypeError(f"actor_network must be a TensorDictModule, got {type(actor_network).__name__}")
-        if reduction not in ("mean", "sum", "none"):
-            raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
+        check_reduction(reduction, use_prioritized_weights)
         self.class_averaged = class_averaged
-        self.reduction = reduction
+        self.reduction = reduction or "mean"
         self.use_prioritized_weights = use_prioritized_weights
         self.convert_to_functional(actor_network, "actor_network", create_target_params=False)
 
@@ -114,14 +115,12 @@ class DecisionTransformerLoss(LossModule):
             first = slice(0, 1)
             logits, token = inputs[keys.return_logits].unsqueeze(-2), inputs[keys.return_token].unsqueeze(-1)
             losses["loss_return"] = self._cross_entropy(logits, token, mask[..., first])
-        weights = self._maybe_get_priority_weight(tensordict)
-        if weights is not None:
-            weights = weights.reshape(action.shape[:-1])
+        weights = priority_weights(self, tensordict, action.shape[:-1])
         result = {
             name: self._reduce_loss(loss / len(losses), tensordict, weights=weights) for name, loss in losses.items()
         }
-        right = (action_logits.argmax(-1) == action) & mask
-        result["accuracy"] = right.sum() / mask.sum()
+        counted = mask if weights is None else mask * weights.unsqueeze(-1)
+        result["accuracy"] = ((action_logits.argmax(-1) == action) * counted).sum() / counted.sum()
         out = TensorDict(result)
         self._clear_weakrefs(tensordict, out, "actor_network_params")
         return out
