@@ -1,7 +1,7 @@
 """SHA-256 of what collection and training made, to see that a change of the code leaves their numbers alone.
 
 A store has a line per file. A run has one line: over the bytes of all tensors of its newest checkpoint's loss and
-optimizer, with their shapes and types, sorted, so that names do not count.
+optimizer, with their shapes and types, each once, sorted: names do not count, nor a buffer that is held twice.
 
     python benchmarks/digests.py STORE_OR_RUN...
 """
@@ -31,12 +31,12 @@ def tensors(state: Any) -> Iterator[torch.Tensor]:
 
 def digest_of_tensors(state: Any) -> str:
     """Of values, shapes and types, whatever their names and order."""
-    parts = sorted(
+    parts = {
         f"{value.dtype} {tuple(value.shape)} ".encode()
         + value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
         for value in tensors(state)
-    )
-    return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()
+    }
+    return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in sorted(parts))).hexdigest()
 
 
 def digest_of_run(folder: Path) -> tuple[str, str]:
