@@ -33,12 +33,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "launch": LEAVES | {"studies", "config", "training.signals"},
 }
 TABLE = {package: set(names) for package, names in MAY_IMPORT.items()}
-for package, owed in {  # until studies and methods are packages of their own
-    "launch": {"cli", "training.train"},
+for package, owed in {  # until methods is a package of their own
     "statistics": {"evaluation"},
 }.items():
     MAY_IMPORT[package] = MAY_IMPORT[package] | owed
-ENTRANCES = {"cli", "quickstart", "__init__", "__main__"}
+ENTRANCES = {"cli", "__init__", "__main__"}
 """They may import everything."""
 
 

@@ -32,7 +32,7 @@ TINY = [
 def quickstart(tmp_path_factory):
     """The folder of a finished tiny quickstart."""
     folder = tmp_path_factory.mktemp("runs") / "quick start"  # a blank in the path must not matter
-    assert main(["quickstart", "--out", str(folder), "--seed", "3", *TINY]) == 0
+    assert main(["quickstart", "--out", str(folder), "--seed", "3", "--jobs", "2", *TINY]) == 0
     return folder
 
 
@@ -47,10 +47,11 @@ def test_quickstart_makes_what_it_promises(quickstart):
     store = FrameStore.open(quickstart / "store")
     assert store.games == ("Breakout", "Freeway")
     assert all(store.recording(game).num_steps >= 400 for game in store.games)
+    rows = read_episodes(quickstart / "constant" / "scores.csv")
     for name in ("scaled_ql", "bc"):
-        assert (quickstart / name / "config.yaml").is_file()
-        assert list_checkpoints(quickstart / name / "checkpoints")
-    rows = read_episodes(quickstart / "scores.csv")
+        run = quickstart / name / "seed3"
+        assert (run / "config.yaml").is_file() and list_checkpoints(run / "checkpoints")
+        rows += read_episodes(run / "scores.csv")
     counted = {}
     for row in rows:
         counted[row.agent, row.decoding, row.game] = counted.get((row.agent, row.decoding, row.game), 0) + 1
@@ -59,7 +60,7 @@ def test_quickstart_makes_what_it_promises(quickstart):
     assert all(number == 2 for number in counted.values())
     agents = {(agent, decoding) for agent, decoding, _ in counted}
     assert {("scaled_ql", "greedy"), ("bc", "greedy"), ("bc", "sampled"), ("constant_UP", "greedy")} <= agents
-    assert {path.stem for path in (quickstart / "clips").iterdir()} == {
+    assert {path.stem for path in (quickstart / "scaled_ql" / "seed3" / "clips").iterdir()} == {
         f"{game}-scaled_ql-greedy-seed3-6" for game in ("Breakout", "Freeway")
     }
 
@@ -68,24 +69,21 @@ def test_quickstart_again_only_writes_the_report_again(quickstart, capsys):
     before = contents(quickstart)
     assert main(["quickstart", "--out", str(quickstart), "--seed", "3", *TINY]) == 0
     after = contents(quickstart)
-    assert {path for path in after if after[path] != before.get(path)} <= {
-        path for path in after if path.name == "report.html" or path.parent.name == "report_files"
-    }
+    changed = {path.relative_to(quickstart) for path in after if after[path] != before.get(path)}
+    assert {path.parts[0] for path in changed} <= {"report.html", "report_files", "tasks"}
+    assert {path.stem for path in changed if path.parts[0] == "tasks"} == {"report"}
     out = capsys.readouterr().out
-    assert "Scaled QL" in out and "BC sampled" in out and f"Report: {quickstart / 'report.html'}" in out
+    assert "7 of 8 tasks" in out and f"Report: {quickstart / 'report.html'}" in out
+    assert "Scaled QL" in out and "BC sampled" in out
 
 
-def test_quickstart_of_other_settings_is_refused_and_fresh_starts_over(quickstart, tmp_path, capsys):
-    assert main(["quickstart", "--out", str(quickstart), "--seed", "4", *TINY]) == 1
-    assert "holds Breakout collected with" in capsys.readouterr().err
-    (tmp_path / "mine.txt").write_text("keep")
-    (tmp_path / "bc").mkdir()
-    (tmp_path / "bc" / "mine.txt").write_text("keep, for no quickstart was here")
-    assert main(["quickstart", "--out", str(tmp_path), "--fresh", *TINY, "data.games=[Breakout]"]) == 0
-    assert (tmp_path / "mine.txt").read_text() == "keep" and (tmp_path / "bc" / "mine.txt").is_file()
-    before = contents(tmp_path)
-    assert main(["quickstart", "--out", str(tmp_path), "--fresh", *TINY, "method.alhpa=1"]) == 1
-    assert contents(tmp_path) == before
+def test_quickstart_of_other_settings_deletes_nothing_without_consent(quickstart, capsys):
+    before = contents(quickstart)
+    for changes in (["--seed", "4"], ["--seed", "3", "--fresh"]):
+        assert main(["quickstart", "--out", str(quickstart), *changes, *TINY]) == 1
+        assert "Give --yes to delete this" in capsys.readouterr().err
+    assert main(["quickstart", "--out", str(quickstart), "--fresh", "--yes", *TINY, "method.alhpa=1"]) == 1
+    assert "alhpa" in capsys.readouterr().err and contents(quickstart) == before
 
 
 def test_collect_train_evaluate_report_inspect(tmp_path, capsys):
@@ -122,7 +120,7 @@ def test_train_prints_its_configuration(capsys):
             ["train", "scale=cpu", "data.store=store", "data.games=[Breakout"],
             "data.games cannot be read, got '[Breakout'",
         ),
-        (["quickstart", "run_dir=x"], "the quickstart decides run_dir itself"),
+        (["quickstart", "run_dir=x"], "a study decides run_dir itself, see --out"),
         (["train", "--config", "/x", "seed=1"], "--config takes no settings beside the file's own, got 'seed=1'"),
         (["evaluate", "/nowhere"], "/nowhere must be a checkpoint or the folder of a trained run"),
         (["report", "/nowhere"], "/nowhere must hold scores.csv"),
@@ -135,7 +133,7 @@ def test_bad_input_is_one_clear_line(arguments, message, capsys):
     assert err.startswith(f"torchrl-sql {arguments[0]}: ") and message in err and "Traceback" not in err
 
 
-@pytest.mark.parametrize("command", ["quickstart", "collect", "train", "evaluate", "report", "inspect"])
+@pytest.mark.parametrize("command", ["quickstart", "study", "collect", "train", "evaluate", "report", "inspect"])
 def test_help_explains_each_command(command, capsys):
     with pytest.raises(SystemExit) as exit_info:
         main([command, "--help"])

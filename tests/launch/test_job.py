@@ -1,42 +1,42 @@
-"""One life of a task: what it leaves behind for the batch script and for later lives."""
+"""One attempt at a task: what it leaves behind for the batch script and for later attempts."""
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
+import torch
+from torch._dynamo.exc import BackendCompilerFailed
 
 from torchrl_sql.launch import job
-from torchrl_sql.launch.group import Task, new_stage
-from torchrl_sql.launch.task import LIFE_VARIABLE, Life, TaskFolder
+from torchrl_sql.launch.attempt import ATTEMPT_VARIABLE, Attempt, TaskFolder, newest_checkpoint
+from torchrl_sql.launch.group import make_groups
+from torchrl_sql.studies.task import Task
 from torchrl_sql.training.checkpoint import CheckpointError
 from torchrl_sql.training.signals import Interrupted
 
 
 @pytest.fixture
-def live(tmp_path, monkeypatch):
-    """Runs a training life whose training is a given function; returns the exit code and the task's folder."""
-    stage = new_stage(
-        tmp_path, "train", [Task(label="", arguments=["train"])], command="", stop_seconds=60, cluster=None
-    )
-    stage.create([None])
+def attempt(tmp_path, monkeypatch):
+    """Makes an attempt at a training task whose command does what a given function does; returns the exit code."""
+    task = Task(name="train", arguments=["train"], group="train", run_dir=str(tmp_path / "run"), folder=str(tmp_path))
+    (group,) = make_groups(tmp_path, [task], command="", cluster=None)
+    group.create()
     monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.chdir(tmp_path)
 
-    def live(work, *, life="0.0"):
-        monkeypatch.setenv(LIFE_VARIABLE, life)
-        monkeypatch.setattr(job, "_train", lambda task: work())
-        with pytest.raises(SystemExit) as end:
-            job.run_task(str(stage.folder), 0)
-            sys.exit(0)
-        return end.value.code
+    def attempt(work, *, name="0.0"):
+        monkeypatch.setenv(ATTEMPT_VARIABLE, name)
+        return job.run_task(group.folder, 0, run=lambda arguments: work())
 
-    live.task = stage.task_folder(0)
-    live.stage = stage
-    return live
+    attempt.task = group.task_folder(0)
+    attempt.group = group
+    yield attempt
+    signal.signal(signal.SIGUSR2, signal.SIG_DFL)
 
 
 def fail(error):
@@ -46,93 +46,141 @@ def fail(error):
     return work
 
 
-def test_success(live):
-    assert live(lambda: None) == 0
-    assert live.task.done and live.task.newest_life() == Life(0, 0)
-    assert live(fail(AssertionError("must not run again")), life="0.1") == 0
+def test_success(attempt):
+    assert attempt(lambda: None) == 0
+    assert attempt.task.done and attempt.task.newest_attempt() == Attempt(0, 0)
+    assert attempt(fail(AssertionError("must not run again")), name="0.1") == 0
 
 
-def test_preemption_and_stopping(live):
-    assert live(fail(Interrupted("at step 3", requeue=True))) == job.EXIT_REQUEUE
-    assert live.task.text("requeue") == "0.0" and live.task.text("stopped") is None
-    assert live(fail(Interrupted("at step 5", requeue=False)), life="0.1") == job.EXIT_STOPPED
-    assert live.task.text("stopped") == "0.1"
-    assert not live.task.done
+def test_preemption_and_stopping(attempt):
+    assert attempt(fail(Interrupted("at step 3", requeue=True))) == job.EXIT_REQUEUE
+    assert attempt.task.text("requeue") == "0.0" and attempt.task.text("stopped") is None
+    assert attempt(fail(Interrupted("at step 5", requeue=False)), name="0.1") == job.EXIT_STOPPED
+    assert attempt.task.text("stopped") == "0.1"
+    assert not attempt.task.done
 
 
 @pytest.mark.parametrize(
     "error", [ValueError("seed"), FileNotFoundError("store"), FloatingPointError("nan"), KeyError("x")]
 )
-def test_errors_that_would_come_again(live, error):
+def test_errors_that_would_come_again(attempt, error):
     with pytest.raises(type(error)):
-        live(fail(error))
-    assert str(error) in live.task.text("FATAL")
-    assert live(lambda: None, life="0.1") == 1  # not even if the next would succeed
-    assert not live.task.done
-    live.task.clear_for_resume()
-    assert live(lambda: None, life="1.0") == 0
+        attempt(fail(error))
+    assert str(error) in attempt.task.text("FATAL")
+    assert attempt(lambda: None, name="0.1") == 1  # not even if the next would succeed
+    assert not attempt.task.done
+    attempt.task.clear_for_resume()
+    assert attempt(lambda: None, name="1.0") == 0
 
 
-@pytest.mark.parametrize(
-    "error", [RuntimeError("Connection closed by peer"), OSError("stale file handle"), MemoryError()]
-)
-def test_errors_of_machines_are_left_to_the_batch_script(live, error):
+@pytest.mark.parametrize("error", [RuntimeError("Connection closed by peer"), OSError("stale file handle")])
+def test_errors_of_machines_are_left_to_the_batch_script(attempt, error):
     with pytest.raises(type(error)):
-        live(fail(error))
-    assert live.task.text("FATAL") is None and not live.task.done
+        attempt(fail(error))
+    assert attempt.task.text("FATAL") is None and not attempt.task.done
 
 
-def test_an_error_after_the_signal_is_put_down_to_it(live):
+def test_an_error_after_the_signal_is_put_down_to_it(attempt):
     def work():
         signal.raise_signal(signal.SIGUSR2)
         raise ValueError("a worker died")
 
-    assert live(work) == job.EXIT_REQUEUE
-    assert live.task.text("FATAL") is None and live.task.text("requeue") == "0.0"
+    assert attempt(work) == job.EXIT_REQUEUE
+    assert attempt.task.text("FATAL") is None and attempt.task.text("requeue") == "0.0"
 
 
 @pytest.mark.parametrize(("kind", "marker"), [("bench", None), ("import", "0.0")])
-def test_what_starts_anew_asks_for_no_requeue(live, monkeypatch, kind, marker):
-    live.stage.tasks[0].arguments[0] = kind
-    live.stage.save()
-    monkeypatch.setattr(job, "_run_command", lambda arguments: fail(Interrupted("", requeue=True))())
-    assert live(None) == job.EXIT_REQUEUE
-    assert live.task.text("requeue") == marker
+def test_what_starts_anew_asks_for_no_requeue(attempt, kind, marker):
+    attempt.group.tasks[0] = replace(attempt.group.tasks[0], arguments=[kind])
+    attempt.group.save()
+    assert attempt(fail(Interrupted("", requeue=True))) == job.EXIT_REQUEUE
+    assert attempt.task.text("requeue") == marker
 
 
-def test_the_first_error_of_a_life_counts(live):
+def test_a_signal_stops_a_command_that_has_no_handler_of_its_own(attempt):
     def work():
-        live.task.write("FATAL", "of rank 1")
+        signal.raise_signal(signal.SIGUSR2)
+        time.sleep(60)
+
+    assert attempt(work) == job.EXIT_REQUEUE
+    assert attempt.task.text("requeue") == "0.0"
+
+
+def test_a_signal_that_came_before_there_was_a_handler_is_not_lost(attempt):
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2})
+    signal.raise_signal(signal.SIGUSR2)
+    assert attempt(lambda: time.sleep(60)) == job.EXIT_REQUEUE
+
+
+def test_progress_is_the_newest_checkpoint_at_the_start_and_when_it_was_told_to_stop(attempt, tmp_path):
+    checkpoints = tmp_path / "run" / "checkpoints"
+    checkpoints.mkdir(parents=True)
+
+    def save(step):
+        (checkpoints / f"step_{step:09}.pt").touch()
+
+    def work():
+        assert attempt.task.text("progress") == "step_000000090"
+        save(100)
+        raise Interrupted("", requeue=True)
+
+    save(90)
+    attempt(work)
+    assert attempt.task.text("progress") == "step_000000100" == newest_checkpoint(str(tmp_path / "run"))
+    with pytest.raises(OSError):
+        attempt(fail(OSError(5, "I/O")), name="0.1")
+    assert attempt.task.text("progress") == "step_000000100"
+
+
+def test_a_study_s_task_is_recorded_as_done_in_the_study(attempt):
+    task = attempt.group.tasks[0]
+    attempt(fail(Interrupted("", requeue=True)))
+    assert task.record()["seconds"] is None
+    attempt(lambda: None, name="0.1")
+    assert task.record()["seconds"] >= 0
+
+
+def test_the_first_error_of_an_attempt_counts(attempt):
+    def work():
+        attempt.task.write("FATAL", "of rank 1")
         raise ValueError("of rank 0")
 
     with pytest.raises(ValueError):
-        live(work)
-    assert live.task.text("FATAL") == "of rank 1"
+        attempt(work)
+    assert attempt.task.text("FATAL") == "of rank 1"
 
 
-def test_an_older_life_leaves_the_newer_ones_task_alone(live):
+def test_an_older_attempt_leaves_the_newer_ones_task_alone(attempt):
     def work():
-        live.task.write("life", "1.0")
+        attempt.task.write("attempt", "1.0")
         raise ValueError("the files under an orphan's feet are gone")
 
-    assert live(work, life="0.3") == job.EXIT_SUPERSEDED
-    assert live.task.text("FATAL") is None
-    assert live(lambda: None, life="0.4") == 1
-    assert not live.task.done
+    assert attempt(work, name="0.3") == job.EXIT_SUPERSEDED
+    assert attempt.task.text("FATAL") is None
+    assert attempt(lambda: None, name="0.4") == 1
+    assert not attempt.task.done
 
 
-def test_a_cancelled_submission_does_not_start(live):
-    live.task.write("cancelled", "0")
-    assert live(lambda: None, life="0.1") == 1
-    assert live(lambda: None, life="1.0") == 0
+def test_a_cancelled_submission_does_not_start(attempt):
+    attempt.task.write("cancelled", "0")
+    assert attempt(lambda: None, name="0.1") == 1
+    assert attempt(lambda: None, name="1.0") == 0
 
 
 @pytest.mark.parametrize(
     ("error", "transient"),
     [
-        (RuntimeError(), True),
+        (RuntimeError("[enforce fail at gloo] Connection closed by peer [10.1.2.3]:4000"), True),
+        (RuntimeError("NCCL error: unhandled system error"), True),
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal"), True),
+        (torch.distributed.DistBackendError("x"), True),
         (ConnectionResetError(), True),
         (OSError(5, "I/O"), True),
+        (RuntimeError("The size of tensor a (2) must match the size of tensor b (3)"), False),
+        (RuntimeError("Invalid device string: 'cuda:abc'"), False),
+        (torch.AcceleratorError("CUDA error: invalid device ordinal", 101), False),
+        (torch.AcceleratorError("CUDA error: uncorrectable ECC error encountered", 214), True),
+        (BackendCompilerFailed("inductor", ValueError("x"), None), False),
         (FileNotFoundError(), False),
         (PermissionError(), False),
         (NotImplementedError(), False),
@@ -141,21 +189,26 @@ def test_a_cancelled_submission_does_not_start(live):
     ],
 )
 def test_which_errors_may_pass(error, transient):
-    assert job.is_transient(error) == transient
+    assert job.is_transient(error, made_progress=True) == job.is_transient(error, made_progress=False) == transient
 
 
-def test_lives_are_ordered():
-    assert Life(0, 9) < Life(0, 10) < Life(1, 0)
-    assert Life.parse(str(Life(2, 13)) + "\n") == Life(2, 13)
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError()])
+def test_memory_that_was_enough_once_may_be_again(error):
+    assert job.is_transient(error, made_progress=True) and not job.is_transient(error, made_progress=False)
+
+
+def test_attempts_are_ordered():
+    assert Attempt(0, 9) < Attempt(0, 10) < Attempt(1, 0)
+    assert Attempt.parse(str(Attempt(2, 13)) + "\n") == Attempt(2, 13)
 
 
 HANGS = """
 import signal, sys
 from pathlib import Path
-from torchrl_sql.launch.task import Life, TaskFolder
+from torchrl_sql.launch.attempt import Attempt, TaskFolder
 from torchrl_sql.launch.watchdog import Watchdog
 signal.signal(signal.SIGUSR2, lambda *_: None)
-with Watchdog(TaskFolder(Path(sys.argv[1])), Life(0, 0), stop_seconds=0.5):
+with Watchdog(TaskFolder(Path(sys.argv[1])), Attempt(0, 0), stop_seconds=0.5):
     print("ready", flush=True)
     # A wait in C code, as in a collective: handlers written in Python do not run.
     import ctypes
@@ -184,7 +237,7 @@ def test_a_process_that_hangs_is_queued_again_after_the_signal(hanging, tmp_path
 
 
 def test_the_watch_goes_on_when_files_cannot_be_read_or_written(hanging, tmp_path):
-    (tmp_path / "life").mkdir()  # reading it is an OSError that is no FileNotFoundError
+    (tmp_path / "attempt").mkdir()  # reading it is an OSError that is no FileNotFoundError
     (tmp_path / "requeue").mkdir()
     time.sleep(1.5)
     assert hanging.poll() is None
@@ -192,19 +245,7 @@ def test_the_watch_goes_on_when_files_cannot_be_read_or_written(hanging, tmp_pat
     assert hanging.wait(10) == job.EXIT_REQUEUE
 
 
-def test_an_orphan_ends_when_a_newer_life_starts(hanging, tmp_path):
-    TaskFolder(tmp_path).write("life", "0.1")
+def test_an_orphan_ends_when_a_newer_attempt_starts(hanging, tmp_path):
+    TaskFolder(tmp_path).write("attempt", "0.1")
     assert hanging.wait(10) == job.EXIT_SUPERSEDED
     assert TaskFolder(tmp_path).text("requeue") is None
-
-
-def test_half_written_results_of_an_earlier_life_are_dropped(live, tmp_path, monkeypatch):
-    monkeypatch.setenv("SUBMITIT_FOLDER", str(tmp_path))
-    monkeypatch.setenv("SUBMITIT_EXECUTOR", "slurm")
-    monkeypatch.setenv("SLURM_JOB_ID", "5")
-    stale = [tmp_path / "5_0_result.pkl", tmp_path / "5_0_result.pkl.save_tmp"]
-    for file in stale:
-        file.touch()
-    assert live(lambda: None) == 0
-    assert not any(file.exists() for file in stale)
-    assert os.getcwd() == live.stage.directory

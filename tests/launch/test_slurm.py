@@ -8,19 +8,36 @@ import sys
 import pytest
 
 from torchrl_sql.config.cluster import compose_cluster_config
-from torchrl_sql.launch.group import Task, new_stage
-from torchrl_sql.launch.plan import plan_training
-from torchrl_sql.launch.slurm import JobState, job_states, parse_job_states, resources, script_text, submit
+from torchrl_sql.launch.group import make_groups
+from torchrl_sql.launch.slurm import (
+    JobState,
+    Place,
+    job_states,
+    parse_job_states,
+    resources,
+    script_text,
+    split,
+    submit,
+)
+from torchrl_sql.studies.task import Task
 
 
 @pytest.fixture
-def make_stage(tmp_path):
-    def make(*overrides, kind="train", num_tasks=1):
+def make_group(tmp_path):
+    def make(*overrides, kind="train", num_tasks=1, after=None, tolerant=False):
         cluster = compose_cluster_config(["cluster=gpus8", *overrides])
-        tasks = [Task(label=f"seed={i}", arguments=[kind]) for i in range(num_tasks)]
-        return new_stage(
-            tmp_path / "a run", kind, tasks, command="torchrl-sql launch", stop_seconds=60, cluster=cluster
-        )
+        tasks = [
+            Task(
+                name=f"{kind}-{i}",
+                arguments=[kind],
+                group=kind,
+                after=[] if after is None else after(i),
+                tolerant=tolerant,
+            )
+            for i in range(num_tasks)
+        ]
+        (group,) = make_groups(tmp_path / "a run", tasks, command="torchrl-sql launch", cluster=cluster)
+        return group
 
     return make
 
@@ -29,8 +46,8 @@ def lines(text, start):
     return [line for line in text.splitlines() if line.startswith(start)]
 
 
-def test_script_of_one_job(make_stage, tmp_path):
-    text = script_text(make_stage("cluster.partition=gpu", "cluster.nodes=4", "cluster.environment.A='b c'"), [0])
+def test_script_of_one_job(make_group, tmp_path):
+    text = script_text(make_group("cluster.partition=gpu", "cluster.nodes=4", "cluster.environment.A='b c'"), [0])
     folder = f"{tmp_path}/a run/launch/train"
     assert lines(text, "#SBATCH") == [
         "#SBATCH --cpus-per-task=8",
@@ -45,23 +62,26 @@ def test_script_of_one_job(make_stage, tmp_path):
         "#SBATCH --requeue",
         "#SBATCH --signal=USR2@120",
         "#SBATCH --time=1440",
-        "#SBATCH --wckey=submitit",
     ]
     assert "export A='b c'" in text.splitlines()
     assert f"torchrl_sql_begin '{folder}' 0 0" in text.splitlines()
     (command,) = lines(text, "srun")
-    assert "--kill-on-bad-exit=1 --cpus-per-task=8 env --block-signal=USR2 " + sys.executable in command
+    assert (
+        f"--kill-on-bad-exit=1 --cpus-per-task=8 $torchrl_sql_block {sys.executable} -u -m torchrl_sql.cli.job"
+        in command
+    )
+    assert command.endswith(f"""'{folder}' "$torchrl_sql_index\"""")
     assert text.splitlines()[-1] == "torchrl_sql_end $?"
     subprocess.run(["bash", "-n", "-c", text], check=True)
 
 
-def test_script_of_an_array_in_a_container_after_another_job(make_stage):
-    stage = make_stage("cluster.array_parallelism=2", "cluster.python=apptainer exec sql.sif python", num_tasks=3)
-    text = script_text(stage, [0, 1, 2], after="12")
+def test_script_of_an_array_in_a_container_after_another_job(make_group):
+    group = make_group("cluster.array_parallelism=2", "cluster.python=apptainer exec sql.sif python", num_tasks=3)
+    text = script_text(group, [0, 1, 2], dependency="afterok:12")
     assert "#SBATCH --array=0-2%2" in text
     assert "#SBATCH --dependency=afterok:12" in text and "#SBATCH --kill-on-invalid-dep=yes" in text
     assert lines(text, "torchrl_sql_begin")[0].endswith(" 0 0 1 2")
-    assert "env --block-signal=USR2 apptainer exec sql.sif python -u -m submitit" in text
+    assert "$torchrl_sql_block apptainer exec sql.sif python -u -m torchrl_sql.cli.job" in text
     assert "%A_%a_%t_log.out" in text
 
 
@@ -73,10 +93,10 @@ def test_only_training_takes_all_nodes(kind, num_gpus):
     assert resources(compose_cluster_config(["cluster=gpus32", "cluster.memory=8G"]), kind).memory == "8G"
 
 
-def test_submitting_without_slurm(make_stage, monkeypatch, tmp_path):
+def test_submitting_without_slurm(make_group, monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(OSError, match="sbatch is not on PATH"):
-        submit(make_stage(), [0])
+        submit(make_group(), [0])
     with pytest.raises(OSError, match="scontrol is not on PATH"):
         job_states("1")
 
@@ -107,7 +127,45 @@ def test_a_job_that_slurm_has_forgotten(message, code, tmp_path, monkeypatch):
         job_states("1")
 
 
-def test_training_is_planned_with_resolved_settings(tmp_path):
-    (planned,) = plan_training(["scale=cpu", "data.store=store", "seed=3"], tmp_path / "run")
-    assert planned.task.run_dir == str(tmp_path / "run") and planned.name == "cql"
-    assert f"run_dir: {tmp_path / 'run'}" in planned.config and "seed: 3" in planned.config
+@pytest.mark.parametrize(
+    "state", ["STOPPED", "SIGNALING", "STAGE_OUT", "RESIZING", "SPECIAL_EXIT", "RESV_DEL_HOLD", "NEW"]
+)
+def test_a_job_in_an_odd_state_is_not_over(state):
+    assert JobState(state, 0, "", "").is_alive
+    for over in ("COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY"):
+        assert not JobState(over, 0, "", "").is_alive
+
+
+def test_any_option_of_sbatch_passes_through(make_group):
+    options = ["gres='gpu:h100:8'", "gpus_per_node=null", "exclusive=true", "requeue=false", "time='2-00'", "nice=0"]
+    group = make_group(*(f"cluster.sbatch.{option}" for option in options))
+    found = lines(script_text(group, [0]), "#SBATCH")
+    assert {"#SBATCH --gres=gpu:h100:8", "#SBATCH --exclusive", "#SBATCH --time=2-00", "#SBATCH --nice=0"} <= {*found}
+    assert not [line for line in found if "gpus-per-node" in line or "requeue" in line or line.endswith("=1440")]
+
+
+@pytest.fixture
+def places(make_group):
+    """An array of three training tasks, submitted as job 12."""
+    group = make_group(num_tasks=3)
+    group.folder.mkdir(parents=True)
+    group.add_submission("12", [0, 1, 2])
+    return {f"train-{index}": Place(group.submissions[0], index) for index in range(3)}
+
+
+def test_each_element_waits_for_its_own(make_group, places):
+    group = make_group(kind="evaluate", num_tasks=3, after=lambda i: [f"train-{i}"])
+    assert split(group, [0, 1, 2], places) == [([0, 1, 2], "aftercorr:12")]
+    assert split(group, [0, 2], places) == [([0], "afterok:12_0"), ([2], "afterok:12_2")]
+    assert split(group, [0, 1, 2], {"train-1": places["train-1"]}) == [([0, 2], None), ([1], "afterok:12_1")]
+    assert split(group, [1], {}) == [([1], None)]
+
+
+def test_elements_that_wait_for_one_job_are_one_array(make_group, places):
+    group = make_group(kind="evaluate", num_tasks=2, after=lambda i: ["train-0"])
+    assert split(group, [0, 1], places) == [([0, 1], "afterok:12_0")]
+
+
+def test_a_report_waits_for_the_end_of_all_whatever_it_is(make_group, places):
+    group = make_group(kind="report", after=lambda i: ["train-0", "train-1", "train-2", "done-already"], tolerant=True)
+    assert split(group, [0], places) == [([0], "afterany:12")]

@@ -21,9 +21,9 @@ import torch
 from torchrl_sql.cli import main
 from torchrl_sql.collection import collect_data
 from torchrl_sql.config import compose_run_config
-from torchrl_sql.launch.group import Stage, find_stages
+from torchrl_sql.launch.group import Group, find_groups
 from torchrl_sql.launch.slurm import job_states
-from torchrl_sql.launch.status import element, last_submission, task_states
+from torchrl_sql.launch.status import task_states
 from torchrl_sql.training.build import find_checkpoint
 from torchrl_sql.training.checkpoint import load_checkpoint
 from torchrl_sql.training.logs import read_scalars
@@ -203,7 +203,7 @@ class MiniSlurm:
             if (
                 name.startswith("python")
                 and wanted <= environment
-                and any(variable.startswith(b"TORCHRL_SQL_LIFE=") for variable in environment)
+                and any(variable.startswith(b"TORCHRL_SQL_ATTEMPT=") for variable in environment)
             ):
                 found.append(int(path.name))
         return found
@@ -268,27 +268,26 @@ def settings(slurm):
 
 
 class Run:
-    """A launched training run under test; of a sweep, one element."""
+    """A launched training run under test; of several, one element."""
 
-    def __init__(self, slurm, stage, index=0):
+    def __init__(self, slurm, group, index=0):
         self.slurm = slurm
-        self.stage = stage
+        self.group = group
         self.index = index
-        self.task = stage.task_folder(index)
-        self.folder = Path(stage.tasks[index].run_dir or stage.folder)
+        self.task = group.task_folder(index)
+        self.folder = Path(group.tasks[index].run_dir or group.folder)
 
     @property
     def job(self):
-        stage = Stage.load(self.stage.folder)
-        return element(last_submission(stage, self.index), self.index)
+        return Group.load(self.group.folder).last_submission(self.index).job_of(self.index)
 
     @property
     def state(self):
-        return task_states(Stage.load(self.stage.folder))[self.index].state
+        return task_states(Group.load(self.group.folder))[self.index].state
 
     @property
     def restarts(self):
-        return self.task.newest_life().restart
+        return self.task.newest_attempt().restart
 
     def step(self):
         """The gradient step that was logged last."""
@@ -304,7 +303,7 @@ class Run:
 
         def ended():
             nonlocal since
-            state = task_states(Stage.load(self.stage.folder))[self.index]
+            state = task_states(Group.load(self.group.folder))[self.index]
             if state.is_alive:
                 since = time.monotonic()
             # While a job is requeued, SLURM's states pass through failures.
@@ -321,7 +320,7 @@ class Run:
 
     def log(self):
         """What its processes and SLURM say, for messages."""
-        files = [*sorted(self.stage.folder.glob("*.out")), self.slurm.folder / "slurmctld.log"]
+        files = [*sorted(self.group.folder.glob("*.out")), self.slurm.folder / "slurmctld.log"]
         return "\n".join([self.slurm.scontrol("show", "job"), *(path.read_text()[-20_000:] for path in files)])
 
     def result(self):
@@ -357,8 +356,8 @@ def same():
 
 @pytest.fixture(scope="session")
 def make_run(slurm):
-    """Watches over a stage's first task."""
-    return lambda stage: Run(slurm, stage)
+    """Watches over a group's first task."""
+    return lambda group: Run(slurm, group)
 
 
 @pytest.fixture(scope="session")
@@ -367,13 +366,13 @@ def launch(slurm, profile, settings):
     numbers = itertools.count()
     lock = threading.Lock()  # Hydra composes one configuration at a time
 
-    def launch(*words, kind="train"):
+    def launch(*words):
         with lock:
             root = slurm.folder / "runs" / f"{next(numbers)}"
-            assert main(["launch", kind, *settings, f"cluster={profile}", "--into", str(root), *words]) == 0
-        (stage,) = find_stages(root)
-        runs = [Run(slurm, stage, index) for index in range(len(stage.tasks))]
-        return runs if kind == "sweep" else runs[0]
+            assert main(["launch", "train", *settings, f"cluster={profile}", "--into", str(root), *words]) == 0
+        (group,) = find_groups(root)
+        runs = [Run(slurm, group, index) for index in range(len(group.tasks))]
+        return runs if len(runs) > 1 else runs[0]
 
     return launch
 

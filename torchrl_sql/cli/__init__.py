@@ -11,12 +11,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torchrl_sql
-from torchrl_sql.cli import bench, config, data, evaluate, launch, train
+from torchrl_sql.cli import bench, config, data, evaluate, launch, study, train
 
 DESCRIPTION = """\
 Scaled Q-learning (Kumar et al., ICLR 2023) in TorchRL: one policy for many Atari games, learned offline.
 
   torchrl-sql quickstart                                the whole method in minutes, on a CPU
+  torchrl-sql study STUDY --seeds 0,1,2                 runs, evaluations and one page, of configs/study/
   torchrl-sql train scale=cpu data.store=STORE          one training run, settings from configs/
   torchrl-sql evaluate runs/NAME                        play a trained network, add to runs/NAME/scores.csv
   torchrl-sql report runs/NAME                          scores, intervals and curves as one HTML page
@@ -104,7 +105,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"torchrl-sql {torchrl_sql.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=CommandParser)
-    for group in (train, evaluate, data, launch, bench, config):
+    for group in (study, train, evaluate, data, launch, bench, config):
         group.add_commands(commands)
     completion = commands.add_parser(
         "completion",

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from torchrl_sql.cli.settings import OVERRIDES_HELP
+from torchrl_sql.cli.train import OVERRIDES_HELP
 
 
 def add_commands(commands: Any) -> None:

@@ -7,7 +7,7 @@ import inspect
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from torchrl_sql.cli.settings import OVERRIDES_HELP
+from torchrl_sql.cli.train import OVERRIDES_HELP
 
 
 def add_commands(commands: Any) -> None:

@@ -121,12 +121,23 @@ def _report(args: argparse.Namespace) -> None:
     """Writes a self-contained page: aggregates with intervals, scores by game, learning curves, value calibration, data
     statistics, clips and settings. Plots (PNG, SVG) and tables (CSV) can be saved from the page and lie beside it.
     """
+    from torchrl_sql.config.study import STUDY_FILE, load_study
+    from torchrl_sql.evaluation.episodes import SCORES
+    from torchrl_sql.evaluation.tables import files_of
     from torchrl_sql.games import resolve_games
     from torchrl_sql.report import format_score_table, write_report
     from torchrl_sql.report.gather import gather
 
-    data = gather(args.runs, games=None if args.games is None else resolve_games(args.games))
-    first = args.runs[0]
+    first, runs, study = args.runs[0], args.runs, None
+    if (first / STUDY_FILE).is_file():
+        study = load_study(first / STUDY_FILE)
+        runs = [folder for folder in study.score_folders(first) if files_of(folder / SCORES)] + args.runs[1:]
+    data = gather(
+        runs or [first],
+        games=None if args.games is None else resolve_games(args.games),
+        title=study.title if study else None,
+        introduction=study.introduction if study else (),
+    )
     page = write_report(data, args.out or (first if first.is_dir() else first.parent) / "report.html")
     print(format_score_table(data))
     print(f"\nReport: {page.resolve()}")

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from datetime import datetime
 from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from torchrl_sql.launch.group import Stage
-    from torchrl_sql.launch.plan import PlannedTask
+from torchrl_sql.cli.study import add_seeds, confirm, read_study
 
-KINDS = ("train", "sweep", "evaluate", "import", "collect", "report", "bench", "chain")
+if TYPE_CHECKING:
+    from torchrl_sql.config.cluster import ClusterConfig
+    from torchrl_sql.launch.group import Group
+    from torchrl_sql.studies.task import Task
+
+KINDS = ("train", "study", "evaluate", "import", "collect", "report", "bench")
 _EPILOG = """\
-  torchrl-sql launch train scale=paper model.encoder=resnet50 data.store=STORE cluster=gpus8
-  torchrl-sql launch sweep scale=gpu seed=0,1,2 cluster=gpus8 cluster.array_parallelism=2
+  torchrl-sql launch train scale=paper data.store=STORE seed=0,1,2 cluster=gpus8
+  torchrl-sql launch study quickstart cluster=my_cluster.yaml
   torchrl-sql launch evaluate runs/A runs/B --shares 4 cluster=gpus1
   torchrl-sql launch import dqn-replay SOURCE --games train40 --out STORE cluster=cpu
-  torchrl-sql launch chain scale=cpu data.store=STORE seed=0,1,2 cluster=my_cluster.yaml
 
 Settings of the cluster are cluster=NAME (configs/cluster/) or cluster=FILE.yaml, and cluster.KEY=VALUE.
 """
@@ -37,7 +41,7 @@ def add_commands(commands: Any) -> None:
         allow_abbrev=False,
     )
     _add_launch_options(launch)
-    launch.add_argument("kind", choices=KINDS, help="what to run; sweep: train with several values, KEY=A,B")
+    launch.add_argument("kind", choices=KINDS, help="what to run")
     launch.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="its arguments, and cluster=...")
     launch.set_defaults(run_command=_launch)
 
@@ -47,7 +51,7 @@ def add_commands(commands: Any) -> None:
 
     logs = commands.add_parser("logs", help="log of a launched job", description=_logs.__doc__)
     logs.add_argument("run", help="folder of a launch, or a job's id")
-    logs.add_argument("--stage", help="of a chain (default: the newest that has a log)")
+    logs.add_argument("--group", help="of a study (default: the newest that has a log)")
     logs.add_argument("--task", type=int, default=0, help="of an array (default: 0)")
     logs.add_argument("--rank", type=int, default=0, help="process of the job (default: 0)")
     logs.add_argument("--follow", action="store_true", help="until the job ends")
@@ -59,204 +63,292 @@ def add_commands(commands: Any) -> None:
     cancel.set_defaults(run_command=_cancel)
 
     resume = commands.add_parser("resume", help="submit what is unfinished again", description=_resume.__doc__)
-    _add_launch_options(resume, into=False)
+    _add_launch_options(resume, new=False)
+    resume.add_argument("--new-code", action="store_true", help="run the code that is installed now, not the launch's")
     resume.add_argument("run", help="folder of a launch, or a job's id")
     resume.add_argument("overrides", nargs="*", metavar="key=value", help="cluster=... and cluster.KEY=VALUE to change")
     resume.set_defaults(run_command=_resume)
 
 
-def _add_launch_options(parser: argparse.ArgumentParser, *, into: bool = True) -> None:
+def _add_launch_options(parser: argparse.ArgumentParser, *, new: bool = True) -> None:
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--dry-run", action="store_true", help="print the batch scripts and stop")
     how.add_argument("--local", action="store_true", help="run here, in the foreground, without SLURM")
-    if into:
-        parser.add_argument("--into", type=Path, help="new folder of the launch (default: runs/NAME-DATE-TIME-RANDOM)")
-        parser.add_argument("--import", dest="source", metavar="ARGUMENTS", help="chain: of torchrl-sql import")
+    if new:
+        how.add_argument("--in-job", action="store_true", help=argparse.SUPPRESS)  # job.sh, for scripts of one's own
         parser.add_argument(
-            "--shares", type=int, metavar="N", help="evaluate, chain: elements an evaluation is split into"
+            "--into", type=Path, help="new folder (default: runs/NAME-DATE-TIME-RANDOM); of a study its own (runs/NAME)"
         )
+        parser.add_argument("--yes", action="store_true", help="study: delete what is to be made again without asking")
+        parser.add_argument("--shares", type=int, metavar="N", help="evaluate: elements an evaluation is split into")
+        add_seeds(parser)
 
 
 def _launch(args: argparse.Namespace) -> None:
-    """Submits a command to a SLURM cluster, or with --local runs it here. Each launch makes a folder of its own, with
-    the resolved settings, the state of the code, versions, batch scripts and logs. A job that reaches its time limit,
-    is preempted or crashes is queued again and continues from its newest checkpoint.
+    """Submits a command to a SLURM cluster, or with --local runs it here. Values separated by commas are several runs;
+    a study is all of its tasks. Each launch keeps the resolved settings, its code, versions, batch scripts and logs. A
+    job that reaches its time limit, is preempted or crashes is queued again and continues from its newest checkpoint.
     """
     from torchrl_sql.cli import parse
-    from torchrl_sql.config import check_ranks, run_config_from_yaml
     from torchrl_sql.config.cluster import compose_cluster_config, split_overrides
-    from torchrl_sql.launch.group import new_stage
-    from torchrl_sql.launch.plan import choose_root, plan_command, plan_evaluation, plan_training
+    from torchrl_sql.launch.group import make_groups
 
+    if args.in_job:
+        _make_group_of_job(args.kind, args.arguments)
+        return
     options = argparse.ArgumentParser(prog="torchrl-sql launch", add_help=False, allow_abbrev=False)
     _add_launch_options(options)
     _, words = options.parse_known_args(args.arguments, namespace=args)  # they may follow the command's own
     if {"-h", "--help"} & set(words):
         parse(["launch", "--help"])
-    if args.source is not None and args.kind != "chain":
-        raise ValueError(f"--import belongs to launch chain, got it with launch {args.kind}")
-    if args.shares is not None and args.kind not in ("evaluate", "chain"):
-        raise ValueError(f"--shares belongs to launch evaluate and chain, got it with launch {args.kind}")
-    num_shares = 1 if args.shares is None else args.shares
+    for option, kind in (("shares", "evaluate"), ("seeds", "study"), ("yes", "study")):
+        if getattr(args, option) and args.kind != kind:
+            raise ValueError(f"--{option} belongs to launch {kind}, got it with launch {args.kind}")
     cluster_overrides, words = split_overrides(words)
     cluster = compose_cluster_config(cluster_overrides)
-    planned: dict[str, list[PlannedTask]]
-    if args.kind in ("train", "sweep", "chain"):
+    command = shlex.join(["torchrl-sql", *args.words])
+    if args.kind == "study":
+        _launch_study(args, words, cluster, command)
+        return
+    root, tasks = _plan(args.kind, words, cluster.num_tasks, into=args.into, num_shares=args.shares or 1)
+    groups = make_groups(root, tasks, command=command, cluster=cluster)
+    _create_and_start(groups, args)
+
+
+def _create_and_start(groups: Sequence[Group], args: argparse.Namespace) -> None:
+    if not args.dry_run:
+        for group in groups:
+            group.create()
+        print(f"Launch: {groups[0].root}")
+    _start(groups, {group.name: list(range(len(group.tasks))) for group in groups}, args)
+
+
+def _plan(
+    kind: str, words: Sequence[str], num_ranks: int, *, into: Path | None = None, num_shares: int = 1
+) -> tuple[Path, list[Task]]:
+    """The folder of a new launch, and its tasks."""
+    from torchrl_sql.cli import parse
+    from torchrl_sql.config import compose_run_config
+    from torchrl_sql.studies.plan import choose_root, expand, plan_evaluation, plan_training
+    from torchrl_sql.studies.task import Task
+
+    if kind == "train":
         if bad := [word for word in words if word.startswith("-") or "=" not in word]:
             raise ValueError(f"settings must be key=value, got {bad[0]!r}")
-        root = choose_root(plan_training(words, Path("unnamed"))[0].name, out=args.into)
-        planned = {"train": plan_training(words, root)}
-        for task in planned["train"]:
-            assert task.config is not None
-            check_ranks(run_config_from_yaml(task.config, source=task.task.label), cluster.num_tasks)
-        if (len(planned["train"]) > 1) != (args.kind == "sweep") and args.kind != "chain":
-            found = f"{len(planned['train'])} combinations of settings"
-            raise ValueError(f"launch train takes one, launch sweep several, got launch {args.kind} with {found}")
-        if args.kind == "chain":
-            planned = _plan_chain(words, planned["train"], root, source=args.source, num_shares=num_shares)
+        root = choose_root(compose_run_config(expand(words)[0][1]).name, out=into)
+        return root, plan_training(words, root, num_ranks=num_ranks)
+    if kind == "evaluate":
+        agents = list(takewhile(lambda word: not word.startswith("-"), words))
+        if not agents:
+            raise ValueError("launch evaluate needs runs or checkpoints before its options")
+        tasks = plan_evaluation(agents, words[len(agents) :], num_shares=num_shares)
     else:
-        root = choose_root(args.kind, out=args.into)
-        if args.kind == "evaluate":
-            agents = list(takewhile(lambda word: not word.startswith("-"), words))
-            if not agents:
-                raise ValueError("launch evaluate needs runs or checkpoints before its options")
-            planned = {"evaluate": plan_evaluation(agents, words[len(agents) :], num_shares=num_shares)}
-        else:
-            planned = {args.kind: [plan_command(args.kind, words)]}
-    command = shlex.join(["torchrl-sql", *args.words])
-    delay = cluster.signal_delay_seconds / 2
-    stages = [
-        new_stage(root, kind, [p.task for p in tasks], command=command, stop_seconds=delay, cluster=cluster)
-        for kind, tasks in planned.items()
-    ]
-    if not args.dry_run:
-        for stage, tasks in zip(stages, planned.values(), strict=True):
-            stage.create([p.config for p in tasks])
-        print(f"Launch: {root}")
-    _start(stages, args)
+        tasks = [Task(name=kind, arguments=[kind, *words], group=kind)]
+    for task in tasks:
+        parse(task.arguments)
+    return choose_root(kind, out=into), tasks
 
 
-def _plan_chain(
-    words: Sequence[str], training: list[PlannedTask], root: Path, *, source: str | None, num_shares: int
-) -> dict[str, list[PlannedTask]]:
-    """Data, training, evaluation, report, in this order."""
-    from torchrl_sql.config import compose_run_config
-    from torchrl_sql.launch.plan import expand_sweep, plan_command, plan_evaluation
+def _launch_study(args: argparse.Namespace, words: Sequence[str], cluster: ClusterConfig, command: str) -> None:
+    """What is not done of a study; an earlier launch of it is kept as ``launch-1``, ``launch-2``, ..."""
+    from torchrl_sql.launch.group import make_groups
+    from torchrl_sql.studies.folder import owned, prepare_folder
+    from torchrl_sql.studies.plan import RUNS, plan_study
 
-    first = expand_sweep(words)[0][1]
-    config = compose_run_config(first)
-    data: dict[str, list[PlannedTask]] = {}
-    if source is not None:
-        data["import"] = [plan_command("import", [*shlex.split(source), "--out", config.data.store])]
-    else:
-        data["collect"] = [plan_command("collect", first)]
-    runs = [planned.task.run_dir for planned in training if planned.task.run_dir is not None]
-    evaluations = plan_evaluation(runs, [], num_shares=num_shares)
-    report = plan_command("report", [*runs, "--out", str(root.resolve() / "report.html")])
-    return data | {"train": training, "evaluate": evaluations, "report": [report]}
+    if not words or "=" in words[0] or words[0].startswith("-"):
+        raise ValueError("launch study needs the study's name before its settings")
+    if bad := [word for word in words[1:] if word.startswith("-") or "=" not in word]:
+        raise ValueError(f"settings must be key=value, got {bad[0]!r}")
+    study = read_study(words[0], words[1:], args.seeds)
+    folder = (args.into or RUNS / Path(words[0]).stem).resolve()
+    tasks = plan_study(study, folder, num_ranks=cluster.num_tasks)
+    to_do = [task for task in tasks if not task.is_done()]
+    groups = make_groups(folder, to_do, command=command, cluster=cluster)
+    if args.dry_run:
+        _create_and_start(groups, args)
+        return
+    with owned(folder):
+        launched = folder / "launch"
+        if launched.exists():
+            _refuse_if_alive(_groups(str(folder)), str(folder))
+        prepare_folder(study, tasks, folder, fresh=False, confirm=(lambda what: True) if args.yes else confirm)
+        if launched.exists():
+            number = 1 + len(list(folder.glob("launch-*")))
+            launched.rename(folder / f"launch-{number}")
+        _create_and_start(groups, args)
 
 
-def _start(stages: Sequence[Stage], args: argparse.Namespace) -> None:
-    """Submits the unfinished tasks of stages, each after the one before; or runs or prints them."""
+def _make_group_of_job(kind: str, words: Sequence[str]) -> None:
+    """Prints the folder of the group of this job, which a script of the user's own started: a new one in its first
+    attempt, the same one later. In an array of training runs, element ``i`` takes the ``i``-th combination of values.
+    """
+    from torchrl_sql.launch.group import make_groups, readable_groups
+    from torchrl_sql.studies.plan import RUNS, expand
+
+    array, job = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ["SLURM_JOB_ID"]
+    element = int(os.environ.get("SLURM_ARRAY_TASK_ID", 0))
+    if array:
+        job = f"{array}_{element}"
+    command = shlex.join([kind, *words])
+    if int(os.environ.get("SLURM_RESTART_COUNT", 0)) > 0:
+        # Ids start anew with a new cluster, so the command must be the same too.
+        same = [group for group in readable_groups(RUNS) if group.command == command]
+        if own := [group for group in same if any(each.job == job for each in group.submissions)]:
+            print(max(own, key=lambda group: group.created).folder)
+            return
+    if kind == "train":
+        combinations = expand(words)
+        if not array and len(combinations) > 1:
+            raise ValueError(f"{len(combinations)} combinations of settings: sbatch --array=0-{len(combinations) - 1}")
+        if element >= len(combinations):
+            raise ValueError(f"array element {element} has no settings: there are {len(combinations)} combinations")
+        words = combinations[element][1]
+    root, tasks = _plan(kind, words, int(os.environ.get("SLURM_NTASKS", 1)))
+    (group,) = make_groups(root, tasks, command=command, cluster=None)
+    group.create()
+    group.add_submission(job, [0])
+    print(group.folder)
+
+
+def _start(groups: Sequence[Group], to_do: Mapping[str, Sequence[int]], args: argparse.Namespace) -> None:
+    """Submits tasks, each after those that it waits for; or runs or prints them."""
+    from torchrl_sql.launch.group import Submission
     from torchrl_sql.launch.local import run_local
-    from torchrl_sql.launch.slurm import script_text, submit
+    from torchrl_sql.launch.slurm import Place, script_text, split, submit
 
-    after: str | None = None
-    for stage in stages:
-        if args.dry_run:
-            print(script_text(stage, stage.unfinished, after=after), end="")
-            after = f"JOB_OF_{stage.kind.upper()}"
-        elif args.local:
-            run_local(stage, stage.unfinished)
-        else:
-            after = submit(stage, stage.unfinished, after=after)
-            print(f"{stage.kind}: job {after}, {len(stage.submissions[-1].tasks)} tasks")
-    if not args.dry_run and not args.local:
-        root = stages[0].folder.parents[1]
+    if args.local:
+        run_local(groups, to_do, say=print)
+        return
+    places = {
+        group.tasks[index].name: Place(submission, index)
+        for group in groups
+        for index in range(len(group.tasks))
+        if index not in to_do[group.name]
+        and not group.task_folder(index).done
+        and (submission := group.last_submission(index)) is not None
+    }
+    for group in groups:
+        for number, (tasks, dependency) in enumerate(split(group, to_do[group.name], places)):
+            if args.dry_run:
+                print(script_text(group, tasks, dependency=dependency), end="")
+                job = "_".join(["JOB_OF", group.name.upper(), *[str(number)] * (number > 0)])
+                submission = Submission(job=job, tasks=tasks, submitted="")
+            else:
+                print(f"{group.name}: job {submit(group, tasks, dependency=dependency)}, {len(tasks)} tasks")
+                submission = group.submissions[-1]
+            places |= {group.tasks[index].name: Place(submission, index) for index in tasks}
+    if not args.dry_run:
+        root = shlex.quote(str(groups[0].root))
         print(f"Next: torchrl-sql status {root}, torchrl-sql logs --follow {root}")
 
 
-def _stages(run: str) -> list[Stage]:
-    from torchrl_sql.launch.group import find_launch, find_stages
+def _groups(run: str) -> list[Group]:
+    from torchrl_sql.launch.group import find_groups, find_launch
 
-    return find_stages(find_launch(run))
+    return find_groups(find_launch(run))
+
+
+def _refuse_if_alive(groups: Sequence[Group], run: str) -> None:
+    from torchrl_sql.launch.status import task_states
+
+    for group in groups:
+        for state in task_states(group):
+            if state.is_alive:
+                raise ValueError(f"{run} is not over: job {state.job} is {state.state}")
 
 
 def _status(args: argparse.Namespace) -> None:
     """Shows the state, restarts and newest checkpoint of each task of a launch."""
     from torchrl_sql.launch.status import format_states, task_states
 
-    print(format_states([state for stage in _stages(args.run) for state in task_states(stage)]))
+    print(format_states([state for group in _groups(args.run) for state in task_states(group)]))
 
 
 def _logs(args: argparse.Namespace) -> None:
     """Prints the log of a task; with --follow as it is written, through every restart."""
     from torchrl_sql.launch.status import follow, log_file
 
-    stages = [stage for stage in _stages(args.run) if args.stage in (None, stage.kind)]
-    started = [stage for stage in stages if log_file(stage, args.task, rank=args.rank) is not None]
-    if not stages or (not started and not args.follow):
+    groups = [
+        group for group in _groups(args.run) if args.group in (None, group.name) and 0 <= args.task < len(group.tasks)
+    ]
+    started = [group for group in groups if log_file(group, args.task, rank=args.rank) is not None]
+    if not groups or (not started and not args.follow):
         raise ValueError(
-            f"{args.run} has no log of task {args.task}, rank {args.rank}" + f" of {args.stage}" * bool(args.stage)
+            f"{args.run} has no log of task {args.task}, rank {args.rank}" + f" of {args.group}" * bool(args.group)
         )
-    stage = (started or stages)[-1]
+    group = (started or groups)[-1]
     if not args.follow:
-        path = log_file(stage, args.task, rank=args.rank)
+        path = log_file(group, args.task, rank=args.rank)
         assert path is not None
         print(path.read_text(encoding="utf-8", errors="replace"), end="")
         return
-    for text in follow(stage, args.task, rank=args.rank):
+    for text in follow(group, args.task, rank=args.rank):
         print(text, end="", flush=True)
 
 
 def _cancel(args: argparse.Namespace) -> None:
     """Cancels what a launch has not finished. It is not queued again, whatever signal is on its way to it."""
-    from torchrl_sql.launch.status import last_submission, task_states
+    from torchrl_sql.launch.status import task_states
 
     jobs = []
-    for stage in reversed(_stages(args.run)):  # those that wait for others first
-        for state in task_states(stage):
+    for group in reversed(_groups(args.run)):  # those that wait for others first
+        for state in task_states(group):
             if state.is_alive and args.task in (None, state.number):
-                submission = last_submission(stage, state.number)
+                submission = group.last_submission(state.number)
                 assert submission is not None
-                stage.task_folder(state.number).write("cancelled", str(stage.submissions.index(submission)))
+                group.task_folder(state.number).write("cancelled", str(group.submissions.index(submission)))
                 jobs.append(state.job)
     if not jobs:
         raise ValueError(f"nothing of {args.run} is pending or running")
-    done = subprocess.run(["scancel", *jobs], capture_output=True, text=True)
-    if done.returncode != 0:
-        raise OSError(f"scancel {' '.join(jobs)}: {done.stderr.strip()}")
+    _scancel(jobs)
     print(f"Cancelled: {' '.join(jobs)}")
 
 
+def _scancel(jobs: Sequence[str]) -> None:
+    done = subprocess.run(["scancel", *jobs], capture_output=True, text=True)
+    if done.returncode != 0:
+        raise OSError(f"scancel {' '.join(jobs)}: {done.stderr.strip()}")
+
+
 def _resume(args: argparse.Namespace) -> None:
-    """Submits the unfinished tasks of a launch again: cancelled, failed or stopped ones. They continue from their
-    newest checkpoints, with the settings that they were launched with.
+    """Submits the unfinished tasks of a launch again: cancelled, failed, stopped or never submitted ones. They continue
+    from their newest checkpoints, with the settings and the code that they were launched with.
     """
     from torchrl_sql.config import check_ranks, load_run_config
     from torchrl_sql.config.cluster import compose_cluster_config, override_cluster_config
+    from torchrl_sql.launch.group import freeze_code, unfinished
     from torchrl_sql.launch.status import task_states
 
-    stages = _stages(args.run)
-    alive = [state for stage in stages for state in task_states(stage) if state.is_alive]
-    if alive:
-        raise ValueError(f"{args.run} is not over: job {alive[0].job} is {alive[0].state}")
-    stages = [stage for stage in stages if stage.unfinished]
-    if not stages:
+    groups = _groups(args.run)
+    to_do = unfinished(groups)
+    alive = {state.task: state for group in groups for state in task_states(group) if state.is_alive}
+    to_do = {
+        group.name: [index for index in to_do[group.name] if group.tasks[index].name not in alive] for group in groups
+    }
+    if not any(to_do.values()):
+        for state in alive.values():
+            raise ValueError(f"{args.run} is not over: job {state.job} is {state.state}")
         print(f"{args.run} is finished")
         return
-    for stage in stages:
-        if stage.cluster is None or any(override.startswith("cluster=") for override in args.overrides):
-            stage.cluster = compose_cluster_config(args.overrides)
+    if args.new_code and alive:
+        raise ValueError(f"--new-code needs a launch that is over, but job {next(iter(alive.values())).job} is not")
+    for group in groups:
+        if not to_do[group.name]:
+            continue
+        if group.cluster is None or any(override.startswith("cluster=") for override in args.overrides):
+            group.cluster = compose_cluster_config(args.overrides)
         else:
-            stage.cluster = override_cluster_config(stage.cluster, args.overrides)
-        if stage.kind == "train":
-            for index in stage.unfinished:
-                config = load_run_config(stage.task_folder(index).path / "config.yaml")
-                check_ranks(config, stage.cluster.num_tasks)
-        stage.stop_seconds = stage.cluster.signal_delay_seconds / 2
-        if not args.dry_run:
-            stage.save()
-            for index in stage.unfinished:
-                stage.task_folder(index).clear_for_resume()
-    _start(stages, args)
+            group.cluster = override_cluster_config(group.cluster, args.overrides)
+        for index in to_do[group.name]:
+            if group.kind == "train":
+                config = load_run_config(group.task_folder(index).path / "config.yaml")
+                check_ranks(config, group.cluster.num_tasks)
+    if not args.dry_run:
+        if args.new_code:
+            groups[0].code.rename(groups[0].code.with_name(f"code-before-{datetime.now():%Y%m%d-%H%M%S}"))
+            freeze_code(groups[0].code)
+        for group in groups:
+            group.save()
+            for index in to_do[group.name]:
+                group.task_folder(index).clear_for_resume()
+    _start(groups, to_do, args)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import yaml
@@ -54,6 +54,9 @@ class ClusterConfig:
     """Shell lines that the batch script runs first: modules, a virtual environment."""
     environment: dict[str, str] = field(default_factory=dict)
     """Environment variables of the job."""
+    sbatch: dict[str, Any] = field(default_factory=dict)
+    """Any other options of sbatch, e.g. ``{gres: "gpu:h100:8", reservation: mine, exclusive: true}``; they replace
+    those that follow from the fields above, and null leaves one out, e.g. ``{gpus-per-node: null}``."""
 
     @property
     def num_tasks(self) -> int:
@@ -161,6 +164,13 @@ def check(config: ClusterConfig) -> None:
         "signal_delay_seconds",
         f"at least 10 and less than cluster.timeout_minutes={config.timeout_minutes} ({limit} s)",
     )
+    texts = {f"sbatch.{name}": value for name, value in config.sbatch.items()} | asdict(config)
+    for key, value in texts.items():
+        if isinstance(value, str) and "\n" in value:
+            raise ConfigError(f"cluster.{key} must be one line, got {value!r}")
+    for name, value in config.sbatch.items():
+        if re.fullmatch(r"[a-z][a-z_-]*", name) is None or not isinstance(value, str | int | float | bool | None):
+            raise ConfigError(f"cluster.sbatch must hold long options with one value each, got {name!r}: {value!r}")
     for name in config.environment:
         if re.fullmatch(r"[A-Za-z_]\w*", name) is None:
             raise ConfigError(f"cluster.environment must hold names of variables, got {name!r}")

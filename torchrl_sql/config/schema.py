@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from omegaconf import MISSING, OmegaConf
@@ -255,7 +255,7 @@ class RunConfig:
 
     def to_yaml(self) -> str:
         """The resolved configuration, as :func:`torchrl_sql.config.load_run_config` reads it."""
-        return f"format: {CONFIG_FORMAT}\n{OmegaConf.to_yaml(OmegaConf.structured(self), resolve=True)}"
+        return f"format: {CONFIG_FORMAT}\n{OmegaConf.to_yaml(OmegaConf.create(asdict(self)))}"
 
 
 def _check_together(config: RunConfig) -> None:

@@ -26,7 +26,7 @@ class StudyRun:
     """One agent of a study, trained once per seed."""
 
     set: list[str] = field(default_factory=list)
-    """Overrides, after those in ``common``."""
+    """Overrides, after those in ``common``. A run that chooses a method leaves out the ``method.KEY=...`` of there."""
     from_: str | None = None
     """In YAML ``from``: an earlier run of the study, whose policy of the same seed this one starts from."""
     load: str | None = None
@@ -112,13 +112,18 @@ def load_study(path: Path) -> StudyConfig:
         raise ConfigError(f"{path} must hold a study: {error}") from None
     try:
         study: StudyConfig = _build(StudyConfig, content)
-        _check(study)
+        check_study(study)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
     return study
 
 
-def _check(study: StudyConfig) -> None:
+def check_study(study: StudyConfig) -> None:
+    """Checks what depends on more than one value.
+
+    Raises:
+        ConfigError: naming the key, what it must be and what it is.
+    """
     if not study.runs:
         raise ConfigError("runs must name at least one run")
     earlier: list[str] = []

@@ -1,7 +1,13 @@
-# The batch script's part of a job: numbering its lives, and queueing the job again when a life ends early.
-# Sourced by the scripts that torchrl-sql submits and by slurm/*.sh. Needs bash and scontrol, no Python.
+# The batch script's part of a job: numbering its attempts, and queueing the job again when an attempt ends early.
+# Sourced by the scripts that torchrl-sql submits and by slurm/*.sh. Needs bash and, to queue again, scontrol; no Python.
 
-# torchrl_sql_begin STAGE SUBMISSION TASK...: which task of a stage this job works on; of an array, this element.
+set +eu +o pipefail # a site's setup may have set them: the script must outlive its processes
+
+# Older coreutils have no --block-signal: then a job that is told to stop as its Python starts dies, and is queued again.
+torchrl_sql_block=
+if env --block-signal=USR2 true 2>/dev/null; then torchrl_sql_block="env --block-signal=USR2"; fi
+
+# torchrl_sql_begin GROUP SUBMISSION TASK...: which task of a group this job works on; of an array, this element.
 torchrl_sql_begin() {
   local tasks=("${@:3}") element=0
   torchrl_sql_submission=$2
@@ -9,30 +15,34 @@ torchrl_sql_begin() {
   torchrl_sql_job=$SLURM_JOB_ID
   if [ -n "${SLURM_ARRAY_JOB_ID:-}" ]; then torchrl_sql_job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID; fi
   if [ ${#tasks[@]} -gt 1 ]; then element=$SLURM_ARRAY_TASK_ID; fi
-  torchrl_sql_task=$1/task_${tasks[$element]}
-  export TORCHRL_SQL_LIFE=$2.${SLURM_RESTART_COUNT:-0}
+  torchrl_sql_index=${tasks[$element]}
+  torchrl_sql_task=$1/task_$torchrl_sql_index
+  export TORCHRL_SQL_ATTEMPT=$2.${SLURM_RESTART_COUNT:-0}
+  export PYTHONSAFEPATH=1 PYTHONPATH=${1%/*}/code${PYTHONPATH:+:$PYTHONPATH} # every attempt runs the launch's code
+  # As torchrun does: else each process starts as many threads as its node has cores.
+  export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
 }
 
 # torchrl_sql_main KIND ARGUMENT...: a whole job from a batch script of a user's own, see slurm/.
 torchrl_sql_main() {
-  local stage python=${TORCHRL_SQL_PYTHON:-python}
-  stage=$($python -m torchrl_sql.launch.prepare "$@") || exit 1
-  torchrl_sql_begin "$stage" 0 0
-  echo "$(date '+%F %T') job $torchrl_sql_job works in $stage"
+  local group python=${TORCHRL_SQL_PYTHON:-python}
+  group=$($python -m torchrl_sql launch --in-job "$@") || exit 1
+  torchrl_sql_begin "$group" 0 0
+  echo "$(date '+%F %T') job $torchrl_sql_job works in $group"
   srun --kill-on-bad-exit=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --open-mode=append --unbuffered \
-    --output="$stage/${torchrl_sql_job}_%t_log.out" \
-    env --block-signal=USR2 $python -m torchrl_sql.launch.job "$stage" 0
+    --output="$group/${torchrl_sql_job}_%t_log.out" \
+    $torchrl_sql_block $python -u -m torchrl_sql.cli.job "$group" 0
   torchrl_sql_end $?
 }
 
-torchrl_sql_say() { echo "$(date '+%F %T') job $torchrl_sql_job, life $TORCHRL_SQL_LIFE: $*"; }
+torchrl_sql_say() { echo "$(date '+%F %T') job $torchrl_sql_job, attempt $TORCHRL_SQL_ATTEMPT: $*"; }
 
 # torchrl_sql_holds FILE TEXT: whether a file of the task holds just this text.
 torchrl_sql_holds() { [ "$(cat "$torchrl_sql_task/$1" 2>/dev/null)" = "$2" ]; }
 
-# torchrl_sql_end CODE: ends this life after its processes ended with CODE; the last command of a batch script.
+# torchrl_sql_end CODE: ends this attempt after its processes ended with CODE; the last command of a batch script.
 torchrl_sql_end() {
-  local code=$1 newest how count
+  local code=$1 how line count
   if [ -e "$torchrl_sql_task/done" ]; then torchrl_sql_say "done"; exit 0; fi
   if [ "$code" = 0 ]; then code=1; fi
   if [ -e "$torchrl_sql_task/FATAL" ]; then
@@ -40,31 +50,23 @@ torchrl_sql_end() {
     exit "$code"
   fi
   if torchrl_sql_holds cancelled "$torchrl_sql_submission"; then torchrl_sql_say "cancelled"; exit "$code"; fi
-  if torchrl_sql_holds stopped "$TORCHRL_SQL_LIFE"; then
+  if torchrl_sql_holds stopped "$TORCHRL_SQL_ATTEMPT"; then
     torchrl_sql_say "stopped; torchrl-sql resume continues it"
     exit "$code"
   fi
-  how="exit code $code"
-  if torchrl_sql_holds requeue "$TORCHRL_SQL_LIFE"; then
-    torchrl_sql_is_ours "told to stop" "$code"
-    # Only training says how far it came: what else asks for this makes progress.
-    if [ ! -e "$torchrl_sql_task/run_dir" ]; then torchrl_sql_requeue "told to stop" "$code"; fi
-    how="told to stop"
-  else
-    torchrl_sql_is_ours "crashed (exit code $code)" "$code"
-  fi
-  newest=$(ls "$(cat "$torchrl_sql_task/run_dir" 2>/dev/null)/checkpoints" 2>/dev/null | grep '^step_.*\.pt$' | tail -n 1)
+  how="crashed (exit code $code)"
+  if torchrl_sql_holds requeue "$TORCHRL_SQL_ATTEMPT"; then how="told to stop"; fi
+  torchrl_sql_is_ours "$how" "$code"
+  # Only training says how far it came: what else asks for this makes progress.
+  if [ "$how" = "told to stop" ] && [ ! -e "$torchrl_sql_task/progress" ]; then torchrl_sql_requeue "$how" "$code"; fi
+  line="${how%% *}, newest checkpoint: $(cat "$torchrl_sql_task/progress" 2>/dev/null)"
   # Who cannot count would queue the job again for ever.
-  if ! echo "$TORCHRL_SQL_LIFE $how newest checkpoint: $newest" >>"$torchrl_sql_task/crashes" \
-    || ! count=$(grep -c " ${how%% *} .*newest checkpoint: $newest\$" "$torchrl_sql_task/crashes"); then
+  if ! echo "$TORCHRL_SQL_ATTEMPT $line" >>"$torchrl_sql_task/crashes" \
+    || ! count=$(grep -c " $line\$" "$torchrl_sql_task/crashes"); then
     torchrl_sql_say "$how, and $torchrl_sql_task/crashes cannot be written: not requeued; torchrl-sql resume continues it"
     exit "$code"
   fi
-  if [ "$how" = "told to stop" ]; then
-    count=$((count - 1)) # the first that stops at a checkpoint made it
-  else
-    how="crashed ($how)"
-  fi
+  if [ "$how" = "told to stop" ]; then count=$((count - 1)); fi # the first that stops at a checkpoint made it
   if [ "$count" -gt 0 ]; then how+=", $count times without a new checkpoint"; fi
   if [ "$count" -ge "${TORCHRL_SQL_MAX_CRASHES:-5}" ]; then
     torchrl_sql_say "$how: given up"
@@ -73,12 +75,16 @@ torchrl_sql_end() {
   torchrl_sql_requeue "$how" "$code"
 }
 
-# torchrl_sql_is_ours WHY CODE: exits with CODE unless this life's job is still its own to queue again. A job that was
-# cancelled, preempted or lost a node ends by itself, or is in the queue again already: requeueing it would bring a
+# torchrl_sql_is_ours WHY CODE: exits with CODE unless this attempt's job is still its own to queue again. A job that
+# was cancelled, preempted or lost a node ends by itself, or is in the queue again already: requeueing it would bring a
 # cancelled job back to life.
 torchrl_sql_is_ours() {
-  local job attempt
-  for attempt in 1 2 3 4 5; do # the controller may be restarting
+  local job try
+  if ! command -v scontrol >/dev/null; then
+    torchrl_sql_say "$1; scontrol is not on PATH: not requeued; torchrl-sql resume continues it"
+    exit "$2"
+  fi
+  for try in 1 2 3 4 5; do # the controller may be restarting
     if job=$(scontrol -o show job "$torchrl_sql_job"); then break; fi
     sleep 15
   done

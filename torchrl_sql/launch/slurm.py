@@ -7,30 +7,45 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import NamedTuple
 
 from submitit import SlurmExecutor
 
 from torchrl_sql.config.cluster import ClusterConfig
-from torchrl_sql.launch.group import Stage
-from torchrl_sql.launch.job import run_task
+from torchrl_sql.launch.group import Group, Submission
 
-JOB_SHELL = Path(__file__).resolve().parent / "job.sh"
+_OVER = {
+    "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "REVOKED",
+    "TIMEOUT",
+}  # fmt: skip
+"""The states of jobs that are over; a job in any other one runs, or will, or somebody holds it."""
 
 
 class _Executor(SlurmExecutor):
-    """Also where there is no SLURM, for the text of a script; submitting runs sbatch, which then is missing."""
+    """Writes scripts that start a command; also where there is no SLURM, for the text."""
+
+    def __init__(self, group: Group, command: str) -> None:
+        super().__init__(group.folder)
+        self._command = command
 
     @classmethod
     def affinity(cls) -> int:
         return 2
 
+    @property
+    def text(self) -> str:
+        """The batch script."""
+        return self._make_submission_file_text(self._command, "")
+
+    def sbatch(self) -> str:
+        """Submits it; returns the job id."""
+        return self._submit_command(self._command).job_id
+
 
 def resources(cluster: ClusterConfig, kind: str) -> ClusterConfig:
-    """What a stage of this kind takes: training and bench all nodes, all else one process, and evaluation one GPU.
+    """What a job of this kind takes: training and bench all nodes, all else one process, and evaluation one GPU.
 
     All memory of a node (0) is for who takes whole nodes; the others get the partition's default.
     """
@@ -41,30 +56,18 @@ def resources(cluster: ClusterConfig, kind: str) -> ClusterConfig:
     return replace(cluster, nodes=1, tasks_per_node=1, gpus_per_node=num_gpus, memory=memory)
 
 
-def make_executor(stage: Stage, tasks: Sequence[int], *, submission: int, after: str | None = None) -> SlurmExecutor:
-    """The executor of submitit for some of a stage's tasks.
-
-    Args:
-        stage (Stage): with a cluster.
-        tasks (sequence of int): which.
-
-    Keyword Args:
-        submission (int): number of the submission within the stage.
-        after (str, optional): id of a job that must succeed first.
-    """
-    assert stage.cluster is not None
-    cluster = resources(stage.cluster, stage.kind)
+def _executor(group: Group, tasks: Sequence[int], dependency: str | None) -> _Executor:
+    assert group.cluster is not None
+    cluster = resources(group.cluster, group.kind)
     python = shlex.quote(sys.executable) if cluster.python is None else cluster.python
-    # USR2 stays pending until the job's handlers are there: importing takes seconds, and the default is to die.
-    executor = _Executor(stage.folder, python=f"env --block-signal=USR2 {python}")
-    more: dict[str, object] = {"requeue": True}
-    if cluster.memory is not None:
-        more["mem"] = cluster.memory
-    if after is not None:
-        more |= {"dependency": f"afterok:{after}", "kill-on-invalid-dep": "yes"}
-    begin = ["torchrl_sql_begin", str(stage.folder), str(submission), *map(str, tasks)]
+    folder = shlex.quote(str(group.folder))
+    executor = _Executor(group, f'$torchrl_sql_block {python} -u -m torchrl_sql.cli.job {folder} "$torchrl_sql_index"')
+    more: dict[str, object] = {"requeue": True, "mem": cluster.memory}
+    if dependency is not None:
+        more |= {"dependency": dependency, "kill-on-invalid-dep": "yes"}
+    begin = ["torchrl_sql_begin", str(group.folder), str(len(group.submissions)), *map(str, tasks)]
     parameters = {
-        "job_name": stage.folder.parent.parent.name,
+        "job_name": group.root.name,
         "partition": cluster.partition,
         "account": cluster.account,
         "qos": cluster.qos,
@@ -78,48 +81,94 @@ def make_executor(stage: Stage, tasks: Sequence[int], *, submission: int, after:
         "time": cluster.timeout_minutes,
         "signal_delay_s": cluster.signal_delay_seconds,
         "array_parallelism": cluster.array_parallelism,
+        "wckey": None,
         "stderr_to_stdout": True,
         "setup": [
             *(f"export {name}={shlex.quote(value)}" for name, value in cluster.environment.items()),
             *cluster.setup,
             f"export TORCHRL_SQL_MAX_CRASHES={cluster.max_crashes}",
-            f"source {shlex.quote(str(JOB_SHELL))}",
+            f"source {shlex.quote(str(group.code / 'torchrl_sql' / 'launch' / 'job.sh'))}",
             shlex.join(begin),
         ],
         "teardown": ["torchrl_sql_end $?", ""],
         # Since SLURM 22.05 srun does not take the job's CPUs per task over.
         "srun_args": ["--kill-on-bad-exit=1", f"--cpus-per-task={cluster.cpus_per_task}"],
-        "additional_parameters": more,
     }
-    executor.update_parameters(**{name: value for name, value in parameters.items() if value is not None})
+    given = {name.replace("_", "-"): value for name, value in cluster.sbatch.items()}
+    parameters = {name: value for name, value in parameters.items() if name.replace("_", "-") not in given}
+    more = {name: value for name, value in (more | given).items() if value is not None and value is not False}
+    executor.update_parameters(**parameters, additional_parameters=more)
+    if len(tasks) > 1:
+        executor.parameters["map_count"] = len(tasks)
     return executor
 
 
-def script_text(stage: Stage, tasks: Sequence[int], *, after: str | None = None) -> str:
-    """The batch script of a stage's next submission, exactly as :func:`submit` gives it to sbatch."""
-    executor = make_executor(stage, tasks, submission=len(stage.submissions), after=after)
-    if len(tasks) > 1:
-        executor.parameters["map_count"] = len(tasks)
-    return executor._make_submission_file_text(executor._submitit_command_str, "")
+def script_text(group: Group, tasks: Sequence[int], *, dependency: str | None = None) -> str:
+    """The batch script of a group's next submission, exactly as :func:`submit` gives it to sbatch."""
+    return _executor(group, tasks, dependency).text
 
 
-def submit(stage: Stage, tasks: Sequence[int], *, after: str | None = None) -> str:
-    """Submits some of a stage's tasks, as an array if there are several; returns the job id, of an array the array's.
+def submit(group: Group, tasks: Sequence[int], *, dependency: str | None = None) -> str:
+    """Submits some of a group's tasks, as an array if there are several; returns the job id, of an array the array's.
+
+    Args:
+        group (Group): with a cluster.
+        tasks (sequence of int): which.
+
+    Keyword Args:
+        dependency (str, optional): as sbatch takes it.
 
     Raises:
         OSError: if there is no SLURM here, or it refuses the job.
     """
     if shutil.which("sbatch") is None:
         raise OSError("sbatch is not on PATH: submit on a login node of the cluster, or use --local or --dry-run")
-    executor = make_executor(stage, tasks, submission=len(stage.submissions), after=after)
-    folder = [str(stage.folder)] * len(tasks)
     try:
-        jobs = executor.map_array(run_task, folder, list(tasks))
+        job = _executor(group, tasks, dependency).sbatch()
     except RuntimeError as error:  # submitit's FailedSubmissionError
         raise OSError(f"sbatch refused the job: {error}") from error
-    job = jobs[0].job_id.split("_")[0]
-    stage.add_submission(job, tasks)
+    group.add_submission(job, tasks)
     return job
+
+
+class Place(NamedTuple):
+    """Where a task was submitted to."""
+
+    submission: Submission
+    number: int
+    """Of the task in its group."""
+
+    @property
+    def job(self) -> str:
+        """Its job, as scontrol and dependencies take it."""
+        return self.submission.job_of(self.number)
+
+
+def split(group: Group, tasks: Sequence[int], places: Mapping[str, Place]) -> list[tuple[list[int], str | None]]:
+    """How to submit some of a group's tasks so that each waits for no more than it must.
+
+    Args:
+        group (Group): the group.
+        tasks (sequence of int): which.
+        places (mapping): where the tasks that are to do, of earlier groups, were submitted to, by name.
+
+    Returns:
+        For each submission its tasks and their dependency. Tasks that wait for one element each of an array, in its
+        order, are an array again (``aftercorr``); a task that takes what it gets waits for the end of all others,
+        whatever it is (``afterany``).
+    """
+    waits = [[places[name] for name in group.tasks[index].after if name in places] for index in tasks]
+    if len(tasks) > 1 and all(len(each) == 1 for each in waits):
+        first = waits[0][0].submission
+        if [each[0].job for each in waits] == [f"{first.job}_{position}" for position in range(len(first.tasks))]:
+            return [(list(tasks), f"aftercorr:{first.job}")]
+    submissions: dict[str | None, list[int]] = {}
+    for index, each in zip(tasks, waits, strict=True):
+        tolerant = group.tasks[index].tolerant
+        jobs = dict.fromkeys(place.submission.job if tolerant else place.job for place in each)
+        dependency = ":".join(["afterany" if tolerant else "afterok", *jobs]) if jobs else None
+        submissions.setdefault(dependency, []).append(index)
+    return [(indices, dependency) for dependency, indices in submissions.items()]
 
 
 class JobState(NamedTuple):
@@ -133,16 +182,8 @@ class JobState(NamedTuple):
 
     @property
     def is_alive(self) -> bool:
-        """Whether it runs, or will without anybody's doing."""
-        return self.state in (
-            "PENDING",
-            "RUNNING",
-            "COMPLETING",
-            "CONFIGURING",
-            "REQUEUED",
-            "REQUEUE_HOLD",
-            "SUSPENDED",
-        )
+        """Whether it runs, or may run later: also if somebody must release it first."""
+        return self.state not in _OVER
 
 
 def parse_job_states(text: str) -> dict[int, JobState]:
@@ -162,11 +203,11 @@ def parse_job_states(text: str) -> dict[int, JobState]:
 
 def _expand(ranges: str) -> list[int]:
     """``1,3-5%2`` as numbers."""
-    found: list[int] = []
+    numbers: list[int] = []
     for part in ranges.split("%")[0].split(","):
         first, _, last = part.partition("-")
-        found += range(int(first), int(last or first) + 1)
-    return found
+        numbers += range(int(first), int(last or first) + 1)
+    return numbers
 
 
 def job_states(job: str) -> dict[int, JobState]:

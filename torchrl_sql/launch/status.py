@@ -8,7 +8,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from torchrl_sql.launch.group import Stage, Submission
+from torchrl_sql.launch.attempt import newest_checkpoint
+from torchrl_sql.launch.group import Group
 from torchrl_sql.launch.slurm import JobState, job_states
 
 logger = logging.getLogger(__name__)
@@ -23,9 +24,9 @@ _POLLS_AFTER_END = 5
 class TaskState(NamedTuple):
     """One row of ``torchrl-sql status``."""
 
-    stage: str
+    group: str
     number: int
-    label: str
+    task: str
     job: str
     """Of SLURM, as scancel takes it; empty if the task was never submitted."""
     state: str
@@ -36,28 +37,18 @@ class TaskState(NamedTuple):
     note: str
 
 
-def last_submission(stage: Stage, index: int) -> Submission | None:
-    """The newest submission that a task belongs to."""
-    return next((s for s in reversed(stage.submissions) if index in s.tasks), None)
-
-
-def element(submission: Submission, index: int) -> str:
-    """The job id of a task, as scontrol and scancel take it."""
-    return f"{submission.job}_{submission.tasks.index(index)}" if len(submission.tasks) > 1 else submission.job
-
-
-def task_states(stage: Stage) -> list[TaskState]:
-    """The state of each of a stage's tasks.
+def task_states(group: Group) -> list[TaskState]:
+    """The state of each of a group's tasks.
 
     Raises:
         OSError: if SLURM does not answer.
     """
     asked: dict[str, dict[int, JobState]] = {}
     rows = []
-    for index, task in enumerate(stage.tasks):
-        folder = stage.task_folder(index)
-        submission = last_submission(stage, index)
-        job = "" if submission is None else element(submission, index)
+    for index, task in enumerate(group.tasks):
+        folder = group.task_folder(index)
+        submission = group.last_submission(index)
+        job = "" if submission is None else submission.job_of(index)
         known: JobState | None = None
         if submission is not None and submission.job != "local" and not folder.done:
             if submission.job not in asked:
@@ -77,18 +68,17 @@ def task_states(stage: Stage) -> list[TaskState]:
             state = "NOT SUBMITTED"
         else:
             state, note = "ENDED" if known is None else known.state, "unfinished; torchrl-sql resume continues it"
-        checkpoints = [] if task.run_dir is None else sorted(Path(task.run_dir, "checkpoints").glob("step_*.pt"))
-        life = folder.newest_life()
+        attempt = folder.newest_attempt()
         rows.append(
             TaskState(
-                stage=stage.kind,
+                group=group.name,
                 number=index,
-                label=task.label,
+                task=task.name,
                 job=job,
                 state=state,
                 is_alive=not folder.done and known is not None and known.is_alive,
-                restarts=0 if life is None else life.restart,
-                progress=checkpoints[-1].stem if checkpoints else "",
+                restarts=0 if attempt is None else attempt.restart,
+                progress=newest_checkpoint(task.run_dir),
                 note=note,
             )
         )
@@ -97,10 +87,10 @@ def task_states(stage: Stage) -> list[TaskState]:
 
 def format_states(states: Sequence[TaskState]) -> str:
     """A table for people."""
-    rows = [("stage", "task", "job", "state", "restarts", "newest checkpoint", "")]
+    rows = [("group", "task", "job", "state", "restarts", "newest checkpoint", "")]
     for state in states:
-        label = f"{state.number} {state.label}".strip()
-        rows.append((state.stage, label, state.job, state.state, str(state.restarts), state.progress, state.note))
+        label = f"{state.number} {state.task}"
+        rows.append((state.group, label, state.job, state.state, str(state.restarts), state.progress, state.note))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]) - 1)]
     return "\n".join(
         "  ".join([*(cell.ljust(width) for cell, width in zip(row[:-1], widths, strict=True)), row[-1]]).rstrip()
@@ -108,38 +98,36 @@ def format_states(states: Sequence[TaskState]) -> str:
     )
 
 
-def log_file(stage: Stage, index: int, *, rank: int) -> Path | None:
+def log_file(group: Group, index: int, *, rank: int) -> Path | None:
     """The log of a rank of a task's newest submission; ``None`` before its job has started."""
-    submission = last_submission(stage, index)
+    submission = group.last_submission(index)
     if submission is None:
         return None
     job = (
-        f"local{stage.submissions.index(submission)}_{index}"
-        if submission.job == "local"
-        else element(submission, index)
+        f"local{group.submissions.index(submission)}_{index}" if submission.job == "local" else submission.job_of(index)
     )
-    path = stage.folder / f"{job}_{rank}_log.out"
+    path = group.folder / f"{job}_{rank}_log.out"
     return path if path.exists() else None
 
 
-def follow(stage: Stage, index: int, *, rank: int) -> Iterator[str]:
+def follow(group: Group, index: int, *, rank: int) -> Iterator[str]:
     """A task's log, as it grows, until the task ends for good.
 
     Raises:
         OSError: if SLURM does not answer at the start; later that passes.
     """
-    position, path, num_polls_after_end = 0, log_file(stage, index, rank=rank), 0
-    state, asked = task_states(stage)[index], time.monotonic()
+    position, path, num_polls_after_end = 0, log_file(group, index, rank=rank), 0
+    state, asked = task_states(group)[index], time.monotonic()
     while num_polls_after_end < _POLLS_AFTER_END:
         # Before reading: what a job writes last must not be missed.
-        if not state.is_alive or stage.task_folder(index).done or time.monotonic() - asked >= _STATE_SECONDS:
+        if not state.is_alive or group.task_folder(index).done or time.monotonic() - asked >= _STATE_SECONDS:
             try:
-                state = task_states(stage)[index]
+                state = task_states(group)[index]
                 num_polls_after_end = 0 if state.is_alive else num_polls_after_end + 1
             except OSError as error:
                 logger.warning("%s", error)
             asked = time.monotonic()
-        path = path or log_file(stage, index, rank=rank)
+        path = path or log_file(group, index, rank=rank)
         if path is not None:
             with path.open(encoding="utf-8", errors="replace") as file:
                 file.seek(position)

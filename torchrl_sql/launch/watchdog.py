@@ -12,39 +12,39 @@ from contextlib import suppress
 from types import TracebackType
 from typing import Self
 
-from torchrl_sql.launch.task import Life, TaskFolder
+from torchrl_sql.launch.attempt import Attempt, TaskFolder
 
 logger = logging.getLogger(__name__)
 
 EXIT_REQUEUE = 75
-"""Exit code of a life that is to be continued (EX_TEMPFAIL)."""
+"""Exit code of an attempt that is to be continued (EX_TEMPFAIL)."""
 EXIT_SUPERSEDED = 76
-"""Exit code of a process whose task has a newer life."""
+"""Exit code of a process whose task has a newer attempt."""
 _POLL_SECONDS = 1.0
 
 
 class Watchdog:
-    """Watches over one life of a task, as a context manager in the main thread.
+    """Watches over one attempt of a task, as a context manager in the main thread.
 
     Python runs signal handlers between two of the main thread's instructions: a process that waits in a collective for
     a peer that is stopped or gone never runs them. The interpreter's wake-up descriptor is written at once, though.
 
     - SIGUSR2, and the process has not ended ``stop_seconds`` later: it asks for a requeue and exits. Its newest
       checkpoint counts.
-    - A newer life of the task has started (SLURM restarts a job when it loses sight of a node, whose processes may live
-      on): it exits, before it writes anything more.
+    - A newer attempt of the task has started (SLURM restarts a job when it loses sight of a node, whose processes may
+      live on): it exits, before it writes anything more.
 
     Args:
         task (TaskFolder): the task.
-        life (Life): this process's.
+        attempt (Attempt): this process's.
 
     Keyword Args:
         stop_seconds (float): time to react to SIGUSR2.
     """
 
-    def __init__(self, task: TaskFolder, life: Life, *, stop_seconds: float) -> None:
+    def __init__(self, task: TaskFolder, attempt: Attempt, *, stop_seconds: float) -> None:
         self._task = task
-        self._life = life
+        self._attempt = attempt
         self._stop_seconds = stop_seconds
         self._ended = threading.Event()
         self._received = b""
@@ -79,9 +79,9 @@ class Watchdog:
 
     def _is_superseded(self) -> bool:
         try:
-            return self._task.is_superseded(self._life)
+            return self._task.is_superseded(self._attempt)
         except (OSError, ValueError) as error:  # shared file systems have passing troubles: ask again
-            logger.warning("the task's newest life is not readable: %s", error)
+            logger.warning("the task's newest attempt is not readable: %s", error)
             return False
 
     def _watch(self) -> None:
@@ -94,7 +94,7 @@ class Watchdog:
             if asked and deadline is None:
                 deadline = time.monotonic() + self._stop_seconds
             if self._is_superseded():
-                logger.error("life %s was superseded by a newer one: exiting", self._life)
+                logger.error("attempt %s was superseded by a newer one: exiting", self._attempt)
                 os._exit(EXIT_SUPERSEDED)
             if deadline is not None and time.monotonic() > deadline:
                 try:
@@ -102,7 +102,7 @@ class Watchdog:
                         "not stopped %g s after SIGUSR2 (a rank hangs): exiting, to continue from the last checkpoint",
                         self._stop_seconds,
                     )
-                    self._task.write("requeue", str(self._life))
+                    self._task.write("requeue", str(self._attempt))
                 except OSError as error:
                     logger.error("no request to be requeued: %s", error)  # the batch script takes it for a crash
                 finally:

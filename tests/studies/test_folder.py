@@ -1,0 +1,181 @@
+"""A study's folder: continuing, doing again what changed, and deleting only what is its own."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from torchrl_sql.cli import main
+from torchrl_sql.config.study import load_study
+from torchrl_sql.studies.folder import format_tasks, owned, prepare_folder
+from torchrl_sql.studies.plan import plan_study
+
+
+def allow(what):
+    allow.asked.append(what)
+    return True
+
+
+@pytest.fixture(autouse=True)
+def asked():
+    allow.asked = []
+    return allow.asked
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return tmp_path / "runs" / "s"
+
+
+def make(task, *, done=True):
+    """Does as if a task had run."""
+    task.write_record(seconds=1.0 if done else None)
+    for path in task.makes:
+        file = task.record_file.parents[1] / path
+        if file.suffix:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(path)
+        else:
+            file.mkdir(parents=True, exist_ok=True)
+            (file / "inside").write_text(path)
+
+
+def names(folder):
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def finished(make_study, folder):
+    """Plans the study again, with changes; at first all of it has run."""
+
+    def plan(*changes):
+        study = make_study(*changes)
+        return study, plan_study(study, folder)
+
+    study, tasks = plan()
+    prepare_folder(study, tasks, folder, fresh=False, confirm=allow)
+    for task in tasks:
+        make(task)
+    return plan
+
+
+def test_what_is_done_stays_done(finished, folder, asked):
+    before = names(folder)
+    study, tasks = finished()
+    prepare_folder(study, tasks, folder, fresh=False, confirm=allow)
+    assert names(folder) == before and not asked
+    assert [task.name for task in tasks if not task.is_done()] == ["report"]
+    assert load_study(folder / "study.yaml") == study
+
+
+def test_a_task_is_not_done_before_its_record_says_so(finished, folder):
+    _, tasks = finished()
+    trained = next(task for task in tasks if task.kind == "train")
+    trained.write_record(seconds=None)
+    assert not trained.is_done() and trained.change() is None
+    assert f"{trained.name}: started" in format_tasks(tasks)
+
+
+def test_a_task_whose_files_are_gone_is_done_again(finished, folder):
+    _, tasks = finished()
+    trained = next(task for task in tasks if task.name == "train-q-seed0")
+    (folder / "q" / "seed0" / "checkpoints" / "inside").unlink()
+    (folder / "q" / "seed0" / "checkpoints").rmdir()
+    assert not trained.is_done()
+
+
+def test_only_what_changed_is_done_again_and_it_says_why(finished, folder, asked):
+    before = names(folder)
+    (folder / "q" / "seed0" / "my notes.txt").write_text("keep")
+    study, tasks = finished(("cql_alpha=0.3", "cql_alpha=0.4"))
+    assert "train-q-seed0: to do again: method.cql_alpha 0.3 -> 0.4" in format_tasks(tasks)
+    prepare_folder(study, tasks, folder, fresh=False, confirm=allow)
+    gone = before - names(folder)
+    assert gone and all(path.startswith(("q/", "tasks/train-q", "tasks/evaluate-q")) for path in gone)
+    assert (folder / "q" / "seed0" / "my notes.txt").read_text() == "keep"
+    assert "train-q-seed0 is to be done again: method.cql_alpha 0.3 -> 0.4" in asked[0]
+    assert str(folder / "q" / "seed1" / "checkpoints") in asked[0]
+
+
+def test_more_seeds_leave_the_others_alone(finished, folder, asked):
+    before = names(folder)
+    study, tasks = finished(("seeds: [0, 1]", "seeds: [0, 1, 2]"))
+    prepare_folder(study, tasks, folder, fresh=False, confirm=allow)
+    assert before == names(folder) and not asked
+    to_do = [task.name for task in tasks if not task.is_done()]
+    assert to_do == ["train-q-seed2", "evaluate-q-seed2-greedy", "report"]
+
+
+def test_nothing_is_deleted_without_consent(finished, folder):
+    before = names(folder)
+    for fresh, changes in ((True, []), (False, [("cql_alpha=0.3", "cql_alpha=0.4")])):
+        study, tasks = finished(*changes)
+        with pytest.raises(ValueError, match="nothing was deleted"):
+            prepare_folder(study, tasks, folder, fresh=fresh, confirm=lambda what: False)
+        assert names(folder) == before
+
+
+def test_fresh_deletes_what_tasks_recorded_and_nothing_else(finished, folder, asked):
+    (folder / "bc" / "my_thesis_run.txt").write_text("keep")
+    study, tasks = finished(("seeds: [0, 1]", "seeds: [1]"))  # what seed 0 made is the study's own too
+    prepare_folder(study, tasks, folder, fresh=True, confirm=allow)
+    assert names(folder) == {"bc/my_thesis_run.txt", "study.yaml"}
+    assert not (folder / "q").exists() and "--fresh deletes" in asked[0]
+
+
+def test_files_of_others_are_never_taken_for_the_study_s(make_study, folder):
+    study = make_study()
+    tasks = plan_study(study, folder)
+    (folder / "store").mkdir(parents=True)
+    (folder / "store" / "store.json").write_text("an imported store")
+    for fresh in (False, True):
+        with pytest.raises(ValueError, match="store is there, but no task of this study made it"):
+            prepare_folder(study, tasks, folder, fresh=fresh, confirm=allow)
+    assert (folder / "store" / "store.json").read_text() == "an imported store" and not allow.asked
+
+
+def test_an_interrupted_first_task_is_known_as_the_study_s(make_study, folder):
+    study = make_study()
+    tasks = plan_study(study, folder)
+    make(tasks[0], done=False)
+    prepare_folder(study, tasks, folder, fresh=False, confirm=allow)
+    assert not tasks[0].is_done() and (folder / "store" / "inside").exists()
+
+
+def test_records_cannot_lead_out_of_the_folder(finished, folder, tmp_path):
+    (tmp_path / "mine").write_text("keep")
+    record = folder / "tasks" / "constant.json"
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"makes": ["../../mine"]}))
+    study, tasks = finished()
+    with pytest.raises(ValueError, match=r"constant.json must name paths in"):
+        prepare_folder(study, tasks, folder, fresh=True, confirm=allow)
+    assert (tmp_path / "mine").read_text() == "keep"
+
+
+def test_a_damaged_record_is_named(finished, folder):
+    (folder / "tasks" / "constant.json").write_text("{")
+    study, tasks = finished()
+    with pytest.raises(ValueError, match=r"constant.json must be the record of a task"):
+        prepare_folder(study, tasks, folder, fresh=False, confirm=allow)
+
+
+def test_the_contributor_s_recipe_is_a_study(tmp_path, monkeypatch, capsys):
+    recipes = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text(encoding="utf-8").split("### A study")[1]
+    (text,) = re.findall(r"```yaml\n(.*?)```", recipes.split("###")[0], flags=re.S)
+    monkeypatch.chdir(tmp_path)
+    Path("penalty.yaml").write_text(text)
+    assert main(["study", "penalty.yaml", "scale=cpu", "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("torchrl-sql train scale=cpu") == 6 == out.count("torchrl-sql evaluate runs/penalty/")
+    assert out.count("method.cql_alpha=0 ") == 3 and "torchrl-sql report runs/penalty\n" in out
+    assert [path.name for path in tmp_path.iterdir()] == ["penalty.yaml"]
+
+
+def test_one_process_at_a_time(folder):
+    with owned(folder), pytest.raises(ValueError, match="is in use by process"), owned(folder):
+        pass
+    with owned(folder):
+        pass

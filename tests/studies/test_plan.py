@@ -1,0 +1,206 @@
+"""From settings to tasks."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import yaml
+
+from torchrl_sql.cli import parse
+from torchrl_sql.config import ConfigError, compose_run_config
+from torchrl_sql.config.study import find_study, list_studies, load_study
+from torchrl_sql.studies.plan import (
+    choose_root,
+    combined,
+    expand,
+    folder_name,
+    plan_evaluation,
+    plan_study,
+    plan_training,
+    quoted,
+)
+
+TRAIN = ["scale=cpu", "data.store=store"]
+
+
+def test_a_study_is_data_then_runs_then_evaluations_then_one_page(make_study, tmp_path):
+    tasks = {task.name: task for task in plan_study(make_study(), tmp_path)}
+    assert {name: task.after for name, task in tasks.items()} == {
+        "collect": [],
+        "train-q-seed0": ["collect"],
+        "evaluate-q-seed0-greedy": ["train-q-seed0"],
+        "constant": [],
+        "train-q-seed1": ["collect"],
+        "evaluate-q-seed1-greedy": ["train-q-seed1"],
+        "train-bc-seed1": ["collect"],
+        "evaluate-bc-seed1-greedy": ["train-bc-seed1"],
+        "evaluate-bc-seed1-sampled": ["evaluate-bc-seed1-greedy"],
+        "report": [
+            "evaluate-q-seed0-greedy", "constant", "evaluate-q-seed1-greedy", "evaluate-bc-seed1-greedy",
+            "evaluate-bc-seed1-sampled",
+        ],
+    }  # fmt: skip
+    assert [name for name, task in tasks.items() if task.tolerant] == ["report"]
+    assert tasks["train-q-seed0"].group == tasks["train-q-seed1"].group != tasks["train-bc-seed1"].group
+    assert tasks["train-bc-seed1"].run_dir == str(tmp_path / "bc" / "seed1")
+
+
+def test_a_task_is_the_command_that_makes_its_configuration(make_study, tmp_path):
+    for task in plan_study(make_study(), tmp_path / "it's a study"):
+        parse(task.arguments)
+        if task.kind == "train":
+            assert compose_run_config(task.arguments[1:]).to_yaml() == task.config
+
+
+def test_settings_of_a_method_are_not_those_of_another(make_study, tmp_path):
+    tasks = {task.name: task for task in plan_study(make_study(), tmp_path)}
+    assert tasks["train-q-seed1"].settings["method.cql_alpha"] == 0.3
+    assert tasks["train-bc-seed1"].settings["method.name"] == "bc"
+    assert "method.cql_alpha" not in tasks["train-bc-seed1"].settings
+
+
+def test_data_that_is_there_is_not_made(make_study, tmp_path):
+    tasks = plan_study(make_study(("data: collect", "data: /data/store")), tmp_path)
+    assert tasks[0].name == "train-q-seed0" and tasks[0].after == []
+    assert "data.store=/data/store" in tasks[0].arguments
+
+
+def test_data_can_be_an_import(make_study, tmp_path):
+    source = "dqn-replay '/a b' --games Breakout,Freeway"
+    first, second, *_ = plan_study(make_study(("data: collect", f"data: import {source}")), tmp_path)
+    words = ["dqn-replay", "/a b", "--games", "Breakout,Freeway", "--out", str(tmp_path / "store")]
+    assert first.arguments == ["import", *words] and second.after == ["import"]
+
+
+@pytest.mark.parametrize("key", ["name=x", "run_dir=x", "seed=1", "data.store=x", "+seed=1"])
+def test_what_a_study_decides_is_refused(make_study, tmp_path, key):
+    with pytest.raises(ConfigError, match="a study decides"):
+        plan_study(make_study(("scale=cpu,", f"scale=cpu, {key},")), tmp_path)
+
+
+def test_the_tasks_of_every_study_of_the_project_are_commands(tmp_path):
+    for name in list_studies():
+        for task in plan_study(load_study(find_study(name)), tmp_path):
+            parse(task.arguments)
+
+
+def test_only_what_decides_results_changes_a_task(make_study, tmp_path):
+    def keys(*changes, folder=tmp_path):
+        return {task.name: task.key for task in plan_study(make_study(*changes), folder)}
+
+    def changed(*changes):
+        before = keys()
+        return [name for name, key in keys(*changes).items() if key != before[name]]
+
+    assert changed(("title: A study", "title: B")) == []
+    assert changed(("method.cql_alpha=0.3", "method.cql_alpha=0.3, trainer.log_interval_gradient_steps=7")) == []
+    assert keys(folder=tmp_path / "moved") == keys()
+    of_q = ["train-q-seed0", "evaluate-q-seed0-greedy", "train-q-seed1", "evaluate-q-seed1-greedy"]
+    assert changed(("cql_alpha=0.3", "cql_alpha=0.4")) == [*of_q, "report"]
+    evaluations = [name for name in keys() if name.startswith(("evaluate", "constant"))]
+    assert changed(("cql_alpha=0.3", "cql_alpha=0.3, evaluation.epsilon=0.5")) == [*evaluations, "report"]
+    games = ("[Breakout,Freeway]", "[Breakout,Pong]")
+    assert changed(games) == list(keys())
+
+
+def test_several_values_are_products():
+    assert expand([*TRAIN, "seed=0,1", "model.encoder=resnet34,resnet50"]) == [
+        (label, [*TRAIN, *label.split(",")])
+        for label in (
+            "seed=0,model.encoder=resnet34",
+            "seed=0,model.encoder=resnet50",
+            "seed=1,model.encoder=resnet34",
+            "seed=1,model.encoder=resnet50",
+        )
+    ]
+
+
+def test_lists_are_one_value():
+    words = ["data.games=[Breakout,Freeway]", "name='a,b'"]
+    assert expand(words) == [("", words)]
+
+
+def test_seeds_share_a_name_and_other_choices_do_not(tmp_path):
+    seeds = plan_training([*TRAIN, "seed=0,1"], tmp_path)
+    assert [yaml.safe_load(task.config)["name"] for task in seeds] == ["cql", "cql"]
+    assert [task.run_dir for task in seeds] == [f"{tmp_path}/seed=0", f"{tmp_path}/seed=1"]
+    alphas = plan_training([*TRAIN, "method.cql_alpha=0.1,0.2", "seed=0,1"], tmp_path)
+    configs = [yaml.safe_load(task.config) for task in alphas]
+    assert [config["name"] for config in configs] == [f"cql-method.cql_alpha=0.{i}" for i in (1, 1, 2, 2)]
+    assert [config["method"]["cql_alpha"] for config in configs] == [0.1, 0.1, 0.2, 0.2]
+    assert len({task.run_dir for task in alphas}) == 4
+
+
+def test_many_seeds_are_composed_as_one_by_one(tmp_path):
+    words = [*TRAIN, "collection.seed=7", "name='a${seed}'"]
+    for extra in ([], ["model.encoder=nature"]):
+        for task in plan_training([*words[: 2 + bool(extra)], *extra, "seed=0,1,5,1000"], tmp_path):
+            alone = compose_run_config(task.arguments[1:])
+            alone.run_dir = task.run_dir
+            assert task.config == alone.to_yaml()
+
+
+def test_fifteen_hundred_seeds_are_planned_quickly(tmp_path):
+    start = time.process_time()
+    tasks = plan_training([*TRAIN, "seed=range(0,1500)"], tmp_path)
+    assert len(tasks) == 1500 and time.process_time() - start < 20
+
+
+@pytest.mark.parametrize("values", ["seed=0,0", "name='a b','a,b'"])
+def test_two_runs_never_share_a_folder(tmp_path, values):
+    with pytest.raises(ConfigError, match="would share the folder"):
+        plan_training([*TRAIN, values], tmp_path)
+
+
+def test_a_label_too_long_for_a_folder_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="too long for the name"):
+        plan_training([*TRAIN, f"name={'a' * 300},b"], tmp_path)
+
+
+def test_what_the_launcher_decides_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="give --into instead of run_dir=x"):
+        plan_training([*TRAIN, "run_dir=x"], tmp_path)
+    with pytest.raises(ConfigError, match="'seed'"):
+        plan_training([*TRAIN, "seed"], tmp_path)
+
+
+def test_processes_must_share_the_batch(tmp_path):
+    with pytest.raises(ConfigError, match=r"data.batch_size must be a multiple of the 5 processes"):
+        plan_training(TRAIN, tmp_path, num_ranks=5)
+
+
+def test_each_launch_has_a_folder_of_its_own(tmp_path):
+    assert choose_root("a b") != choose_root("a b")
+    assert choose_root("a b").name.startswith("a_b-") and choose_root("///").name.startswith("launch-")
+    assert choose_root("x", out=tmp_path / "new") == tmp_path / "new"
+    with pytest.raises(ConfigError, match="must be a new folder"):
+        choose_root("x", out=tmp_path)
+
+
+def test_evaluations_are_split_into_shares_of_each_agent():
+    tasks = plan_evaluation(["runs/a", "runs/b"], ["--episodes", "9"], num_shares=2)
+    assert [task.arguments for task in tasks] == [
+        ["evaluate", run, "--episodes", "9", "--share", share]
+        for run in ("runs/a", "runs/b")
+        for share in ("1/2", "2/2")
+    ]
+    (whole,) = plan_evaluation(["runs/a"], [], num_shares=1)
+    assert whole.arguments == ["evaluate", "runs/a"]
+    with pytest.raises(ConfigError, match="--shares must be at least 1, got 0"):
+        plan_evaluation(["runs/a"], [], num_shares=0)
+
+
+def test_folder_names():
+    assert folder_name("seed=0,data.games=[A,B]") == "seed=0_data.games=_A_B"
+
+
+def test_later_settings_replace_earlier_ones():
+    assert combined(["scale=cpu", "a=1"], ["scale=gpu"], ["b=2"]) == ["scale=gpu", "a=1", "b=2"]
+
+
+@pytest.mark.parametrize(
+    "path", ["/a/b-c.d", "a b", "it's", "a,b", "a=b", "(a)", "back\\slash", "back\\'s", "\\\\", "$HOME", "#"]
+)
+def test_quoted_paths_are_read_as_they_are(path):
+    assert compose_run_config([*TRAIN, f"run_dir={quoted(path)}"]).run_dir == path

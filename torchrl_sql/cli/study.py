@@ -1,0 +1,110 @@
+"""``torchrl-sql quickstart`` and ``study``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torchrl_sql.cli.train import OVERRIDES_HELP
+
+if TYPE_CHECKING:
+    from torchrl_sql.config.study import StudyConfig
+
+
+def add_commands(commands: Any) -> None:
+    """Adds the parsers of these commands to ``commands``, the subparsers of ``torchrl-sql``."""
+    quickstart = commands.add_parser(
+        "quickstart",
+        help="collect, train, evaluate and report, at small scale, in one go",
+        description=_quickstart.__doc__,
+    )
+    quickstart.add_argument("--seed", type=int, help="of data, training and evaluation (default: 0)")
+    _add_options(quickstart)
+    quickstart.set_defaults(run_command=_quickstart, name="quickstart")
+
+    study = commands.add_parser(
+        "study", help="several runs, their seeds and evaluations, and the page about them", description=_study.__doc__
+    )
+    study.add_argument("name", metavar="STUDY", help="a name in configs/study/, or FILE.yaml")
+    add_seeds(study)
+    _add_options(study)
+    study.set_defaults(run_command=_study)
+
+
+def add_seeds(parser: argparse.ArgumentParser) -> None:
+    """Adds ``--seeds``."""
+    parser.add_argument("--seeds", type=_numbers, metavar="0,1,...", help="of training (default: the study's)")
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", type=Path, help="folder (default: runs/NAME)")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="tasks side by side (default: 1)")
+    parser.add_argument("--dry-run", action="store_true", help="list the tasks and stop")
+    parser.add_argument("--fresh", action="store_true", help="delete what it made earlier, and start over")
+    parser.add_argument("--yes", action="store_true", help="delete without asking")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help=OVERRIDES_HELP)
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",")]
+
+
+def read_study(name: str, overrides: Sequence[str], seeds: Sequence[int] | None) -> StudyConfig:
+    """A study with settings of its runs, and seeds, from the command line."""
+    from torchrl_sql.config.study import check_study, find_study, load_study
+    from torchrl_sql.studies.plan import combined
+
+    study = load_study(find_study(name))
+    changed = replace(study, common=combined(study.common, overrides), seeds=list(seeds or study.seeds))
+    check_study(changed)
+    return changed
+
+
+def _quickstart(args: argparse.Namespace) -> None:
+    """Run the method end to end at small scale.
+
+    Collects emulator data, trains one network for all games with CQL + C51 and one by behavioural cloning, evaluates
+    them in the emulator and writes report.html. Run again, it continues where it was.
+    """
+    args.seeds = None if args.seed is None else [args.seed]
+    _study(args)
+
+
+def _study(args: argparse.Namespace) -> None:
+    """Train, evaluate and compare the runs of a study, of configs/study/NAME.yaml or a file of your own.
+
+    Run again, it continues: what is done stays, what changed is done again.
+    """
+    from torchrl_sql.studies.folder import format_tasks, run_study
+    from torchrl_sql.studies.plan import RUNS, plan_study
+
+    study = read_study(args.name, args.overrides, args.seeds)
+    folder = args.out or RUNS / Path(args.name).stem
+    tasks = plan_study(study, folder)
+    if args.dry_run:
+        print(format_tasks(tasks))
+        return
+    run_study(
+        study,
+        tasks,
+        folder,
+        num_jobs=args.jobs,
+        fresh=args.fresh,
+        confirm=(lambda what: True) if args.yes else confirm,
+        say=lambda line: print(line, flush=True),
+    )
+
+
+def confirm(what: str) -> bool:
+    """Asks on a terminal.
+
+    Raises:
+        ValueError: elsewhere.
+    """
+    if not sys.stdin.isatty():
+        raise ValueError(f"{what}\nGive --yes to delete this, or --out for another folder")
+    return input(f"{what}\nDelete this? [y/N] ").strip().lower() in ("y", "yes")

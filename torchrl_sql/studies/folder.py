@@ -1,0 +1,143 @@
+"""A study's folder: what is done there, what is the study's own, and running the rest here."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from torchrl_sql.config.study import STUDY_FILE, StudyConfig
+from torchrl_sql.files import write_text
+from torchrl_sql.studies.local import Start, format_seconds, run_tasks
+from torchrl_sql.studies.task import Task, read_record
+
+
+def run_study(
+    study: StudyConfig,
+    tasks: Sequence[Task],
+    folder: Path,
+    *,
+    num_jobs: int = 1,
+    fresh: bool = False,
+    confirm: Callable[[str], bool],
+    say: Callable[[str], None] = lambda line: None,
+) -> Path:
+    """Runs what is not done of a study, here.
+
+    Args:
+        study (StudyConfig): the study.
+        tasks (sequence of Task): what :func:`torchrl_sql.studies.plan.plan_study` planned of it.
+        folder (Path): where everything goes.
+
+    Keyword Args:
+        num_jobs (int): tasks at the same time.
+        fresh (bool): delete what an earlier run of a study made there first.
+        confirm (callable): is asked before anything is deleted, with what and why.
+        say (callable): is given a line of progress for people.
+
+    Returns:
+        The page.
+
+    Raises:
+        ValueError: if tasks failed, or what is in the way is not the study's, or must not be deleted.
+        KeyboardInterrupt: if it was stopped.
+    """
+    with owned(folder):
+        prepare_folder(study, tasks, folder, fresh=fresh, confirm=confirm)
+        say(f"{sum(map(Task.is_done, tasks))} of {len(tasks)} tasks of {folder} are done")
+
+        def start(task: Task) -> Start:
+            log = task.record_file.with_suffix(".log")
+            return Start([sys.executable, "-m", "torchrl_sql", *task.arguments], os.environ, log)
+
+        try:
+            failed = run_tasks(tasks, start, num_jobs=num_jobs, say=say)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt("stopped; the same command, without --fresh, continues where it was") from None
+    if failed:
+        reasons = "".join(f"\n  {name}: {reason}" for name, reason in failed.items())
+        raise ValueError(f"{len(failed)} of {len(tasks)} tasks of {folder} failed:{reasons}")
+    return folder / "report.html"
+
+
+def format_tasks(tasks: Sequence[Task]) -> str:
+    """Every task with its state, its command and what it waits for, for people."""
+    lines = []
+    for task in tasks:
+        record, change = task.record(), task.change()
+        state = "to do"
+        if task.is_done():
+            assert record is not None
+            state = f"done in {format_seconds(record['seconds'])}"
+        elif change is not None:
+            state = f"to do again: {change}"
+        elif record is not None and record["seconds"] is None:
+            state = "started"
+        lines += [f"{task.name}: {state}", f"  {task.command}"]
+        lines += [f"  after {', '.join(task.after)}"] * bool(task.after)
+    return "\n".join(lines)
+
+
+def prepare_folder(
+    study: StudyConfig, tasks: Sequence[Task], folder: Path, *, fresh: bool, confirm: Callable[[str], bool]
+) -> None:
+    """Makes room for what is to do, and writes ``study.yaml``. Nothing is deleted that no task recorded as its own.
+
+    Args and errors as of :func:`run_study`.
+    """
+    recorded = {file.stem: read_record(file) for file in sorted((folder / "tasks").glob("*.json"))}
+    owned_paths = {path for record in recorded.values() for path in record["makes"]}
+    foreign = [folder / path for task in tasks for path in task.makes if path not in owned_paths]
+    if present := [path for path in foreign if path.exists()]:
+        raise ValueError(f"{present[0]} is there, but no task of this study made it: move it, or choose another --out")
+    if fresh:
+        why, paths = f"--fresh deletes what earlier tasks made in {folder}:", owned_paths | {STUDY_FILE, "tasks"}
+    else:
+        changed = {task.name: change for task in tasks if (change := task.change()) is not None}
+        why = "".join(f"{name} is to be done again: {change}\n" for name, change in changed.items())
+        paths = {path for name in changed for path in [*recorded[name]["makes"], f"tasks/{name}.json"]}
+    there = sorted(path for path in paths if (folder / path).exists())
+    if any(not path.startswith("tasks") and path != STUDY_FILE for path in there):
+        listing = "".join(f"\n  {folder / path}" for path in there)
+        if not confirm(f"{why.rstrip()}{listing}"):
+            raise ValueError("nothing was deleted")
+    for path in there:
+        _delete(folder, path)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / STUDY_FILE, study.to_yaml())
+
+
+def _delete(folder: Path, relative: str) -> None:
+    """Deletes a path in a study's folder, and the folders above it that are empty then."""
+    path = folder / relative
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+    for parent in list(Path(relative).parents)[:-1]:
+        if (folder / parent).is_dir() and not any((folder / parent).iterdir()):
+            (folder / parent).rmdir()
+
+
+@contextmanager
+def owned(folder: Path) -> Iterator[None]:
+    """Keeps other processes from running a study in this folder.
+
+    Raises:
+        ValueError: if one does.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise ValueError(f"{folder} is in use by process {file.read().strip()}") from None
+        file.truncate(0)
+        file.write(f"{os.getpid()} on {os.uname().nodename}")
+        file.flush()
+        yield

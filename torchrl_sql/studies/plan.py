@@ -1,0 +1,307 @@
+"""From settings to tasks: of a study, of training runs with several values, of any other command."""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import shlex
+from collections.abc import Sequence
+from dataclasses import asdict, fields, is_dataclass, replace
+from datetime import datetime
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import OverrideParseException
+
+from torchrl_sql.config import ConfigError, EvaluationConfig, RunConfig, check_ranks, compose_run_config
+from torchrl_sql.config.study import StudyConfig
+from torchrl_sql.studies.task import Task
+
+RUNS = Path("runs")
+"""Where studies and launches make their folders."""
+
+_MAX_NAME_BYTES = 255
+"""Of Linux's file systems."""
+
+_DECIDED = ("name", "run_dir", "seed", "data.store")
+"""Keys that a study gives to its runs itself."""
+
+_OF_RESULT = ("num_gradient_steps", "target_update_interval_gradient_steps", "precision")
+"""Settings of the trainer that decide what is learned."""
+
+_OF_TRAINING = ("checkpoints", "logs", "nonfinite", "config.yaml", "versions.json", "policy.safetensors")
+_OF_EVALUATION = ("scores.csv", "calibration.csv", "evaluation_versions.json", "clips")
+
+
+def plan_study(study: StudyConfig, folder: Path, *, num_ranks: int = 1) -> list[Task]:
+    """The tasks of a study: data, and for each run and seed training and evaluations; constant actions; the page.
+
+    Args:
+        study (StudyConfig): what to compare.
+        folder (Path): where everything goes, see :class:`StudyConfig`.
+
+    Keyword Args:
+        num_ranks (int): processes that will train each run.
+
+    Returns:
+        The tasks, each after those that it waits for.
+
+    Raises:
+        ConfigError: for settings that cannot be run.
+    """
+    tasks: list[Task] = []
+
+    def add(name: str, kind: str, words: Sequence[str], **more: Any) -> Task:
+        inputs = {other.name: other.key for other in tasks if other.name in more.get("after", ())}
+        task = Task(name=name, arguments=[kind, *words], folder=str(folder), inputs=inputs, **{"group": name, **more})
+        tasks.append(task)
+        return task
+
+    for override in (word for words in (study.common, *(run.set for run in study.runs.values())) for word in words):
+        if (key := _key(override)) in _DECIDED:
+            option = "--seeds" if key == "seed" else "its file" if key == "data.store" else "--out"
+            raise ConfigError(f"a study decides {key} itself, see {option}; got {override!r}")
+    makes_store = study.data == "collect" or study.data.split()[:1] == ["import"]
+    store = folder / "store" if makes_store else Path(study.data)
+    data: list[str] = []
+    if study.data == "collect":
+        words = [*study.common, f"data.store={quoted(store)}", f"seed={study.seeds[0]}"]
+        config = compose_run_config(words)
+        settings = {"games": list(config.games)} | asdict(config.collection)
+        data = [add("collect", "collect", words, settings=settings, makes=["store"]).name]
+    elif makes_store:
+        words = [*shlex.split(study.data)[1:], "--out", str(store)]
+        data = [add("import", "import", words, settings={"data": study.data}, makes=["store"]).name]
+    main = study.report.main or next(iter(study.runs))
+    ends: list[str] = []
+    for name, run in study.runs.items():
+        other_method = any(_key(word) == "method" for word in run.set)
+        shared = [word for word in study.common if not (other_method and word.startswith("method."))]
+        common = combined(shared, run.set, [f"name={name}", f"data.store={quoted(store)}"])
+        compose = _Seeded(common)
+        for seed in study.seeds_of(name):
+            place = f"{name}/seed{seed}"
+            words = [*common, f"run_dir={quoted(folder / place)}", f"seed={seed}"]
+            after = list(data)
+            if run.from_ is None:
+                config = replace(compose(seed), run_dir=str(folder / place))
+            else:
+                policy = folder / run.from_ / f"seed{seed}" / "policy.safetensors"
+                words += [f"init.policy={quoted(policy)}", f"init.load={run.load}"]
+                after.append(f"train-{run.from_}-seed{seed}")
+                config = compose_run_config(words)
+            check_ranks(config, num_ranks)
+            trained = add(
+                f"train-{name}-seed{seed}", "train", words, group=f"train-{name}", after=after, run_dir=config.run_dir,
+                config=config.to_yaml(), settings=_deciding(config) | ({} if makes_store else {"data": study.data}),
+                makes=[f"{place}/{made}" for made in _OF_TRAINING],
+            )  # fmt: skip
+            previous = trained
+            for decoding in run.decode:  # one after the other: they share a table
+                words = [config.run_dir, "--decoding", decoding, *evaluation_options(config.evaluation)]
+                words += ["--video"] * (name == main and decoding == run.decode[0])
+                previous = add(
+                    f"evaluate-{name}-seed{seed}-{decoding}", "evaluate", words, group=f"evaluate-{name}-{decoding}",
+                    after=[previous.name], settings={"decoding": decoding} | asdict(config.evaluation),
+                    makes=[f"{place}/{made}" for made in _OF_EVALUATION],
+                )  # fmt: skip
+                ends.append(previous.name)
+            if name == main and seed == study.seeds_of(name)[0] and study.report.constant_actions:
+                number = min(study.report.constant_actions, config.evaluation.num_episodes_per_game)
+                protocol = replace(config.evaluation, num_episodes_per_game=number)
+                words = ["constant", "--games", ",".join(config.games), *evaluation_options(protocol)]
+                settings = {"games": list(config.games)} | asdict(protocol)
+                constant = add(
+                    "constant", "evaluate", [*words, "--out", str(folder / "constant")], settings=settings,
+                    makes=["constant"],
+                )  # fmt: skip
+                ends.append(constant.name)
+    add("report", "report", [str(folder)], after=ends, tolerant=True, makes=["report.html"])
+    return tasks
+
+
+def plan_training(overrides: Sequence[str], root: Path, *, num_ranks: int = 1) -> list[Task]:
+    """One training run for each combination of ``overrides``: values separated by commas, as Hydra writes them.
+
+    A single run's folder is ``root`` itself; each of several has its own in it. Runs that differ in more than their
+    seed are different agents: what tells them apart beside it becomes part of their name.
+
+    Args:
+        overrides (sequence of str): settings, each with one value or several.
+        root (Path): folder of the launch.
+
+    Keyword Args:
+        num_ranks (int): processes that will train each run.
+
+    Raises:
+        ConfigError: for settings that cannot be run.
+    """
+    for override in overrides:
+        if _key(override) == "run_dir":
+            raise ConfigError(f"the launcher makes the run's folder: give --into instead of {override}")
+    combinations = expand(overrides)
+    composed: dict[tuple[str, ...], _Seeded] = {}
+    tasks: dict[str, Task] = {}
+    for label, own in combinations:
+        seeds = [word.removeprefix("seed=") for word in own if word.startswith("seed=")]
+        rest = tuple(word for word in own if not word.startswith("seed="))
+        if len(seeds) == 1 and seeds[0].isdecimal() and len(combinations) > 2:
+            config = composed.setdefault(rest, _Seeded(rest))(int(seeds[0]))
+        else:
+            config = compose_run_config(own)
+        check_ranks(config, num_ranks)
+        config.run_dir = str((root if len(combinations) == 1 else root / folder_name(label)).resolve())
+        agent = ",".join(part for part in label.split(",") if part and not part.startswith("seed="))
+        if agent and not any(override.startswith("name=") for override in own):
+            config.name = f"{config.name}-{folder_name(agent)}"
+        if config.run_dir in tasks:
+            raise ConfigError(f"{tasks[config.run_dir].name} and {label} would share the folder {config.run_dir}")
+        if len(os.fsencode(Path(config.run_dir).name)) > _MAX_NAME_BYTES:
+            raise ConfigError(
+                f"{label or config.name} is too long for the name of a run's folder: change fewer settings at a time, "
+                "or give --into"
+            )
+        tasks[config.run_dir] = Task(
+            name=label or "train", arguments=["train", *own], group="train", run_dir=config.run_dir,
+            config=config.to_yaml(),
+        )  # fmt: skip
+    return list(tasks.values())
+
+
+def plan_evaluation(agents: Sequence[str], options: Sequence[str], *, num_shares: int) -> list[Task]:
+    """Evaluations of agents, each split into shares of its episodes, all of which write parts of one table.
+
+    Args:
+        agents (sequence of str): runs, checkpoints, ...
+        options (sequence of str): further arguments of ``torchrl-sql evaluate``.
+
+    Keyword Args:
+        num_shares (int): shares of each.
+
+    Raises:
+        ConfigError: if ``num_shares`` is less than 1.
+    """
+    if num_shares < 1:
+        raise ConfigError(f"--shares must be at least 1, got {num_shares}")
+    shares = [[]] if num_shares == 1 else [["--share", f"{number}/{num_shares}"] for number in range(1, num_shares + 1)]
+    return [
+        Task(name=" ".join([agent, *share[1:]]), arguments=["evaluate", agent, *options, *share], group="evaluate")
+        for agent in agents
+        for share in shares
+    ]
+
+
+def expand(overrides: Sequence[str]) -> list[tuple[str, list[str]]]:
+    """Every combination of values separated by commas: ``seed=0,1 model=resnet34,resnet50``.
+
+    Returns:
+        For each combination its label (``seed=0,model=resnet34``; empty if nothing has several values) and its
+        overrides.
+
+    Raises:
+        ConfigError: for overrides that Hydra cannot read.
+    """
+    try:
+        parsed = OverridesParser.create().parse_overrides(list(overrides))
+    except OverrideParseException as error:
+        raise ConfigError(f"settings must be key=value, got {error.override!r}") from None
+    fixed = [text for override, text in zip(parsed, overrides, strict=True) if not override.is_sweep_override()]
+    several = [
+        [f"{override.key_or_group}={value}" for value in override.sweep_string_iterator()]
+        for override in parsed
+        if override.is_sweep_override()
+    ]
+    return [(",".join(values), [*fixed, *values]) for values in product(*several)]
+
+
+def choose_root(name: str, *, out: Path | None = None) -> Path:
+    """A folder for a launch that does not exist yet: ``runs/NAME-DATE-TIME-RANDOM``, or ``out``.
+
+    Raises:
+        ConfigError: if ``out`` exists.
+    """
+    if out is None:
+        return RUNS / f"{folder_name(name) or 'launch'}-{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
+    if out.exists():
+        raise ConfigError(f"--into must be a new folder, but {out} exists; torchrl-sql resume continues a launch")
+    return out
+
+
+def folder_name(label: str) -> str:
+    """A label as the name of a folder."""
+    return re.sub(r"[^\w.=+-]+", "_", label).strip("_")
+
+
+def quoted(path: Path) -> str:
+    """A path as the value of a setting."""
+    if re.fullmatch(r"[\w./+-]+", str(path)):
+        return str(path)
+    text = re.sub(r"(\\*)(?:(')|$)", lambda found: found[1] * 2 + r"\'" * bool(found[2]), str(path))
+    return f"'{text}'"
+
+
+def combined(*overrides: Sequence[str]) -> list[str]:
+    """Settings of which a later one replaces an earlier one of the same key."""
+    return list({_key(override): override for override in (word for words in overrides for word in words)}.values())
+
+
+def evaluation_options(evaluation: EvaluationConfig) -> list[str]:
+    """A protocol as options of ``torchrl-sql evaluate``."""
+    return [
+        f"--episodes={evaluation.num_episodes_per_game}",
+        f"--sticky={evaluation.sticky_action_probability}",
+        f"--epsilon={evaluation.epsilon}",
+        f"--seed={evaluation.seed}",
+        f"--max-env-frames={evaluation.max_env_frames_per_episode}",
+    ]
+
+
+class _Seeded:
+    """The configuration of these settings with any seed, composed twice: Hydra takes a tenth of a second for each."""
+
+    def __init__(self, overrides: Sequence[str]) -> None:
+        self._overrides = list(overrides)
+        self._composed: tuple[RunConfig, RunConfig] | None = None
+
+    def __call__(self, seed: int) -> RunConfig:
+        if self._composed is None:
+            zero, one = (compose_run_config([*self._overrides, f"seed={number}"]) for number in (0, 1))
+            self._composed = zero, one
+        try:
+            config = _follow_seed(*self._composed, seed)
+        except LookupError:  # a text that holds the seed, say
+            config = compose_run_config([*self._overrides, f"seed={seed}"])
+        assert isinstance(config, RunConfig)
+        return config
+
+
+def _follow_seed(zero: Any, one: Any, seed: int) -> Any:
+    """What a value that is ``zero`` with seed 0 and ``one`` with seed 1 is with another."""
+    if is_dataclass(zero) and not isinstance(zero, type) and type(zero) is type(one):
+        values = {field.name: (getattr(zero, field.name), getattr(one, field.name)) for field in fields(zero)}
+        return replace(zero, **{name: _follow_seed(*pair, seed) for name, pair in values.items()})
+    if zero == one:
+        return zero
+    if (zero, one) != (0, 1):
+        raise LookupError
+    return seed
+
+
+def _deciding(config: RunConfig) -> dict[str, Any]:
+    """Settings that decide what a run learns, by key."""
+    content = asdict(config)
+    for key in ("name", "run_dir", "num_threads", "collection", "evaluation"):
+        del content[key]
+    content["trainer"] = {key: content["trainer"][key] for key in _OF_RESULT}
+    content["data"] |= {"games": list(config.games)}
+    del content["data"]["store"], content["data"]["prefetch"]
+    sections = {key: value for key, value in content.items() if isinstance(value, dict)}
+    flat = {f"{section}.{key}": value for section, values in sections.items() for key, value in values.items()}
+    return {"seed": config.seed} | flat
+
+
+def _key(override: str) -> str:
+    return override.split("=")[0].lstrip("+~")
