@@ -53,8 +53,14 @@ def train(
     """Means over the last quarter of the steps."""
     torch.manual_seed(seed)
     input_mean = torch.stack([torch.from_numpy(mean_frame(store, game)) / 255 for game in GAMES])
-    actor = make_q_actor(GAMES, encoder="resnet_small", logit_scale=scale, value_prior_std=1.0, input_mean=input_mean)
-    actor.module[0].module.log_scale.requires_grad_(learned)
+    actor = make_q_actor(
+        GAMES,
+        encoder="resnet_small",
+        logit_scale=scale,
+        learn_logit_scale=learned,
+        value_prior_std=1.0,
+        input_mean=input_mean,
+    )
     loss = DistributionalCQLLoss(actor, gamma=GAMMAS[objective], cql_alpha=0.3)
     trainer = Trainer(
         loss,
@@ -65,8 +71,9 @@ def train(
         max_grad_norm=10.0,
     )
     *_, last = trainer.train(num_steps // 4 * 4, log_interval=num_steps // 4)
-    params = loss.value_network_params["module", "0", "module"]
-    final_scale = math.exp(float(params["log_scale"].detach()))
+    final_scale = scale
+    if learned:
+        final_scale = math.exp(float(loss.value_network_params["module", "0", "module", "log_scale"].detach()))
     return {key: last[key] for key in ("objective", "td_error", "cql_gap", "q_target")} | {"final_scale": final_scale}
 
 

@@ -59,6 +59,18 @@ def test_a_slice_is_a_sequential_of_the_same_layers(name):
     torch.testing.assert_close(rest(stem(x)), encoder(x), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("name", ["resnet_small", "resnet50"])
+def test_blocks_start_as_their_shortcuts_with_a_last_norm_scale_of_zero(name):
+    encoder = ENCODERS[name].build(num_groups=32, last_norm_scale=0.0)
+    blocks = [layer for layer in encoder if hasattr(layer, "residual")]
+    x = encoder[: -len(blocks)](torch.rand(2, 4, 84, 84))
+    for block in blocks:
+        torch.testing.assert_close(block(x), block.shortcut(x).relu())
+        x = block(x)
+    # The other norms are at one, and the branch can still grow.
+    assert blocks[0].residual[1].weight.eq(1).all() and blocks[0].residual[-1].weight.requires_grad
+
+
 def test_a_module_is_an_encoder():
     stem = SmallResNet()[:3]
     network = make_q_actor(2, encoder=stem, num_embeddings=1, num_atoms=5).module[0].module

@@ -123,6 +123,24 @@ def test_logit_scale_is_learned():
     assert tiny_network(feature_norm=False).log_scale is None
 
 
+@pytest.mark.parametrize(("kwargs", "scale"), [({"logit_scale": None}, 1.0), ({"logit_scale": 5.0}, 5.0)])
+def test_a_scale_can_be_left_out_or_fixed(kwargs, scale):
+    """``None`` is the plain ``phi / ||phi||``, the paper's; no parameter is left to train."""
+    network = tiny_network(learn_logit_scale=False, **kwargs)
+    assert "log_scale" not in dict(network.named_parameters())
+    value, norm, features = network(torch.rand(4, 1, 4, 4), torch.tensor([0, 1, 2, 0]))
+    expected = network.heads(scale * features / norm, torch.tensor([0, 1, 2, 0]))
+    torch.testing.assert_close(value.flatten(1), expected)
+    assert tiny_network(logit_scale=None).log_scale is None
+
+
+@pytest.mark.parametrize(("feature_dim", "width"), [(None, 512), (7, 7), (0, 64 * 8)])
+def test_width_of_the_hidden_layer(feature_dim, width):
+    actor = make_q_actor(2, encoder="nature", feature_dim=feature_dim, num_atoms=3)
+    assert actor.module[0].module.heads.weight.shape[-1] == width
+    assert isinstance(actor.module[0].module.hidden, nn.Identity) == (feature_dim == 0)
+
+
 def test_zero_features_are_finite():
     network = tiny_network()
     network.encoder.weight.data.zero_()
@@ -219,6 +237,9 @@ def test_bf16_autocast_gives_float32_log_probabilities():
         ({"mask_illegal_actions": "yes"}, "mask_illegal_actions must be one of True, False, got 'yes'"),
         ({"logit_scale": 0.0}, r"logit_scale must be in \(0, inf\), got 0.0"),
         ({"logit_scale": math.nan}, "logit_scale must be in .*got nan"),
+        ({"learn_logit_scale": 0}, "learn_logit_scale must be one of True, False, got 0"),
+        ({"feature_dim": -1}, "feature_dim must be at least 0, got -1"),
+        ({"last_norm_scale": -1.0}, r"last_norm_scale must be in \[0, inf\), got -1.0"),
         ({"logit_scale": "30"}, "logit_scale must be a number, got '30'"),
         ({"value_prior_std": 1e-30}, r"value_prior_std must be in \[0.04, inf\), got 1e-30"),
         ({"value_prior_std": math.nan}, "value_prior_std must be in .*got nan"),

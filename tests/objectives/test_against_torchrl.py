@@ -13,7 +13,9 @@ from torchrl.data import (
     Composite,
     LazyTensorStorage,
     OneHot,
+    PrioritizedSampler,
     ReplayBuffer,
+    TensorDictPrioritizedReplayBuffer,
     TensorDictReplayBuffer,
     Unbounded,
 )
@@ -273,3 +275,31 @@ def test_actor_of_one_hot_mlps(make_actor, make_batch):
     loss = with_updater(DistributionalCQLLoss(actor))
     assert torch.isfinite(loss(buffer.sample())["loss_qvalue"])
     assert isinstance(actor.spec["action"], OneHot)
+
+
+def has_prioritized_samplers() -> bool:
+    try:
+        PrioritizedSampler(4, alpha=0.7, beta=0.9)
+    except RuntimeError:  # torchrl 0.14.1's extension does not load beside torch 2.13; beside 2.14 it does
+        return False
+    return True
+
+
+@pytest.mark.skipif(not has_prioritized_samplers(), reason="torchrl's extension needs torch 2.14")
+def test_prioritized_replay(make_actor, make_batch):
+    """The loss's errors become priorities, and the weights that come back make its mean the weighted one."""
+    loss = with_updater(DistributionalCQLLoss(make_actor(), use_prioritized_weights=True), scale=1)
+    each = with_updater(DistributionalCQLLoss(loss.value_network, reduction="none"), scale=1)
+    buffer = TensorDictPrioritizedReplayBuffer(
+        alpha=0.7, beta=0.9, storage=LazyTensorStorage(64), batch_size=32, priority_key="td_error"
+    )
+    buffer.extend(make_batch(64))
+    batch = buffer.sample()
+    assert batch["priority_weight"].std() < 1e-6
+    loss(batch)
+    buffer.update_tensordict_priority(batch)
+    batch = buffer.sample()
+    weight = batch["priority_weight"]
+    assert weight.std() > 1e-3
+    errors = each(batch.exclude("priority_weight"))["loss_qvalue"]
+    torch.testing.assert_close(loss(batch)["loss_qvalue"], (errors * weight).sum() / weight.sum())

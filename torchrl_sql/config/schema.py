@@ -130,10 +130,16 @@ class ModelConfig:
     """Learned spatial embeddings; null for the encoder's default."""
     num_groups: int = setting(at_least(1))
     """Groups of the ResNets' GroupNorm."""
+    last_norm_scale: float = setting(at_least(0))
+    """Initial scale of the last GroupNorm of each of the ResNets' residual branches."""
+    feature_dim: int | None = setting(at_least(0))
+    """Width of the hidden layer after pooling, 0 for no such layer; null for the encoder's default."""
     feature_norm: bool = MISSING
     """Divide the feature vector by its L2 norm."""
-    logit_scale: float = setting(positive)
-    """Initial value of the learned scale of the normalized features."""
+    logit_scale: float | None = setting(positive)
+    """Scale of the normalized features; null for the plain phi / ||phi||."""
+    learn_logit_scale: bool = MISSING
+    """Train the scale, from there."""
     center_input: bool = MISSING
     """Subtract each game's mean frame (departs from the paper; helps small runs)."""
 

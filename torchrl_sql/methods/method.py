@@ -122,8 +122,11 @@ def q_network(model: ModelConfig, games: Sequence[str], **heads: Any) -> nn.Modu
         pooling=model.pooling,
         num_embeddings=model.num_embeddings,
         num_groups=model.num_groups,
+        last_norm_scale=model.last_norm_scale,
+        feature_dim=model.feature_dim,
         feature_norm=model.feature_norm,
         logit_scale=model.logit_scale,
+        learn_logit_scale=model.learn_logit_scale,
         input_mean=torch.zeros(len(games), *FRAME_SHAPE) if model.center_input else None,
         **heads,
     )

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torchrl_sql.arguments import check_number
+
 
 class _Trunk(nn.Sequential):
     """Layers of which a slice is an ``nn.Sequential``: torch would call the subclass, whose arguments differ."""
@@ -36,9 +38,14 @@ def _conv(in_channels: int, out_channels: int, kernel_size: int, stride: int = 1
 
 
 class _ResidualBlock(nn.Module):
-    """``relu(residual(x) + shortcut(x))``, the shortcut being a strided 1x1 convolution where the shape changes."""
+    """``relu(residual(x) + shortcut(x))``, the shortcut being a strided 1x1 convolution where the shape changes.
 
-    def __init__(self, residual: nn.Module, in_channels: int, out_channels: int, stride: int, num_groups: int) -> None:
+    ``residual`` ends in a GroupNorm.
+    """
+
+    def __init__(
+        self, residual: nn.Sequential, in_channels: int, out_channels: int, stride: int, num_groups: int
+    ) -> None:
         super().__init__()
         self.residual = residual
         self.shortcut: nn.Module = nn.Identity()
@@ -78,17 +85,23 @@ def _bottleneck_block(in_channels: int, width: int, stride: int, num_groups: int
 
 
 class _ResidualTrunk(_Trunk):
-    """Convolutions start from He et al.'s normal initialization."""
+    """Convolutions start from He et al.'s normal initialization, each block's last norm at the scale given."""
 
-    def __init__(self, *layers: nn.Module) -> None:
+    def __init__(self, *layers: nn.Module, last_norm_scale: float) -> None:
         super().__init__(*layers)
+        check_number("last_norm_scale", last_norm_scale, 0)
+        self.last_norm_scale = last_norm_scale
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Starts the convolutions anew; the other layers do so themselves."""
+        """Starts these layers anew; the others do so themselves."""
         for layer in self.modules():
             if isinstance(layer, nn.Conv2d):
                 nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+            elif isinstance(layer, _ResidualBlock):
+                norm = layer.residual[-1]
+                assert isinstance(norm, nn.GroupNorm)
+                nn.init.constant_(norm.weight, self.last_norm_scale)
 
 
 class ResNet(_ResidualTrunk):
@@ -104,13 +117,23 @@ class ResNet(_ResidualTrunk):
         bottleneck (bool): blocks of 1x1, 3x3, 1x1 convolutions (ResNet-50, -101) instead of two 3x3.
         in_channels (int): stacked frames ``K``.
         num_groups (int): groups of the normalization layers, at most a quarter of a layer's channels.
+        last_norm_scale (float): initial scale of the last normalization of each residual branch; with 0 a block starts
+            as its shortcut.
 
     Shape:
         - input: ``[B, K, 84, 84]`` float in [0, 1]
         - output: ``[B, 512, 3, 3]``, or ``[B, 2048, 3, 3]`` with bottleneck blocks
     """
 
-    def __init__(self, depths: Sequence[int], *, bottleneck: bool, in_channels: int = 4, num_groups: int = 32) -> None:
+    def __init__(
+        self,
+        depths: Sequence[int],
+        *,
+        bottleneck: bool,
+        in_channels: int = 4,
+        num_groups: int = 32,
+        last_norm_scale: float = 1.0,
+    ) -> None:
         block, expansion = (_bottleneck_block, 4) if bottleneck else (_basic_block, 1)
         layers: list[nn.Module] = [
             nn.Conv2d(in_channels, 64, 7, 2, padding=3, bias=False),
@@ -124,7 +147,7 @@ class ResNet(_ResidualTrunk):
             for index in range(depth):
                 layers.append(block(channels, width, 2 if stage > 0 and index == 0 else 1, num_groups))
                 channels = width * expansion
-        super().__init__(*layers)
+        super().__init__(*layers, last_norm_scale=last_norm_scale)
 
 
 class SmallResNet(_ResidualTrunk):
@@ -136,13 +159,15 @@ class SmallResNet(_ResidualTrunk):
     Keyword Args:
         in_channels (int): stacked frames ``K``.
         num_groups (int): groups of the normalization layers, at most a quarter of a layer's channels.
+        last_norm_scale (float): initial scale of the last normalization of each residual branch; with 0 a block starts
+            as its shortcut.
 
     Shape:
         - input: ``[B, K, 84, 84]`` float in [0, 1]
         - output: ``[B, 32, 10, 10]``
     """
 
-    def __init__(self, *, in_channels: int = 4, num_groups: int = 32) -> None:
+    def __init__(self, *, in_channels: int = 4, num_groups: int = 32, last_norm_scale: float = 1.0) -> None:
         super().__init__(
             nn.Conv2d(in_channels, 16, 8, 4, bias=False),
             _group_norm(16, num_groups),
@@ -150,6 +175,7 @@ class SmallResNet(_ResidualTrunk):
             _basic_block(16, 16, 1, num_groups),
             _basic_block(16, 32, 2, num_groups),
             _basic_block(32, 32, 1, num_groups),
+            last_norm_scale=last_norm_scale,
         )
 
 
@@ -220,7 +246,7 @@ class Encoder:
     """How to build a named encoder, and the sizes between it and the heads."""
 
     build: Callable[..., nn.Module]
-    """Makes the module; takes ``num_groups``, which an encoder without GroupNorm ignores."""
+    """Makes the module; takes ``num_groups`` and ``last_norm_scale``, which only the ResNets use."""
     num_embeddings: int = 8
     """Learned spatial embeddings, one per channel each."""
     feature_dim: int | None = None

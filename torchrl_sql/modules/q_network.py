@@ -26,9 +26,10 @@ class MultiGameQNetwork(nn.Module):
     """A shared encoder, a pooled and normalized feature vector, and one linear head per game.
 
     ``phi = pool(encoder(x))``, with ``feature_dim`` set also ``phi = relu(W phi)``; then, with feature normalization,
-    ``phi <- s * phi / ||phi||_2`` and ``out = head[game](phi)``. ``s`` is a learned scale (stored as its logarithm, so
-    that one optimizer step changes it by a fraction of itself): with unit-norm features the logits of a linear head
-    would otherwise be confined to ``+-||weight||``, too flat for a softmax over 51 atoms.
+    ``phi <- s * phi / ||phi||_2`` and ``out = head[game](phi)``. Without the scale ``s``, which is ours, the logits of
+    a linear head are confined to ``+-||weight||``, flat for a softmax over 51 atoms; with it, an optimizer's step on
+    the head moves them ``s`` times as far. A learned one is stored as its logarithm, so that one step changes it by a
+    fraction of itself.
 
     Args:
         encoder (nn.Module): ``[B, *input_shape]`` float -> a feature map ``[B, C, H, W]``, tokens ``[B, T, C]`` (a map
@@ -45,7 +46,9 @@ class MultiGameQNetwork(nn.Module):
         num_embeddings (int): learned maps per channel of ``"spatial_embedding"``.
         feature_dim (int or None): size of the hidden layer after pooling, ``None`` for no such layer.
         feature_norm (bool): divide the features by their L2 norm.
-        logit_scale (float): initial value of ``s``; used with ``feature_norm`` only.
+        logit_scale (float or None): ``s``, or its initial value; ``None`` for the plain ``phi / ||phi||_2``. Used with
+            ``feature_norm`` only.
+        learn_logit_scale (bool): train ``s``; otherwise it stays.
         initial_bias (Tensor or None): the heads' biases at the start, ``[N]`` for all actions alike; ``None`` for 0.
         input_mean (Tensor or None): ``[G, H, W]`` float, a mean image per game in the units of the scaled input (0 to
             1), subtracted from each frame. A departure from the paper that helps where a static background makes all
@@ -81,7 +84,8 @@ class MultiGameQNetwork(nn.Module):
         num_embeddings: int = 1,
         feature_dim: int | None = None,
         feature_norm: bool = True,
-        logit_scale: float = 30.0,
+        logit_scale: float | None = 30.0,
+        learn_logit_scale: bool = True,
         initial_bias: Tensor | None = None,
         input_mean: Tensor | None = None,
         legal_actions: Tensor | None = None,
@@ -94,7 +98,9 @@ class MultiGameQNetwork(nn.Module):
             check_count(name, count)
         check_choice("pooling", pooling, POOLINGS)
         check_choice("feature_norm", feature_norm, (True, False))
-        check_number("logit_scale", logit_scale, 0, above=True)
+        check_choice("learn_logit_scale", learn_logit_scale, (True, False))
+        if logit_scale is not None:
+            check_number("logit_scale", logit_scale, 0, above=True)
         self.input_shape = tuple(input_shape)
         mean_shape = (num_games, *self.input_shape[1:])
         _check_shape("initial_bias", initial_bias, (num_atoms or 1,))
@@ -110,8 +116,10 @@ class MultiGameQNetwork(nn.Module):
         if feature_dim is not None:
             self.hidden = nn.Sequential(nn.Linear(num_features, feature_dim), nn.ReLU())
             num_features = feature_dim
-        self.logit_scale = logit_scale
-        self.log_scale = nn.Parameter(torch.empty(1)) if feature_norm else None
+        self.feature_norm = feature_norm
+        self.logit_scale = 1.0 if logit_scale is None else logit_scale
+        learned = feature_norm and logit_scale is not None and learn_logit_scale
+        self.log_scale = nn.Parameter(torch.empty(1)) if learned else None
         self.output_shape = (num_actions,) if num_atoms is None else (num_atoms, num_actions)
         self.heads = PerGameLinear(num_games, num_features, math.prod(self.output_shape))
         self.initial_bias = initial_bias
@@ -151,8 +159,9 @@ class MultiGameQNetwork(nn.Module):
         features = self.hidden(self.pooling(_as_map(self.encoder(x)))).to(dtype)
         norm = torch.linalg.vector_norm(features, dim=-1, keepdim=True)
         scaled = features
-        if self.log_scale is not None:
-            scaled = features / norm.clamp_min(1e-6) * self.log_scale.exp()
+        if self.feature_norm:
+            scale = self.logit_scale if self.log_scale is None else self.log_scale.exp()
+            scaled = features / norm.clamp_min(1e-6) * scale
         out = (
             self.heads(scaled, game_id).reshape(*batch_shape, *self.output_shape),
             norm.detach().reshape(*batch_shape, 1),
@@ -219,8 +228,11 @@ def make_q_actor(
     pooling: str = "spatial_embedding",
     num_embeddings: int | None = None,
     num_groups: int = 32,
+    feature_dim: int | None = None,
+    last_norm_scale: float = 1.0,
     feature_norm: bool = True,
-    logit_scale: float = 30.0,
+    logit_scale: float | None = 30.0,
+    learn_logit_scale: bool = True,
     value_prior_std: float | None = None,
     mask_illegal_actions: bool = False,
     input_mean: Tensor | None = None,
@@ -228,7 +240,7 @@ def make_q_actor(
 ) -> DistributionalQValueActor | QValueActor:
     """Makes the paper's multi-game Q-network as a TorchRL actor, which compiles and exports as one graph.
 
-    Its fifteen arguments are the network's settings, each of which a run's configuration reaches.
+    Its many arguments are the network's settings, which a run's configuration reaches one by one.
 
     Args:
         games (int, str or sequence of str): number of games, or their names as :func:`torchrl_sql.games.resolve_games`
@@ -247,8 +259,13 @@ def make_q_actor(
             default (1 for ResNet-50 and -101, 4 for ResNet-18 and -34, 8 for the others), which fits the published
             network sizes.
         num_groups (int): groups of the ResNets' normalization layers, at most a quarter of a layer's channels.
+        feature_dim (int or None): width of the hidden layer after pooling, 0 for no such layer; ``None`` takes the
+            encoder's default (256 for ResNet-18 and -34, 960 for ResNet-50 and -101, 512 and 256 for the CNNs, none for
+            ``"resnet_small"``).
+        last_norm_scale (float): initial scale of the last GroupNorm of each of the ResNets' residual branches.
         feature_norm (bool): divide the features by their L2 norm before the heads (the paper's).
-        logit_scale (float): initial value of the learned scale of normalized features.
+        logit_scale (float or None): scale of normalized features, ``None`` for the plain ``phi / ||phi||``.
+        learn_logit_scale (bool): train the scale, from there.
         value_prior_std (float or None): start the heads' biases at ``-z^2 / (2 * value_prior_std^2)`` over the atoms
             ``z``, a return distribution centred on 0 with this standard deviation, at least a tenth of the atoms'
             spacing. ``None`` starts uniform over the support, from where a network must first unlearn values near
@@ -282,6 +299,8 @@ def make_q_actor(
     if isinstance(encoder, str):
         check_choice("encoder", encoder, ENCODERS)
     check_count("num_groups", num_groups)
+    if feature_dim is not None:
+        check_count("feature_dim", feature_dim, 0)
     check_choice("mask_illegal_actions", mask_illegal_actions, (True, False))
     names = None if isinstance(games, int) else resolve_games(games)
     legal_actions = None
@@ -296,15 +315,16 @@ def make_q_actor(
     num_games = games if isinstance(games, int) else len(resolve_games(games))
     defaults = ENCODERS[encoder] if isinstance(encoder, str) else Encoder(build=lambda **_: encoder)
     network = MultiGameQNetwork(
-        defaults.build(num_groups=num_groups),
+        defaults.build(num_groups=num_groups, last_norm_scale=last_norm_scale),
         num_games,
         num_actions=num_actions,
         num_atoms=num_atoms,
         pooling=pooling,
         num_embeddings=defaults.num_embeddings if num_embeddings is None else num_embeddings,
-        feature_dim=defaults.feature_dim,
+        feature_dim=(defaults.feature_dim if feature_dim is None else feature_dim) or None,
         feature_norm=feature_norm,
         logit_scale=logit_scale,
+        learn_logit_scale=learn_logit_scale,
         initial_bias=None if value_prior_std is None else _log_prior(support, value_prior_std),
         input_mean=input_mean,
         legal_actions=legal_actions,
