@@ -37,11 +37,13 @@ def add_commands(commands: Any) -> None:
     export.add_argument("store", type=Path, help="folder of the store")
     export.add_argument("--out", type=Path, required=True, help="the new folder, for TensorDict.load_memmap")
     export.add_argument("--games", help="e.g. Breakout,Pong (default: all of the store)")
-    export.add_argument("--first-fraction", type=float, default=1.0, help="the first part of each run, in (0, 1]")
-    export.add_argument("--every-kth-episode", type=int, default=1, help="the episodes 0, K, 2K, ... of each run")
-    export.add_argument("--transitions-per-game", type=int, help="the first so many of what is left of each game")
-    export.add_argument("--n-steps", type=int, default=1, help="steps of the returns (default: 1)")
-    export.add_argument("--gamma", type=float, default=0.99, help="discount of the returns (default: 0.99)")
+    export.add_argument("--dqn-replay", action="store_true", help="whole recordings, as DQN-Replay's files")
+    part = export.add_argument_group("which transitions", argument_default=argparse.SUPPRESS)
+    part.add_argument("--first-fraction", type=float, help="the first part of each run, in (0, 1] (default: 1)")
+    part.add_argument("--every-kth-episode", type=int, help="the episodes 0, K, 2K, ... of each run (default: 1)")
+    part.add_argument("--transitions-per-game", type=int, help="the first so many of what is left of each game")
+    part.add_argument("--n-steps", type=int, help="steps of the returns (default: 1)")
+    part.add_argument("--gamma", type=float, help="discount of the returns (default: 0.99)")
     export.set_defaults(run_command=_export)
 
 
@@ -135,13 +137,30 @@ def _inspect(args: argparse.Namespace) -> None:
 
 
 def _export(args: argparse.Namespace) -> None:
-    """Writes a part of a store as memory-mapped transitions, 56 KB each, that plain TorchRL reads."""
+    """Writes a part of a store as memory-mapped transitions, 56 KB each, that plain TorchRL reads; with --dqn-replay
+    whole recordings in the file format of DQN-Replay.
+    """
     from tqdm import tqdm
 
-    from torchrl_sql.data import AtariFrameStorage, export_memmap
+    from torchrl_sql.data import AtariFrameStorage, FrameStore, export_dqn_replay, export_memmap
+    from torchrl_sql.games import resolve_games
 
-    options = ("n_steps", "gamma", "first_fraction", "every_kth_episode", "transitions_per_game")
-    storage = AtariFrameStorage(args.store, args.games, **{name: getattr(args, name) for name in options})
+    names = ("n_steps", "gamma", "first_fraction", "every_kth_episode", "transitions_per_game")
+    options = {name: getattr(args, name) for name in names if hasattr(args, name)}
+    if args.dqn_replay:
+        if options:
+            raise ValueError(f"--dqn-replay writes whole recordings, got --{next(iter(options)).replace('_', '-')}")
+        games = None if args.games is None else resolve_games(args.games)
+        with tqdm(desc="export", unit="row", unit_scale=True, dynamic_ncols=True) as bar:
+
+            def progress(done: int, total: int) -> None:
+                bar.total = total
+                bar.update(done - bar.n)
+
+            folders = export_dqn_replay(FrameStore.open(args.store), args.out, games, progress=progress)
+        print("\n".join(map(str, folders)))
+        return
+    storage = AtariFrameStorage(args.store, args.games, **options)
     with tqdm(desc="export", unit="tr", unit_scale=True, total=len(storage), dynamic_ncols=True) as bar:
         num_bytes = export_memmap(storage, args.out, progress=lambda done, total: bar.update(done - bar.n))
     print(f"{len(storage):,} transitions of {', '.join(storage.games)}, {num_bytes / 1e6:,.1f} MB: {args.out}")

@@ -5,6 +5,7 @@ from torchrl_sql.data.export import export_memmap
 from torchrl_sql.data.index import Subset
 from torchrl_sql.data.recording import Recording
 from torchrl_sql.data.replay import OfflineAtariReplay
+from torchrl_sql.data.replay_log import export_dqn_replay
 from torchrl_sql.data.sampler import GameMixtureSampler, GameMixtureSamplerWithoutReplacement
 from torchrl_sql.data.sequences import AtariSequenceStorage
 from torchrl_sql.data.storage import AtariFrameStorage
@@ -22,6 +23,7 @@ __all__ = [
     "Recording",
     "RecordingWriter",
     "Subset",
+    "export_dqn_replay",
     "export_memmap",
     "mean_frame",
     "summarise",
