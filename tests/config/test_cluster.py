@@ -50,12 +50,69 @@ def test_a_file_of_ones_own_replaces_base_values(tmp_path):
         (["cluster=cpu", "cluster.memory=64 GB"], "cluster.memory must be null, or a number with K, M, G or T"),
         (["cluster=cpu", "cluster.timeout_minutes=2"], "less than cluster.timeout_minutes=2"),
         (["cluster=cpu", "cluster.environment={a-b: c}"], "names of variables, got 'a-b'"),
+        (
+            ["cluster=cpu", "cluster.timeout_minutes=24:00:00"],
+            "cluster.timeout_minutes: Value '24:00:00' of type 'str'",
+        ),
+        (["cluster=cpu", "cluster.timeout_minutes=1e3"], "cluster.timeout_minutes: Value '1e3' of type 'str'"),
+        (
+            ["cluster=cpu", "cluster.setup=module load cuda"],
+            "cluster.setup must be a list, written cluster.setup=[A,B]",
+        ),
+        (["cluster=cpu", "cluster.comment=a\nb"], "cluster.comment must be one line"),
+        (["cluster=cpu", "cluster.sbatch.comment=a\nb"], "cluster.sbatch.comment must be one line"),
+        (["cluster=cpu", "cluster.sbatch={x: [1]}"], "long options with one value each, got 'x'"),
     ],
 )
 def test_what_cannot_be_asked_for(overrides, message):
     with pytest.raises(ConfigError) as error:
         compose_cluster_config(overrides)
     assert message in str(error.value)
+
+
+VALUES = {
+    "account": "00123",
+    "qos": "1e5",
+    "comment": "it's # x",
+    "constraint": "[rack1|rack2]&h100",
+    "environment.OFFSET": "0755",
+    "environment.DAY": "12:30:45",
+    "environment.FLAG": "true",
+    "environment.NOTHING": "null",
+    "sbatch.gres": "gpu:h100:8",
+    "sbatch.time": "1-00:00:00",
+}
+"""What YAML 1.1 would take for numbers, flags, lists and comments."""
+
+
+@pytest.mark.parametrize("key", VALUES)
+def test_a_value_is_what_was_written(key, tmp_path):
+    value, (section, _, name) = VALUES[key], key.rpartition(".")
+
+    def read(config):
+        return getattr(config, section)[name] if section else getattr(config, name)
+
+    file = tmp_path / "mine.yaml"
+    text = value if not set(value) & set("#[:") else f'"{value}"'
+    file.write_text(f"{section}: {{{name}: {text}}}\n" if section else f"{name}: {text}\n")
+    assert read(compose_cluster_config([f"cluster={file}"])) == value
+    quoted = f'"{value}"' if value.startswith("[") else value
+    launched = compose_cluster_config(["cluster=cpu", f"cluster.{key}={quoted}"])
+    assert read(launched) == value and override_cluster_config(launched, []) == launched
+
+
+def test_times_of_a_file_are_refused_not_multiplied(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("timeout_minutes: 24:00:00\n")
+    with pytest.raises(ConfigError, match=r"cluster.timeout_minutes: Value '24:00:00'"):
+        compose_cluster_config([f"cluster={file}"])
+
+
+def test_null_is_nothing():
+    config = compose_cluster_config(
+        ["cluster=gpus8", "cluster.memory=null", "cluster.sbatch={gres: null, exclusive: true}"]
+    )
+    assert config.memory is None and config.sbatch == {"gres": None, "exclusive": True}
 
 
 def test_a_launched_profile_can_be_changed():

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import yaml
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
-from omegaconf import MISSING, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from torchrl_sql.config import ConfigError, configs_dir
@@ -96,9 +97,9 @@ def compose_cluster_config(overrides: Sequence[str]) -> ClusterConfig:
         with initialize_config_dir(str(configs_dir()), version_base="1.3"):
             content: Any = compose(f"cluster/{'base' if is_file else name}")["cluster"]
         OmegaConf.set_struct(content, False)
-        content = OmegaConf.merge(content, OmegaConf.load(name) if is_file else {})
-        changes = [override.removeprefix("cluster.") for override in overrides if override.startswith("cluster.")]
-        content = OmegaConf.merge(content, OmegaConf.from_dotlist(changes))
+        own = yaml.load(Path(name).read_text(encoding="utf-8"), yaml.BaseLoader) if is_file else {}
+        content = OmegaConf.merge(content, _as_written(own or {}))
+        content = OmegaConf.merge(content, _changes(o for o in overrides if o.startswith("cluster.")))
     except (OSError, yaml.YAMLError, HydraException, OmegaConfBaseException) as error:
         raise ConfigError(f"cluster={name} must be readable YAML: {str(error).splitlines()[0]}") from None
     return cluster_config_from_dict(content)
@@ -112,8 +113,29 @@ def override_cluster_config(config: ClusterConfig, overrides: Sequence[str]) -> 
     """
     if bad := [override for override in overrides if not re.match(r"cluster\.[^=]+=", override)]:
         raise ConfigError(f"settings here must be cluster.KEY=VALUE, got {bad[0]!r}")
-    changes = OmegaConf.from_dotlist([override.removeprefix("cluster.") for override in overrides])
-    return cluster_config_from_dict(OmegaConf.merge(OmegaConf.structured(config), changes))
+    return cluster_config_from_dict(OmegaConf.merge(OmegaConf.create(asdict(config)), _changes(overrides)))
+
+
+def _changes(overrides: Iterable[str]) -> DictConfig:
+    changes = OmegaConf.create()
+    for override in overrides:
+        key, _, text = override.removeprefix("cluster.").partition("=")
+        value = yaml.load(text, yaml.BaseLoader) if text[:1] in ("[", "{", "'", '"') else text
+        if key == "setup" and not isinstance(value, list):
+            raise ConfigError(f"cluster.setup must be a list, written cluster.setup=[A,B], got {text!r}")
+        OmegaConf.update(changes, key, value if key.startswith("environment") else _as_written(value))
+    return changes
+
+
+def _as_written(value: Any) -> Any:
+    """A value that was read as text: only null and flags mean more. YAML itself would take 00123 for 83 and 24:00:00
+    for 86400; the schema's types make numbers of those that are.
+    """
+    if isinstance(value, dict):
+        return {key: _as_written(each) if key != "environment" else each for key, each in value.items()}
+    if isinstance(value, list):
+        return [_as_written(each) for each in value]
+    return {"null": None, "~": None, "true": True, "false": False}.get(value, value)
 
 
 def cluster_config_from_dict(content: Any) -> ClusterConfig:
@@ -128,7 +150,7 @@ def cluster_config_from_dict(content: Any) -> ClusterConfig:
             raise ConfigError(f"cluster.{key} must be given")
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
-        raise ConfigError(f"cluster: {str(error).splitlines()[0]}") from None
+        raise ConfigError(f"cluster.{error.full_key or ''}: {str(error).splitlines()[0]}") from None
     assert isinstance(config, ClusterConfig)
     check(config)
     return config
