@@ -31,7 +31,7 @@ def attempt(tmp_path):
         (programs / "scontrol").chmod(0o755)
         calls.write_text("")
         begin = f"source {JOB_SHELL}; torchrl_sql_begin {group} 0 {tasks}"
-        script = f"{begin}; echo attempt $TORCHRL_SQL_ATTEMPT; torchrl_sql_end {code}"
+        script = f"{begin}; echo attempt $TORCHRL_SQL_ATTEMPT of $TORCHRL_SQL_TASK; torchrl_sql_end {code}"
         own = {"PATH": f"{programs}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"} | environment
         done = subprocess.run(["bash", "-c", script], env=own, capture_output=True, text=True)
         assert errors in done.stderr and bool(errors) == bool(done.stderr)
@@ -67,7 +67,7 @@ def test_a_marker_of_an_earlier_attempt_does_not_count(attempt):
     (attempt.task / "requeue").write_text("0.0\n")
     shown = RUNNING.replace("Restarts=0", "Restarts=1")
     _, output, calls = attempt(137, shown=shown, SLURM_RESTART_COUNT="1")
-    assert "attempt 0.1" in output and calls[-1] == "requeue 7"
+    assert f"attempt 0.1 of {attempt.task}" in output and calls[-1] == "requeue 7"
     assert (attempt.task / "crashes").read_text() == "0.1 crashed, newest checkpoint: \n"
 
 

@@ -29,6 +29,8 @@ from torchrl_sql.files import write_text
 
 ATTEMPT_VARIABLE = "TORCHRL_SQL_ATTEMPT"
 """Environment variable by which a batch script tells its processes their attempt."""
+TASK_VARIABLE = "TORCHRL_SQL_TASK"
+"""The same for the task's folder. Training takes its run's folder over from an earlier attempt at the same task."""
 
 
 class Attempt(NamedTuple):

@@ -17,7 +17,7 @@ torchrl_sql_begin() {
   if [ ${#tasks[@]} -gt 1 ]; then element=$SLURM_ARRAY_TASK_ID; fi
   torchrl_sql_index=${tasks[$element]}
   torchrl_sql_task=$1/task_$torchrl_sql_index
-  export TORCHRL_SQL_ATTEMPT=$2.${SLURM_RESTART_COUNT:-0}
+  export TORCHRL_SQL_TASK=$torchrl_sql_task TORCHRL_SQL_ATTEMPT=$2.${SLURM_RESTART_COUNT:-0}
   export PYTHONSAFEPATH=1 PYTHONPATH=${1%/*}/code${PYTHONPATH:+:$PYTHONPATH} # every attempt runs the launch's code
   # As torchrun does: else each process starts as many threads as its node has cores.
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}

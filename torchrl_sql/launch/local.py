@@ -7,7 +7,7 @@ import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 
-from torchrl_sql.launch.attempt import ATTEMPT_VARIABLE, Attempt
+from torchrl_sql.launch.attempt import ATTEMPT_VARIABLE, TASK_VARIABLE, Attempt
 from torchrl_sql.launch.group import Group
 from torchrl_sql.launch.slurm import resources
 from torchrl_sql.studies.local import Start, run_tasks
@@ -40,7 +40,8 @@ def run_local(
             command += ["torch.distributed.run", "--standalone", f"--nproc-per-node={num_processes}", "-m"]
         attempt = attempts[group.name]
         paths = [str(group.code), *filter(None, [os.environ.get("PYTHONPATH")])]
-        own = {ATTEMPT_VARIABLE: str(attempt), "PYTHONPATH": os.pathsep.join(paths), "PYTHONSAFEPATH": "1"}
+        own = {ATTEMPT_VARIABLE: str(attempt), TASK_VARIABLE: str(group.task_folder(index).path)}
+        own |= {"PYTHONPATH": os.pathsep.join(paths), "PYTHONSAFEPATH": "1"}
         return Start(
             [*command, "torchrl_sql.cli.job", str(group.folder), str(index)],
             os.environ | group.cluster.environment | own,
