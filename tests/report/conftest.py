@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from torchrl_sql.evaluation.episodes import CalibrationPoint, EpisodeResult
+from tests.builders import calibration_point, episode, returns
 from torchrl_sql.games import GAMES as ALL_GAMES
 from torchrl_sql.games import TRAIN_40
-from torchrl_sql.report import Agent, Clip, Curve, GameData, ReportData, ReturnSummary
+from torchrl_sql.report import Agent, Clip, Curve, GameData, ReportData
 
 SIZES = {"scaled_ql_resnet101": 79_456_000, "scaled_ql_resnet50": 60_123_000, "scaled_ql_resnet34": 31_210_000}
 
@@ -19,13 +19,11 @@ SIZES = {"scaled_ql_resnet101": 79_456_000, "scaled_ql_resnet50": 60_123_000, "s
 def paper_agents():
     return [
         *(
-            Agent(agent=name, label=f"Scaled QL {size // 10**6}M", role="method", num_parameters=size)
+            Agent(agent=name, label=f"Scaled QL {size // 10**6}M", num_parameters=size, group="cql")
             for name, size in SIZES.items()
         ),
-        Agent(agent="bc_resnet101", label="BC greedy", role="bc_greedy", num_parameters=76_000_000),
-        Agent(
-            agent="bc_resnet101", label="BC sampled", role="bc_sampled", decoding="sampled", num_parameters=76_000_000
-        ),
+        Agent(agent="bc_resnet101", label="BC greedy", num_parameters=76_000_000),
+        Agent(agent="bc_resnet101", label="BC sampled", decoding="sampled", num_parameters=76_000_000),
     ]
 
 
@@ -57,14 +55,13 @@ def paper_episodes(generator, num_episodes, num_checkpoint_episodes, steps):
                     share = strength[agent.agent] * ease[game] * luck * (step / steps[-1]) ** 0.4
                     share *= 0.8 if agent.decoding == "sampled" else 1
                     count = num_episodes if step == steps[-1] else num_checkpoint_episodes
-                    returns = zero + (one - zero) * share * generator.gamma(4, 1 / 4, count)
-                    for number, value in enumerate(returns.round(1).tolist()):
+                    scores = zero + (one - zero) * share * generator.gamma(4, 1 / 4, count)
+                    for number, value in enumerate(scores.round(1).tolist()):
                         cut = game == "Freeway" and number % 5 == 0
                         rows.append(
-                            EpisodeResult(
-                                agent=agent.agent, seed=seed, game=game, episode=number, episode_seed=number,
-                                episode_return=value, length_agent_steps=1200, terminated=not cut, truncated=cut,
-                                gradient_step=step, epsilon=0.001, sticky=0.25, max_env_frames=108_000,
+                            episode(
+                                agent.agent, game, value, seed=seed, episode=number, episode_seed=number,
+                                length_agent_steps=1200, terminated=not cut, truncated=cut, gradient_step=step,
                                 decoding=agent.decoding, checkpoint=f"step_{step:09d}.pt sha256:{seed:016x}",
                             )
                         )  # fmt: skip
@@ -80,8 +77,8 @@ def paper_calibration(generator, step):
                 for t in range(0, 600, 50):
                     value = level * generator.gamma(6, 1 / 6)
                     points.append(
-                        CalibrationPoint(
-                            agent=name, gradient_step=step, seed=0, game=game, episode_seed=number, agent_step=t,
+                        calibration_point(
+                            name, game, gradient_step=step, episode_seed=number, agent_step=t,
                             predicted_value=value + optimism, discounted_return=value * generator.uniform(0.6, 1.3),
                             truncated=game == "Freeway" and number % 5 == 0,
                         )
@@ -89,7 +86,7 @@ def paper_calibration(generator, step):
     return points
 
 
-def paper_report(*, num_episodes, num_checkpoint_episodes, num_logged, num_resamples=2000, num_steps=5):
+def paper_report(*, num_episodes, num_checkpoint_episodes, num_logged, num_steps=5):
     generator = np.random.default_rng(0)
     steps = [6_250_000 * (k + 1) // num_steps for k in range(num_steps)]
     logged = np.linspace(0, steps[-1], num_logged)
@@ -107,7 +104,7 @@ def paper_report(*, num_episodes, num_checkpoint_episodes, num_logged, num_resam
     data = [
         GameData(
             game=game, behaviour_text="DQN-Replay, run 1, checkpoints 0 to 9.", num_transitions=10_000_000,
-            num_episodes=9_000, bytes_per_transition=180.0, behaviour=ReturnSummary(mean=20, std=5, num_episodes=9_000),
+            num_episodes=9_000, bytes_per_transition=180.0, behaviour=returns(20, 5, 9_000),
             behaviours={}, action_counts=list(range(18)), rewards="clipped",
         )
         for game in TRAIN_40
@@ -125,11 +122,10 @@ def paper_report(*, num_episodes, num_checkpoint_episodes, num_logged, num_resam
         clips=[Clip(game=game, caption="First episode of seed 0, not selected.", data=gif()) for game in TRAIN_40],
         settings={label: settings for label in labels.values()},
         versions={"torch": "2.13.0", "python": "3.11.9"},
-        num_resamples=num_resamples,
     )
 
 
 @pytest.fixture(scope="session")
 def paper_scale_report():
     """Small enough to be quick: 4 episodes a game, seed and final checkpoint, 2 at earlier ones."""
-    return paper_report(num_episodes=4, num_checkpoint_episodes=2, num_logged=300, num_resamples=100)
+    return paper_report(num_episodes=4, num_checkpoint_episodes=2, num_logged=300)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import json
 
 import numpy as np
 import pytest
 
+from tests.builders import calibration_point, episode
 from torchrl_sql.cli import main
 from torchrl_sql.config import compose_run_config
 from torchrl_sql.data import FrameStore
-from torchrl_sql.evaluation.episodes import CalibrationPoint, EpisodeResult
+from torchrl_sql.evaluation.episodes import EpisodeResult
 from torchrl_sql.evaluation.tables import TableWriter, part_of
 from torchrl_sql.report import write_report
 from torchrl_sql.report.analysis import BEHAVIOUR, Analysis
@@ -22,18 +24,12 @@ GAMES = ("Breakout", "Freeway")
 
 
 def episodes(agent="scaled_ql", *, games=GAMES, seed=0, step=100, value=5.0, count=2, **changes):
-    fields = {
-        "episode_seed": 0, "length_agent_steps": 9, "terminated": True, "truncated": False, "epsilon": 0.001,
-        "sticky": 0.25, "max_env_frames": 108_000, "decoding": "greedy", "checkpoint": f"step.pt sha256:{agent}{seed}",
-    }  # fmt: skip
+    fields = {"seed": seed, "gradient_step": step, "episode_seed": 0, "checkpoint": f"step.pt sha256:{agent}{seed}"}
     return [
-        EpisodeResult(
-            agent=agent, seed=seed, game=game, episode=number, episode_return=value + number, gradient_step=step,
-            **(fields | changes),
-        )
+        episode(agent, game, value + index, episode=index, **fields | changes)
         for game in games
-        for number in range(count)
-    ]  # fmt: skip
+        for index in range(count)
+    ]
 
 
 def write(path, rows):
@@ -70,10 +66,11 @@ def test_runs_of_one_name_are_seeds_and_the_rest_is_told_apart(tmp_path):
     bc = run_folder(tmp_path / "bc", "method=bc", name="bc")
     write(bc / "scores.csv", episodes("bc") + episodes("bc", decoding="sampled"))
     data = gather([bc, tmp_path / "ql0", tmp_path / "ql1"])
-    assert [(a.label, a.role, a.decoding) for a in data.agents] == [
-        ("Scaled QL", "method", "greedy"),
-        ("BC greedy", "bc_greedy", "greedy"),
-        ("BC sampled", "bc_sampled", "sampled"),
+    assert data.against is None
+    assert [(a.label, a.decoding) for a in data.agents] == [
+        ("BC greedy", "greedy"),
+        ("BC sampled", "sampled"),
+        ("Scaled QL", "greedy"),
     ]
     assert data.games == GAMES
     assert [(c.label, c.seed, c.metric, list(c.values)) for c in data.curves] == [
@@ -90,8 +87,8 @@ def test_sizes_are_told_apart_by_parameters_and_the_first_is_the_method(tmp_path
         folder = run_folder(tmp_path / name, f"model.encoder={name}", name=name)
         write(folder / "scores.csv", episodes(name))
     agents = gather([tmp_path / "resnet34", tmp_path / "resnet18", tmp_path / "resnet50"]).agents
-    assert [(agent.agent, agent.role) for agent in agents] == [
-        (name, "method") for name in ("resnet34", "resnet50", "resnet18")
+    assert [(agent.agent, agent.group) for agent in agents] == [
+        (name, "cql") for name in ("resnet34", "resnet50", "resnet18")
     ]
     assert agents[1].num_parameters > agents[0].num_parameters > agents[2].num_parameters > 10_000
     assert agents[0].label == f"Scaled QL {agents[0].num_parameters / 1e6:.0f}M"
@@ -109,8 +106,8 @@ def test_an_ablation_is_called_by_its_name_and_is_no_size(tmp_path):
         folder = run_folder(tmp_path / name, *overrides.split(), name=name)
         write(folder / "scores.csv", episodes(name))
     data = gather([tmp_path / name for name in changes])
-    assert {(a.agent, a.label, a.role) for a in data.agents} == {
-        ("ours", "Scaled QL", "method"), *((name, name, "other") for name in changes if name != "ours")
+    assert {(a.agent, a.label, a.group) for a in data.agents} == {
+        ("ours", "Scaled QL", "cql"), *((name, name, None) for name in changes if name != "ours")
     }  # fmt: skip
     assert data.agents[0].agent == "ours" and set(data.settings) == {a.label for a in data.agents}
 
@@ -153,7 +150,9 @@ def test_what_was_not_evaluated_is_said(tmp_path):
     data = gather([both])
     assert data.games == GAMES
     assert "Not shown, for no agent was evaluated there: Pong." in data.caveats
-    assert any(text.endswith("(scaled_ql, seed 1) has no evaluated episode: no score has it.") for text in data.caveats)
+    assert any(
+        text.endswith("(scaled_ql, seed 1) has not been evaluated and is not included.") for text in data.caveats
+    )
 
 
 def test_the_data_shown_is_the_part_that_the_method_was_trained_on(tmp_path):
@@ -207,7 +206,7 @@ def test_tables_parts_and_the_same_rows_twice(tmp_path):
     part = write(part_of(whole, 0, 2), rows[2:])
     data = gather([tmp_path, part, whole])
     assert sorted(data.episodes, key=lambda row: row.key) == sorted(rows, key=lambda row: row.key)
-    assert [(a.label, a.role) for a in data.agents] == [("scaled_ql", "method"), ("random", "other")]
+    assert [a.label for a in data.agents] == ["scaled_ql", "random"]
     assert len(gather([part]).episodes) == len(rows) - 2
     assert any("No run was found of scaled_ql, random" in text for text in data.caveats)
 
@@ -215,7 +214,7 @@ def test_tables_parts_and_the_same_rows_twice(tmp_path):
 def test_two_results_of_one_episode_are_refused(tmp_path):
     first = write(tmp_path / "a" / "scores.csv", episodes())
     other = write(tmp_path / "b" / "scores.csv", episodes(value=6.0))
-    with pytest.raises(ValueError, match="hold different results of one thing"):
+    with pytest.raises(ValueError, match="hold conflicting rows for the same episode"):
         gather([first, other])
 
 
@@ -223,12 +222,9 @@ def test_predicted_values_are_read_from_beside_the_scores(tmp_path):
     rows = episodes()
     write(tmp_path / "scores.csv", rows)
     points = [
-        CalibrationPoint(
-            agent=row.agent, gradient_step=row.gradient_step, seed=row.seed, game=row.game, episode_seed=row.episode,
-            agent_step=0, predicted_value=1.0, discounted_return=2.0, truncated=False,
-        )
+        calibration_point(row.agent, row.game, gradient_step=row.gradient_step, episode_seed=row.episode)
         for row in rows
-    ]  # fmt: skip
+    ]
     write(tmp_path / "calibration.csv", points)
     assert gather([tmp_path]).calibration == gather([tmp_path / "scores.csv"]).calibration
     assert len(gather([tmp_path]).calibration) == len(points)
@@ -254,7 +250,7 @@ def test_clips_of_the_last_checkpoint_are_shown_with_their_seed(tmp_path):
 
 def test_only_random_play_can_be_reported(tmp_path):
     write(tmp_path / "scores.csv", episodes("random", checkpoint="", step=0))
-    assert [agent.role for agent in gather([tmp_path]).agents] == ["method"]
+    assert [agent.label for agent in gather([tmp_path]).agents] == ["random"]
 
 
 # Bad input, through the command
@@ -265,9 +261,10 @@ def test_only_random_play_can_be_reported(tmp_path):
     [
         (episodes()[:0], "must hold episodes, found none"),
         (episodes("constant_UP"), "must hold episodes of an agent beside constant actions"),
-        (episodes() + episodes(seed=1, games=["Freeway"]), "no episode at gradient step 100 for seed 1 in Breakout"),
-        (episodes() + episodes("other", games=["Freeway"]), "'other' (greedy) has no episode at gradient step 100"),
-        (episodes() + episodes(seed=1, step=50), "no episode at gradient step 100 for seed 1 in Breakout"),
+        (
+            episodes(games=["Breakout"]) + episodes("other", games=["Freeway"]),
+            "an agent must have been evaluated in each of Breakout, Freeway at one gradient step",
+        ),
     ],
 )
 def test_bad_tables_end_in_one_line(tmp_path, capsys, rows, message):
@@ -277,6 +274,134 @@ def test_bad_tables_end_in_one_line(tmp_path, capsys, rows, message):
     error = capsys.readouterr().err
     assert message in error and "Traceback" not in error
     assert not (tmp_path / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("rows", "step", "seeds", "caveat"),
+    [
+        (
+            [*episodes(step=50), *episodes(seed=1, step=50), *episodes()],
+            50,
+            (0, 1),
+            "scaled_ql: scores are those at 50 gradient steps",
+        ),
+        (
+            [*episodes(step=50), *episodes(step=100, games=["Freeway"])],
+            50,
+            (0,),
+            "scaled_ql: scores are those at 50 gradient steps",
+        ),
+        (
+            [*episodes(), *episodes(seed=1, games=["Freeway"])],
+            100,
+            (0,),
+            "scaled_ql is shown without seed 1, not evaluated in every game at 100 gradient steps.",
+        ),
+        (
+            [*episodes(), *episodes(seed=1, step=50)],
+            100,
+            (0,),
+            "scaled_ql is shown without seed 1, not evaluated in every game at 100 gradient steps.",
+        ),
+        (
+            [*episodes(), *episodes("other", games=["Freeway"])],
+            100,
+            (0,),
+            "other is not on this page: it has no episode in Breakout.",
+        ),
+    ],
+)
+def test_what_is_unfinished_is_said_and_the_rest_is_shown(tmp_path, rows, step, seeds, caveat):
+    write(tmp_path / "scores.csv", rows)
+    assert main(["report", str(tmp_path)]) == 0
+    page = (tmp_path / "report.html").read_text()
+    assert caveat in page
+    with (tmp_path / "report_files" / "protocol.csv").open(newline="") as file:
+        shown = [(row["agent"], int(row["gradient_step"]), int(row["seed"])) for row in csv.DictReader(file)]
+    assert shown == [("scaled_ql", step, seed) for seed in seeds]
+
+
+@pytest.mark.parametrize("num_seeds", [1, 3])
+@pytest.mark.parametrize("data", ["clipped", "none", "elsewhere"])
+def test_one_agent_has_a_page_whatever_its_data(tmp_path, num_seeds, data):
+    store = FrameStore.create(tmp_path / "store")
+    for game in GAMES if data == "clipped" else ():
+        with store.writer(game, source="test", rewards="clipped") as writer:
+            writer.add_episode(np.zeros((2, 84, 84), np.uint8), np.zeros(1, np.uint8), np.ones(1, np.float32), True)
+    for seed in range(num_seeds):
+        folder = tmp_path / f"run{seed}"
+        if data != "none":
+            run_folder(folder, f"data.store={tmp_path / ('store' if data == 'clipped' else 'nowhere')}", seed=seed)
+        write(folder / "scores.csv", episodes(seed=seed, value=5.0 + seed))
+    folders = [str(tmp_path / f"run{seed}") for seed in range(num_seeds)]
+    assert main(["report", *folders, "--out", str(tmp_path / "report.html")]) == 0
+    assert "Compared with" not in (tmp_path / "report.html").read_text()
+
+
+def test_random_play_alone_has_a_page_too(tmp_path):
+    write(tmp_path / "scores.csv", episodes("random", checkpoint="", step=0, decoding="sampled"))
+    assert main(["report", str(tmp_path)]) == 0
+
+
+def test_a_page_is_replaced_only_by_one_about_the_same(tmp_path, capsys):
+    for name in ("a", "b"):
+        write(tmp_path / name / "scores.csv", episodes(name))
+    a, b = str(tmp_path / "a"), str(tmp_path / "b")
+    assert main(["report", a, b]) == 1
+    assert "--out must be given with several folders" in capsys.readouterr().err
+    assert main(["report", a]) == main(["report", a]) == main(["report", f"{a}/scores.csv", "--title", "Again"]) == 0
+    page = tmp_path / "a" / "report.html"
+    assert "<title>Again</title>" in page.read_text() and "Written by torchrl-sql report" in page.read_text()
+    before = {path: path.read_bytes() for path in page.parent.rglob("*") if path.is_file()}
+    assert main(["report", b, "--out", str(page)]) == 1
+    assert "is a report about ., now wanted about ../b; choose another --out" in capsys.readouterr().err
+    other = tmp_path / "mine.html"
+    other.write_text("<p>mine</p>")
+    assert main(["report", b, "--out", str(other)]) == 1
+    assert "was not written as a report by this version" in capsys.readouterr().err
+    assert other.read_text() == "<p>mine</p>"
+    assert before == {path: path.read_bytes() for path in page.parent.rglob("*") if path.is_file()}
+
+
+def test_files_of_the_page_before_go_and_others_stay(tmp_path):
+    write(tmp_path / "scores.csv", episodes())
+    assert main(["report", str(tmp_path)]) == 0
+    files = tmp_path / "report_files"
+    assert (files / "scores_Breakout.png").is_file()
+    (files / "mine.csv").write_text("1")
+    assert main(["report", str(tmp_path), "--games", "Freeway"]) == 0
+    assert not (files / "scores_Breakout.png").exists() and (files / "scores_Freeway.png").is_file()
+    assert (files / "mine.csv").is_file()
+
+
+def test_main_and_against_can_be_chosen_and_must_be_there(tmp_path, capsys):
+    write(tmp_path / "scores.csv", [*episodes("bc"), *episodes("ours"), *episodes("third")])
+    data = gather([tmp_path], main="ours", against=["third"])
+    assert ([agent.agent for agent in data.agents], data.main, data.against) == (
+        ["ours", "third", "bc"],
+        "ours",
+        ["third"],
+    )
+    assert main(["report", str(tmp_path), "--main", "our"]) == 1
+    assert "--main must name agents with scores (bc, ours, third), got 'our'" in capsys.readouterr().err
+
+
+def test_a_study_gives_its_title_and_who_is_compared(tmp_path):
+    (tmp_path / "study.yaml").write_text(
+        "title: A study\nintroduction: [Why.]\nseeds: [0, 1]\ndata: collect\nruns: {bc: {set: [method=bc]}, ours: {}}\n"
+        "report: {main: ours, against: [bc]}\n"
+    )
+    for name, seed in (("bc", 0), ("bc", 1), ("ours", 0)):
+        folder = run_folder(tmp_path / name / f"seed{seed}", *["method=bc"] * (name == "bc"), name=name, seed=seed)
+        write(folder / "scores.csv", episodes(name, seed=seed))
+    data = gather([tmp_path])
+    assert (data.title, list(data.introduction), data.agents[0].agent, data.against) == (
+        "A study",
+        ["Why."],
+        "ours",
+        ["BC"],
+    )
+    assert "Not evaluated yet: ours/seed1." in data.caveats
 
 
 def test_a_score_that_is_no_number_is_named_by_line(tmp_path, capsys):
@@ -291,7 +416,7 @@ def test_games_can_be_chosen_and_must_be_there(tmp_path, capsys):
     out = tmp_path / "pages" / "freeway.html"
     assert main(["report", str(tmp_path / "scores.csv"), "--games", "Freeway", "--out", str(out)]) == 0
     printed = capsys.readouterr().out
-    assert "Freeway" in printed and "Breakout" not in printed and f"Report: {out}" in printed
+    assert not [line for line in printed.splitlines() if line.startswith("Breakout")] and f"Report: {out}" in printed
     assert "Not shown, though episodes are in the tables: Breakout." in out.read_text()
     assert main(["report", str(tmp_path), "--games", "Pong"]) == 1
     assert "games must have been evaluated, got ('Pong',)" in capsys.readouterr().err
@@ -303,5 +428,5 @@ def test_unequal_numbers_of_episodes_are_stated(tmp_path, capsys):
     write(tmp_path / "scores.csv", rows)
     assert main(["report", str(tmp_path)]) == 0
     page = (tmp_path / "report.html").read_text()
-    assert "Runs have between 2 and 5 episodes a game and seed" in page
+    assert "Runs have between 2 and 5 episodes per game and seed" in page
     assert "2 of 14 episodes were cut at the frame limit" in page

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from torchrl_sql.evaluation.episodes import CalibrationPoint, EpisodeResult
-from torchrl_sql.report import Agent, Clip, Curve, GameData, ReportData, ReturnSummary, write_report
+from tests.builders import calibration_point, episode, returns
+from torchrl_sql.report import Agent, Clip, Curve, GameData, ReportData, write_report
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = [
@@ -126,16 +126,15 @@ def page(tmp_path_factory):
     file = io.BytesIO()
     frames[0].save(file, "GIF", save_all=True, append_images=frames[1:])
     agents = [
-        Agent(agent="scaled_ql", label="Scaled QL", role="method"),
-        Agent(agent="bc", label="BC greedy", role="bc_greedy"),
-        Agent(agent="bc", label="BC sampled", role="bc_sampled", decoding="sampled"),
+        Agent(agent="scaled_ql", label="Scaled QL"),
+        Agent(agent="bc", label="BC greedy"),
+        Agent(agent="bc", label="BC sampled", decoding="sampled"),
     ]
     games = ["Breakout", "Freeway", "Assault"]
     episodes = [
-        EpisodeResult(
-            agent=agent.agent, seed=seed, game=game, episode=number, episode_seed=number,
-            episode_return=float(generator.poisson(20)), length_agent_steps=100, terminated=True, truncated=False,
-            gradient_step=step, epsilon=0.001, sticky=0.25, max_env_frames=108_000, decoding=agent.decoding,
+        episode(
+            agent.agent, game, generator.poisson(20), seed=seed, episode=number, episode_seed=number,
+            gradient_step=step, decoding=agent.decoding,
         )
         for agent in agents
         for step in (2500, 5000)
@@ -144,16 +143,15 @@ def page(tmp_path_factory):
         for number in range(5)
     ]  # fmt: skip
     calibration = [
-        CalibrationPoint(
-            agent="scaled_ql", gradient_step=5000, seed=0, game=game, episode_seed=number, agent_step=step,
+        calibration_point(
+            "scaled_ql", game, gradient_step=5000, episode_seed=number, agent_step=step,
             predicted_value=float(generator.normal(3, 1)), discounted_return=float(generator.normal(2, 1)),
-            truncated=False,
         )
         for game in games
         for number in range(3)
         for step in range(0, 500, 50)
     ]  # fmt: skip
-    good = ReturnSummary(mean=16.5, std=4.0, num_episodes=20)
+    good = returns(16.5, 4.0, 20)
     data = ReportData(
         title="Quickstart: one offline Q-learning policy for three games",
         introduction=["A paragraph of a sensible length that says what was run, and on which data, and why. " * 3],
@@ -176,7 +174,6 @@ def page(tmp_path_factory):
         clips=[Clip(game=game, caption="Seed 0, return 21.", data=file.getvalue()) for game in games],
         settings={"Model": {"encoder": "resnet_small", "a.rather.long.setting.name": "/and/a/long/value" * 4}},
         versions={"torch": "2.13.0"},
-        num_resamples=50,
     )  # fmt: skip
     return write_report(data, tmp_path_factory.mktemp("run") / "report.html")
 

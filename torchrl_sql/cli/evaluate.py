@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -55,10 +56,13 @@ def add_commands(commands: Any) -> None:
     report = commands.add_parser("report", help="write one HTML page about evaluated runs", description=_report.__doc__)
     report.add_argument(
         "runs", nargs="+", type=Path, metavar="RUN_OR_SCORES",
-        help="folders that hold scores.csv, or such tables; same-named runs are seeds of one agent",
+        help="folders of runs or studies, or tables of scores; same-named runs are seeds of one agent",
     )  # fmt: skip
     report.add_argument("--games", help="some of the games, separated by commas (default: the runs' games)")
-    report.add_argument("--out", type=Path, help="the page (default: report.html in the first folder)")
+    report.add_argument("--main", metavar="NAME", help="the agent that the page is about (default: the first run)")
+    report.add_argument("--against", metavar="A,B", help="agents that it is compared with (default: all others)")
+    report.add_argument("--title", help="of the page (default: the names of the agents, or a study's title)")
+    report.add_argument("--out", type=Path, help="the page (default: report.html in the folder, if it is only one)")
     report.set_defaults(run_command=_report)
 
 
@@ -91,7 +95,7 @@ def _evaluate(args: argparse.Namespace) -> None:
             _print_means(agent.id.name if agent.run_dir is None else word, episodes)
             folders.append(folder)
     for folder in dict.fromkeys(folders):
-        print(f"Scores: {folder / 'scores.csv'}. Next: torchrl-sql report {folder}")
+        print(f"Scores: {folder / 'scores.csv'}. Next: torchrl-sql report {shlex.quote(str(folder))}")
 
 
 def _changed(protocol: Protocol, args: argparse.Namespace) -> Protocol:
@@ -121,23 +125,24 @@ def _report(args: argparse.Namespace) -> None:
     """Writes a self-contained page: aggregates with intervals, scores by game, learning curves, value calibration, data
     statistics, clips and settings. Plots (PNG, SVG) and tables (CSV) can be saved from the page and lie beside it.
     """
-    from torchrl_sql.config.study import STUDY_FILE, load_study
-    from torchrl_sql.evaluation.episodes import SCORES
-    from torchrl_sql.evaluation.tables import files_of
     from torchrl_sql.games import resolve_games
+    from torchrl_sql.provenance import describe_benchmark
     from torchrl_sql.report import format_score_table, write_report
     from torchrl_sql.report.gather import gather
 
-    first, runs, study = args.runs[0], args.runs, None
-    if (first / STUDY_FILE).is_file():
-        study = load_study(first / STUDY_FILE)
-        runs = [folder for folder in study.score_folders(first) if files_of(folder / SCORES)] + args.runs[1:]
+    first = args.runs[0]
+    if args.out is None and len(args.runs) > 1:
+        raise ValueError("--out must be given with several folders: a page in one of them would hide that folder's own")
     data = gather(
-        runs or [first],
+        args.runs,
         games=None if args.games is None else resolve_games(args.games),
-        title=study.title if study else None,
-        introduction=study.introduction if study else (),
+        main=args.main,
+        against=[] if args.against is None else args.against.split(","),
+        title=args.title,
     )
+    made = describe_benchmark()
+    command = shlex.join(["torchrl-sql", *args.words])
+    data = replace(data, provenance=f"Written by {command} on {made['date']}, commit {made['commit']}.")
     page = write_report(data, args.out or (first if first.is_dir() else first.parent) / "report.html")
     print(format_score_table(data))
     print(f"\nReport: {page.resolve()}")

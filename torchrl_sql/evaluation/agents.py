@@ -19,7 +19,7 @@ from torchrl_sql.evaluation.rollout import Rollout
 from torchrl_sql.evaluation.runner import evaluate
 from torchrl_sql.games import ACTION_NAMES, GAMES
 from torchrl_sql.methods import make_method
-from torchrl_sql.statistics.aggregates import interquartile_mean
+from torchrl_sql.statistics.intervals import interquartile_mean
 from torchrl_sql.statistics.scores import human_normalised, split_by_reference
 from torchrl_sql.training.build import find_checkpoint, load_agent, resolve_device, set_num_threads
 from torchrl_sql.training.checkpoint import mark_best
@@ -127,7 +127,7 @@ class Agent:
         scored, _ = split_by_reference(self.policy_games, "human")
         if not scored:
             return False
-        scores = np.array([[human_normalised(fmean(returns[game]), game) for game in scored]])
+        scores = np.array([human_normalised(fmean(returns[game]), game) for game in scored])
         return mark_best(self.run_dir, self.id.gradient_step, float(interquartile_mean(scores)))
 
 

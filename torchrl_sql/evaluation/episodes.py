@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import math
 import os
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
 
 from torchrl_sql.envs import Emulator
 from torchrl_sql.evaluation.protocol import DECODINGS, AgentId, Decoding
 from torchrl_sql.evaluation.tables import read_table
+from torchrl_sql.statistics.scores import RunReturns
 
 SCORES = "scores.csv"
 """File name of the table of episodes."""
@@ -167,3 +172,73 @@ def read_episodes(path: str | os.PathLike[str]) -> list[EpisodeResult]:
 def read_calibration(path: str | os.PathLike[str]) -> list[CalibrationPoint]:
     """Reads a table of predicted values, as :func:`read_episodes` reads one of episodes."""
     return read_table(Path(path), CalibrationPoint, lambda row: row.key)
+
+
+def returns_of(
+    episodes: Iterable[EpisodeResult],
+    *,
+    agent: str,
+    decoding: Decoding,
+    games: Sequence[str] | None = None,
+    gradient_step: int | None = None,
+) -> RunReturns:
+    """One agent's returns at one gradient step, which all its seeds and games must have reached.
+
+    The order of the rows does not matter.
+
+    Args:
+        episodes (iterable of EpisodeResult): rows, of any agents.
+
+    Keyword Args:
+        agent (str): whose rows to take.
+        decoding (str): ``"greedy"`` or ``"sampled"`` rows.
+        games (sequence of str, optional): games and their order; by default all the agent has, alphabetically.
+        gradient_step (int, optional): of the checkpoints; by default the last one evaluated.
+
+    Raises:
+        ValueError: if there are no such rows, a (seed, game) pair has no episode, an episode is listed twice,
+            a seed's come from different checkpoints, or epsilon, the sticky probability or the frame limit differ
+            among the rows.
+    """
+    rows = [row for row in episodes if row.agent == agent and row.decoding == decoding]
+    if not rows:
+        raise ValueError(f"there is no episode of agent {agent!r} with decoding {decoding!r}")
+    seeds = sorted({row.seed for row in rows})
+    if games is None:
+        games = sorted({row.game for row in rows})
+    if len(set(games)) != len(games) or not games:
+        raise ValueError(f"games must be distinct and at least one, got {tuple(games)}")
+    step = max(row.gradient_step for row in rows) if gradient_step is None else gradient_step
+    rows = [row for row in rows if row.gradient_step == step and row.game in games]
+    who = f"{agent!r} ({decoding}) at gradient step {step}"
+    _check_alike(rows, who)
+    returns: dict[tuple[int, str], dict[int, float]] = defaultdict(dict)
+    for row in rows:
+        run = returns[row.seed, row.game]
+        if row.episode in run:
+            raise ValueError(f"episode {row.episode} of {who}, seed {row.seed}, game {row.game}, is listed twice")
+        run[row.episode] = row.episode_return
+    missing = [(seed, game) for seed in seeds for game in games if not returns[seed, game]]
+    if missing:
+        seed, game = missing[0]
+        raise ValueError(
+            f"{who} has no episode of seed {seed} in {game}"
+            + (f", nor for {len(missing) - 1} other (seed, game) pairs" if len(missing) > 1 else "")
+            + "; evaluate it there, or choose the games that all have"
+        )
+    counts = np.array([[len(returns[seed, game]) for game in games] for seed in seeds], dtype=np.int64)
+    values = np.full((*counts.shape, int(counts.max())), np.nan)
+    for s, seed in enumerate(seeds):
+        for g, game in enumerate(games):
+            run = returns[seed, game]
+            values[s, g, : len(run)] = [run[episode] for episode in sorted(run)]
+    return RunReturns(games=tuple(games), seeds=tuple(seeds), values=values, counts=counts)
+
+
+def _check_alike(rows: Sequence[EpisodeResult], who: str) -> None:
+    protocols = sorted({(row.epsilon, row.sticky, row.max_env_frames) for row in rows})
+    if len(protocols) > 1:
+        raise ValueError(f"episodes of {who} mix protocols (epsilon, sticky, frame limit): {protocols}")
+    weights = {(row.seed, row.checkpoint) for row in rows}
+    if len(weights) > len({seed for seed, _ in weights}):
+        raise ValueError(f"episodes of {who} mix checkpoints of one seed: {sorted(weights)}")

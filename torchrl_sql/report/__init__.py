@@ -4,7 +4,7 @@ The composition layer fills a :class:`ReportData`; :func:`write_report` computes
 """
 
 from torchrl_sql.report.html import format_score_table, write_report
-from torchrl_sql.report.model import Agent, Clip, Curve, GameData, ReportData, ReturnSummary, Role
+from torchrl_sql.report.model import Agent, Clip, Curve, GameData, ReportData, Returns
 
 __all__ = [
     "Agent",
@@ -12,8 +12,7 @@ __all__ = [
     "Curve",
     "GameData",
     "ReportData",
-    "ReturnSummary",
-    "Role",
+    "Returns",
     "format_score_table",
     "write_report",
 ]

@@ -11,8 +11,9 @@ import torch
 from torchrl_sql.config import RunConfig
 from torchrl_sql.evaluation.agents import ConstantAgent
 from torchrl_sql.evaluation.episodes import EpisodeResult
+from torchrl_sql.evaluation.protocol import Decoding
 from torchrl_sql.methods import METHODS, make_method
-from torchrl_sql.report import Agent, Role
+from torchrl_sql.report import Agent
 from torchrl_sql.report.text import format_size
 
 _SIZES = ("resnet18", "resnet34", "resnet50", "resnet101")
@@ -20,15 +21,14 @@ _SIZES = ("resnet18", "resnet34", "resnet50", "resnet101")
 
 
 def find_agents(runs: Sequence[RunConfig], episodes: Sequence[EpisodeResult]) -> list[Agent]:
-    """Every agent of the tables but constant actions: the method and its sizes first, then cloning, then others.
+    """Every agent of the tables but constant actions, the runs first, in the order given.
 
-    The method is the first run of Q-learning, or without one the first agent. A run has its role, and a label by its
-    method, if it differs from the first one of that method in nothing but the size of the encoder; every other
-    run, an ablation say, is called by its name.
+    A run that differs from the first one of its method in nothing but the size of the encoder is called by the method,
+    and such runs are a group; every other run, an ablation say, is called by its name.
 
     Args:
-        runs (sequence of RunConfig): evaluated runs, in the order given to the report.
-        episodes (sequence of EpisodeResult): likewise.
+        runs (sequence of RunConfig): evaluated runs.
+        episodes (sequence of EpisodeResult): of all agents.
 
     Raises:
         ValueError: if there are constant actions only.
@@ -36,43 +36,60 @@ def find_agents(runs: Sequence[RunConfig], episodes: Sequence[EpisodeResult]) ->
     configs: dict[str, RunConfig] = {}
     for config in runs:
         configs.setdefault(config.name, config)
-    played = dict.fromkeys((row.agent, row.decoding) for row in episodes if ConstantAgent.action_of(row.agent) is None)
-    if not played:
-        raise ValueError("the tables must hold episodes of an agent beside constant actions, found none")
+    decodings: dict[str, list[Decoding]] = {name: [] for name in configs}
+    for row in sorted(episodes, key=lambda row: not row.checkpoint):  # trained agents before random play
+        of_agent = decodings.setdefault(row.agent, [])
+        if ConstantAgent.action_of(row.agent) is None and row.decoding not in of_agent:
+            of_agent.append(row.decoding)
     parameters = {name: _num_parameters(config) for name, config in configs.items()}
-    series = _size_series(configs)
-    learning_values = [names for method, names in series.items() if METHODS[method].values == "q"]
-    method_series = next(iter([*learning_values, *series.values()]), None)
-    if method_series is None:
-        trained = [row.agent for row in episodes if row.checkpoint]
-        method_series = [trained[0] if trained else next(iter(played))[0]]
-    labels = {
-        name: METHODS[method].label + (f" {format_size(parameters[name])}" if len(names) > 1 else "")
-        for method, names in series.items()
-        for name in names
-    }
-    agents = []
-    for name, decoding in played:
-        role: Role = "other"
-        if name in method_series:
-            role = "method"
-        elif name in labels:
-            role = "bc_greedy" if decoding == "greedy" else "bc_sampled"
-        only = len([other for other, _ in played if other == name]) == 1
-        plain = (decoding == "greedy" and role == "method") or (only and name not in labels)
-        label = labels.get(name, name)
-        agents.append(
-            Agent(
-                agent=name,
-                decoding=decoding,
-                label=label if plain else f"{label} {decoding}",
-                role=role,
-                num_parameters=parameters.get(name),
-            )
+    labels: dict[str, str] = {}
+    groups: dict[str, str] = {}
+    for method, names in _size_series(configs).items():
+        for name in names:
+            size = f" {format_size(parameters[name])}" if len(names) > 1 else ""
+            labels[name], groups[name] = METHODS[method].label + size, method
+    agents = [
+        Agent(
+            agent=name,
+            decoding=decoding,
+            label=labels.get(name, name) + (f" {decoding}" if len(of_agent) > 1 else ""),
+            num_parameters=parameters.get(name),
+            group=groups.get(name),
         )
-    order: tuple[Role, ...] = ("method", "bc_greedy", "bc_sampled", "other")
-    first = method_series[0]
-    return sorted(agents, key=lambda a: (order.index(a.role), a.agent != first, -(a.num_parameters or 0)))
+        for name, of_agent in decodings.items()
+        for decoding in sorted(of_agent)
+    ]
+    if not agents:
+        raise ValueError("the tables must hold episodes of an agent beside constant actions, found none")
+    return agents
+
+
+def arrange(agents: Sequence[Agent], main: str | None, against: Sequence[str]) -> tuple[list[Agent], list[str] | None]:
+    """The agents in the order of the page, and the labels of those that the first one is compared with.
+
+    Args:
+        agents (sequence of Agent): as :func:`find_agents` gives them.
+        main (str, optional): name or label of the agent that the page is about; by default the first.
+        against (sequence of str): names or labels; if empty, the second result is None.
+
+    Raises:
+        ValueError: for a name that no agent has.
+    """
+
+    def named(name: str, option: str) -> list[Agent]:
+        found = [agent for agent in agents if name in (agent.agent, agent.label)]
+        if not found:
+            known = ", ".join(dict.fromkeys(agent.agent for agent in agents))
+            raise ValueError(f"{option} must name agents with scores ({known}), got {name!r}")
+        return found
+
+    first = agents[0] if main is None else named(main, "--main")[0]
+    compared = [agent for name in against for agent in named(name, "--against") if agent != first]
+    rest = [agent for agent in agents if agent != first and agent not in compared]
+    sizes = [agent for agent in rest if agent.group is not None and agent.group == first.group]
+    sizes = sorted(sizes, key=lambda agent: (agent.decoding != first.decoding, -(agent.num_parameters or 0)))
+    others = [agent for agent in rest if agent not in sizes]
+    return [first, *sizes, *compared, *others], [agent.label for agent in compared] or None
 
 
 def deciding_settings(config: RunConfig) -> dict[str, Any]:

@@ -10,15 +10,15 @@ from typing import Any
 from torchrl_sql.games import ACTION_NAMES
 from torchrl_sql.report.analysis import Analysis
 from torchrl_sql.report.table import Cell, Record, Table
-from torchrl_sql.report.text import format_score
-from torchrl_sql.statistics.aggregates import aggregates, game_means
+from torchrl_sql.report.text import format_interval, format_score, two_digits
+from torchrl_sql.statistics.intervals import aggregates, game_means
 
 
 def protocol_table(analysis: Analysis) -> Table:
-    """One row an agent: how its episodes were played. The records have one a seed, with its checkpoint."""
+    """One row per agent: how its episodes were played. The records have one per seed, with its checkpoint."""
     rows: list[list[Cell]] = []
     records: list[Record] = []
-    for agent in analysis.data.agents:
+    for agent in analysis.agents:
         episodes = analysis.episodes[agent.label]
         episode = episodes[0]
         runs = analysis.runs[agent.label]
@@ -39,8 +39,8 @@ def protocol_table(analysis: Analysis) -> Table:
                     "sticky": episode.sticky,
                     "max_env_frames": episode.max_env_frames,
                     "evaluation_seeds": " ".join(str(seed) for seed in evaluation_seeds),
-                    "min_episodes_a_game": int(counts[s].min()),
-                    "max_episodes_a_game": int(counts[s].max()),
+                    "min_episodes_per_game": int(counts[s].min()),
+                    "max_episodes_per_game": int(counts[s].max()),
                 }
             )
         rows.append(
@@ -65,7 +65,7 @@ def protocol_table(analysis: Analysis) -> Table:
             "Parameters",
             "Gradient steps",
             "Seeds",
-            "Episodes a game and seed",
+            "Episodes per game and seed",
             "Decoding",
             "Epsilon",
             "Sticky",
@@ -78,22 +78,22 @@ def protocol_table(analysis: Analysis) -> Table:
 
 
 def learning_curve_table(analysis: Analysis) -> Table | None:
-    """One row a checkpoint, one column an agent: the human-normalised IQM. The records have every game's mean too."""
+    """One row per checkpoint, one column per agent: human-normalised IQM. The records have every game's mean too."""
     human_games, _ = analysis.split("human")
     cells: dict[int, dict[str, Cell]] = defaultdict(dict)
     records: list[Record] = []
     for label, curve in analysis.learning_curves.items():
-        for step, scores in curve.scores.items():
+        for step, runs in curve.runs.items():
             record: Record = {"policy": label, "gradient_step": step}
-            for game, mean in game_means(scores).items():
+            for game, mean in game_means(runs).items():
                 fields = {"point": mean.point, "low_95": mean.low, "high_95": mean.high}
                 records.append({**record, "game": game, "statistic": "mean raw return", **fields})
             if not human_games:
                 continue
-            iqm = aggregates(scores.select(human_games).normalised("human"))["IQM"]
+            iqm = aggregates(runs.select(human_games).normalised("human"))["IQM"]
             fields = {"point": iqm.point, "low_95": iqm.low, "high_95": iqm.high}
             records.append({**record, "game": "all", "statistic": "human-normalised IQM", **fields})
-            cells[step][label] = Cell(f"{iqm.point:.2f}", (f"[{iqm.low:.2f}, {iqm.high:.2f}]",))
+            cells[step][label] = Cell(two_digits(iqm.point), (format_interval(iqm, two_digits),))
     if not records:
         return None
     return Table(
@@ -109,44 +109,45 @@ def learning_curve_table(analysis: Analysis) -> Table | None:
 
 
 def calibration_table(analysis: Analysis) -> Table | None:
-    """One row a game: what the first agent with recorded values predicted, and what followed. Records: every agent."""
+    """One row per game: what the first agent with recorded values predicted, and what followed. Records: all agents."""
     rows: list[list[Cell]] = []
     records: list[Record] = []
     shown = next(iter(analysis.calibration), None)
     if shown is None:
         return None
     for label, games in analysis.calibration.items():
-        for game, found in games.items():
-            used = found.num_episodes > 0
-            predicted = float(found.predicted.mean()) if used else math.nan
-            realised = float(found.realised.mean()) if used else math.nan
+        for game, values in games.items():
+            used = values.num_episodes > 0
+            predicted = float(values.predicted.mean()) if used else math.nan
+            realised = float(values.realised.mean()) if used else math.nan
             records.append(
                 {
                     "policy": label,
                     "game": game,
-                    "num_states": len(found.predicted),
-                    "num_episodes": found.num_episodes,
-                    "num_cut_episodes_left_out": found.num_cut,
+                    "num_states": len(values.predicted),
+                    "num_episodes": values.num_episodes,
+                    "num_cut_episodes_left_out": values.num_cut,
                     "predicted": predicted,
                     "realised": realised,
-                    "bias": found.bias.point,
-                    "bias_low_95": found.bias.low,
-                    "bias_high_95": found.bias.high,
-                    "root_mean_square_error": found.root_mean_square_error,
-                    "correlation": found.correlation,
+                    "bias": values.bias.point,
+                    "bias_low_95": values.bias.low,
+                    "bias_high_95": values.bias.high,
+                    "root_mean_square_error": values.root_mean_square_error,
+                    "correlation": values.correlation,
                 }
             )
             if label != shown:
                 continue
-            cut = (f"{found.num_cut:,} cut, left out",) if found.num_cut else ()
-            numbers = (predicted, realised, found.bias.point, found.root_mean_square_error, found.correlation)
-            cells = [Cell("–" if math.isnan(value) else f"{value:.2f}") for value in numbers]
-            cells[2] = Cell(cells[2].text, (f"[{found.bias.low:.2f}, {found.bias.high:.2f}]",) if used else ())
-            rows.append([Cell(game), Cell(f"{len(found.predicted):,}"), Cell(f"{found.num_episodes:,}", cut), *cells])
+            cut = (f"{values.num_cut:,} cut, left out",) if values.num_cut else ()
+            numbers = (predicted, realised, values.bias.point, values.root_mean_square_error, values.correlation)
+            cells = [Cell("–" if math.isnan(value) else two_digits(value)) for value in numbers]
+            cells[2] = Cell(cells[2].text, (format_interval(values.bias, two_digits),) if used else ())
+            rows.append([Cell(game), Cell(f"{len(values.predicted):,}"), Cell(f"{values.num_episodes:,}", cut), *cells])
     return Table(
         name="calibration",
         caption=f"Value of the action that {shown} took, and the discounted sum of clipped rewards that followed, at "
-        "recorded states. Bias: mean of predicted minus realised, with a 95% interval that resamples episodes.",
+        "recorded states. Bias: mean of predicted minus realised, with a 95% interval over training seeds, or over the "
+        "episodes of one seed.",
         header=("Game", "States", "Episodes", "Predicted", "Realised", "Bias", "RMSE", "Correlation"),
         rows=rows,
         records=records,
@@ -154,7 +155,7 @@ def calibration_table(analysis: Analysis) -> Table | None:
 
 
 def data_table(analysis: Analysis) -> Table | None:
-    """One row a game: how much data, how good, how large."""
+    """One row per game: how much data, how good, how large."""
     rows: list[list[Cell]] = []
     records: list[Record] = []
     for data in analysis.data.game_data:
@@ -188,14 +189,14 @@ def data_table(analysis: Analysis) -> Table | None:
     return Table(
         name="data",
         caption="The training data. Returns are mean ± standard deviation over episodes; bytes are on disk.",
-        header=("Game", "Transitions", "Episodes", "Behaviour return", "Bytes a transition", "By behaviour"),
+        header=("Game", "Transitions", "Episodes", "Behaviour return", "Bytes per transition", "By behaviour"),
         rows=rows,
         records=records,
     )
 
 
 def settings_tables(analysis: Analysis) -> list[Table]:
-    """The resolved settings, one table a group, nested names joined with dots; and the versions."""
+    """The resolved settings, one table per group, nested names joined with dots; and the versions."""
     groups = dict(analysis.data.settings) | ({"Versions": analysis.data.versions} if analysis.data.versions else {})
     tables = []
     for title, values in groups.items():

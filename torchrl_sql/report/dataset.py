@@ -13,7 +13,7 @@ from torchrl_sql.data.summary import GameSummary
 from torchrl_sql.evaluation.agents import ConstantAgent
 from torchrl_sql.evaluation.episodes import EpisodeResult
 from torchrl_sql.games import ACTION_NAMES
-from torchrl_sql.report import GameData, ReturnSummary
+from torchrl_sql.report import GameData, Returns
 
 
 def game_data(
@@ -61,15 +61,15 @@ def game_data(
                 num_transitions=num_transitions,
                 num_episodes=len(returns),
                 bytes_per_transition=sum(part.num_bytes for part in parts) / num_transitions,
-                behaviour=_summary(returns) if len(returns) else None,
+                behaviour=Returns(returns) if len(returns) else None,
                 behaviours={
-                    name: _summary(returns[behaviours == index])
+                    name: Returns(returns[behaviours == index])
                     for index, name in enumerate(names)
                     if (behaviours == index).any()
                 },
                 action_counts=np.sum([part.action_counts for part in parts], axis=0).tolist(),
                 constant_actions={
-                    action: _summary(np.array([*returns_by_seed.values()]))
+                    action: Returns(np.array([*returns_by_seed.values()]))
                     for action, returns_by_seed in constants.items()
                 },
                 rewards="raw" if all(part.rewards == "raw" for part in parts) else "clipped",
@@ -98,11 +98,6 @@ def other_data(method: DataConfig, others: Mapping[str, DataConfig]) -> list[str
             f"The data's returns and statistics are those of the method; {', '.join(unlike)} had other data."
         )
     return caveats
-
-
-def _summary(returns: np.ndarray) -> ReturnSummary:
-    std = float(returns.std(ddof=1)) if len(returns) > 1 else 0.0
-    return ReturnSummary(mean=float(returns.mean()), std=std, num_episodes=len(returns))
 
 
 def _find_store(folder: Path, store: str) -> Path | None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
 from torchrl_sql.config import RunConfig, load_run_config
+from torchrl_sql.config.study import STUDY_FILE, StudyConfig, load_study
 from torchrl_sql.evaluation.clips import find_clip
 from torchrl_sql.evaluation.episodes import (
     CALIBRATION,
@@ -24,7 +25,7 @@ from torchrl_sql.evaluation.tables import files_of
 from torchrl_sql.games import GAMES
 from torchrl_sql.methods import make_method
 from torchrl_sql.report import Agent, Clip, Curve, ReportData
-from torchrl_sql.report.agents import deciding_settings, find_agents
+from torchrl_sql.report.agents import arrange, deciding_settings, find_agents
 from torchrl_sql.report.dataset import game_data, other_data
 from torchrl_sql.report.text import name_games
 from torchrl_sql.training.logs import read_scalars
@@ -41,6 +42,8 @@ def gather(
     paths: Sequence[Path],
     *,
     games: Sequence[str] | None = None,
+    main: str | None = None,
+    against: Sequence[str] = (),
     title: str | None = None,
     introduction: Sequence[str] = (),
 ) -> ReportData:
@@ -49,42 +52,36 @@ def gather(
     Args:
         paths (sequence of Path): tables of scores (``scores.csv``), or folders that hold one. A run (``config.yaml``,
             ``logs/``) in the same folder, or folders of runs in it, tell what the agents of the table are; runs of the
-            same name are seeds of one agent. Without, the page has the scores alone.
+            same name are seeds of one agent. Without, the page has the scores alone. The folder of a study stands for
+            those of its runs, and gives title, introduction, main and against unless they are given here.
 
     Keyword Args:
-        games (sequence of str, optional): those to report, which every agent must have been evaluated in; by default
-            the games of the runs.
+        games (sequence of str, optional): those to report; by default the games of the runs.
+        main (str, optional): the agent that the page is about; by default the first run.
+        against (sequence of str): agents that it is compared with; by default all others.
         title (str, optional): of the page; by default the names of the agents.
         introduction (sequence of str): paragraphs on what was run and why.
 
     Raises:
         FileNotFoundError: if a path is or holds no table of scores.
         ValueError: if a table is empty or malformed, two hold different results of one episode, runs of one name
-            differ in more than their seeds, or the runs do not have the same games.
+            differ in more than their seeds, the runs do not have the same games, or no agent has a name given.
     """
-    tables = [_find_table(path) for path in paths]
-    episodes = _read(tables, read_episodes)
-    if not episodes:
-        raise ValueError(f"the tables of scores must hold episodes, found none in {', '.join(map(str, tables))}")
-    calibration = _read(
-        [
-            table.with_name(table.name.replace(Path(SCORES).stem, Path(CALIBRATION).stem, 1))
-            for table in tables
-            if table.name.startswith(Path(SCORES).stem)
-        ],
-        read_calibration,
-    )
-    folders = dict.fromkeys(table.parent for table in tables)
-    files = [
-        file for folder in folders for file in sorted([*folder.glob("config.yaml"), *folder.glob("*/config.yaml")])
-    ]
-    runs = [_Run(file.parent, load_run_config(file)) for file in files]
+    studies = {path: load_study(path / STUDY_FILE) for path in paths if (path / STUDY_FILE).is_file()}
+    tables, caveats = _find_tables(paths, studies)
+    episodes, calibration = _read_tables(tables)
+    runs = _find_runs(tables)
     _check_seeds_alike(runs)
-    shown, caveats = _choose_games(runs, episodes, games)
-    caveats += _unevaluated(runs, episodes)
-    evaluated = {episode.agent for episode in episodes}
+    shown, of_games = _choose_games(runs, episodes, games)
+    caveats += of_games + _unevaluated(runs, episodes)
+    evaluated = {row.agent for row in episodes}
     runs = [run for run in runs if run.config.name in evaluated]
-    agents = find_agents([run.config for run in runs], episodes)
+    if len(paths) == len(studies) == 1:
+        (study,) = studies.values()
+        title, introduction = title or study.title, introduction or study.introduction
+        main = main or next((name for name in (study.report.main, *study.runs) if name in evaluated), None)
+        against = against or [name for name in study.report.against if name in evaluated]
+    agents, compared = arrange(find_agents([run.config for run in runs], episodes), main, against)
     labels = {agent.agent: agent.label.removesuffix(f" {agent.decoding}") for agent in agents}
     unknown = [name for name in labels if name not in {run.config.name for run in runs}]
     if unknown:
@@ -92,25 +89,63 @@ def gather(
             f"No run was found of {', '.join(unknown)}: what it is, its settings, parameters, data and training curves "
             "are unknown here."
         )
-    method_runs = [run for run in runs if run.config.name == agents[0].agent]
-    statistics, missing = game_data([(run.folder, run.config.data) for run in method_runs], shown, episodes)
-    if method_runs:
-        others = {labels[run.config.name]: run.config.data for run in runs if run not in method_runs}
-        caveats += other_data(method_runs[0].config.data, others)
+    main_runs = [run for run in runs if run.config.name == agents[0].agent]
+    statistics, missing = game_data([(run.folder, run.config.data) for run in main_runs], shown, episodes)
+    if main_runs:
+        others = {labels[run.config.name]: run.config.data for run in runs if run not in main_runs}
+        caveats += other_data(main_runs[0].config.data, others)
     return ReportData(
         title=title or ", ".join(labels),
         introduction=introduction,
         games=shown,
         agents=agents,
-        episodes=[episode for episode in episodes if episode.agent in labels],
+        episodes=[row for row in episodes if row.agent in labels],
+        main=agents[0].label if main else "",
+        against=compared,
         calibration=calibration,
         game_data=statistics,
         caveats=[*caveats, *missing],
         curves=[curve for run in runs for curve in _curves(run, labels[run.config.name])],
         clips=_clips(runs, shown, agents[0], episodes),
         settings=_settings(runs, labels),
-        versions=_versions(runs, [*folders]),
+        versions=_versions(runs, [*dict.fromkeys(table.parent for table in tables)]),
+        sources=[path.parent if path.name == SCORES else path for path in paths],
     )
+
+
+def _find_tables(paths: Sequence[Path], studies: Mapping[Path, StudyConfig]) -> tuple[list[Path], list[str]]:
+    """The tables of scores, and what is to be said of runs of a study that have none."""
+    tables, missing = [], []
+    for path in paths:
+        if path not in studies:
+            tables.append(_find_table(path))
+            continue
+        folders = studies[path].score_folders(path)
+        there = [folder for folder in folders if files_of(folder / SCORES)]
+        if not there:
+            raise FileNotFoundError(f"{path} must hold scores of a run of its study, found none in {folders[0]}, ...")
+        tables += [folder / SCORES for folder in there]
+        missing += [str(folder.relative_to(path)) for folder in folders if folder not in there]
+    return tables, [f"Not evaluated yet: {', '.join(missing)}."] if missing else []
+
+
+def _read_tables(tables: Sequence[Path]) -> tuple[list[EpisodeResult], list[CalibrationPoint]]:
+    episodes = _read(tables, read_episodes)
+    if not episodes:
+        raise ValueError(f"the tables of scores must hold episodes, found none in {', '.join(map(str, tables))}")
+    scores, calibration = Path(SCORES).stem, Path(CALIBRATION).stem
+    beside = [table.with_name(table.name.replace(scores, calibration, 1)) for table in tables if scores in table.name]
+    return episodes, _read(beside, read_calibration)
+
+
+def _find_runs(tables: Sequence[Path]) -> list[_Run]:
+    """The runs in the folders of the tables, or one floor below."""
+    files = [
+        file
+        for folder in dict.fromkeys(table.parent for table in tables)
+        for file in sorted([*folder.glob("config.yaml"), *folder.glob("*/config.yaml")])
+    ]
+    return [_Run(file.parent, load_run_config(file)) for file in files]
 
 
 def _find_table(path: Path) -> Path:
@@ -122,13 +157,13 @@ def _find_table(path: Path) -> Path:
 
 def _read(tables: Sequence[Path], read: Callable[[Path], list[Row]]) -> list[Row]:
     """The rows of all tables that exist, each once."""
-    found: dict[Any, tuple[Row, Path]] = {}
+    rows: dict[Any, tuple[Row, Path]] = {}
     for table in tables:
         for row in read(table) if files_of(table) else ():
-            other, where = found.setdefault(row.key, (row, table))
+            other, where = rows.setdefault(row.key, (row, table))
             if other != row:
-                raise ValueError(f"{table} and {where} hold different results of one thing: {row} and {other}")
-    return [row for row, _ in found.values()]
+                raise ValueError(f"{table} and {where} hold conflicting rows for the same episode: {row} and {other}")
+    return [row for row, _ in rows.values()]
 
 
 def _choose_games(
@@ -157,7 +192,7 @@ def _unevaluated(runs: Sequence[_Run], episodes: Sequence[EpisodeResult]) -> lis
     """Runs that the page cannot show."""
     evaluated = {(episode.agent, episode.seed) for episode in episodes}
     return [
-        f"The run {run.folder} ({run.config.name}, seed {run.config.seed}) has no evaluated episode: no score has it."
+        f"The run {run.folder} ({run.config.name}, seed {run.config.seed}) has not been evaluated and is not included."
         for run in runs
         if (run.config.name, run.config.seed) not in evaluated
     ]
@@ -166,29 +201,31 @@ def _unevaluated(runs: Sequence[_Run], episodes: Sequence[EpisodeResult]) -> lis
 def _check_seeds_alike(runs: Sequence[_Run]) -> None:
     """Runs of one name are seeds of one agent only if they differ in nothing else that decides their results."""
     first: dict[str, _Run] = {}
+    folders: dict[tuple[str, int], Path] = {}
     for run in runs:
         folder, config = run
         other_folder, other = first.setdefault(config.name, run)
         there = deciding_settings(other)
         for key, value in deciding_settings(config).items():
-            if value != there[key]:
+            if value != there.get(key):
                 raise ValueError(
                     f"runs named {config.name!r} must differ in their seeds only, but {folder} has {key} {value}, "
-                    f"{other_folder} has {there[key]}"
+                    f"{other_folder} has {there.get(key)}"
                 )
-        if folder != other_folder and config.seed == other.seed:
+        same_seed = folders.setdefault((config.name, config.seed), folder)
+        if folder != same_seed:
             raise ValueError(
                 f"runs named {config.name!r} must have different seeds, got {config.seed} in both "
-                f"{other_folder} and {folder}"
+                f"{same_seed} and {folder}"
             )
 
 
 def _settings(runs: Sequence[_Run], labels: Mapping[str, str]) -> dict[str, dict[str, Any]]:
     """The resolved settings of each agent; where its seeds differ, the values of all."""
-    found: dict[str, list[dict[str, Any]]] = {}
+    settings: dict[str, list[dict[str, Any]]] = {}
     for run in runs:
-        found.setdefault(labels[run.config.name], []).append(asdict(run.config))
-    return {label: _merge(values) for label, values in found.items()}
+        settings.setdefault(labels[run.config.name], []).append(asdict(run.config))
+    return {label: _merge(values) for label, values in settings.items()}
 
 
 def _versions(runs: Sequence[_Run], folders: Sequence[Path]) -> dict[str, str]:
@@ -200,9 +237,9 @@ def _versions(runs: Sequence[_Run], folders: Sequence[Path]) -> dict[str, str]:
     return _side_by_side(trained) | {f"evaluation: {name}": text for name, text in _side_by_side(played).items()}
 
 
-def _side_by_side(found: Sequence[Mapping[str, str]]) -> dict[str, str]:
-    names = dict.fromkeys(name for versions in found for name in versions)
-    return _merge([{name: versions.get(name, "unknown") for name in names} for versions in found]) if found else {}
+def _side_by_side(versions: Sequence[Mapping[str, str]]) -> dict[str, str]:
+    names = dict.fromkeys(name for each in versions for name in each)
+    return _merge([{name: each.get(name, "unknown") for name in names} for each in versions]) if versions else {}
 
 
 def _merge(values: Sequence[Any]) -> Any:
@@ -230,37 +267,23 @@ def _curves(run: _Run, label: str) -> list[Curve]:
     ]
 
 
-def _clips(runs: Sequence[_Run], games: Sequence[str], method: Agent, episodes: Sequence[EpisodeResult]) -> list[Clip]:
-    """The method's first evaluation episode in each game at its last checkpoint, in the first folder with a clip."""
-    final = [row for row in episodes if (row.agent, row.decoding, row.episode) == (method.agent, method.decoding, 0)]
-    last_step = max((row.gradient_step for row in final), default=0)
-    returns = {(row.seed, row.game): row.episode_return for row in final if row.gradient_step == last_step}
+def _clips(runs: Sequence[_Run], games: Sequence[str], main: Agent, episodes: Sequence[EpisodeResult]) -> list[Clip]:
+    """The main agent's first episode in each game at its last checkpoint, in the first folder with a clip."""
+    first = [row for row in episodes if (row.agent, row.decoding, row.episode) == (main.agent, main.decoding, 0)]
+    last_step = max((row.gradient_step for row in first), default=0)
+    returns = {(row.seed, row.game): row.episode_return for row in first if row.gradient_step == last_step}
     clips = []
     for game in games:
-        found = [
-            (file, run.config.seed)
-            for run in runs
-            if run.config.name == method.agent
-            for folder in (run.folder, run.folder.parent)  # a run's clips lie in its folder or beside it
-            if (
-                file := find_clip(
-                    folder / "clips",
-                    game,
-                    AgentId(
-                        name=method.agent,
-                        training_seed=run.config.seed,
-                        gradient_step=last_step,
-                        decoding=method.decoding,
-                    ),
-                )
-            )
-        ]
-        if not found:
-            continue
-        file, seed = found[0]
-        caption = f"First evaluation episode of seed {seed}"
-        if (seed, game) in returns:
-            caption += f" (final score {returns[seed, game]:g})"
-        mime: Literal["video/mp4", "image/gif"] = "video/mp4" if file.suffix == ".mp4" else "image/gif"
-        clips.append(Clip(game=game, caption=f"{caption}, not selected", data=file.read_bytes(), mime=mime))
+        for folder, config in runs:
+            agent = AgentId(name=main.agent, training_seed=config.seed, gradient_step=last_step, decoding=main.decoding)
+            places = (folder, folder.parent)  # a run's clips lie in its folder or beside it
+            files = [file for place in places if (file := find_clip(place / "clips", game, agent))]
+            if config.name == main.agent and files:
+                caption = f"First evaluation episode of seed {config.seed}"
+                if (config.seed, game) in returns:
+                    caption += f" (final score {returns[config.seed, game]:g})"
+                mime: Literal["video/mp4", "image/gif"] = "video/mp4" if files[0].suffix == ".mp4" else "image/gif"
+                caption += ", not selected"
+                clips.append(Clip(game=game, caption=caption, data=files[0].read_bytes(), mime=mime))
+                break
     return clips

@@ -6,16 +6,19 @@ import base64
 import io
 import logging
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from textwrap import fill
+from urllib.parse import quote
 
 import jinja2
 from markupsafe import Markup
 from PIL import Image
 
-from torchrl_sql.files import write_text
+from torchrl_sql.files import replacing, write_text
 from torchrl_sql.report.analysis import Analysis
+from torchrl_sql.report.caveats import caveats
 from torchrl_sql.report.context_tables import (
     calibration_table,
     data_table,
@@ -27,7 +30,7 @@ from torchrl_sql.report.figures.aggregates import aggregate_plot, profile_plot, 
 from torchrl_sql.report.figures.curves import game_learning_curve_plots, learning_curve_plot, training_plots
 from torchrl_sql.report.figures.games import action_plot, all_games_plots, game_plot
 from torchrl_sql.report.figures.values import calibration_plots
-from torchrl_sql.report.findings import findings, notes
+from torchrl_sql.report.findings import findings
 from torchrl_sql.report.model import Clip, ReportData
 from torchrl_sql.report.score_tables import (
     aggregate_table,
@@ -57,7 +60,8 @@ def write_report(data: ReportData, out: str | os.PathLike[str]) -> Path:
     """Writes the page ``out`` and, in ``<stem>_files/`` beside it, its plots (PNG, SVG) and tables (CSV).
 
     The page loads nothing: styles, drawings, clips and the same plots and tables as downloads are inside, so that it
-    can be sent and opened alone. It is published in one step, after its files.
+    can be sent and opened alone. It is published in one step, after its files. A page about the same sources is
+    replaced, with its files.
 
     Args:
         data (ReportData): what to show.
@@ -67,15 +71,16 @@ def write_report(data: ReportData, out: str | os.PathLike[str]) -> Path:
         ``out`` as a path.
 
     Raises:
-        ValueError: if the episode table is empty, incomplete or ambiguous for one of the agents (see
-            :meth:`torchrl_sql.statistics.scores.RunReturns.from_episodes`).
+        FileExistsError: if ``out`` is something else than a page about the same sources.
+        ValueError: if the episodes of the main agent are incomplete, or those of an agent ambiguous.
     """
     out = Path(out)
+    sources = " ".join(quote(os.path.relpath(path, out.parent)) for path in data.sources)
+    earlier = _earlier_files(out, sources)
     analysis = Analysis(data)
     plots = _plots(analysis)
     tables = _tables(analysis)
     settings = settings_tables(analysis)
-    clips, clip_note = _clips(data)
     downloads: dict[str, list[tuple[str, bytes, str]]] = {
         plot.name: [
             (f"{plot.name}.png", plot.png(), "image/png"),
@@ -89,14 +94,65 @@ def write_report(data: ReportData, out: str | os.PathLike[str]) -> Path:
         for table in (*tables.values(), *settings)
         if table is not None
     }
-    page = (
+    page = _render(
+        analysis, plots=plots, tables=tables, settings=settings, downloads=downloads, sources=sources, out=out
+    )
+    folder = _folder(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    contents = {name: content for files in downloads.values() for name, content, _ in files}
+    for name, content in contents.items():
+        with replacing(folder / name) as temporary:
+            temporary.write_bytes(content)
+    write_text(out, page)
+    for name in earlier - contents.keys():
+        (folder / name).unlink(missing_ok=True)
+    logger.info("wrote %s and %s", out, folder)
+    return out
+
+
+def _folder(out: Path) -> Path:
+    return out.parent / f"{out.stem}_files"
+
+
+def _earlier_files(out: Path, sources: str) -> set[str]:
+    """Names of the files of the page that ``out`` replaces; refuses to replace another one."""
+    if not out.exists():
+        return set()
+    page = out.read_text(encoding="utf-8", errors="replace") if out.is_file() else ""
+    made_of = re.search(r'<meta name="torchrl-sql-sources" content="([^"]*)">', page)
+    if made_of is None:
+        raise FileExistsError(
+            f"{out} is there and was not written as a report by this version; choose another --out, or delete it"
+        )
+    if made_of[1] != sources:
+        raise FileExistsError(
+            f"{out} is a report about {made_of[1] or 'other data'}, now wanted about {sources}; choose another --out, "
+            "or delete it"
+        )
+    return set(re.findall(r'<a download="([^"/]+)"', page))
+
+
+def _render(
+    analysis: Analysis,
+    *,
+    plots: Mapping[str, list[Plot]],
+    tables: Mapping[str, Table | None],
+    settings: Sequence[Table],
+    downloads: Mapping[str, list[tuple[str, bytes, str]]],
+    sources: str,
+    out: Path,
+) -> str:
+    data = analysis.data
+    clips, clip_note = _clips(data)
+    return (
         _environment()
         .get_template("report.html.j2")
         .render(
             data=data,
+            sources=sources,
             colours=COLOURS,
             findings=findings(analysis),
-            notes=[*notes(analysis), *clip_note, *data.caveats],
+            caveats=[*caveats(analysis), *clip_note],
             plots=plots,
             tables=tables,
             settings=settings,
@@ -108,21 +164,13 @@ def write_report(data: ReportData, out: str | os.PathLike[str]) -> Path:
             many_games=analysis.many_games,
             behaviours=_behaviours(data),
             clips=[(clip, _data_uri(clip.data, clip.mime), _still(clip)) for clip in clips],
-            files=f"{out.stem}_files",
+            files=_folder(out).name,
         )
     )
-    folder = out.parent / f"{out.stem}_files"
-    folder.mkdir(parents=True, exist_ok=True)
-    for files in downloads.values():
-        for name, content, _ in files:
-            (folder / name).write_bytes(content)
-    write_text(out, page)
-    logger.info("wrote %s and %s", out, folder)
-    return out
 
 
 def format_score_table(data: ReportData) -> str:
-    """The score table, the aggregates, the findings and what limits them as plain text for a terminal."""
+    """The tables of scores, what limits them and the findings as plain text for a terminal."""
     analysis = Analysis(data)
 
     def lines() -> Iterator[str]:
@@ -131,6 +179,8 @@ def format_score_table(data: ReportData) -> str:
                 yield fill(table.caption.replace("in bold", "marked *"), TERMINAL_WIDTH) + "\n"
                 brief = analysis.many_games and table.name == "score_table"
                 yield to_text(table, details=not brief) + "\n"
+        for text in caveats(analysis):
+            yield fill(f"! {text}", TERMINAL_WIDTH, subsequent_indent="  ")
         marks = {"for": "+", "neutral": "=", "against": "-"}
         for kind, text in findings(analysis):
             yield fill(f"{marks[kind]} {text}", TERMINAL_WIDTH, subsequent_indent="  ")

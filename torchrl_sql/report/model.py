@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
+
+import numpy as np
 
 from torchrl_sql.evaluation.episodes import CalibrationPoint, Decoding, EpisodeResult
 from torchrl_sql.games import ACTION_NAMES, resolve_games
-from torchrl_sql.statistics.aggregates import NUM_RESAMPLES, Interval
-
-Role = Literal["method", "bc_greedy", "bc_sampled", "other"]
+from torchrl_sql.statistics.intervals import Interval, student
+from torchrl_sql.statistics.scores import Array
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,37 +20,55 @@ class Agent:
     """An evaluated agent: which rows of the episode table are its own, and how the report speaks of it.
 
     Attributes:
-        agent, decoding (str): select its rows.
+        agent (str): its name in the table.
         label (str): short name on the page, e.g. ``"Scaled QL"``.
-        role (str): the first ``"method"`` is the one that findings compare with the others, the first
-            ``"bc_greedy"`` the one that plots of many games show beside it.
-        num_parameters (int, optional): for the plot of score against size, drawn from two sizes on.
+        decoding ("greedy" or "sampled"): with the name, selects its rows.
+        num_parameters (int, optional): of its network.
+        group (str, optional): what agents that differ in the size of their network only have in common: a line joins
+            their scores, and they are not compared with one another.
     """
 
     agent: str
     label: str
-    role: Role
     decoding: Decoding = "greedy"
     num_parameters: int | None = None
+    group: str | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
-class ReturnSummary:
-    """Mean and standard deviation (of single episodes) of raw episode returns."""
+@dataclass(frozen=True, eq=False)
+class Returns:
+    """Episode returns of what is not trained: the data, or a fixed policy.
 
-    mean: float
-    std: float
-    num_episodes: int
+    Attributes:
+        values (array): float64 ``[E]``, raw, finite, at least one.
+    """
+
+    values: Array
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.mean) and math.isfinite(self.std) and self.std >= 0 and self.num_episodes >= 1):
-            raise ValueError(f"a summary needs a finite mean, std >= 0 and at least one episode, got {self}")
+        if self.values.ndim != 1 or not len(self.values) or not np.isfinite(self.values).all():
+            raise ValueError(f"returns must be finite numbers [E], at least one, got {self.values}")
+
+    @property
+    def mean(self) -> float:
+        """Over episodes."""
+        return float(self.values.mean())
+
+    @property
+    def std(self) -> float:
+        """Of single episodes; 0 of one."""
+        return float(self.values.std(ddof=1)) if len(self.values) > 1 else 0.0
+
+    @property
+    def num_episodes(self) -> int:
+        """How many there are."""
+        return len(self.values)
 
     @property
     def interval(self) -> Interval:
-        """The mean with its normal 95% interval."""
-        half_width = 1.96 * self.std / math.sqrt(self.num_episodes)
-        return Interval(self.mean, self.mean - half_width, self.mean + half_width)
+        """The mean with Student's 95% interval over episodes."""
+        point, low, high = (float(value) for value in student(self.values))
+        return Interval(point, low, high, "episodes")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,11 +78,12 @@ class GameData:
     Attributes:
         game (str): name of the game.
         behaviour_text (str): how the data was made, in a sentence or two.
-        num_transitions, num_episodes (int): size of the data; episodes whose end it does not show are not counted.
+        num_transitions (int): size of the data.
+        num_episodes (int): likewise; episodes whose end it does not show are not counted.
         bytes_per_transition (float): on disk, everything included.
         rewards (str): ``"raw"``, or ``"clipped"`` where raw returns were never recorded: the data's returns then cannot
             be compared with game scores, and the report says so instead of comparing.
-        behaviour (ReturnSummary, optional): returns of these episodes; None if there is none.
+        behaviour (Returns, optional): returns of these episodes; None if there is none.
         behaviours (mapping): behaviour -> returns of its episodes.
         constant_actions (mapping): action name -> returns of always taking it; may be empty.
         action_counts (sequence of int): how often each of the 18 actions occurs.
@@ -74,10 +94,10 @@ class GameData:
     num_transitions: int
     num_episodes: int
     bytes_per_transition: float
-    behaviour: ReturnSummary | None
-    behaviours: Mapping[str, ReturnSummary]
+    behaviour: Returns | None
+    behaviours: Mapping[str, Returns]
     action_counts: Sequence[int]
-    constant_actions: Mapping[str, ReturnSummary] = field(default_factory=dict)
+    constant_actions: Mapping[str, Returns] = field(default_factory=dict)
     rewards: Literal["raw", "clipped"] = "raw"
 
     def __post_init__(self) -> None:
@@ -87,12 +107,12 @@ class GameData:
             )
 
     @property
-    def best_behaviour(self) -> tuple[str, ReturnSummary] | None:
+    def best_behaviour(self) -> tuple[str, Returns] | None:
         """The behaviour with the highest mean return, None with fewer than two behaviours."""
         return max(self.behaviours.items(), key=lambda item: item[1].mean) if len(self.behaviours) > 1 else None
 
     @property
-    def best_constant_action(self) -> tuple[str, ReturnSummary] | None:
+    def best_constant_action(self) -> tuple[str, Returns] | None:
         """The constant action with the highest mean return, None if none was tried."""
         return max(self.constant_actions.items(), key=lambda item: item[1].mean) if self.constant_actions else None
 
@@ -134,16 +154,20 @@ class ReportData:
         title (str): of the page.
         introduction (sequence of str): paragraphs on what was run and why.
         games (sequence of str): the games, in the order shown; every agent needs episodes of each.
-        agents (sequence of Agent): at least one with role ``"method"``.
+        agents (sequence of Agent): at least one.
+        main (str): label of the agent that the page is about; by default the first.
+        against (sequence of str, optional): labels of the agents that findings compare it with; by default all others
+            that are no other size of it.
         episodes (sequence of EpisodeResult): of all agents. Those at an agent's last gradient step are its scores;
             earlier ones make its learning curve.
         calibration (sequence of CalibrationPoint): predicted values and what followed; may be empty.
-        game_data (sequence of GameData): at most one a game; a game without is shown without.
+        game_data (sequence of GameData): at most one per game; a game without is shown without.
         curves, clips: may be empty.
         settings (mapping): title -> resolved settings (nested mappings are flattened).
         caveats (sequence of str): what a careful reader must know, beside what the report finds out by itself.
         versions (mapping): software and machine, name -> version.
-        num_resamples, bootstrap_seed (int): of the intervals.
+        sources (sequence of Path): what the page is made of; a page made of something else is not overwritten.
+        provenance (str): what made the page, and when.
     """
 
     title: str
@@ -151,6 +175,8 @@ class ReportData:
     games: Sequence[str]
     agents: Sequence[Agent]
     episodes: Sequence[EpisodeResult]
+    main: str = ""
+    against: Sequence[str] | None = None
     calibration: Sequence[CalibrationPoint] = ()
     game_data: Sequence[GameData] = ()
     curves: Sequence[Curve] = ()
@@ -158,19 +184,20 @@ class ReportData:
     settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     caveats: Sequence[str] = ()
     versions: Mapping[str, str] = field(default_factory=dict)
-    num_resamples: int = NUM_RESAMPLES
-    bootstrap_seed: int = 0
+    sources: Sequence[Path] = ()
+    provenance: str = ""
 
     def __post_init__(self) -> None:
         resolve_games(self.games)
         labels = [agent.label for agent in self.agents]
         if len(set(labels)) != len(labels):
             raise ValueError(f"agents must have distinct labels, got {labels}")
-        if not any(agent.role == "method" for agent in self.agents):
-            raise ValueError(f"one agent must have the role 'method', got {[(a.label, a.role) for a in self.agents]}")
+        named = [*(self.against or ()), *([self.main] if self.main else [])]
+        if not labels or not set(named) <= set(labels):
+            raise ValueError(f"main and against must be among the labels of the agents {labels}, got {named}")
         for name, items in (("game_data", self.game_data), ("clips", self.clips)):
             unknown = [item.game for item in items if item.game not in self.games]
             if unknown:
                 raise ValueError(f"{name} names {unknown}, which are not among the report's games {list(self.games)}")
         if len({data.game for data in self.game_data}) != len(self.game_data):
-            raise ValueError(f"game_data must be one a game, got {[data.game for data in self.game_data]}")
+            raise ValueError(f"game_data must be one per game, got {[data.game for data in self.game_data]}")

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from torchrl_sql.games import GAMES
 from torchrl_sql.report.analysis import BEHAVIOUR, DQN, HUMAN, RANDOM, Analysis
 from torchrl_sql.report.table import Cell, Record, Table
-from torchrl_sql.report.text import REFERENCE_LABELS, format_interval, format_score, name_games, sentence
-from torchrl_sql.statistics.aggregates import AGGREGATES, Interval, interquartile_mean
+from torchrl_sql.report.text import (
+    REFERENCE_LABELS,
+    format_interval,
+    format_score,
+    name_games,
+    plural,
+    sentence,
+    two_digits,
+)
+from torchrl_sql.statistics.intervals import AGGREGATES, Interval, Verdict, interquartile_mean
 from torchrl_sql.statistics.scores import Reference, normalised_score, published_scores, split_by_reference
 
 MIN_PUBLISHED_GAMES = 5
@@ -19,55 +27,64 @@ MIN_PUBLISHED_GAMES = 5
 
 
 def score_table(analysis: Analysis) -> Table:
-    """One row a game, one column a policy."""
+    """One row per game, one column per policy."""
     columns = analysis.policy_columns
     counts = {label: sorted({int(n) for n in runs.counts.sum(0)}) for label, runs in analysis.runs.items()}
-    count_once = analysis.many_games and all(len(found) == 1 for found in counts.values())
+    count_once = analysis.many_games and all(len(numbers) == 1 for numbers in counts.values())
     rows: list[list[Cell]] = []
     records: list[Record] = []
     for game in analysis.data.games:
         policies = analysis.policies(game)
-        best = max(policies[agent.label][0].point for agent in analysis.data.agents)
+        best = max(policies[agent.label].mean.point for agent in analysis.agents)
         row = [Cell(game)]
         for policy in columns:
             if policy not in policies:
                 row.append(Cell("–"))
                 continue
-            interval, num_episodes, detail = policies[policy]
+            mean, num_episodes, detail, _ = policies[policy]
             is_agent = policy in analysis.runs
-            lines = [] if num_episodes is None else [format_interval(interval)]
+            lines = [] if num_episodes is None else [format_interval(mean)]
             lines += [] if num_episodes is None or (is_agent and count_once) else [f"n = {num_episodes:,}"]
             lines += [detail] if detail else []
-            row.append(Cell(format_score(interval.point), tuple(lines), is_agent and interval.point == best))
+            row.append(Cell(format_score(mean.point), tuple(lines), is_agent and mean.point == best))
             records.append(
                 {
                     "game": game,
                     "policy": policy,
                     "detail": detail,
-                    "mean_return": interval.point,
-                    "low_95": interval.low,
-                    "high_95": interval.high,
+                    "mean_return": mean.point,
+                    "low_95": mean.low,
+                    "high_95": mean.high,
+                    "interval_over": None if num_episodes is None else mean.unit,
                     "num_episodes": num_episodes,
                     "num_seeds": len(analysis.runs[policy].seeds) if is_agent else None,
-                    "human_normalised": _normalised_or_none(interval.point, game),
+                    "human_normalised": _normalised_or_none(mean.point, game),
                 }
             )
         rows.append(row)
-    published = [name for name in (RANDOM, HUMAN, DQN) if name in columns]
-    if len({found[0] for found in counts.values()}) == 1:
-        episodes = f"{counts[analysis.method.label][0]:,} of each agent"
-    else:
-        episodes = ", ".join(f"{found[0]:,} of {label}" for label, found in counts.items())
     return Table(
         name="score_table",
-        caption="Mean raw return an episode, its 95% interval"
-        + (f"; episodes a game: {episodes}" if count_once else " and number of episodes")
-        + (f"; published scores: {', '.join(published)}" if published else "")
-        + ". The best agent is in bold.",
+        caption=_score_caption(analysis, counts if count_once else None),
         header=("Game", *columns),
         rows=rows,
         records=records,
     )
+
+
+def _score_caption(analysis: Analysis, counts: Mapping[str, Sequence[int]] | None) -> str:
+    """``counts``: episodes of each agent, where they are the same in every game."""
+    caption = "Mean raw return per episode and its 95% interval"
+    if counts is None:
+        caption += ", number of episodes"
+    elif len({numbers[0] for numbers in counts.values()}) == 1:
+        caption += f"; episodes per game: {counts[analysis.main.label][0]:,} of each agent"
+    else:
+        listed = ", ".join(f"{numbers[0]:,} of {label}" for label, numbers in counts.items())
+        caption += f"; episodes per game: {listed}"
+    published = [name for name in (RANDOM, HUMAN, DQN) if name in analysis.policy_columns]
+    if published:
+        caption += f"; published scores: {', '.join(published)}"
+    return f"{caption}. The agent with the highest mean is in bold."
 
 
 def _normalised_or_none(score: float, game: str) -> float | None:
@@ -75,26 +92,25 @@ def _normalised_or_none(score: float, game: str) -> float | None:
 
 
 def aggregate_table(analysis: Analysis, reference: Reference) -> Table | None:
-    """One row an agent (and the data's behaviour), one column an aggregate; None if no game can be normalised."""
+    """One row per agent (and the data's behaviour), one column per aggregate; None if no game can be normalised."""
     games, _ = analysis.split(reference)
     estimates = dict(analysis.aggregates(reference))
     if not estimates:
         return None
     behaviours = [analysis.policies(game).get(BEHAVIOUR) for game in games]
-    means = [behaviour[0].point for behaviour in behaviours if behaviour is not None]
+    means = [behaviour.mean.point for behaviour in behaviours if behaviour is not None]
     if len(means) == len(games):
-        scores = np.array([[normalised_score(m, game, reference) for m, game in zip(means, games, strict=True)]])
+        scores = np.array([normalised_score(mean, game, reference) for mean, game in zip(means, games, strict=True)])
         estimates[BEHAVIOUR] = {
             name: Interval(float(function(scores)), math.nan, math.nan) for name, function in AGGREGATES.items()
         }
-    num_parameters = {agent.label: agent.num_parameters for agent in analysis.data.agents}
+    num_parameters = {agent.label: agent.num_parameters for agent in analysis.agents}
     rows: list[list[Cell]] = []
     records: list[Record] = []
-    for label, found in estimates.items():
+    for label, intervals in estimates.items():
         row = [Cell(label)]
-        for name, interval in found.items():
-            shown = ("no interval",) if math.isnan(interval.low) else (f"[{interval.low:.2f}, {interval.high:.2f}]",)
-            row.append(Cell(f"{interval.point:.2f}", shown))
+        for name, interval in intervals.items():
+            row.append(Cell(two_digits(interval.point), (format_interval(interval, two_digits),)))
             records.append(
                 {
                     "policy": label,
@@ -102,6 +118,7 @@ def aggregate_table(analysis: Analysis, reference: Reference) -> Table | None:
                     "point": interval.point,
                     "low_95": interval.low,
                     "high_95": interval.high,
+                    "interval_over": interval.unit,
                     "num_games": len(games),
                     "num_seeds": len(analysis.runs[label].seeds) if label in analysis.runs else None,
                     "num_parameters": num_parameters.get(label),
@@ -112,8 +129,8 @@ def aggregate_table(analysis: Analysis, reference: Reference) -> Table | None:
     return Table(
         name=f"aggregate_{reference}_normalised",
         caption=f"{sentence(label)}-normalised score with 95% intervals over "
-        f"{f'{len(games)} of the {len(analysis.data.games)}' if len(games) < len(analysis.data.games) else len(games)} "
-        f"game{'s' * (len(analysis.data.games) > 1)}: 0 is the published random score, 1 the published {label} score. "
+        f"{f'{len(games)} of the ' if len(games) < len(analysis.data.games) else ''}"
+        f"{plural(len(analysis.data.games), 'game')}: 0 is the published random score, 1 the published {label} score. "
         "Higher is better, except for the optimality gap.",
         header=("Policy", "IQM", "Median", "Mean", "Optimality gap"),
         rows=rows,
@@ -122,7 +139,7 @@ def aggregate_table(analysis: Analysis, reference: Reference) -> Table | None:
 
 
 def reference_table(analysis: Analysis) -> Table:
-    """One row a game: the published scores that normalise it, and so the aggregates that it is part of."""
+    """One row per game: the published scores that normalise it, and so the aggregates that it is part of."""
     included = {reference: analysis.split(reference)[0] for reference in REFERENCE_LABELS}
     rows: list[list[Cell]] = []
     records: list[Record] = []
@@ -150,44 +167,42 @@ def reference_table(analysis: Analysis) -> Table:
     )
 
 
-def comparison_table(analysis: Analysis) -> Table:
-    """One row a policy the method is compared with: in which games it scores higher, as much, or lower."""
-    method = analysis.method.label
+def comparison_table(analysis: Analysis) -> Table | None:
+    """One row per policy the main agent is compared with: in which games it scores higher, lower, or neither.
+
+    None if there is nothing to compare with.
+    """
+    main = analysis.main.label
+    kinds: tuple[Verdict, ...] = ("higher", "not distinguishable", "lower", "unknown")
     rows: list[list[Cell]] = []
     records: list[Record] = []
     for policy in analysis.policy_columns:
-        if policy in (method, RANDOM, HUMAN, DQN):
+        if policy in (main, RANDOM, HUMAN, DQN):
             continue
         verdicts = analysis.verdicts(policy)
-        games = {
-            kind: [game for game, verdict in verdicts.items() if verdict == kind]
-            for kind in ("above", "overlap", "below")
-        }
+        games = {kind: [game for game, verdict in verdicts.items() if verdict == kind] for kind in kinds}
+        chance = analysis.probability_of_improvement(policy) if policy in analysis.runs else None
+        cell = Cell("–")
+        if chance is not None:
+            cell = Cell(two_digits(chance.point), (format_interval(chance, two_digits),))
+        rows.append([Cell(policy), *(Cell(_games_cell(names, len(verdicts))) for names in games.values()), cell])
         record: dict[str, str | int | float | None] = {"policy": policy}
-        record |= {kind: " ".join(names) for kind, names in games.items()}
-        cells = [Cell(_games_cell(names, len(verdicts))) for names in games.values()]
-        if policy in analysis.runs:
-            chance = analysis.probability_of_improvement(policy)
-            cells.append(Cell(f"{chance.point:.2f}", (f"[{chance.low:.2f}, {chance.high:.2f}]",)))
-            record |= {
-                "improvement": chance.point,
-                "improvement_low_95": chance.low,
-                "improvement_high_95": chance.high,
-            }
-        else:
-            cells.append(Cell("–"))
-            record |= {"improvement": None, "improvement_low_95": None, "improvement_high_95": None}
-        rows.append([Cell(policy), *cells])
-        records.append(record)
+        record |= {kind.replace(" ", "_"): " ".join(names) for kind, names in games.items()}
+        improvement = (None, None, None) if chance is None else chance[:3]
+        names = ("improvement", "improvement_low_95", "improvement_high_95")
+        records.append(record | dict(zip(names, improvement, strict=True)))
+    if not rows:
+        return None
     return Table(
         name="comparison",
-        caption=f"{method} against each policy, game by game. Two scores differ where their 95% intervals are apart; "
-        "where they overlap, the episodes played cannot tell the two apart. P(improvement): the chance that a run of "
-        f"{method} beats a run of the other agent in the same game.",
-        header=("Compared with", f"{method} higher", "Intervals overlap", f"{method} lower", "P(improvement)"),
+        caption=f"{main} against each policy, game by game. A verdict needs a 95% interval of the difference over "
+        f"training seeds that leaves out 0; of one seed there is none. P(improvement): the chance that a run of {main} "
+        "beats a run of the other agent in the same game.",
+        header=("Compared with", f"{main} higher", "Not distinguishable", f"{main} lower", "No verdict",
+                "P(improvement)"),
         rows=rows,
         records=records,
-    )
+    )  # fmt: skip
 
 
 def _games_cell(games: Sequence[str], total: int) -> str:
@@ -197,7 +212,7 @@ def _games_cell(games: Sequence[str], total: int) -> str:
 
 
 def seed_table(analysis: Analysis) -> Table | None:
-    """One row a seed and game, and one a seed over all games; None if no agent has more than one seed.
+    """One row per seed and game, and one per seed over all games; None if no agent has more than one seed.
 
     Of many games, only the rows over all games are shown.
     """
@@ -221,8 +236,8 @@ def seed_table(analysis: Analysis) -> Table | None:
                     value, count = float(runs.run_scores()[s, g]), int(runs.counts[s, g])
                     row.append(Cell(format_score(value)))
                 else:
-                    value, count = float(interquartile_mean(normalised[label].scores[s : s + 1])), None
-                    row.append(Cell(f"{value:.2f}"))
+                    value, count = float(interquartile_mean(normalised[label].run_scores()[s])), None
+                    row.append(Cell(two_digits(value)))
                 records.append({"game": game, "seed": seed, "policy": label, "mean": value, "num_episodes": count})
             if not (analysis.many_games and human_games and game != "IQM"):
                 rows.append(row)
@@ -246,19 +261,27 @@ def published_games(analysis: Analysis) -> list[str]:
 
 def published_iqm(agent: str, games: Sequence[str]) -> float:
     """Human-normalised IQM of a published agent over ``games``, one score each."""
-    scores = published_scores()[agent]
-    return float(interquartile_mean(np.array([[normalised_score(scores[game], game, "human") for game in games]])))
+    return _human_iqm(published_scores()[agent], games)
+
+
+def _human_iqm(scores: Mapping[str, float], games: Sequence[str]) -> float:
+    return float(interquartile_mean(np.array([normalised_score(scores[game], game, "human") for game in games])))
+
+
+def published_name(agent: str) -> str:
+    """``Scaled QL 80M (JOWA's run)`` for ``Scaled_QL_80M``: its authors are not those who trained it."""
+    return f"{agent.replace('_', ' ')} (JOWA's run)"
 
 
 def published_table(analysis: Analysis) -> Table | None:
-    """Published agents beside the method on the games both have; None if there are no such games."""
+    """Published agents beside the main one on the games both have; None if there are no such games."""
     agents = published_scores()
     games = published_games(analysis)
     if not games:
         return None
-    label = analysis.method.label
+    label = analysis.main.label
     ours = {game: analysis.game_means[label][game].point for game in games}
-    columns = {label: ours} | {name.replace("_", " "): scores for name, scores in agents.items()}
+    columns = {label: ours} | {published_name(name): scores for name, scores in agents.items()}
     rows = [
         [Cell(game), *(Cell(format_score(scores[game]), strong=name == label) for name, scores in columns.items())]
         for game in games
@@ -277,10 +300,8 @@ def published_table(analysis: Analysis) -> Table | None:
     if human_games:
         row = [Cell(f"Human-normalised IQM ({len(human_games)})")]
         for name, scores in columns.items():
-            value = float(
-                interquartile_mean(np.array([[normalised_score(scores[g], g, "human") for g in human_games]]))
-            )
-            row.append(Cell(f"{value:.2f}", strong=name == label))
+            value = _human_iqm(scores, human_games)
+            row.append(Cell(two_digits(value), strong=name == label))
             records.append({"game": "human-normalised IQM", "agent": name, "score": None, "human_normalised": value})
         rows.append(row)
     return Table(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 
-from torchrl_sql.statistics.aggregates import Interval
+from torchrl_sql.statistics.intervals import Interval
 from torchrl_sql.statistics.scores import Reference
 
 REFERENCE_LABELS: dict[Reference, str] = {"human": "human", "dqn": "DQN"}
@@ -15,9 +16,21 @@ def format_score(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.1f}"
 
 
-def format_interval(interval: Interval) -> str:
-    """``[low, high]`` as raw scores."""
-    return f"[{format_score(interval.low)}, {format_score(interval.high)}]"
+def format_interval(interval: Interval, number: Callable[[float], str] = format_score) -> str:
+    """``[low, high]``, or that there is none."""
+    if math.isnan(interval.low):
+        return "[no interval]"
+    return f"[{number(interval.low)}, {number(interval.high)}]"
+
+
+def two_digits(value: float) -> str:
+    """A normalised score: ``0.67``."""
+    return f"{value:.2f}"
+
+
+def plural(count: int, noun: str) -> str:
+    """``1 game``, ``40 games``."""
+    return f"{count:,} {noun}{'s' * (count != 1)}"
 
 
 def format_size(num_parameters: int) -> str:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
+from scipy import stats
 
-from torchrl_sql.evaluation.episodes import CalibrationPoint
-from torchrl_sql.statistics.aggregates import CONFIDENCE, Interval
+from torchrl_sql.statistics.intervals import CONFIDENCE, Interval, Unit
 from torchrl_sql.statistics.scores import Array
 
 NUM_BINS = 10
@@ -20,11 +20,12 @@ class Calibration:
     """One agent's predictions in one game, at recorded states of episodes that were played to their end.
 
     Attributes:
-        num_episodes, num_cut (int): episodes used, and episodes left out because they were cut at the frame limit, so
-            that their returns are incomplete.
-        predicted, realised (array): ``[N]`` float64, Q of the action taken, and the discounted sum of clipped rewards.
-        bias (Interval): mean of predicted minus realised, with a 95% interval that resamples episodes; NaN if every
-            episode was cut.
+        num_episodes (int): episodes used.
+        num_cut (int): episodes left out because they were cut at the frame limit, so that their returns are incomplete.
+        predicted (array): ``[N]`` float64, Q of the action taken.
+        realised (array): ``[N]`` float64, the discounted sum of clipped rewards that followed.
+        bias (Interval): mean of predicted minus realised, over training seeds, or of one seed over its episodes; NaN if
+            every episode was cut.
     """
 
     num_episodes: int
@@ -55,45 +56,44 @@ class Calibration:
 
 
 def calibrate(
-    points: Iterable[CalibrationPoint], games: Sequence[str], *, num_resamples: int, seed: int
-) -> dict[str, Calibration]:
-    """Groups one agent's points (of one gradient step, any seeds) by game.
+    predicted: Array, realised: Array, *, seeds: Sequence[int], episodes: Sequence[int], cut: Sequence[bool]
+) -> Calibration:
+    """Compares an agent's predictions in one game, at one gradient step, with what followed.
 
     Args:
-        points (iterable of CalibrationPoint): of one agent.
-        games (sequence of str): games wanted, in their order; those without points are left out.
+        predicted (array): ``[N]``, the value of the action taken at each recorded state.
+        realised (array): ``[N]``, the discounted sum of clipped rewards from there.
 
     Keyword Args:
-        num_resamples (int): of the bootstrap over episodes.
-        seed (int): of the bootstrap.
+        seeds (sequence of int): ``[N]``, the training seed of each state.
+        episodes (sequence of int): ``[N]``, what tells a seed's episodes apart.
+        cut (sequence of bool): ``[N]``, whether its episode was cut at the frame limit.
     """
-    by_game: dict[str, dict[tuple[int, int], list[CalibrationPoint]]] = defaultdict(lambda: defaultdict(list))
-    for point in points:
-        by_game[point.game][point.seed, point.episode_seed].append(point)
-    generator = np.random.default_rng(seed)
-    found = {}
-    for game in games:
-        if game not in by_game:
-            continue
-        whole = [rows for rows in by_game[game].values() if not rows[0].truncated]
-        predicted = np.array([row.predicted_value for rows in whole for row in rows])
-        realised = np.array([row.discounted_return for rows in whole for row in rows])
-        found[game] = Calibration(
-            num_episodes=len(whole),
-            num_cut=len(by_game[game]) - len(whole),
-            predicted=predicted,
-            realised=realised,
-            bias=_bias(predicted - realised, np.array([len(rows) for rows in whole]), num_resamples, generator),
-        )
-    return found
+    keys = list(zip(seeds, episodes, strict=True))
+    whole = ~np.asarray(cut, dtype=np.bool_)
+    used = {key for key, kept in zip(keys, whole, strict=True) if kept}
+    predicted, realised = predicted[whole], realised[whole]
+    unit: Unit = "seeds" if len({seed for seed, _ in used}) > 1 else "episodes"
+    places = {key: place for place, key in enumerate(sorted({seed for seed, _ in used}) if unit == "seeds" else used)}
+    units = [places[key[0] if unit == "seeds" else key] for key, kept in zip(keys, whole, strict=True) if kept]
+    return Calibration(
+        num_episodes=len(used),
+        num_cut=len(set(keys)) - len(used),
+        predicted=predicted,
+        realised=realised,
+        bias=_bias(predicted - realised, np.array(units, dtype=np.int64), unit),
+    )
 
 
-def _bias(errors: Array, sizes: np.ndarray, num_resamples: int, generator: np.random.Generator) -> Interval:
-    """Mean error with its interval; ``errors`` are grouped by episode, ``sizes`` states each."""
-    if not len(sizes):
-        return Interval(np.nan, np.nan, np.nan)
-    sums = np.add.reduceat(errors, np.concatenate([[0], np.cumsum(sizes)[:-1]]))
-    drawn = generator.integers(len(sizes), size=(num_resamples, len(sizes)), dtype=np.int32)
-    resampled = sums[drawn].sum(-1) / sizes[drawn].sum(-1)
-    low, high = np.quantile(resampled, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-    return Interval(float(errors.mean()), float(low), float(high))
+def _bias(errors: Array, units: NDArray[np.int64], unit: Unit) -> Interval:
+    """Mean error with Student's interval over units, of which each may have another number of states."""
+    if not len(errors):
+        return Interval(np.nan, np.nan, np.nan, unit)
+    mean = float(errors.mean())
+    sums = np.bincount(units, weights=errors - mean)
+    count = len(sums)
+    if count < 2 or np.allclose(sums, 0):
+        return Interval(mean, np.nan, np.nan, unit)
+    error = np.sqrt(count / (count - 1) * (sums**2).sum()) / len(errors)
+    reach = float(stats.t.ppf((1 + CONFIDENCE) / 2, count - 1) * error)
+    return Interval(mean, mean - reach, mean + reach, unit)

@@ -16,8 +16,6 @@ from typing import Literal, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from torchrl_sql.evaluation.episodes import EpisodeResult
-from torchrl_sql.evaluation.protocol import Decoding
 from torchrl_sql.games import GAMES
 
 Reference = Literal["human", "dqn"]
@@ -43,11 +41,6 @@ def normalised_score(score: Score, game: str, reference: Reference) -> Score:
 def human_normalised(score: Score, game: str) -> Score:
     """:func:`normalised_score` by the published human score."""
     return normalised_score(score, game, "human")
-
-
-def dqn_normalised(score: Score, game: str) -> Score:
-    """:func:`normalised_score` by the score of DQN, the agent that wrote DQN-Replay."""
-    return normalised_score(score, game, "dqn")
 
 
 def split_by_reference(games: Iterable[str], reference: Reference) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -107,80 +100,6 @@ class RunReturns:
                 f"a run of n >= 1 episodes must have n finite returns, then NaN; seed {self.seeds[s]} in "
                 f"{self.games[g]} has n = {self.counts[s, g]} and {self.values[s, g].tolist()}"
             )
-
-    @classmethod
-    def from_episodes(
-        cls,
-        episodes: Iterable[EpisodeResult],
-        *,
-        agent: str,
-        decoding: Decoding,
-        games: Sequence[str] | None = None,
-        gradient_step: int | None = None,
-    ) -> RunReturns:
-        """Collects one agent's episodes at one gradient step, which all its seeds and games must have reached.
-
-        The order of the rows does not matter.
-
-        Args:
-            episodes (iterable of EpisodeResult): rows, of any agents.
-
-        Keyword Args:
-            agent (str): whose rows to take.
-            decoding (str): ``"greedy"`` or ``"sampled"`` rows.
-            games (sequence of str, optional): games and their order; by default all the agent has, alphabetically.
-            gradient_step (int, optional): of the checkpoints; by default the last one evaluated.
-
-        Raises:
-            ValueError: if there are no such rows, a (seed, game) pair has no episode, an episode is listed twice,
-                a seed's come from different checkpoints, or epsilon, the sticky probability or the frame limit differ
-                among the rows.
-        """
-        rows = [row for row in episodes if row.agent == agent and row.decoding == decoding]
-        if not rows:
-            raise ValueError(f"there is no episode of agent {agent!r} with decoding {decoding!r}")
-        seeds = sorted({row.seed for row in rows})
-        if games is None:
-            games = sorted({row.game for row in rows})
-        if len(set(games)) != len(games) or not games:
-            raise ValueError(f"games must be distinct and at least one, got {tuple(games)}")
-        step = max(row.gradient_step for row in rows) if gradient_step is None else gradient_step
-        rows = [row for row in rows if row.gradient_step == step and row.game in games]
-        protocols = sorted({(row.epsilon, row.sticky, row.max_env_frames) for row in rows})
-        if len(protocols) > 1:
-            raise ValueError(
-                f"episodes of {agent!r} ({decoding}) mix protocols (epsilon, sticky, frame limit): {protocols}"
-            )
-        weights = {(row.seed, row.checkpoint) for row in rows}
-        if len(weights) > len({seed for seed, _ in weights}):
-            raise ValueError(
-                f"episodes of {agent!r} ({decoding}) at gradient step {step} mix checkpoints of one seed: "
-                f"{sorted(weights)}"
-            )
-        returns: dict[tuple[int, str], dict[int, float]] = defaultdict(dict)
-        for row in rows:
-            run = returns[row.seed, row.game]
-            if row.episode in run:
-                raise ValueError(
-                    f"episode {row.episode} of agent {agent!r} ({decoding}), seed {row.seed}, game {row.game}, "
-                    f"gradient step {step} is listed twice"
-                )
-            run[row.episode] = row.episode_return
-        missing = [(seed, game) for seed in seeds for game in games if not returns[seed, game]]
-        if missing:
-            seed, game = missing[0]
-            raise ValueError(
-                f"agent {agent!r} ({decoding}) has no episode at gradient step {step} for seed {seed} in {game}"
-                + (f", nor for {len(missing) - 1} other (seed, game) pairs" if len(missing) > 1 else "")
-                + "; evaluate it there, or choose the games that all have"
-            )
-        counts = np.array([[len(returns[seed, game]) for game in games] for seed in seeds], dtype=np.int64)
-        values = np.full((*counts.shape, int(counts.max())), np.nan)
-        for s, seed in enumerate(seeds):
-            for g, game in enumerate(games):
-                run = returns[seed, game]
-                values[s, g, : len(run)] = [run[episode] for episode in sorted(run)]
-        return cls(games=tuple(games), seeds=tuple(seeds), values=values, counts=counts)
 
     def episodes(self, seed_index: int, game_index: int) -> Array:
         """The returns of one run, ``[E]``."""

@@ -7,11 +7,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from torchrl_sql.report.analysis import Analysis
-from torchrl_sql.report.figures.look import REFERENCE_AXIS, STEPS, colour, point_style, published_name
-from torchrl_sql.report.model import Agent
-from torchrl_sql.report.score_tables import MIN_PUBLISHED_GAMES, published_games, published_iqm
+from torchrl_sql.report.figures.look import REFERENCE_AXIS, STEPS, colour, point_style
+from torchrl_sql.report.score_tables import MIN_PUBLISHED_GAMES, published_games, published_iqm, published_name
 from torchrl_sql.report.style import COLOURS, WIDTH, Plot, new_figure
-from torchrl_sql.statistics.aggregates import AGGREGATES, aggregates, performance_profile
+from torchrl_sql.report.text import format_interval, plural, two_digits
+from torchrl_sql.statistics.intervals import AGGREGATES, aggregates, performance_profile
 from torchrl_sql.statistics.scores import Reference, published_scores
 
 MIN_GAMES_OF_PROFILE = 5
@@ -23,16 +23,14 @@ def aggregate_plot(analysis: Analysis, reference: Reference) -> Plot | None:
     estimates = analysis.aggregates(reference)
     if not estimates:
         return None
-    agents = analysis.data.agents
+    agents = analysis.agents
     figure = Figure(figsize=(WIDTH, 2 * (0.26 * len(agents) + 0.62)), layout="constrained")
     grid = figure.subplots(2, 2, sharey=True)
     for axes, aggregate in zip(grid.flat, AGGREGATES, strict=True):
         for row, agent in enumerate(agents):
             interval = estimates[agent.label][aggregate]
-            own = colour(agent, analysis)
-            axes.plot(
-                [interval.low, interval.high], [row, row], color=own, linewidth=5, alpha=0.35, solid_capstyle="butt"
-            )
+            ends = [interval.low, interval.high]
+            axes.plot(ends, [row, row], color=colour(agent, analysis), linewidth=5, alpha=0.35, solid_capstyle="butt")
             axes.plot(interval.point, row, **point_style(agent, analysis))
         better = "lower is better" if aggregate == "optimality gap" else ""
         axes.set_title(aggregate[0].upper() + aggregate[1:])
@@ -47,11 +45,10 @@ def aggregate_plot(analysis: Analysis, reference: Reference) -> Plot | None:
     name = REFERENCE_AXIS[reference]
     return Plot(
         name="aggregates" if reference == "human" else f"aggregates_{reference}",
-        caption=f"{name[0].upper()}{name[1:]} aggregates over {len(games)} game{'s' * (len(games) > 1)} with 95% "
-        "intervals.",
+        caption=f"{name[0].upper()}{name[1:]} aggregates over {plural(len(games), 'game')} with 95% intervals.",
         description="; ".join(
-            f"{label}: IQM {found['IQM'].point:.2f} from {found['IQM'].low:.2f} to {found['IQM'].high:.2f}"
-            for label, found in estimates.items()
+            f"{label}: IQM {two_digits(values['IQM'].point)} {format_interval(values['IQM'], two_digits)}"
+            for label, values in estimates.items()
         ),
         figure=figure,
     )
@@ -63,57 +60,50 @@ def profile_plot(analysis: Analysis) -> Plot | None:
     if len(games) < MIN_GAMES_OF_PROFILE:
         return None
     scores = analysis.normalised("human")
-    top = float(np.quantile(np.concatenate([agent.scores.ravel() for agent in scores.values()]), 0.98))
+    top = float(np.quantile(np.concatenate([runs.run_scores().ravel() for runs in scores.values()]), 0.98))
     thresholds = np.linspace(0, max(1.2, min(top, 8.0)), 121)
     figure, axes = new_figure(3.0)
-    for agent in analysis.data.agents:
+    for agent in analysis.agents:
         fraction, low, high = performance_profile(scores[agent.label], thresholds)
-        own = colour(agent, analysis)
+        ink = colour(agent, analysis)
         style = "--" if agent.decoding == "sampled" else "-"
-        axes.plot(thresholds, fraction, style, color=own, linewidth=1.6, label=agent.label)
-        axes.fill_between(thresholds, low, high, color=own, alpha=0.15, linewidth=0)
+        axes.plot(thresholds, fraction, style, color=ink, linewidth=1.6, label=agent.label)
+        axes.fill_between(thresholds, low, high, color=ink, alpha=0.15, linewidth=0)
     axes.set_ylim(0, 1.02)
     axes.set_xlim(0, thresholds[-1])
     axes.grid()
     axes.set_xlabel("human-normalised score τ")
-    axes.set_ylabel("share of runs above τ")
+    axes.set_ylabel("share of games above τ")
     figure.legend(loc="outside upper left", ncols=3)
     return Plot(
         name="performance_profile",
-        caption=f"Performance profile: the share of runs (seed and game) that score above τ, over {len(games)} games. "
+        caption=f"Performance profile: share of {len(games)} games in which an agent scores above τ, mean over seeds. "
         "Higher is better; bands are 95% intervals.",
         description="Performance profiles. Share of runs above the human score: "
-        + "; ".join(f"{label} {(agent.scores > 1).mean():.2f}" for label, agent in scores.items()),
+        + "; ".join(f"{label} {(runs.run_scores() > 1).mean():.2f}" for label, runs in scores.items()),
         figure=figure,
     )
 
 
 def scaling_plot(analysis: Analysis) -> Plot | None:
-    """IQM against the number of parameters, when the method or cloning comes in at least two sizes."""
-    estimates = analysis.aggregates("human")
-    series: dict[tuple[str, str], list[Agent]] = {}
-    for agent in analysis.data.agents:
-        if agent.num_parameters is not None and agent.role != "other":
-            series.setdefault((agent.role, agent.decoding), []).append(agent)
-    series = {key: agents for key, agents in series.items() if len({a.num_parameters for a in agents}) > 1}
-    if not estimates or not series:
+    """IQM against the number of parameters, of agents that come in at least two sizes."""
+    estimates = {label: values["IQM"] for label, values in analysis.aggregates("human").items()}
+    groups = analysis.size_groups
+    if not estimates or not groups:
         return None
     figure, axes = new_figure(2.9)
-    for agents in series.values():
-        agents = sorted(agents, key=lambda agent: agent.num_parameters or 0)
-        sizes = [agent.num_parameters or 0 for agent in agents]
-        found = [estimates[agent.label]["IQM"] for agent in agents]
-        line = colour(next(agent for agent in analysis.data.agents if agent.role == agents[0].role), analysis)
-        dashes = "--" if agents[0].decoding == "sampled" else "-"
-        axes.plot(sizes, [v.point for v in found], dashes, color=line, linewidth=1.4)
-        for size, value, agent in zip(sizes, found, agents, strict=True):
-            own = colour(agent, analysis)
-            axes.vlines(size, value.low, value.high, color=own, linewidth=5, alpha=0.35)
-            style = point_style(agent, analysis)
-            axes.plot(size, value.point, linestyle="none", label=agent.label, **style)
+    for group in groups:
+        sizes = [agent.num_parameters or 0 for agent in group]
+        points = [estimates[agent.label].point for agent in group]
+        dashes = "--" if group[0].decoding == "sampled" else "-"
+        axes.plot(sizes, points, dashes, color=colour(group[-1], analysis), linewidth=1.4)
+        for size, agent in zip(sizes, group, strict=True):
+            point, low, high, _ = estimates[agent.label]
+            axes.vlines(size, low, high, color=colour(agent, analysis), linewidth=5, alpha=0.35)
+            axes.plot(size, point, linestyle="none", label=agent.label, **point_style(agent, analysis))
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter(EngFormatter(places=0, sep=""))
-    axes.set_xticks(sorted({agent.num_parameters or 0 for agents in series.values() for agent in agents}))
+    axes.set_xticks(sorted({agent.num_parameters or 0 for group in groups for agent in group}))
     axes.minorticks_off()
     axes.margins(x=0.15, y=0.15)
     axes.grid()
@@ -125,9 +115,9 @@ def scaling_plot(analysis: Analysis) -> Plot | None:
         name="scaling",
         caption=f"Human-normalised IQM over {len(games)} games against the number of parameters, with 95% intervals.",
         description="; ".join(
-            f"{agent.label}: {agent.num_parameters:,} parameters, IQM {estimates[agent.label]['IQM'].point:.2f}"
-            for agents in series.values()
-            for agent in agents
+            f"{agent.label}: {agent.num_parameters:,} parameters, IQM {estimates[agent.label].point:.2f}"
+            for group in groups
+            for agent in group
         ),
         figure=figure,
     )
@@ -140,18 +130,18 @@ def published_plot(analysis: Analysis) -> Plot | None:
         return None
     ours = {label: aggregates(scores.select(games))["IQM"] for label, scores in analysis.normalised("human").items()}
     theirs = {published_name(name): published_iqm(name, games) for name in published_scores()}
-    agents = {agent.label: agent for agent in analysis.data.agents}
+    agents = {agent.label: agent for agent in analysis.agents}
     rows = [*ours, *sorted(theirs, key=lambda name: -theirs[name])]
     figure, axes = new_figure(0.22 * len(rows) + 0.7)
     for row, name in enumerate(rows):
         if name in agents:
-            own = colour(agents[name], analysis)
-            axes.plot([ours[name].low, ours[name].high], [row, row], color=own, linewidth=5, alpha=0.35)
+            ends = [ours[name].low, ours[name].high]
+            axes.plot(ends, [row, row], color=colour(agents[name], analysis), linewidth=5, alpha=0.35)
             axes.plot(ours[name].point, row, **point_style(agents[name], analysis))
         else:
             axes.plot(theirs[name], row, "D", color=COLOURS["data"][0], markersize=4.5)
     axes.axhline(len(ours) - 0.5, color=COLOURS["muted"][0], linewidth=0.8)
-    axes.set_yticks(range(len(rows)), [f"{name}, published" if name in theirs else name for name in rows])
+    axes.set_yticks(range(len(rows)), rows)
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.set_xlim(left=min(0.0, axes.get_xlim()[0]))
     axes.grid(axis="x")

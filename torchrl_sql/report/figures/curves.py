@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -13,8 +13,8 @@ from torchrl_sql.report.analysis import Analysis
 from torchrl_sql.report.figures.look import STEPS, colour, point_style
 from torchrl_sql.report.model import Agent, Curve
 from torchrl_sql.report.style import COLOURS, SMALL_WIDTH, WIDTH, Plot, new_figure
-from torchrl_sql.statistics.aggregates import BootstrapScores, estimate, interquartile_mean
-from torchrl_sql.statistics.scores import Array, split_by_reference
+from torchrl_sql.statistics.intervals import Interval, aggregates, game_means
+from torchrl_sql.statistics.scores import Array, RunReturns, split_by_reference
 
 PANELS_IN_ONE_PLOT = 10
 MAX_POINTS = 150
@@ -29,10 +29,10 @@ def learning_curve_plot(analysis: Analysis) -> Plot | None:
     figure, axes = new_figure(2.9)
     values = []
     for agent in _agents_with_curves(analysis):
-        steps, estimates = _estimates(analysis, agent, games)
-        _draw_curve(axes, agent, analysis, steps, estimates)
-        points = zip(steps, estimates[0], strict=True)
-        values.append(f"{agent.label}: " + ", ".join(f"{step:,} steps {value:.2f}" for step, value in points))
+        curve = _estimates(analysis, agent, games)
+        _draw_curve(axes, agent, analysis, curve)
+        points = ", ".join(f"{step:,} steps {interval.point:.2f}" for step, interval in curve.items())
+        values.append(f"{agent.label}: {points}")
     _set_step_axis(axes)
     axes.set_ylabel("human-normalised IQM")
     figure.legend(loc="outside upper left", ncols=3)
@@ -46,17 +46,17 @@ def learning_curve_plot(analysis: Analysis) -> Plot | None:
 
 
 def game_learning_curve_plots(analysis: Analysis) -> list[Plot]:
-    """A panel a game: the mean score at each checkpoint that was evaluated in full."""
+    """A panel per game: the mean score at each checkpoint that was evaluated in full."""
     if not analysis.learning_curves:
         return []
     games = list(analysis.data.games)
     num_plots = -(-len(games) // PANELS_IN_ONE_PLOT)
     size = -(-len(games) // num_plots)
-    parts = [games[number * size : (number + 1) * size] for number in range(num_plots)]
-    return [_game_panels(analysis, number, part) for number, part in enumerate(parts)]
+    parts = [games[index * size : (index + 1) * size] for index in range(num_plots)]
+    return [_game_panels(analysis, index, part) for index, part in enumerate(parts)]
 
 
-def _game_panels(analysis: Analysis, number: int, games: Sequence[str]) -> Plot:
+def _game_panels(analysis: Analysis, index: int, games: Sequence[str]) -> Plot:
     agents = _agents_with_curves(analysis)
     rows = -(-len(games) // 2)
     legend_height = 0.17 * -(-len(agents) // 3) + 0.1
@@ -69,8 +69,7 @@ def _game_panels(analysis: Analysis, number: int, games: Sequence[str]) -> Plot:
     )
     for axes, game in zip(grid.flat, games, strict=False):
         for agent in agents:
-            steps, estimates = _estimates(analysis, agent, [game])
-            _draw_curve(axes, agent, analysis, steps, estimates)
+            _draw_curve(axes, agent, analysis, _estimates(analysis, agent, [game]))
         axes.set_title(game if split_by_reference([game], "human")[0] else f"{game} (raw)", fontsize=8.5)
         _set_step_axis(axes, label=False)
         axes.tick_params(axis="both", labelsize=7, labelcolor=COLOURS["muted"][0])
@@ -82,7 +81,7 @@ def _game_panels(analysis: Analysis, number: int, games: Sequence[str]) -> Plot:
     figure.legend(handles, labels, loc="upper left", ncols=3, fontsize=8)
     figure.supxlabel("gradient steps", fontsize=9, color=COLOURS["muted"][0], y=0.05 / height)
     return Plot(
-        name=f"learning_curves_by_game_{number + 1}",
+        name=f"learning_curves_by_game_{index + 1}",
         caption=f"Human-normalised score against gradient steps with 95% intervals, {games[0]} to {games[-1]}.",
         description=f"Scores against gradient steps in {', '.join(games)}; the numbers are in learning_curves.csv.",
         figure=figure,
@@ -90,41 +89,30 @@ def _game_panels(analysis: Analysis, number: int, games: Sequence[str]) -> Plot:
 
 
 def _agents_with_curves(analysis: Analysis) -> list[Agent]:
-    return [agent for agent in analysis.data.agents if agent.label in analysis.learning_curves]
+    return [agent for agent in analysis.agents if agent.label in analysis.learning_curves]
 
 
-def _estimates(
-    analysis: Analysis, agent: Agent, games: Sequence[str]
-) -> tuple[list[int], tuple[list[float], list[float], list[float]]]:
-    """Steps, and (point, low, high) of the IQM over several games or of the mean score of one."""
-    points: list[tuple[float, ...]] = []
-    curve = analysis.learning_curves[agent.label].scores
-    for scores in curve.values():
-        points.append(tuple(float(v) for v in _iqm_or_mean(scores.select(games))))
-    point, low, high = (list(column) for column in zip(*points, strict=True))
-    return list(curve), (point, low, high)
+def _estimates(analysis: Analysis, agent: Agent, games: Sequence[str]) -> dict[int, Interval]:
+    """By gradient step, the IQM over several games or the mean score of one."""
+    runs = analysis.learning_curves[agent.label].runs
+    return {step: _iqm_or_mean(returns.select(games)) for step, returns in runs.items()}
 
 
-def _iqm_or_mean(scores: BootstrapScores) -> tuple[Array, Array, Array]:
-    if split_by_reference(scores.games, "human")[0]:
-        scores = scores.normalised("human")
-    return estimate(interquartile_mean if len(scores.games) > 1 else lambda s: s.mean((-2, -1)), scores)
+def _iqm_or_mean(runs: RunReturns) -> Interval:
+    if split_by_reference(runs.games, "human")[0]:
+        runs = runs.normalised("human")
+    return aggregates(runs)["IQM"] if len(runs.games) > 1 else game_means(runs)[runs.games[0]]
 
 
-def _draw_curve(
-    axes: Axes,
-    agent: Agent,
-    analysis: Analysis,
-    steps: Sequence[int],
-    estimates: tuple[Sequence[float], Sequence[float], Sequence[float]],
-) -> None:
-    point, low, high = estimates
-    own = colour(agent, analysis)
+def _draw_curve(axes: Axes, agent: Agent, analysis: Analysis, curve: Mapping[int, Interval]) -> None:
+    ink = colour(agent, analysis)
     style = point_style(agent, analysis) | {"markersize": 3.5}
-    axes.fill_between(steps, low, high, color=own, alpha=0.15, linewidth=0)
+    low, high = ([interval[end] for interval in curve.values()] for end in (1, 2))
+    axes.fill_between([*curve], low, high, color=ink, alpha=0.15, linewidth=0)
     axes.plot(
-        steps, point, linestyle="--" if agent.decoding == "sampled" else "-", linewidth=1.4, label=agent.label, **style
-    )
+        [*curve], [interval.point for interval in curve.values()],
+        linestyle="--" if agent.decoding == "sampled" else "-", linewidth=1.4, label=agent.label, **style,
+    )  # fmt: skip
 
 
 def _set_step_axis(axes: Axes, *, label: bool = True) -> None:
@@ -135,12 +123,12 @@ def _set_step_axis(axes: Axes, *, label: bool = True) -> None:
 
 
 def training_plots(analysis: Analysis) -> list[Plot]:
-    """One panel a training metric, one line a run."""
+    """One panel per training metric, one line per run."""
     metrics = list(dict.fromkeys(curve.metric for curve in analysis.data.curves))
-    return [_metric_plot(analysis, number, metric) for number, metric in enumerate(metrics)]
+    return [_metric_plot(analysis, index, metric) for index, metric in enumerate(metrics)]
 
 
-def _metric_plot(analysis: Analysis, number: int, metric: str) -> Plot:
+def _metric_plot(analysis: Analysis, index: int, metric: str) -> Plot:
     curves = [curve for curve in analysis.data.curves if curve.metric == metric]
     figure, axes = new_figure(2.1, width=SMALL_WIDTH)
     labelled: set[str] = set()
@@ -162,7 +150,7 @@ def _metric_plot(analysis: Analysis, number: int, metric: str) -> Plot:
     else:
         axes.set_title(curves[0].label, loc="right", color=COLOURS["muted"][0], fontsize=8.5)
     return Plot(
-        name=f"curve_{number}_" + "".join(c if c.isalnum() else "_" for c in metric.lower()).strip("_"),
+        name=f"curve_{index}_" + "".join(c if c.isalnum() else "_" for c in metric.lower()).strip("_"),
         caption=metric,
         description=f"{metric} against gradient steps. Last values: "
         + "; ".join(f"{c.label} seed {c.seed} {c.values[-1]:.3g}" for c in curves if len(c.values)),

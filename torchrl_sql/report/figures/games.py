@@ -13,8 +13,9 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from torchrl_sql.games import ACTION_NAMES, GAMES
 from torchrl_sql.report.analysis import BEHAVIOUR, BEST_BEHAVIOUR, BEST_CONSTANT, DQN, Analysis
-from torchrl_sql.report.figures.look import DQN_MARK, PUBLISHED_MARKS, STEPS, bar_style, published_name
+from torchrl_sql.report.figures.look import DQN_MARK, PUBLISHED_MARKS, STEPS, bar_style
 from torchrl_sql.report.model import GameData
+from torchrl_sql.report.score_tables import published_name
 from torchrl_sql.report.style import COLOURS, SMALL_WIDTH, Plot, new_figure
 from torchrl_sql.report.text import format_score, name_games
 from torchrl_sql.statistics.scores import normalised_score, published_scores
@@ -29,19 +30,19 @@ def game_plot(analysis: Analysis, game: str) -> Plot:
     normalised = GAMES[game].human_score is not None
     figure, axes = new_figure(0.27 * len(bars) + 0.75)
     reach = [0.0]
-    for row, (policy, interval) in enumerate(bars.items()):
-        x, low, high = (to_x(value) for value in interval)
-        published = np.isnan(low)
+    for row, (policy, (point, low, high)) in enumerate(bars.items()):
+        x, low, high = to_x(point), to_x(low), to_x(high)
+        alone = np.isnan(low)
         style = bar_style(policy, analysis)
-        if published:
+        if policy not in analysis.policy_columns or policy == DQN:
             style |= {"facecolor": COLOURS["paper"][0], "linestyle": (0, (2, 1.5))}
         axes.barh(row, x, height=0.62, **style)
         for colour, width in (("paper", 2.6), ("ink", 1.1)):  # a light rim keeps the line visible on a dark bar
             axes.plot([low, high], [row, row], color=COLOURS[colour][0], linewidth=width, solid_capstyle="butt")
-        reach += [x] if published else [x, low, high]
+        reach += [x] if alone else [x, low, high]
         axes.annotate(
-            format_score(interval[0]),
-            (max(x, 0) if published else max(x, high, 0), row),
+            format_score(point),
+            (max(x, 0) if alone else max(x, high, 0), row),
             xytext=(4, 0),
             textcoords="offset points",
             va="center",
@@ -59,7 +60,7 @@ def game_plot(analysis: Analysis, game: str) -> Plot:
     axes.xaxis.set_major_locator(MaxNLocator(5, steps=STEPS))
     axes.set_xlabel("human-normalised score (numbers: raw)" if normalised else "raw score")
     axes.set_title(game, fontweight="bold")
-    published_too = any(np.isnan(interval[1]) for interval in bars.values())
+    published_too = any(policy not in analysis.policy_columns or policy == DQN for policy in bars)
     return Plot(
         name=f"scores_{game}",
         caption=f"{game}: mean score of each policy with its 95% interval."
@@ -71,17 +72,17 @@ def game_plot(analysis: Analysis, game: str) -> Plot:
 
 
 def _bars(analysis: Analysis, game: str) -> dict[str, tuple[float, float, float]]:
-    """Policy -> (score, low, high); published agents have NaN for an interval."""
+    """Policy -> (score, low, high); NaN where there is no interval."""
     known = analysis.policies(game)
-    agents = (agent.label for agent in analysis.data.agents)
+    agents = (agent.label for agent in analysis.agents)
     bars: dict[str, tuple[float, float, float]] = {
-        policy: known[policy][0]
+        policy: known[policy].mean[:3]
         for policy in (*agents, BEHAVIOUR, BEST_BEHAVIOUR, BEST_CONSTANT, DQN)
         if policy in known
     }
     scores = published_scores()
     return bars | {
-        f"{published_name(agent)}, published": (scores[agent][game], np.nan, np.nan)
+        published_name(agent): (scores[agent][game], np.nan, np.nan)
         for agent in PUBLISHED_MARKS
         if game in scores[agent]
     }
@@ -94,15 +95,14 @@ def _scale(game: str) -> Callable[[float], float]:
 
 
 def all_games_plots(analysis: Analysis) -> list[Plot]:
-    """Many games, a row each, best first: the method, greedy cloning and the behaviour as bars, published scores as
-    marks; one scale for all.
+    """Many games, a row each, best first: the main agent, the first it is compared with and the behaviour as bars,
+    published scores as marks; one scale for all.
     """
     included, excluded = analysis.split("human")
-    agents = [agent for agent in (analysis.method, analysis.first("bc_greedy")) if agent is not None]
-    labels = [agent.label for agent in agents]
+    labels = [agent.label for agent in (analysis.main, *analysis.against[:1])]
     bars = {
         game: {
-            policy: [float(normalised_score(value, game, "human")) for value in known[policy][0]]
+            policy: [float(normalised_score(value, game, "human")) for value in known[policy].mean[:3]]
             for policy in (*labels, BEHAVIOUR)
             if policy in (known := analysis.policies(game))
         }
@@ -115,7 +115,7 @@ def all_games_plots(analysis: Analysis) -> list[Plot]:
             if game in published_scores()[agent]
         }
         | (
-            {DQN: float(normalised_score(analysis.policies(game)[DQN][0].point, game, "human"))}
+            {DQN: float(normalised_score(analysis.policies(game)[DQN].mean.point, game, "human"))}
             if DQN in analysis.policies(game)
             else {}
         )
@@ -124,19 +124,19 @@ def all_games_plots(analysis: Analysis) -> list[Plot]:
     games = sorted(included, key=lambda game: -bars[game][labels[0]][0])
     num_plots = -(-len(games) // GAMES_IN_ONE_PLOT)
     size = -(-len(games) // max(num_plots, 1))
-    parts = [games[number * size : (number + 1) * size] for number in range(num_plots)]
-    return [_games_plot(analysis, number, part, bars, marks, excluded) for number, part in enumerate(parts)]
+    parts = [games[index * size : (index + 1) * size] for index in range(num_plots)]
+    return [_games_plot(analysis, index, part, bars, marks, excluded) for index, part in enumerate(parts)]
 
 
 def _games_plot(
     analysis: Analysis,
-    number: int,
+    index: int,
     games: Sequence[str],
     bars: Mapping[str, Mapping[str, Sequence[float]]],
     marks: Mapping[str, Mapping[str, float]],
     excluded: Sequence[str],
 ) -> Plot:
-    policies = list(dict.fromkeys(policy for found in bars.values() for policy in found))
+    policies = list(dict.fromkeys(policy for values in bars.values() for policy in values))
     figure, axes = new_figure(0.082 * len(games) * (len(policies) + 1.3) + 1.35)
     height = 0.8 / len(policies)
     for row, game in enumerate(games):
@@ -149,8 +149,8 @@ def _games_plot(
                     axes.plot([low, high], [y, y], color=COLOURS[colour][0], linewidth=width, solid_capstyle="butt")
         for name, x in marks[game].items():
             axes.plot(x, row, **(DQN_MARK if name == DQN else PUBLISHED_MARKS[name]))
-    values = [x for found in bars.values() for interval in found.values() for x in interval]
-    _set_scale(axes, values + [x for found in marks.values() for x in found.values()])
+    values = [x for of_game in bars.values() for interval in of_game.values() for x in interval if not np.isnan(x)]
+    _set_scale(axes, values + [x for of_game in marks.values() for x in of_game.values()])
     axes.set_yticks(range(len(games)), games)
     axes.set_ylim(len(games) - 0.45, -0.55)
     axes.axvline(0, color=COLOURS["muted"][0], linewidth=0.8)
@@ -158,18 +158,16 @@ def _games_plot(
     axes.grid(axis="x")
     axes.spines["left"].set_visible(False)
     handles: list[Artist] = [Patch(label=policy, **bar_style(policy, analysis)) for policy in policies]
-    shown = {name for found in marks.values() for name in found}
+    shown = {name for of_game in marks.values() for name in of_game}
     if DQN in shown:
         handles.append(Line2D([], [], label="DQN (wrote DQN-Replay)", **DQN_MARK))
     handles += [
-        Line2D([], [], label=f"{published_name(name)}, published", **style)
-        for name, style in PUBLISHED_MARKS.items()
-        if name in shown
+        Line2D([], [], label=published_name(name), **style) for name, style in PUBLISHED_MARKS.items() if name in shown
     ]
     figure.legend(handles=handles, loc="outside upper left", ncols=2)
     missing = f" {name_games(excluded, len(excluded) + len(bars))}: no human score, see the table." if excluded else ""
     return Plot(
-        name=f"scores_by_game_{number + 1}",
+        name=f"scores_by_game_{index + 1}",
         caption=f"Human-normalised score (0 random, 1 human) with 95% intervals, best first, {games[0]} to "
         f"{games[-1]}; the marks are published scores, of other protocols.{missing}",
         description=f"Bars of human-normalised score in {len(games)} games, {games[0]} to {games[-1]}, for "

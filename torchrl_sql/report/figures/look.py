@@ -34,24 +34,28 @@ DQN_MARK: dict[str, Any] = {
 }
 
 
-def published_name(agent: str) -> str:
-    """``Scaled QL 80M`` for ``Scaled_QL_80M``."""
-    return agent.replace("_", " ")
-
-
 def colour(agent: Agent | None, analysis: Analysis) -> str:
-    """By role, paler for the agents after a role's first (smaller sizes)."""
-    if agent is None or agent.role == "other":
-        return COLOURS["other"][0]
-    place = _place(agent, analysis)
-    if agent.role == "method":
-        return COLOURS[("method", "method2", "method3")[min(place, 2)]][0]
-    return COLOURS[("bc", "bc2")[min(place, 1)]][0]
+    """One colour for the main agent and its sizes, one for those it is compared with, paler for later ones."""
+    for names, agents in _palettes(analysis):
+        if agent in agents:
+            return COLOURS[names[min(agents.index(agent), len(names) - 1)]][0]
+    return COLOURS["other"][0]
+
+
+def _palettes(analysis: Analysis) -> list[tuple[tuple[str, ...], list[Agent]]]:
+    ours = [analysis.main, *(agent for agent in reversed(analysis.sizes) if agent != analysis.main)]
+    first = {agent.agent for agent in analysis.against[:1]}
+    theirs = [agent for agent in analysis.against if agent.agent in first and agent not in ours]
+    return [(("method", "method2", "method3"), ours), (("bc", "bc2"), theirs)]
 
 
 def marker(agent: Agent, analysis: Analysis) -> str:
-    """Tells apart the agents of one role where colours alone could fail."""
-    return "os^Dv"[min(_place(agent, analysis), 4)]
+    """Tells apart the agents of one colour where shades alone could fail."""
+    alike = [other for other in analysis.agents if colour(other, analysis) == COLOURS["other"][0]]
+    for _, agents in [*_palettes(analysis), ((), alike)]:
+        if agent in agents:
+            return "os^Dv"[min(agents.index(agent), 4)]
+    return "o"
 
 
 def point_style(agent: Agent, analysis: Analysis) -> dict[str, Any]:
@@ -63,11 +67,7 @@ def point_style(agent: Agent, analysis: Analysis) -> dict[str, Any]:
 
 def bar_style(policy: str, analysis: Analysis) -> dict[str, Any]:
     """Solid for agents that act greedily and the behaviour; outlined for their variants."""
-    agents = {agent.label: agent for agent in analysis.data.agents}
+    agents = {agent.label: agent for agent in analysis.agents}
     own = colour(agents[policy], analysis) if policy in agents else COLOURS["data"][0]
     outlined = policy in (BEST_BEHAVIOUR, BEST_CONSTANT) or (policy in agents and agents[policy].decoding == "sampled")
     return {"facecolor": COLOURS["paper"][0] if outlined else own, "edgecolor": own, "linewidth": 1.2}
-
-
-def _place(agent: Agent, analysis: Analysis) -> int:
-    return [other for other in analysis.data.agents if other.role == agent.role].index(agent)

@@ -1,0 +1,183 @@
+"""What limits the numbers of a report, found from its data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from math import isfinite
+
+import numpy as np
+
+from torchrl_sql.report.analysis import Analysis
+from torchrl_sql.report.score_tables import published_games
+from torchrl_sql.report.text import REFERENCE_LABELS, name_games, sentence
+
+
+def caveats(analysis: Analysis) -> list[str]:
+    """What a reader must know of the numbers shown; those of the report's data come last."""
+    return [
+        *_of_agents(analysis),
+        *_of_intervals(analysis),
+        *_of_references(analysis),
+        *_of_episodes(analysis),
+        *_of_protocols(analysis),
+        *_of_checkpoints(analysis),
+        *_of_calibration(analysis),
+        *_of_data(analysis),
+        *_of_training(analysis),
+        *analysis.data.caveats,
+    ]
+
+
+def _of_agents(analysis: Analysis) -> Iterator[str]:
+    shown = {agent.label for agent in analysis.agents}
+    for label, (games, seeds) in analysis.left_out.items():
+        if games:
+            where = name_games(games, len(analysis.data.games))
+            yield f"{label} is not on this page: it has no episode in {where}."
+        elif label not in shown:
+            yield f"{label} is not on this page: at no gradient step was a seed evaluated in every game."
+        else:
+            listed = ", ".join(map(str, seeds))
+            yield (
+                f"{label} is shown without seed {listed}, not evaluated in every game at "
+                f"{analysis.step(label):,} gradient steps."
+            )
+
+
+def _of_intervals(analysis: Analysis) -> Iterator[str]:
+    counts = {len(runs.seeds) for runs in analysis.runs.values()}
+    few = min(counts)
+    if few == 1:
+        labels = [label for label, runs in analysis.runs.items() if len(runs.seeds) == 1]
+        yield (
+            f"One training seed of {', '.join(labels)}: intervals are of evaluation episodes only and do not cover the "
+            "variation between training runs, so that there is no verdict."
+        )
+    if max(counts) > 1:
+        seeds = f"{few}" if counts == {few} else f"{few} to {max(counts)}"
+        yield (
+            f"Intervals are Student's 95% intervals over {seeds} training seeds of per-seed means and aggregates: the "
+            "games of one seed share a network. An aggregate is the mean of the seeds' own aggregates."
+        )
+        if analysis.many_games:
+            yield (
+                f"Verdicts of single games are not corrected for their number: of {len(analysis.data.games)} equal "
+                "games, one in twenty would differ by chance."
+            )
+
+
+def _of_references(analysis: Analysis) -> Iterator[str]:
+    num_games = len(analysis.data.games)
+    for reference, name in REFERENCE_LABELS.items():
+        included, excluded = analysis.split(reference)
+        covered = f"{sentence(name)}-normalised aggregates cover"
+        if excluded:
+            have = "has" if len(excluded) == 1 else "have"
+            yield (
+                f"{covered} {len(included)} of the {num_games} games shown: {name_games(excluded, num_games)} {have} "
+                f"no published {name} score."
+            )
+        elif num_games > 2:
+            yield f"{covered} all {num_games} games shown."
+        else:
+            yield f"{covered} {name_games(included, num_games)}."
+    if 0 < (count := len(analysis.split("human")[0])) < 4:
+        yield f"With {count} games the IQM drops nothing and equals the mean; it becomes robust from four games on."
+    if not published_games(analysis):
+        yield "None of the games shown is among the 15 for which scores of published multi-game agents are at hand."
+
+
+def _of_episodes(analysis: Analysis) -> Iterator[str]:
+    counts = np.concatenate([runs.counts.ravel() for runs in analysis.runs.values()])
+    if counts.min() != counts.max():
+        yield (
+            f"Runs have between {counts.min()} and {counts.max()} episodes per game and seed; every run counts the "
+            "same, whatever its number of episodes. What an interrupted evaluation lacks are the long episodes."
+        )
+    episodes = [row for rows in analysis.episodes.values() for row in rows]
+    cut = sum(row.truncated and not row.terminated for row in episodes)
+    if cut:
+        yield f"{cut:,} of {len(episodes):,} episodes were cut at the frame limit; their return up to there counts."
+
+
+def _of_protocols(analysis: Analysis) -> Iterator[str]:
+    episodes = [row for rows in analysis.episodes.values() for row in rows]
+    for name, values in (
+        ("sticky-action probabilities", sorted({row.sticky for row in episodes})),
+        ("exploration probabilities", sorted({row.epsilon for row in episodes})),
+        ("frame limits", sorted({row.max_env_frames for row in episodes})),
+    ):
+        if len(values) > 1:
+            listed = ", ".join(f"{value:,g}" if value < 1 else f"{value:,}" for value in values)
+            yield f"The agents were not evaluated alike: {name} {listed}. Compare with care."
+    steps = sorted({analysis.step(agent.label) for agent in analysis.agents})
+    if len(steps) > 1:
+        yield f"The agents were trained for different numbers of gradient steps: {', '.join(f'{s:,}' for s in steps)}."
+
+
+def _of_checkpoints(analysis: Analysis) -> Iterator[str]:
+    texts: list[tuple[str, str]] = []
+    for label, curve in analysis.learning_curves.items():
+        later = [step for step in curve.incomplete_steps if step > analysis.step(label)]
+        if later:
+            listed = ", ".join(f"{step:,}" for step in later)
+            text = f"scores are those at {analysis.step(label):,} gradient steps, the last checkpoint that was"
+            texts.append((label, f"{text} evaluated with every seed in every game; later ones: {listed}"))
+        earlier = [step for step in curve.incomplete_steps if step not in later]
+        if earlier:
+            listed = ", ".join(f"{step:,}" for step in earlier)
+            text = f"the learning curve leaves out the checkpoints at {listed} gradient steps, where not every seed was"
+            texts.append((label, f"{text} evaluated in every game"))
+        uneven = [f"{step:,} ({low} to {high})" for step, (low, high) in curve.num_episodes.items() if low < high]
+        if uneven:
+            text = f"unequal numbers of episodes per game and seed at the checkpoints {', '.join(uneven)}; if their"
+            why = "evaluation was interrupted, the missing episodes are the long ones and the curve is biased there"
+            texts.append((label, f"{text} {why}"))
+        elif len(set(curve.num_episodes.values())) > 1:
+            listed = ", ".join(f"{low} at {step:,}" for step, (low, _) in curve.num_episodes.items())
+            texts.append((label, f"episodes per game and seed differ between checkpoints: {listed}"))
+    yield from _together(texts)
+
+
+def _of_calibration(analysis: Analysis) -> Iterator[str]:
+    texts: list[tuple[str, str]] = []
+    for label, games in analysis.calibration.items():
+        cut, used = (sum(getattr(game, name) for game in games.values()) for name in ("num_cut", "num_episodes"))
+        if cut:
+            text = f"value calibration leaves out {cut:,} of {cut + used:,} episodes, which were cut at the frame limit"
+            texts.append((label, f"{text} (their returns are incomplete; these are often an agent's best)"))
+        missing = [game for game in analysis.data.games if game not in games]
+        if missing:
+            texts.append((label, f"no predicted values were recorded in {name_games(missing, len(missing))}"))
+    yield from _together(texts)
+
+
+def _together(texts: list[tuple[str, str]]) -> Iterator[str]:
+    """What holds for several agents, once."""
+    labels: dict[str, list[str]] = {}
+    for label, text in texts:
+        labels.setdefault(text, []).append(label)
+    for text, names in labels.items():
+        yield f"{', '.join(names)}: {text}."
+
+
+def _of_data(analysis: Analysis) -> Iterator[str]:
+    if any(data.best_constant_action or data.best_behaviour for data in analysis.data.game_data):
+        yield (
+            "The best behaviour and the best constant action were picked by the very episodes that score them, which "
+            "favours them slightly."
+        )
+    clipped = [data.game for data in analysis.data.game_data if data.rewards == "clipped"]
+    if clipped:
+        yield (
+            f"The data of {name_games(clipped, len(analysis.data.games))} holds clipped rewards, so that its returns "
+            "are not game scores and are left out of comparisons."
+        )
+
+
+def _of_training(analysis: Analysis) -> Iterator[str]:
+    for curve in analysis.data.curves:
+        points = zip(curve.gradient_steps, curve.values, strict=True)
+        broken = [step for step, value in points if not isfinite(value)]
+        if broken:
+            yield f"{curve.metric} of {curve.label}, seed {curve.seed}, is not finite at step {broken[0]:,}."
