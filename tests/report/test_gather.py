@@ -59,7 +59,7 @@ def run_folder(folder, *overrides, name="scaled_ql", seed=0, games=GAMES, metric
 def test_runs_of_one_name_are_seeds_and_the_rest_is_told_apart(tmp_path):
     metrics = {"loss_qvalue": "10,3.0\n20,2.0\n", "learning_rate": "10,0.1\n"}
     for seed in (0, 1):
-        folder = run_folder(tmp_path / f"ql{seed}", seed=seed, metrics=metrics)
+        folder = run_folder(tmp_path / f"ql{seed}", "method.value_prior_std=1.0", seed=seed, metrics=metrics)
         (folder / "versions.json").write_text(json.dumps({"torch": f"2.1{seed}", "python": "3.11"}))
         write(folder / "scores.csv", episodes(seed=seed))
         (folder / "evaluation_versions.json").write_text(json.dumps([{"ale-py": "0.12"}, {"ale-py": f"0.{seed}"}]))

@@ -6,8 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-import torch
-
 from torchrl_sql.config import RunConfig
 from torchrl_sql.evaluation.agents import ConstantAgent
 from torchrl_sql.evaluation.episodes import EpisodeResult
@@ -126,6 +124,5 @@ def _apart_from_size(config: RunConfig) -> dict[str, Any]:
 
 
 def _num_parameters(config: RunConfig) -> int:
-    with torch.device("meta"):
-        network = make_method(config.method).network(config.model, config.games)
+    network = make_method(config.method).network(config.model, config.games)
     return sum(parameter.numel() for parameter in network.parameters())
