@@ -97,7 +97,7 @@ def test_mse_by_hand(terminated, steps, target):
     loss = make_loss(table_actor(3), gamma=0.5, cql_alpha=1.0, target="mse")
     out = loss(transition([1.0, 2, 0], [3.0, 4, -1], action=1, reward=1.0, terminated=terminated, steps=steps))
     assert out["q_target"].item() == pytest.approx(target)
-    assert out["loss_qvalue"].item() == pytest.approx((target - 2) ** 2 / 2)
+    assert out["loss_qvalue"].item() == pytest.approx((target - 2) ** 2)
     assert out["td_error"].item() == pytest.approx((target - 2) ** 2)
     assert out["loss_cql"].item() == pytest.approx(math.log(math.e + math.e**2 + 1) - 2, abs=1e-6)
 
@@ -142,8 +142,7 @@ def test_reductions(make_actor, make_batch, target, reduction):
     actor, batch = make_actor(distributional=target != "mse"), make_batch()
     each = make_loss(actor, target=target, reduction="none")(batch)
     assert each["loss_qvalue"].shape == each["loss_cql"].shape == (32,)
-    scale = 2 if target == "mse" else 1
-    torch.testing.assert_close(batch["td_error"], scale * each["loss_qvalue"].detach().unsqueeze(-1))
+    torch.testing.assert_close(batch["td_error"], each["loss_qvalue"].detach().unsqueeze(-1))
     loss = make_loss(actor, target=target, reduction=reduction)
     out = loss(batch)
     for key in ("loss_qvalue", "loss_cql"):

@@ -39,7 +39,8 @@ class DistributionalCQLLoss(LossModule):
 
     - ``"c51"``: cross-entropy to the projected distribution of ``r + gamma^n Z(s', a')``;
     - ``"hl_gauss"``: cross-entropy to a histogram of a normal around ``r + gamma^n Q(s', a')`` (arXiv:2403.03950);
-    - ``"mse"``: ``(r + gamma^n Q(s', a') - Q(s, a))^2 / 2`` on scalar heads.
+    - ``"mse"``: ``(r + gamma^n Q(s', a') - Q(s, a))^2`` on scalar heads, without a half, as the nearest code: ``cql_alpha``
+      weighs what it weighs there.
 
     ``a'`` is the target network's greedy action, or the online network's with ``double_q`` (then ``cql_alpha=0`` and
     ``"c51"`` make :class:`torchrl.objectives.DistributionalDQNLoss`). ``terminated`` stops bootstrapping, ``truncated``
@@ -88,7 +89,7 @@ class DistributionalCQLLoss(LossModule):
     ``("next", "terminated")`` ``[*B, 1]`` bool, or ``("next", "done")`` where that is absent; optional
     ``steps_to_next_obs`` ``[*B, 1]`` or ``[*B]`` integers (1 if absent); optional ``priority_weight`` ``[*B]``.
 
-    Writes: ``td_error`` ``[*B, 1]`` into its input, each sample's TD loss (squared error with ``"mse"``), as priority;
+    Writes: ``td_error`` ``[*B, 1]`` into its input, each sample's TD loss, as priority;
     in place where the batch is locked.
 
     Returns:
@@ -283,18 +284,18 @@ class DistributionalCQLLoss(LossModule):
         discount = discount * terminated.logical_not().to(values.dtype)
 
         taken, next_taken = _select(values, action), _select(next_values, next_action)
-        loss_td, priority, q_target = self._td(taken, next_taken, reward.to(values.dtype), discount)
+        loss_td, q_target = self._td(taken, next_taken, reward.to(values.dtype), discount)
         q_values = mask_illegal(self._q_values(values), network, inputs, action)
         q_data = _select(q_values, action)
         gap = q_values.logsumexp(-1) - q_data
 
-        tensordict.set(keys.priority, priority.detach().unsqueeze(-1), inplace=tensordict.is_locked)
+        tensordict.set(keys.priority, loss_td.detach().unsqueeze(-1), inplace=tensordict.is_locked)
         weights = priority_weights(self, tensordict, batch_shape)
         mean = mean_over_batch(self, tensordict, weights)
         result = {
             "loss_qvalue": self._reduce_loss(loss_td, tensordict, weights=weights),
             "loss_cql": self.cql_alpha * self._reduce_loss(gap, tensordict, weights=weights),
-            "td_error": mean(priority),
+            "td_error": mean(loss_td),
             "cql_gap": mean(gap),
             "q_data": mean(q_data),
             "q_max": mean(q_values.amax(-1)),
@@ -344,20 +345,18 @@ class DistributionalCQLLoss(LossModule):
         """``[*B, A]`` expectations of log-probabilities ``[*B, N, A]``; scalar values as they are."""
         return values if self.support is None else expected_value(values, self.support.to(values.dtype))
 
-    def _td(self, taken: Tensor, next_taken: Tensor, reward: Tensor, discount: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Each sample's TD loss, priority and target value, all ``[*B]``, from the values of the two actions."""
+    def _td(self, taken: Tensor, next_taken: Tensor, reward: Tensor, discount: Tensor) -> tuple[Tensor, Tensor]:
+        """Each sample's TD loss and target value, both ``[*B]``, from the values of the two actions."""
         if self.support is None:
             q_target = (reward + discount * next_taken.unsqueeze(-1)).squeeze(-1)
-            squared_error = (taken - q_target).square()
-            return squared_error / 2, squared_error, q_target
+            return (taken - q_target).square(), q_target
         support, probs = self.support.to(taken.dtype), next_taken.exp()
         if self.target == "c51":
             target_probs = c51_projection(probs, support, reward, discount)
         else:
             value = (probs * support).sum(-1, keepdim=True)
             target_probs = hl_gauss_target(reward + discount * value, support, self.sigma_ratio)
-        loss_td = -(target_probs * taken).sum(-1)
-        return loss_td, loss_td, (target_probs * support).sum(-1)
+        return -(target_probs * taken).sum(-1), (target_probs * support).sum(-1)
 
 
 def _select(values: Tensor, action: Tensor) -> Tensor:
