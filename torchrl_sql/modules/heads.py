@@ -28,6 +28,8 @@ class PerGameLinear(nn.Module):
         num_games (int): ``G``.
         in_features (int): ``D``.
         out_features (int): ``O``.
+        weight_std (float or None): standard deviation of the initial weights' normal distribution; ``None`` takes that
+            of ``nn.Linear``, uniform in ``+-1 / sqrt(D)``.
 
     Shape:
         - features: ``[B, D]`` float
@@ -35,16 +37,20 @@ class PerGameLinear(nn.Module):
         - output: ``[B, O]`` in the parameters' dtype (under autocast only the product is of lower precision)
     """
 
-    def __init__(self, num_games: int, in_features: int, out_features: int) -> None:
+    def __init__(self, num_games: int, in_features: int, out_features: int, weight_std: float | None = None) -> None:
         super().__init__()
+        self.weight_std = weight_std
         self.weight = nn.Parameter(torch.empty(num_games, out_features, in_features))
         self.bias = nn.Parameter(torch.empty(num_games, out_features))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Weights uniform in ``+-1 / sqrt(D)``, as ``nn.Linear``; biases 0."""
-        bound = self.weight.shape[-1] ** -0.5
-        nn.init.uniform_(self.weight, -bound, bound)
+        """Random weights and biases of 0."""
+        if self.weight_std is not None:
+            nn.init.normal_(self.weight, std=self.weight_std)
+        else:
+            bound = self.weight.shape[-1] ** -0.5
+            nn.init.uniform_(self.weight, -bound, bound)
         nn.init.zeros_(self.bias)
 
     def forward(self, features: Tensor, game_id: Tensor) -> Tensor:

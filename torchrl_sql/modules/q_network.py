@@ -21,6 +21,8 @@ from torchrl_sql.modules.encoders import ENCODERS, Encoder
 from torchrl_sql.modules.heads import PerGameLinear
 from torchrl_sql.modules.pooling import POOLINGS
 
+_INITIAL_LOGIT_STD = 0.05  # [ours]
+
 
 class MultiGameQNetwork(nn.Module):
     """A shared encoder, a pooled and normalized feature vector, and one linear head per game.
@@ -29,7 +31,8 @@ class MultiGameQNetwork(nn.Module):
     ``phi <- s * phi / ||phi||_2`` and ``out = head[game](phi)``. Without the scale ``s``, which is ours, the logits of
     a linear head are confined to ``+-||weight||``, flat for a softmax over 51 atoms; with it, an optimizer's step on
     the head moves them ``s`` times as far. A learned one is stored as its logarithm, so that one step changes it by a
-    fraction of itself.
+    fraction of itself. Heads of normalized features start so small that the logits' standard deviation is 0.05 whatever
+    ``s`` and ``D``: a fresh network's Q-values hardly differ between actions, less than the returns to be learned.
 
     Args:
         encoder (nn.Module): ``[B, *input_shape]`` float -> a feature map ``[B, C, H, W]``, tokens ``[B, T, C]`` (a map
@@ -121,7 +124,8 @@ class MultiGameQNetwork(nn.Module):
         learned = feature_norm and logit_scale is not None and learn_logit_scale
         self.log_scale = nn.Parameter(torch.empty(1)) if learned else None
         self.output_shape = (num_actions,) if num_atoms is None else (num_atoms, num_actions)
-        self.heads = PerGameLinear(num_games, num_features, math.prod(self.output_shape))
+        weight_std = _INITIAL_LOGIT_STD / self.logit_scale if feature_norm else None
+        self.heads = PerGameLinear(num_games, num_features, math.prod(self.output_shape), weight_std)
         self.initial_bias = initial_bias
         self.register_buffer("input_mean", None if input_mean is None else input_mean.to(torch.get_default_dtype()))
         self.register_buffer("legal_actions", legal_actions)

@@ -39,8 +39,8 @@ class DistributionalCQLLoss(LossModule):
 
     - ``"c51"``: cross-entropy to the projected distribution of ``r + gamma^n Z(s', a')``;
     - ``"hl_gauss"``: cross-entropy to a histogram of a normal around ``r + gamma^n Q(s', a')`` (arXiv:2403.03950);
-    - ``"mse"``: ``(r + gamma^n Q(s', a') - Q(s, a))^2`` on scalar heads, without a half, as the nearest code: ``cql_alpha``
-      weighs what it weighs there.
+    - ``"mse"``: ``(r + gamma^n Q(s', a') - Q(s, a))^2`` on scalar heads; no half, as in the nearest code, so that
+      ``cql_alpha`` weighs what it weighs there.
 
     ``a'`` is the target network's greedy action, or the online network's with ``double_q`` (then ``cql_alpha=0`` and
     ``"c51"`` make :class:`torchrl.objectives.DistributionalDQNLoss`). ``terminated`` stops bootstrapping, ``truncated``
