@@ -35,7 +35,8 @@ def main(transitions: int = 5_000, gradient_steps: int = 1_000, episodes: int = 
     encoder = nn.Sequential(nn.Linear(4, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Unflatten(1, (64, 1, 1)))
     sizes = {"num_actions": 2, "num_atoms": 21, "input_shape": (4,)}
     network = MultiGameQNetwork(encoder, 2, pooling="flatten", logit_scale=10.0, **sizes)
-    module = TensorDictModule(network, in_keys=["observation", "game_id"], out_keys=["action_value", "feature_norm"])
+    keys = {"in_keys": ["observation", "game_id"], "out_keys": ["action_value", "feature_norm", "features"]}
+    module = TensorDictModule(network, **keys)
     actor = DistributionalQValueActor(module, spec=Categorical(2), support=torch.linspace(0, 20, 21))
 
     loss = DistributionalCQLLoss(actor, gamma=0.95, cql_alpha=0.1)
