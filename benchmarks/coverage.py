@@ -25,12 +25,14 @@ from torchrl_sql.statistics.intervals import (
     aggregates,
     game_differences,
     game_means,
+    rliable_aggregates,
     verdict,
 )
 from torchrl_sql.statistics.scores import RunReturns
 
 NUM_EPISODES = 16
 EPISODE_SD = 0.2
+RLIABLE = "mean by rliable"
 SPREADS = (0.0, 0.3, 1.0, 3.0, 10.0)
 RESULTS = Path(__file__).parent / "results"
 
@@ -75,14 +77,15 @@ def measure(world: World, num_seeds: int, num_trials: int) -> dict[str, float]:
     """Coverage of each estimate, false verdicts between equal agents, and power at a difference of two run SDs."""
     generator = np.random.default_rng([num_seeds, num_trials])
     truth = world.truth()
-    covered = dict.fromkeys(truth, 0)
+    covered = dict.fromkeys([*truth, RLIABLE], 0)
     counts = dict.fromkeys(
         ("false, game", "false, IQM", "false, game, one four times as wide", "power, game", "t test's power, game"), 0
     )
     for _ in range(num_trials):
         x, y = world.returns(generator, num_seeds), world.returns(generator, num_seeds)
         intervals = {"game": game_means(x)[x.games[0]], **aggregates(x)}
-        for name, value in truth.items():
+        intervals[RLIABLE] = rliable_aggregates(x, num_resamples=400)["mean"]
+        for name, value in {**truth, RLIABLE: truth["mean"]}.items():
             covered[name] += intervals[name].low <= value <= intervals[name].high
         counts["false, game"] += verdict(game_differences(x, y)[x.games[0]]) in ("higher", "lower")
         counts["false, IQM"] += verdict(aggregate_differences(x, y)["IQM"]) in ("higher", "lower")
@@ -122,23 +125,26 @@ def to_markdown(result: dict) -> str:
     """Worst rows first, then all of them."""
     about, rows = result["benchmark"], result["rows"]
     gaussian = [row for row in rows if not row["skewed"]]
-    covers = [name for name in rows[0] if name.startswith("covers")]
+    covers = [name for name in rows[0] if name.startswith("covers") and RLIABLE not in name]
     wrong = ["false, game", "false, IQM"]
+
+    def span(names: list[str], chosen: list[dict]) -> str:
+        rates = [row[name] for row in chosen for name in names]
+        return f"{min(rates):.3f} to {max(rates):.3f}"
+
+    skewed = [row for row in rows if row["skewed"]]
+    lost = max(row["t test's power, game"] - row["power, game"] for row in gaussian)
     lines = [
         "# Coverage of intervals, false verdicts, power",
         "",
         f"`{about['command']}` at {about['commit']}, {about['date']}: {result['trials']:,} simulated pairs of agents "
-        f"per row, {result['episodes']} episodes per run. The Monte-Carlo error of a rate of 0.95 is "
+        f"per row, {result['episodes']} episodes per run. A rate of 0.95 has a Monte-Carlo error of "
         f"{np.sqrt(0.95 * 0.05 / result['trials']):.3f}.",
         "",
-        f"- Gaussian rows: coverage {min(row[name] for row in gaussian for name in covers):.3f} to "
-        f"{max(row[name] for row in gaussian for name in covers):.3f}; false verdicts at most "
-        f"{max(row[name] for row in gaussian for name in wrong):.3f}; power at most "
-        f"{max(row['t test' + chr(39) + 's power, game'] - row['power, game'] for row in gaussian):.3f} below that of "
-        "the t test that assumes equal spreads.",
-        f"- Skewed rows: coverage {min(row[name] for row in rows if row['skewed'] for name in covers):.3f} to "
-        f"{max(row[name] for row in rows if row['skewed'] for name in covers):.3f}; false verdicts at most "
-        f"{max(row[name] for row in rows if row['skewed'] for name in wrong):.3f}.",
+        f"- Gaussian rows: coverage {span(covers, gaussian)}; false verdicts {span(wrong, gaussian)}; power at most "
+        f"{lost:.3f} below that of the t test that assumes equal spreads.",
+        f"- Coverage of the mean by rliable's bootstrap there: {span([f'covers, {RLIABLE}'], gaussian)}.",
+        f"- Skewed rows: coverage {span(covers, skewed)}; false verdicts {span(wrong, skewed)}.",
         "",
         "| " + " | ".join(rows[0]) + " |",
         "|" + "---|" * len(rows[0]),
