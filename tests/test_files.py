@@ -5,7 +5,7 @@ import errno
 import pytest
 
 from torchrl_sql import files
-from torchrl_sql.files import write_text
+from torchrl_sql.files import expand_path, write_text
 
 
 def test_the_new_text_takes_the_place_of_the_old(tmp_path):
@@ -34,3 +34,12 @@ def test_a_failed_write_leaves_the_old_text_alone(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="no room"):
         write_text(path, "new")
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_home_and_variables_in_paths_are_replaced_and_unknown_ones_named(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("TMPDIR", "/scratch/7")
+    paths = [str(expand_path(text)) for text in ("~/a", "$TMPDIR/a b", "${TMPDIR}x", "a~/$5=,#(1)", "/a")]
+    assert paths == ["/home/me/a", "/scratch/7/a b", "/scratch/7x", "a~/$5=,#(1)", "/a"]
+    with pytest.raises(ValueError, match=r"^\$NOT_SET/a: the environment variable \$NOT_SET is not set on "):
+        expand_path("$NOT_SET/a")

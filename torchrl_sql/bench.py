@@ -14,6 +14,7 @@ from torch import distributed
 
 from torchrl_sql.config import RunConfig
 from torchrl_sql.data import FrameStore, summarise
+from torchrl_sql.files import expand_path
 from torchrl_sql.games import FRAME_STACK
 from torchrl_sql.training.build import build_trainer
 from torchrl_sql.training.ranks import Ranks
@@ -102,7 +103,7 @@ def measure(config: RunConfig, ranks: Ranks, *, samples_per_gpu: Sequence[int], 
         step_seconds=dict(zip(step_seconds, slowest_steps, strict=True)),
         read_transitions_per_second=config.data.batch_size / read_seconds,
         read_bytes_per_transition=read_bytes_per_transition(
-            FrameStore.open(config.data.store), n_steps=config.data.n_steps
+            FrameStore.open(expand_path(config.data.store)), n_steps=config.data.n_steps
         ),
         num_parameters=num_parameters,
         gpus_per_node=gpus_per_node,

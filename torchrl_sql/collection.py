@@ -11,6 +11,7 @@ from torchrl_sql.config import ConfigError, RunConfig
 from torchrl_sql.data import FrameStore
 from torchrl_sql.envs import WEAK_SKILLS, Emulator, SkillMixture, collect
 from torchrl_sql.envs.behaviours import describe
+from torchrl_sql.files import expand_path
 
 
 def collect_data(config: RunConfig) -> FrameStore:
@@ -31,7 +32,7 @@ def collect_data(config: RunConfig) -> FrameStore:
         max_env_frames=collection.max_env_frames_per_episode,
     )
     policies = {game: SkillMixture(game) for game in config.games}
-    store = FrameStore.create(config.data.store, exist_ok=True)
+    store = FrameStore.create(expand_path(config.data.store), exist_ok=True)
     for game, policy in policies.items():
         found = dict(store.recording(game).manifest.metadata) if game in store.games else how
         if found != how:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,6 +38,18 @@ def replacing(path: Path, *, concurrent: bool = False) -> Iterator[Path]:
     finally:
         temporary.unlink(missing_ok=True)
     sync_folder(path.parent)
+
+
+def expand_path(text: str | Path) -> Path:
+    """A path with ``~`` and environment variables (``$NAME``, ``${NAME}``) replaced, for where it is used.
+
+    Raises:
+        ValueError: if a variable is not set.
+    """
+    path = os.path.expandvars(os.path.expanduser(text))
+    if unset := re.search(r"\$([A-Za-z_]\w*|\{\w+\})", path):
+        raise ValueError(f"{text}: the environment variable {unset[0]} is not set on {os.uname().nodename}")
+    return Path(path)
 
 
 def write_text(path: Path, text: str, *, concurrent: bool = False) -> None:

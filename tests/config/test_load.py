@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 
 import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 
-from torchrl_sql.config import ConfigError, compose_run_config, run_config_from_yaml
+from torchrl_sql.config import ConfigError, compose_run_config, explain, run_config_from_yaml
 
 RUN = ["scale=cpu", "data.store=store"]
 
@@ -33,6 +36,7 @@ RUN = ["scale=cpu", "data.store=store"]
         ([*RUN, "data.batch_size=many"], "data.batch_size: Value 'many' of type 'str' could not be converted"),
         ([*RUN, "data.games=[Breakout"], r"data.games cannot be read, got '\[Breakout'"),
         ([*RUN, "data.games=Breakout,Pong"], r"data.games must be one value, .*; a list is written data.games=\[A,B\]"),
+        ([*RUN, "seed=0,1"], "seed must be one value, got '0,1'$"),
         ([*RUN, "trainer.loggers=csv"], r"trainer.loggers must be a list, written trainer.loggers=\[A,B\], got 'csv'"),
         ([*RUN, "seed"], "settings must be key=value, got 'seed'"),
     ],
@@ -70,6 +74,86 @@ EARLIER = "name: x\nobjective: {name: cql}\nmodel: {num_atoms: 51}\n"
 def test_files_of_other_versions_and_damaged_ones_are_refused(text, message):
     with pytest.raises(ConfigError, match=message):
         run_config_from_yaml(text, source="here")
+
+
+@settings(deadline=None)
+@given(st.text(st.characters(exclude_categories=["Cs"])))
+def test_a_path_arrives_as_it_was_written(text):
+    assume(text.strip() and text != "???" and "${" not in text and text[0] not in "'\"")
+    try:
+        config = compose_run_config([*RUN, f"run_dir={text}"])
+    except ConfigError as error:
+        assert re.search(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", text) and "without control characters" in str(error)
+        return
+    assert config.run_dir == text
+    assert run_config_from_yaml(config.to_yaml(), source="here") == config
+
+
+@pytest.mark.parametrize("name", ["1e5", "00123", "24:00:00", "0755", "yes", "a#b", "run(1)", "seed=0", "it's", "null"])
+def test_a_name_arrives_as_it_was_written_from_words_and_files(name):
+    config = compose_run_config([*RUN, f"name={name}"])
+    assert config.name == name
+    lines = config.to_yaml().splitlines()
+    by_hand = "\n".join(f"name: {name}" if line.startswith("name:") else line for line in lines)
+    if "#" not in name:  # with a blank before it, a comment in any YAML
+        assert run_config_from_yaml(by_hand, source="here").name == name
+
+
+def values_of(kind):
+    """Keys of a type."""
+    return [each.key for each in explain.settings() if each.kind.split(" | ")[0] == kind and each.key != "method.name"]
+
+
+@pytest.mark.parametrize("key", values_of("int") + values_of("float"))
+@pytest.mark.parametrize("value", ["true", "24:00:00", "0x10", "1e400"])
+def test_no_number_is_made_of_what_is_none(key, value):
+    with pytest.raises(ConfigError, match=key):
+        compose_run_config([*RUN, f"{key}={value}"])
+    section, _, name = key.rpartition(".")
+    by_hand = re.sub(
+        rf"^({section}:\n(?:  .*\n)*?  |){name}: .*$",
+        rf"\g<1>{name}: {value}",
+        compose_run_config(RUN).to_yaml(),
+        count=1,
+        flags=re.M,
+    )
+    with pytest.raises(ConfigError):
+        run_config_from_yaml(by_hand, source="here")
+
+
+@pytest.mark.parametrize("key", values_of("bool"))
+@pytest.mark.parametrize("value", ["2", "0755", "yes", "null", "on"])
+def test_a_switch_is_true_or_false(key, value):
+    with pytest.raises(ConfigError, match=f"{key} must be true or false, got '{value}'"):
+        compose_run_config([*RUN, f"{key}={value}"])
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "name=",
+        "name=///",
+        "name=..",
+        f"name={'a' * 300}",
+        "name='a\nb'",
+        "run_dir= ",
+        "data.store=",
+        "data.prefetch=100000",
+        "data.mixture=[true,false]",
+        "num_threads=100000",
+        "optim.eps=0",
+        "optim.learning_rate=1e30",
+        "seed=99999999999999999999",
+        "trainer.device=cpu:3",
+        "trainer.device=cuda:abc",
+        "trainer.loggers=[csv,csv]",
+        "trainer.stall_warning_seconds=1e11",
+    ],
+)
+def test_values_that_cannot_run_are_refused(override):
+    key, _, _ = override.partition("=")
+    with pytest.raises(ConfigError, match=f"^{key}"):
+        compose_run_config([*RUN, "data.games=[Pong,Freeway]", override])
 
 
 def test_settings_are_checked_without_loading_torch():

@@ -83,7 +83,7 @@ def test_no_setting_takes_a_number_that_is_not_finite(key, value):
         ("trainer.microbatch_size=5", "trainer.microbatch_size must be null or a divisor"),
         ("optim.name=sgd", "optim.name must be one of adam, adamw, got 'sgd'"),
         ("trainer.loggers=[tensorboard]", "trainer.loggers must be a list of csv"),
-        ("trainer.device=tpu", "trainer.device must be auto, cpu or cuda, got 'tpu'"),
+        ("trainer.device=tpu", "trainer.device must be auto, cpu, cuda or cuda:N, got 'tpu'"),
         ("data.mixture=all", "data.mixture must be games, transitions or .*, got 'all'"),
         ("data.mixture=[1]", r"data.mixture must be .* a list of 2 weights.*, got \(1,\)"),
         ("data.mixture=[1,-1]", r"data.mixture must be .* weights >= 0.*, got \(1, -1\)"),

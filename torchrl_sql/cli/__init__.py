@@ -8,10 +8,12 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torchrl_sql
 from torchrl_sql.cli import bench, config, data, evaluate, launch, study, train
+from torchrl_sql.files import expand_path
 
 DESCRIPTION = """\
 Scaled Q-learning (Kumar et al., ICLR 2023) in TorchRL: one policy for many Atari games, learned offline.
@@ -83,6 +85,11 @@ def _suggestion(unknown: Sequence[str], command: argparse.ArgumentParser) -> str
 
 def _run(args: argparse.Namespace) -> None:
     os.environ.setdefault("RL_WARNINGS", "False")  # the trainer steps its own target updater
+    for name, value in vars(args).items():  # here, not where a job is planned
+        if isinstance(value, Path):
+            setattr(args, name, expand_path(value))
+        elif isinstance(value, list):
+            setattr(args, name, [expand_path(each) if isinstance(each, Path) else each for each in value])
     args.run_command(args)
 
 

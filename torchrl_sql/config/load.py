@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import difflib
+import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from copy import deepcopy
 from dataclasses import fields
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
-from omegaconf import DictConfig, ListConfig, OmegaConf, StringNode
+from omegaconf import AnyNode, BooleanNode, DictConfig, ListConfig, OmegaConf, StringNode
 from omegaconf.errors import OmegaConfBaseException
 
 from torchrl_sql.config.schema import CONFIG_FORMAT, METHOD_SETTINGS, ConfigError, MethodConfig, RunConfig
@@ -52,19 +55,25 @@ def compose_run_config(overrides: Sequence[str]) -> RunConfig:
             )
     if "scale" not in dict(words):
         raise ConfigError(f"scale must be given: scale=NAME with one of {', '.join(groups['scale'])}")
-    store = ConfigStore.instance()
-    store.store(name="run_schema", node=RunConfig)
-    for name, settings in {"method": MethodConfig, **METHOD_SETTINGS}.items():
-        store.store(group="method", name=f"{name}_schema", node=settings)
     try:
-        with initialize_config_dir(str(configs_dir()), version_base="1.3"):
-            config = compose("run", overrides=[f"{key}={text}" for key, text in words if key in groups])
+        config = deepcopy(_compose(*(f"{key}={text}" for key, text in words if key in groups)))
         for key, text in words:
             if key not in groups:
                 _set(config, key, text, groups)
         return _checked(config)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_first_line(error)) from None
+
+
+@cache
+def _compose(*choices: str) -> DictConfig:
+    """The files of these choices as one; it takes a while, and studies ask for the same ones often."""
+    store = ConfigStore.instance()
+    store.store(name="run_schema", node=RunConfig)
+    for name, settings in {"method": MethodConfig, **METHOD_SETTINGS}.items():
+        store.store(group="method", name=f"{name}_schema", node=settings)
+    with initialize_config_dir(str(configs_dir()), version_base="1.3"):
+        return compose("run", overrides=[*choices])
 
 
 def _split(word: str) -> tuple[str, str]:
@@ -83,19 +92,22 @@ def _set(config: DictConfig, key: str, text: str, groups: Iterable[str]) -> None
         raise ConfigError(f"there is no setting {key!r} here{did_you_mean(plain, [*known, *groups])}")
     if plain != key:
         raise ConfigError(f"settings must be key=value, every one has a value already: {plain}={text}, got {key!r}")
-    value: Any = text
-    if not isinstance(known[key], StringNode) or text[:1] in ("'", '"'):
+    node, value = known[key], cast(Any, text)
+    if not isinstance(node, StringNode) or text[:1] in ("'", '"'):
         try:
             parsed = OverridesParser.create().parse_override(f"{key}={text}")
         except HydraException as error:
             raise ConfigError(f"{key} cannot be read, got {text!r}: {_first_line(error)}") from None
         if parsed.is_sweep_override():
-            raise ConfigError(f"{key} must be one value, got {text!r}; a list is written {key}=[A,B]")
+            hint = f"; a list is written {key}=[A,B]" if isinstance(node, (AnyNode, ListConfig)) else ""
+            raise ConfigError(f"{key} must be one value, got {text!r}{hint}")
         value = parsed.value()
+        if isinstance(node, BooleanNode) and not isinstance(value, bool):
+            raise ConfigError(f"{key} must be true or false, got {text!r}")
     try:
         OmegaConf.update(config, key, value)
     except OmegaConfBaseException as error:
-        if isinstance(known[key], ListConfig):
+        if isinstance(node, ListConfig):
             raise ConfigError(f"{key} must be a list, written {key}=[A,B], got {text!r}") from None
         raise ConfigError(f"{key}: {_first_line(error)}") from None
 
@@ -130,19 +142,54 @@ def load_run_config(path: Path) -> RunConfig:
 def run_config_from_yaml(text: str, *, source: str) -> RunConfig:
     """As :func:`load_run_config`, from the text itself; ``source`` names it in errors."""
     try:
-        content = yaml.safe_load(text)
-        written = content.pop("format", 1) if isinstance(content, dict) else None
-        if isinstance(written, int) and "name" in content and written != CONFIG_FORMAT:
-            age = "an earlier" if written < CONFIG_FORMAT else "a later"
+        content = yaml.load(text, Loader=yaml.BaseLoader)  # nothing but texts
+        written = content.pop("format", "1")
+        if "name" in content and written != str(CONFIG_FORMAT):
+            age = "a later" if written.isdecimal() and int(written) > CONFIG_FORMAT else "an earlier"
             raise ConfigError(
                 f"{source} was written by {age} version of torchrl_sql (format {written}, this version reads "
                 f"{CONFIG_FORMAT}); train it again or use that version"
             )
         base = OmegaConf.structured(RunConfig)
         base.method = OmegaConf.structured(METHOD_SETTINGS.get(content["method"]["name"], MethodConfig))
-        return _checked(OmegaConf.merge(base, content))
-    except (OmegaConfBaseException, yaml.YAMLError, TypeError, KeyError) as error:
+        return _checked(OmegaConf.merge(base, as_written(content, base)))
+    except (AttributeError, OmegaConfBaseException, yaml.YAMLError, TypeError, KeyError) as error:
         raise ConfigError(f"{source} must hold a run's configuration: {_first_line(error)}") from None
+
+
+def as_written(content: Any, schema: Any) -> Any:
+    """Values of YAML that was read as texts only (:class:`yaml.BaseLoader`), as a schema's types want them.
+
+    Texts stay as they were written, where YAML 1.1 makes numbers of ``24:00:00``, ``00123`` and ``0755``; numbers, null
+    and booleans are JSON's.
+
+    Args:
+        content: nested mappings, lists and texts.
+        schema: the node of a structured configuration; None where the type is open.
+
+    Raises:
+        ConfigError: for a boolean that is neither true nor false.
+    """
+    if isinstance(content, dict):
+        values = schema if isinstance(schema, DictConfig) and not schema._is_missing() else None
+        kind = schema._metadata.element_type if isinstance(schema, DictConfig) else None
+        return {
+            key: as_written(value, StringNode() if kind is str else None if values is None else values._get_node(key))
+            for key, value in content.items()
+        }
+    if isinstance(content, list):
+        kind = schema._metadata.element_type if isinstance(schema, ListConfig) else None
+        return [as_written(value, StringNode() if kind is str else None) for value in content]
+    if content in ("null", "~", "") and (schema is None or schema._is_optional()):
+        return None
+    if isinstance(schema, StringNode):
+        return content
+    if isinstance(schema, BooleanNode) and content not in ("true", "false"):
+        raise ConfigError(f"{schema._get_full_key(None)} must be true or false, got {content!r}")
+    try:
+        return json.loads(content)
+    except ValueError:
+        return content
 
 
 def _checked(config: Any) -> RunConfig:

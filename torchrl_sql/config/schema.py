@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -29,18 +30,35 @@ class ConfigError(ValueError):
 class Bound(NamedTuple):
     """What a value must be."""
 
-    holds: Callable[[Any], bool]
+    holds: Callable[[Any], object]
     text: str
 
 
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+path = Bound(lambda value: value.strip() and not _CONTROL.search(value), "a path, without control characters")
 positive = Bound(lambda value: value > 0, "greater than 0")
 probability = Bound(lambda value: 0 <= value <= 1, "in [0, 1]")
 fraction = Bound(lambda value: 0 < value <= 1, "in (0, 1]")
+folder_name = Bound(
+    lambda value: path.holds(value.strip(". ")) and "/" not in value and len(value.encode()) <= 200,
+    "a name for a folder: at most 200 bytes, without slash and control characters",
+)
+
+device_name = Bound(lambda value: re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", value), "auto, cpu, cuda or cuda:N")
+logger_names = Bound(
+    lambda value: "csv" in value and len({*value} & {"csv", "tensorboard", "wandb"}) == len(value),
+    "a list of csv (always), tensorboard, wandb, each once",
+)
 
 
 def at_least(least: int) -> Bound:
     """Numbers from ``least`` on."""
     return Bound(lambda value: value >= least, f"at least {least}")
+
+
+def within(least: float, most: float) -> Bound:
+    """Numbers from ``least`` to ``most``."""
+    return Bound(lambda value: least <= value <= most, f"in [{least:,}, {most:,}]")
 
 
 def one_of(*choices: str) -> Bound:
@@ -79,15 +97,15 @@ class CollectionConfig:
     sticky_action_probability: float = setting(probability)
     max_env_frames_per_episode: int = setting(at_least(1))
     """Emulator frames (four per agent step) after which a collected episode is truncated."""
-    seed: int = setting(at_least(0))
+    seed: int = setting(within(0, 2**63 - 1))
 
 
 @dataclass(kw_only=True)
 class DataConfig:
     """What is sampled."""
 
-    store: str = MISSING
-    """Path of the store."""
+    store: str = setting(path)
+    """Path of the store; ``~`` and ``$NAME`` are expanded where the work runs, not where it is launched."""
     games: Games = MISSING
     """``train40``, ``heldout5``, ``all``, names separated by commas, or a list of names; here resolved to names."""
     first_fraction: float = setting(fraction)
@@ -106,7 +124,7 @@ class DataConfig:
     """Transitions of the global batch."""
     n_steps: int = setting(at_least(1))
     """Agent steps a target looks ahead."""
-    prefetch: int = setting(at_least(0))
+    prefetch: int = setting(within(0, 1024))
     """Batches read ahead in threads."""
 
     def __post_init__(self) -> None:
@@ -181,7 +199,7 @@ class OptimConfig:
 
     name: str = setting(one_of("adam", "adamw"))
     """adamw has decoupled weight decay; both are fused."""
-    learning_rate: float = setting(positive)
+    learning_rate: float = setting(fraction)
     eps: float = setting(positive)
     weight_decay: float = setting(at_least(0))
     """Of adam: added to the gradient; of adamw: subtracted from the weights, times the learning rate."""
@@ -206,13 +224,13 @@ class TrainerConfig:
     milestone_interval_gradient_steps: int | None = setting(at_least(1))
     """Checkpoints of these steps are never deleted, for learning curves; null for none."""
     log_interval_gradient_steps: int = setting(at_least(1))
-    loggers: list[str] = MISSING
-    """Any of ``csv``, ``tensorboard``, ``wandb``; csv is what reports read."""
-    device: str = MISSING
-    """``cpu``, ``cuda``, or ``auto`` for CUDA where there is one."""
+    loggers: list[str] = setting(logger_names)  # noqa: RUF009 - setting makes a field
+    """csv is what reports read."""
+    device: str = setting(device_name)
+    """``auto`` is CUDA where there is one; ``cuda`` is each rank's own."""
     microbatch_size: int | None = setting(at_least(1))
     """Transitions of one forward and backward pass on each rank, whose gradients add up; null for all of a rank's."""
-    stall_warning_seconds: float = setting(positive)
+    stall_warning_seconds: float = setting(within(0.001, 1e9))
     """After this time without a gradient step, the log says what each thread does."""
     precision: str = setting(one_of("fp32", "bf16"))
     """bf16 is autocast; distribution arithmetic stays float32."""
@@ -228,19 +246,19 @@ class EvaluationConfig:
     """Probability of a uniformly random legal action."""
     sticky_action_probability: float = setting(probability)
     max_env_frames_per_episode: int = setting(at_least(1))
-    seed: int = setting(at_least(0))
+    seed: int = setting(within(0, 2**63 - 1))
 
 
 @dataclass(kw_only=True)
 class RunConfig:
     """One run: everything that decides what it computes."""
 
-    name: str = MISSING
+    name: str = setting(folder_name)
     """Of the agent; runs that differ in their seeds only share it."""
-    run_dir: str = MISSING
-    """Folder of checkpoints, logs and reports."""
-    seed: int = setting(at_least(0))
-    num_threads: int | None = setting(at_least(1))
+    run_dir: str = setting(path)
+    """Folder of checkpoints, logs and reports; expanded like ``data.store``."""
+    seed: int = setting(within(0, 2**63 - 1))
+    num_threads: int | None = setting(within(1, 1024))
     """CPU threads of torch in training and evaluation; null for torch's own choice."""
     collection: CollectionConfig = MISSING
     data: DataConfig = MISSING
@@ -280,7 +298,7 @@ def _check_together(config: RunConfig) -> None:
         if isinstance(data.mixture, str)
         else isinstance(data.mixture, tuple)
         and len(data.mixture) == len(data.games)
-        and all(isinstance(weight, (int, float)) and 0 <= weight < math.inf for weight in data.mixture)
+        and all(type(weight) in (int, float) and 0 <= weight < math.inf for weight in data.mixture)
         and sum(data.mixture) > 0,
         "data.mixture",
         f"games, transitions or a list of {len(data.games)} weights >= 0, one per game",
@@ -311,12 +329,6 @@ def _check_together(config: RunConfig) -> None:
         trainer.microbatch_size is None or data.batch_size % trainer.microbatch_size == 0,
         "trainer.microbatch_size",
         f"null or a divisor of data.batch_size={data.batch_size}",
-    )
-    require(trainer.device.split(":")[0] in ("auto", "cpu", "cuda"), "trainer.device", "auto, cpu or cuda")
-    require(
-        "csv" in trainer.loggers and set(trainer.loggers) <= {"csv", "tensorboard", "wandb"},
-        "trainer.loggers",
-        "a list of csv (always), tensorboard, wandb",
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -102,5 +103,6 @@ def other_data(method: DataConfig, others: Mapping[str, DataConfig]) -> list[str
 
 def _find_store(folder: Path, store: str) -> Path | None:
     """A run's store: where it was trained from, or beside the run if both have moved."""
-    places = (Path(store), folder.parent / Path(store).name)
+    path = Path(os.path.expandvars(os.path.expanduser(store)))
+    places = (path, folder.parent / path.name)
     return next((place for place in places if (place / "store.json").is_file()), None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,8 +13,9 @@ import torch
 from torch import nn
 from torchrl.objectives import LossModule
 
-from torchrl_sql.config import OptimConfig, RunConfig, run_config_from_yaml
+from torchrl_sql.config import ConfigError, OptimConfig, RunConfig, run_config_from_yaml
 from torchrl_sql.data import FrameStore, mean_frame
+from torchrl_sql.files import expand_path
 from torchrl_sql.methods import make_method
 from torchrl_sql.training.checkpoint import CheckpointError, list_checkpoints, load_checkpoint
 from torchrl_sql.training.parallel import Replicated, SingleProcess
@@ -31,12 +33,33 @@ def resolve_device(name: str) -> torch.device:
     """This process's device: ``auto`` is CUDA where there is one; of several GPUs, that of ``LOCAL_RANK``.
 
     A CUDA device has its index: ``torch.cuda.set_device`` asks for one.
+
+    Raises:
+        ConfigError: if there is no such device.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    num_gpus = torch.cuda.device_count()
+    if name.startswith("cuda") and int(name.partition(":")[2] or 0) >= num_gpus:
+        raise ConfigError(f"trainer.device must be on {os.uname().nodename}, which has {num_gpus} GPUs, got {name!r}")
     if name == "cuda":
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0) if torch.cuda.device_count() > 1 else 0}"
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0) if num_gpus > 1 else 0}"
     return torch.device(name)
+
+
+def check_here(config: RunConfig) -> None:
+    """Refuses what this machine or these versions cannot run; no data is needed to find out.
+
+    Raises:
+        ConfigError: naming the key.
+    """
+    if "wandb" in config.trainer.loggers and find_spec("wandb") is None:
+        raise ConfigError("trainer.loggers names wandb, which is not installed: pip install torchrl-sql[wandb]")
+    method = make_method(config.method)
+    try:
+        method.network(config.model, config.games)
+    except ValueError as error:
+        raise ConfigError(f"model: {error}") from error
 
 
 def learning_rate_factor(optim: OptimConfig, num_gradient_steps: int) -> Callable[[int], float]:
@@ -80,7 +103,7 @@ def build_trainer(config: RunConfig, ranks: Ranks | None = None) -> Trainer:
     method = make_method(config.method)
     # Before any data is opened: the network refuses names that it does not know.
     network = method.network(config.model, config.games, memory_format=memory_format)
-    store = FrameStore.open(config.data.store)
+    store = FrameStore.open(expand_path(config.data.store))
     replay = method.replay(
         config.data,
         store,

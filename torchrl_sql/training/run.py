@@ -11,9 +11,9 @@ from typing import Any
 
 from torchrl_sql.config import ConfigError, RunConfig, check_ranks, run_config_from_yaml
 from torchrl_sql.data import FrameStore
-from torchrl_sql.files import write_text
+from torchrl_sql.files import expand_path, write_text
 from torchrl_sql.provenance import software_versions
-from torchrl_sql.training.build import build_trainer, resolve_device
+from torchrl_sql.training.build import build_trainer, check_here, resolve_device
 from torchrl_sql.training.checkpoint import (
     checkpoint_path,
     checkpoint_step,
@@ -68,12 +68,13 @@ def train(config: RunConfig, *, stop: StopSignals | None = None) -> Path:
 
 
 def _train(config: RunConfig, ranks: Ranks, signals: StopSignals) -> Path:
-    folder = Path(config.run_dir)
+    folder = expand_path(config.run_dir)
     check_ranks(config, ranks.world_size)
+    check_here(config)
     about: dict[str, Any] = {
         "config": config.to_yaml(),
         "games": list(config.games),
-        "data_fingerprint": FrameStore.open(config.data.store).fingerprint(config.games),
+        "data_fingerprint": FrameStore.open(expand_path(config.data.store)).fingerprint(config.games),
         "versions": software_versions(),
     }
     latest = _load_latest(folder / "checkpoints", ranks)
@@ -165,7 +166,7 @@ class _Session:
 
     def _save_for_inspection(self) -> str:
         """Write the present state and each rank's next batch; returns where they are and how to read them."""
-        folder = Path(self.config.run_dir) / "nonfinite"
+        folder = expand_path(self.config.run_dir) / "nonfinite"
         folder.mkdir(parents=True, exist_ok=True)
         content = self._content()
         if self.ranks.is_main:
@@ -185,7 +186,7 @@ class _MainRank:
     def __init__(self, config: RunConfig, *, first_step: int) -> None:
         trainer = config.trainer
         self.config = config
-        self.folder = Path(config.run_dir)
+        self.folder = expand_path(config.run_dir)
         self.log = RunLog(
             self.folder / "logs",
             trainer.loggers,
