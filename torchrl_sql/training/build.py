@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,28 +14,11 @@ from torchrl.objectives import LossModule
 from torchrl_sql.config import OptimConfig, RunConfig, run_config_from_yaml
 from torchrl_sql.data import FrameStore, mean_frame
 from torchrl_sql.methods import make_method
-from torchrl_sql.training.checkpoint import CheckpointError, list_checkpoints, load_checkpoint
+from torchrl_sql.training.checkpoint import list_checkpoints, load_checkpoint, wrong_content
+from torchrl_sql.training.device import resolve_device, set_num_threads
 from torchrl_sql.training.parallel import Replicated, SingleProcess
 from torchrl_sql.training.ranks import Ranks
 from torchrl_sql.training.trainer import Trainer
-
-
-def set_num_threads(config: RunConfig) -> None:
-    """Applies ``config.num_threads`` to this process."""
-    if config.num_threads is not None:
-        torch.set_num_threads(config.num_threads)
-
-
-def resolve_device(name: str) -> torch.device:
-    """This process's device: ``auto`` is CUDA where there is one; of several GPUs, that of ``LOCAL_RANK``.
-
-    A CUDA device has its index: ``torch.cuda.set_device`` asks for one.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda":
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0) if torch.cuda.device_count() > 1 else 0}"
-    return torch.device(name)
 
 
 def learning_rate_factor(optim: OptimConfig, num_gradient_steps: int) -> Callable[[int], float]:
@@ -72,7 +54,7 @@ def build_trainer(config: RunConfig, ranks: Ranks | None = None) -> Trainer:
             among the ranks.
     """
     ranks = ranks or Ranks(0, 1, resolve_device(config.trainer.device))
-    set_num_threads(config)
+    set_num_threads(config.num_threads)
     torch.manual_seed(config.seed)
     device = ranks.device
     # Channels-last suits CUDA's convolutions; on the CPU the small network is faster without.
@@ -143,15 +125,11 @@ def load_agent(path: Path) -> Trained:
     """
     path = find_checkpoint(path)
     content: dict[str, Any] = load_checkpoint(path)
-    config = run_config_from_yaml(content["config"], source=f"the configuration in {path}")
-    method = make_method(config.method)
-    network = method.network(config.model, config.games)
-    # The loss holds the network's own parameters: loading it loads them.
-    try:
+    with wrong_content(path):
+        config = run_config_from_yaml(content["config"], source=f"the configuration in {path}")
+        method = make_method(config.method)
+        network = method.network(config.model, config.games)
+        # The loss holds the network's own parameters: loading it loads them.
         method.loss(network).load_state_dict(content["trainer"]["loss"])
-    except (RuntimeError, ValueError, KeyError) as error:  # torch's and tensordict's ways to say so
-        raise CheckpointError(
-            f"{path} must hold the weights of the network that its configuration describes ({config.model.encoder}, "
-            f"{len(config.games)} games, 18 actions), got weights of other names or shapes"
-        ) from error
-    return Trained(network.eval(), config, content["trainer"]["step"])
+        gradient_step = int(content["trainer"]["step"])
+    return Trained(network.eval(), config, gradient_step)
