@@ -15,7 +15,7 @@ from torchrl_sql.config import OptimConfig, RunConfig, run_config_from_yaml
 from torchrl_sql.data import FrameStore, mean_frame
 from torchrl_sql.methods import make_method
 from torchrl_sql.training.checkpoint import list_checkpoints, load_checkpoint, wrong_content
-from torchrl_sql.training.device import resolve_device, set_num_threads
+from torchrl_sql.training.device import resolve_device, set_num_threads, tune
 from torchrl_sql.training.parallel import Replicated, SingleProcess
 from torchrl_sql.training.ranks import Ranks
 from torchrl_sql.training.trainer import Trainer
@@ -55,6 +55,7 @@ def build_trainer(config: RunConfig, ranks: Ranks | None = None) -> Trainer:
     """
     ranks = ranks or Ranks(0, 1, resolve_device(config.trainer.device))
     set_num_threads(config.num_threads)
+    tune(ranks.device)
     torch.manual_seed(config.seed)
     device = ranks.device
     # Channels-last suits CUDA's convolutions; on the CPU the small network is faster without.
@@ -62,6 +63,7 @@ def build_trainer(config: RunConfig, ranks: Ranks | None = None) -> Trainer:
     method = make_method(config.method)
     # Before any data is opened: the network refuses names that it does not know.
     network = method.network(config.model, config.games, memory_format=memory_format)
+    loss = method.loss(network)
     store = FrameStore.open(config.data.store)
     replay = method.replay(
         config.data,
@@ -69,12 +71,13 @@ def build_trainer(config: RunConfig, ranks: Ranks | None = None) -> Trainer:
         seed=config.seed,
         rank=ranks.rank,
         world_size=ranks.world_size,
-        pin_memory=device.type == "cuda",
+        device=device,
+        keys=[*loss.in_keys, "index"],  # what nobody reads is not sent; the index names a batch left for inspection
     )
     for name, buffer in network.named_buffers():
         if name.endswith("input_mean"):
             buffer.copy_(torch.stack([torch.from_numpy(mean_frame(store, game)) / 255 for game in config.games]))
-    loss = method.loss(network).to(device)
+    loss = loss.to(device)
     compile = config.trainer.compile
     call = Replicated(loss, ranks, compile=compile) if ranks.world_size > 1 else SingleProcess(loss, compile=compile)
     return Trainer(
