@@ -93,7 +93,7 @@ def run_ranks():
     return _run_ranks
 
 
-def _run_ranks(phases, *, timeout=150):
+def _run_ranks(phases, *, timeout=300):
     for phase in phases:
         for job in phase["jobs"]:
             job["port"] = free_port()

@@ -14,7 +14,7 @@ from torchrl.objectives import LossModule
 from torchrl_sql.config import OptimConfig, RunConfig, run_config_from_yaml
 from torchrl_sql.data import FrameStore, mean_frame
 from torchrl_sql.methods import make_method
-from torchrl_sql.training.checkpoint import list_checkpoints, load_checkpoint, wrong_content
+from torchrl_sql.training.checkpoint import CheckpointError, list_checkpoints, load_checkpoint, wrong_content
 from torchrl_sql.training.device import resolve_device, set_num_threads, tune
 from torchrl_sql.training.parallel import Replicated, SingleProcess
 from torchrl_sql.training.ranks import Ranks
@@ -132,7 +132,13 @@ def load_agent(path: Path) -> Trained:
         config = run_config_from_yaml(content["config"], source=f"the configuration in {path}")
         method = make_method(config.method)
         network = method.network(config.model, config.games)
-        # The loss holds the network's own parameters: loading it loads them.
-        method.loss(network).load_state_dict(content["trainer"]["loss"])
-        gradient_step = int(content["trainer"]["step"])
+        weights, gradient_step = content["trainer"]["loss"], int(content["trainer"]["step"])
+    # The loss holds the network's own parameters: loading it loads them.
+    try:
+        method.loss(network).load_state_dict(weights)
+    except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:  # as torch and tensordict say so
+        raise CheckpointError(
+            f"{path} must hold the weights of the network that its configuration describes ({config.model.encoder}, "
+            f"{len(config.games)} games, 18 actions), got weights of other names or shapes"
+        ) from error
     return Trained(network.eval(), config, gradient_step)

@@ -217,8 +217,9 @@ def wrong_content(path: Path) -> Iterator[None]:
         raise CheckpointError(str(error)) from error
     except (LookupError, TypeError, AttributeError, ValueError, RuntimeError) as error:
         # What torch and tensordict raise for states of other names, types and shapes.
+        first_line = next(iter(str(error).splitlines()), "")
         raise CheckpointError(
-            f"{path} is intact, but does not hold what such a run writes: {type(error).__name__}: {error}"
+            f"{path} is intact, but does not hold what such a run writes: {type(error).__name__}: {first_line}"
         ) from error
 
 
