@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import pickle
+import time
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -14,6 +16,7 @@ from torchrl_sql.data import (
     GameMixtureSamplerWithoutReplacement,
     OfflineAtariReplay,
 )
+from torchrl_sql.data.transfer import copy_blocks
 
 
 def indices(replay: OfflineAtariReplay, num_batches: int) -> list[list[int]]:
@@ -169,11 +172,77 @@ def test_other_batch_size_with_prefetch(two_games):
         replay.sample(6)
 
 
+def blocks(batch):
+    """The memory behind each entry."""
+    return {key: value.untyped_storage() for key, value in batch.items(True, True)}
+
+
+@pytest.mark.parametrize(("n_steps", "num_frames"), [(1, 5), (3, 8)])
+def test_the_stacks_of_a_batch_are_views_of_one_block_that_is_copied_once(two_games, n_steps, num_frames):
+    batch = OfflineAtariReplay(two_games, batch_size=6, n_steps=n_steps).sample()
+    copied = []
+    sent = copy_blocks(batch, lambda block: copied.append(block) or block.clone())
+    for each in (batch, sent):
+        memory = blocks(each)
+        assert memory["observation"].data_ptr() == memory["next", "observation"].data_ptr()
+        assert memory["observation"].nbytes() == 6 * num_frames * 84 * 84
+    assert all(block.is_contiguous() and block.ndim == 1 for block in copied)
+    assert len(copied) == len({memory.data_ptr() for memory in blocks(batch).values()}) == len(blocks(batch)) - 1
+    assert {key: value.stride() for key, value in sent.items(True, True)} == {
+        key: value.stride() for key, value in batch.items(True, True)
+    }
+    assert (sent == batch).all()
+    sent["observation"].zero_()  # the copy is a copy, and its stacks share their frames
+    assert batch["observation"].any()
+    if n_steps == 1:
+        assert not sent["next", "observation"][:, :3].any() and sent["next", "observation"][:, 3].any()
+
+
+@pytest.mark.parametrize("prefetch", [0, 2])
+def test_batches_are_delivered_on_a_device_with_the_entries_asked_for(two_games, prefetch):
+    keys = ["observation", "action", ("next", "observation"), ("next", "reward"), "absent"]
+    plain = OfflineAtariReplay(two_games, batch_size=6)
+    sent = OfflineAtariReplay(two_games, batch_size=6, prefetch=prefetch, device="cpu", keys=keys)
+    for _ in range(3):
+        expected, batch = plain.sample(), sent.sample()
+        assert batch.device == torch.device("cpu")
+        assert set(batch.keys(True, True)) == set(keys[:-1])
+        assert all(torch.equal(batch[key], expected[key]) for key in keys[:-1])
+    again = pickle.loads(pickle.dumps(sent))
+    assert torch.equal(again.sample()["observation"], plain.sample()["observation"])
+    sent.shutdown()
+
+
+def test_frames_are_read_in_place(two_games):
+    storage = OfflineAtariReplay(two_games, batch_size=6).storage
+    reader = storage._reader
+    zeros = np.zeros(2, np.int64)
+    out = np.full((2, 3, 84, 84), 7, np.uint8)
+    result = reader.read(zeros, zeros, zeros, zeros + 2, length=3, out=out)
+    assert result is out and not out[:, 2].any()
+    assert np.array_equal(out, reader.read(zeros, zeros, zeros, zeros + 2, length=3))
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("prefetch", [0, 2])
-def test_pinned(two_games, prefetch):
-    replay = OfflineAtariReplay(two_games, batch_size=4, prefetch=prefetch, pin_memory=True)
-    batch = replay.sample()
-    assert batch["observation"].is_pinned() and batch["next", "observation"].is_pinned()
+@pytest.mark.parametrize("n_steps", [1, 3])
+def test_a_gpu_gets_the_same_batches_and_never_keeps_the_host_waiting(two_games, prefetch, n_steps):
+    plain = OfflineAtariReplay(two_games, batch_size=32, n_steps=n_steps)
+    replay = OfflineAtariReplay(two_games, batch_size=32, n_steps=n_steps, prefetch=prefetch, device="cuda")
+    assert (replay.sample().cpu() == plain.sample()).all()
+    busy = torch.randn(8192, 8192, device="cuda")
+    torch.cuda.synchronize()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(60):
+        busy @ busy
+    end.record()
+    began = time.perf_counter()
+    batches = [replay.sample() for _ in range(8)]
+    seconds = time.perf_counter() - began
+    torch.cuda.synchronize()
+    assert seconds < start.elapsed_time(end) / 1e3 / 2  # the device was still at the products
+    for batch in batches:
+        assert (batch.cpu() == plain.sample()).all()
     replay.shutdown()

@@ -56,6 +56,25 @@ def make_config(tiny_overrides, tmp_path):
     return make
 
 
+@pytest.fixture
+def small_disk(tmp_path):
+    """Mounts a file system of so many bytes, which can really be full."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root, to mount a file system")
+    folders = []
+
+    def mount(num_bytes):
+        folder = tmp_path / f"disk{len(folders)}"
+        folder.mkdir()
+        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={int(num_bytes)}", "tmpfs", str(folder)], check=True)
+        folders.append(folder)
+        return folder
+
+    yield mount
+    for folder in folders:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
 def free_port():
     """A port that only a server takes: ephemeral ones (from 32768 on) may be gone when the ranks meet."""
     for port in random.sample(range(20_000, 32_000), 100):
@@ -74,7 +93,7 @@ def run_ranks():
     return _run_ranks
 
 
-def _run_ranks(phases, *, timeout=150):
+def _run_ranks(phases, *, timeout=300):
     for phase in phases:
         for job in phase["jobs"]:
             job["port"] = free_port()

@@ -10,11 +10,21 @@ from torchrl.objectives import HardUpdate
 from torchrl_sql.modules import make_q_actor
 from torchrl_sql.objectives import DistributionalCQLLoss
 from torchrl_sql.training import Trainer
+from torchrl_sql.training.ranks import process_group
+from torchrl_sql.training.writer import HostCopies
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
+
+
+class NoReplay:
+    def state_dict(self):
+        return {}
+
+    def load_state_dict(self, state):
+        pass
 
 
 def make_batch(batch_size: int, num_games: int) -> TensorDict:
@@ -63,3 +73,52 @@ def test_the_update_never_waits_for_the_device(batch_size, precision, target, do
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert torch.isfinite(metrics["objective"])
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_any_gpu_saves_what_it_holds_and_continues(index):
+    if torch.cuda.device_count() <= index:
+        pytest.skip(f"needs {index + 1} CUDA devices")
+    device = torch.device("cuda", index)
+
+    def make():
+        torch.manual_seed(0)
+        loss = DistributionalCQLLoss(make_q_actor(8, encoder="resnet_small", memory_format=torch.channels_last)).to(
+            device
+        )
+        return Trainer(loss, NoReplay(), torch.optim.Adam(loss.parameters(), fused=True))
+
+    with process_group(device) as ranks:
+        assert ranks.device == device and torch.cuda.current_device() == index
+        first, second = make(), make()
+        batch = make_batch(16, num_games=8).to(device)
+        first.update(batch)
+        torch.cuda._sleep(100_000_000)  # the copy must wait for what is still queued on this device
+        first.update(batch)
+        torch.rand(3, device=device)
+        state = HostCopies().copy(first.state_dict())
+        second.load_state_dict(state)
+        assert torch.equal(torch.cuda.get_rng_state(device), state["cuda_rng"][0])
+        for ours, theirs in zip(second.loss.parameters(), first.loss.parameters(), strict=True):
+            assert torch.equal(ours, theirs)
+
+
+def test_a_checkpoint_of_a_gpu_continues_on_the_cpu_and_back():
+    def make(device, memory_format):
+        torch.manual_seed(0)
+        loss = DistributionalCQLLoss(make_q_actor(8, encoder="resnet_small", memory_format=memory_format)).to(device)
+        return Trainer(loss, NoReplay(), torch.optim.Adam(loss.parameters(), fused=True))
+
+    gpu = make("cuda", torch.channels_last)
+    cpu = make("cpu", torch.contiguous_format)
+    again = make("cuda", torch.channels_last)
+    batches = [make_batch(16, num_games=8) for _ in range(4)]
+    for batch in batches[:3]:
+        gpu.update(batch)
+    cpu.load_state_dict(HostCopies().copy(gpu.state_dict()))
+    again.load_state_dict(cpu.state_dict())
+    for trainer in (gpu, cpu, again):
+        trainer.update(batches[3].to(trainer.device))
+    for one, two, three in zip(*(trainer.loss.parameters() for trainer in (gpu, cpu, again)), strict=True):
+        torch.testing.assert_close(one, three)
+        torch.testing.assert_close(one.cpu(), two, rtol=1e-3, atol=1e-5)

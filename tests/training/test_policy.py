@@ -1,18 +1,22 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors import SafetensorError
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import save_file
 from tensordict import TensorDict
 
 import torchrl_sql
+from torchrl_sql.config import compose_run_config
 from torchrl_sql.games import GAMES
 from torchrl_sql.modules import NetworkPolicy
 from torchrl_sql.training import export_policy, load_agent, train
+from torchrl_sql.training import policy as policy_module
 from torchrl_sql.training.checkpoint import CheckpointError, list_checkpoints
 from torchrl_sql.training.policy import POLICY_FILE
 
@@ -54,18 +58,70 @@ def test_any_checkpoint_can_be_exported(make_config, tmp_path):
     assert any(not torch.equal(value, final[name]) for name, value in weights.items())
 
 
-def test_a_policy_that_does_not_fit_on_the_disk_leaves_nothing(make_config, tmp_path, monkeypatch):
-    def failing(weights, path, metadata):
-        path.write_bytes(b"torn")
-        raise SafetensorError("I/O error: No space left on device")
+def test_a_policy_that_does_not_fit_on_the_disk_leaves_nothing(make_config, small_disk):
+    folder, disk = train(make_config()), small_disk(2**16)
+    with pytest.raises(OSError, match="No space left on device"):
+        export_policy(folder, disk / POLICY_FILE)
+    assert list(disk.iterdir()) == []
 
-    folder = train(make_config())
-    target = tmp_path / "out" / "policy.safetensors"
-    target.parent.mkdir()
-    monkeypatch.setattr("torchrl_sql.training.policy.save_file", failing)
-    with pytest.raises(OSError, match=r"policy.safetensors could not be written: .*No space left"):
-        export_policy(folder, target)
-    assert list(target.parent.iterdir()) == []
+
+def test_older_checkpoints_make_room_for_the_policy(make_config, small_disk):
+    disk = small_disk(32 * 2**20)
+    trained = train(make_config(name="elsewhere"))
+    shutil.copytree(trained / "checkpoints", disk / "run" / "checkpoints")
+    free = shutil.disk_usage(disk).free
+    (disk / "filler").write_bytes(bytes(free - 2**16))
+    train(make_config(f"run_dir={disk / 'run'}"))  # trained, but its policy is missing
+    assert torchrl_sql.load_policy(disk / "run" / POLICY_FILE) is not None
+    assert [path.name for path in list_checkpoints(disk / "run" / "checkpoints")][-1] == "step_000000012.pt"
+    assert len(list_checkpoints(disk / "run" / "checkpoints")) < 3
+
+
+@pytest.fixture(scope="module")
+def policy_bytes(tmp_path_factory, tiny_overrides):
+    folder = train(compose_run_config(tiny_overrides(tmp_path_factory.mktemp("policy") / "run")))
+    return (folder / POLICY_FILE).read_bytes()
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_every_damage_is_refused_by_name_or_changes_nothing(policy_bytes, tmp_path, data):
+    content = bytearray(policy_bytes)
+    header_end = 8 + int.from_bytes(content[:8], "little")
+    part = data.draw(st.sampled_from(["length", "header", "weights", "cut", "longer"]))
+    if part == "cut":
+        content = content[: data.draw(st.integers(0, len(content) - 1))]
+    elif part == "longer":
+        content += data.draw(st.binary(min_size=1, max_size=9))
+    else:
+        first, last = {"length": (0, 7), "header": (8, header_end - 1), "weights": (header_end, len(content) - 1)}[part]
+        content[data.draw(st.integers(first, last))] ^= 1 << data.draw(st.integers(0, 7))
+    path = tmp_path / POLICY_FILE
+    path.write_bytes(content)
+    try:
+        policy = torchrl_sql.load_policy(path)
+    except CheckpointError as error:
+        assert str(path) in str(error)
+        return
+    assert part == "header"  # a blank, for instance
+    path.write_bytes(policy_bytes)
+    expected = torchrl_sql.load_policy(path).state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in policy.state_dict().items())
+
+
+@pytest.mark.parametrize("change", ["config", "weights"])
+def test_an_intact_file_of_something_else_is_named(policy_bytes, tmp_path, change):
+    path = tmp_path / POLICY_FILE
+    path.write_bytes(policy_bytes)
+    metadata, weights = policy_module._read(path)
+    if change == "config":
+        del metadata["config"]
+    else:
+        weights.popitem()
+    metadata["sha256"] = policy_module._digest(metadata, weights)
+    save_file(weights, path, metadata=metadata)
+    with pytest.raises(CheckpointError, match=r"is intact, but does not hold what such a run writes"):
+        torchrl_sql.load_policy(path)
 
 
 def test_the_three_lines_of_the_readme(make_config):
@@ -85,5 +141,8 @@ def test_other_files_are_refused(tmp_path):
     with pytest.raises(CheckpointError, match=r"x.safetensors must be a safetensors file"):
         torchrl_sql.load_policy(path)
     save_file({"w": torch.zeros(1)}, path)
-    with pytest.raises(CheckpointError, match=r"must be of format 'torchrl_sql policy 1', got None"):
+    with pytest.raises(CheckpointError, match=r"must be of format 'torchrl_sql policy 2', got None"):
+        torchrl_sql.load_policy(path)
+    save_file({"w": torch.zeros(1)}, path, metadata={"format": "torchrl_sql policy 1"})
+    with pytest.raises(CheckpointError, match=r"was written by an earlier version of torchrl_sql"):
         torchrl_sql.load_policy(path)

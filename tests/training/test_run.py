@@ -1,9 +1,17 @@
 from __future__ import annotations
 
+import errno
+import functools
+import io
 import json
+import operator
+import os
+import pty
 import re
 import shutil
 import signal
+import sys
+import time
 from itertools import pairwise
 from pathlib import Path
 
@@ -15,13 +23,22 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torchrl.record.loggers import CSVLogger
 
 from torchrl_sql.cli import main
-from torchrl_sql.config import ConfigError
+from torchrl_sql.config import ConfigError, compose_run_config
 from torchrl_sql.data import GameMixtureSamplerWithoutReplacement, OfflineAtariReplay
 from torchrl_sql.evaluation.episodes import read_episodes
 from torchrl_sql.statistics.scores import human_normalised
 from torchrl_sql.training import Interrupted, load_agent, train
 from torchrl_sql.training.build import build_trainer, learning_rate_factor
-from torchrl_sql.training.checkpoint import best_step, checkpoint_step, list_checkpoints, load_checkpoint
+from torchrl_sql.training.checkpoint import (
+    CheckpointError,
+    best_step,
+    checkpoint_path,
+    checkpoint_step,
+    list_checkpoints,
+    load_checkpoint,
+    save_checkpoint,
+    wrong_content,
+)
 from torchrl_sql.training.logs import read_scalars
 from torchrl_sql.training.trainer import Trainer
 
@@ -129,6 +146,31 @@ def test_any_interruptions_leave_no_trace(make_config, stops, number):
     assert_same(final_state(parts), final_state(whole))
 
 
+TRAIN = """
+import pathlib, sys
+from torchrl_sql.config import load_run_config
+from torchrl_sql.training import train
+train(load_run_config(pathlib.Path(sys.argv[1])))
+"""
+
+
+def test_a_lost_terminal_saves(make_config, tmp_path):
+    config = make_config("trainer.num_gradient_steps=100_000", "trainer.checkpoint_interval_gradient_steps=100_000")
+    settings_file, folder = tmp_path / "settings.yaml", Path(config.run_dir)
+    settings_file.write_text(config.to_yaml())
+    pid, terminal = pty.fork()
+    if pid == 0:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # tests may run under nohup
+        os.execv(sys.executable, [sys.executable, "-c", TRAIN, str(settings_file)])
+    while not read_scalars(folder).get("objective"):
+        assert os.waitpid(pid, os.WNOHANG) == (0, 0), os.read(terminal, 10_000)
+        time.sleep(0.1)
+    os.close(terminal)  # as a dropped connection does
+    os.waitpid(pid, 0)
+    (checkpoint,) = list_checkpoints(folder / "checkpoints")
+    assert load_checkpoint(checkpoint)["trainer"]["step"] == checkpoint_step(checkpoint) > 0
+
+
 def poison_batch(monkeypatch, step):
     sample = OfflineAtariReplay.sample
 
@@ -155,6 +197,93 @@ def test_a_non_finite_loss_leaves_state_and_batch_for_inspection(make_config, mo
     assert (state["trainer"]["step"], batch["step"]) == (6, 7)
     assert batch["batch"]["next"]["reward"].isnan().all() and batch["batch"]["observation"].shape == (8, 4, 84, 84)
     assert_same(state["trainer"], final_state(stopped))
+
+
+def test_a_full_disk_does_not_hide_why_training_stopped(make_config, monkeypatch):
+    def full(path, content):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    poison_batch(monkeypatch, 7)
+    monkeypatch.setattr("torchrl_sql.training.run.write_content", full)
+    message = r"gradient of step 7 is not finite.*could not be saved in .*nonfinite: .*No space left"
+    with pytest.raises(FloatingPointError, match=message):
+        train(make_config())
+
+
+def all_places(content, *above):
+    """The keys of every entry of a nested checkpoint, outer ones too."""
+    for key, value in content.items() if isinstance(content, dict) else ():
+        yield (*above, key)
+        yield from all_places(value, *above, key)
+
+
+@pytest.fixture(scope="module")
+def trainer(stopped):
+    trainer = build_trainer(stopped[0])
+    yield trainer
+    trainer.replay.shutdown()
+
+
+@pytest.fixture(scope="module")
+def stopped(tiny_overrides, tmp_path_factory):
+    """The configuration of a run that was stopped within a log interval, and the bytes of its checkpoint."""
+    folder = tmp_path_factory.mktemp("stopped") / "run"
+    config = compose_run_config([*tiny_overrides(folder), "trainer.log_interval_gradient_steps=5"])
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt_after(patch, 7)
+        with pytest.raises(Interrupted):
+            train(config)
+    return config, checkpoint_path(folder / "checkpoints", 7).read_bytes()
+
+
+MISSING = object()
+
+
+def changed(checkpoint, place, value):
+    """A checkpoint's content with another value at a place, or nothing there."""
+    content = torch.load(io.BytesIO(checkpoint), weights_only=True)
+    *above, key = place
+    holder = functools.reduce(operator.getitem, above, content)
+    del holder[key]
+    if value is not MISSING:
+        holder[key] = value
+    return content
+
+
+@pytest.mark.parametrize("value", [MISSING, None, "text", {}])
+@pytest.mark.parametrize("place", [("config",), ("data_fingerprint",), ("trainer",), ("trainer", "step")])
+def test_wrong_content_of_an_intact_checkpoint_is_named(stopped, make_config, place, value):
+    config = make_config("trainer.log_interval_gradient_steps=5")
+    path = save_checkpoint(Path(config.run_dir) / "checkpoints", 7, changed(stopped[1], place, value))
+    other_data = place == ("data_fingerprint",) and value is not MISSING
+    with pytest.raises(ValueError, match="was trained on other data" if other_data else re.escape(str(path))):
+        train(config)
+    if place != ("data_fingerprint",):
+        with pytest.raises(CheckpointError, match=re.escape(str(path))):
+            load_agent(path)
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_no_wrong_state_of_a_trainer_is_taken_for_a_right_one(stopped, trainer, data):
+    places = all_places(torch.load(io.BytesIO(stopped[1]), weights_only=True)["trainer"])
+    read = [place for place in places if place[0] in ("loss", "optimizer") or place == ("interval", "num_steps")]
+    place = data.draw(st.sampled_from(read))
+    value = data.draw(st.sampled_from([MISSING, None, "text", {}, torch.zeros(7, 7)]))
+    state = changed(stopped[1], ("trainer", *place), value)["trainer"]
+    path = Path("step_000000007.pt")
+    if place[:2] == ("optimizer", "state") and (value is MISSING or value == {}) and len(place) in (2, 3):
+        return  # as where parameters had no gradient yet
+    with pytest.raises(CheckpointError, match=r"step_000000007.pt is intact, but does not hold"), wrong_content(path):
+        trainer.load_state_dict(state)
+
+
+def test_the_first_line_of_the_log_names_device_build_ranks_and_parameters(make_config, caplog):
+    with caplog.at_level("INFO"):
+        folder = train(make_config())
+    first, build = caplog.messages[0], re.escape(f"torch {torch.__version__} (")
+    assert re.match(rf"training \d+,\d{{3}} parameters on 1 x cpu \(\d+ threads\), {build}", first)
+    assert json.loads((folder / "versions.json").read_text())["device"] in first
 
 
 def test_a_broken_state_is_never_saved_as_a_checkpoint(make_config, monkeypatch):
@@ -230,6 +359,10 @@ def test_a_finished_run_is_left_alone_and_other_settings_are_refused(make_config
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
     with pytest.raises(ConfigError, match=r"other settings \(method.cql_alpha: 0.1 there, 0.5 now\)"):
         train(make_config("method.cql_alpha=0.5"))
+    with pytest.raises(
+        ConfigError, match=r"other settings \(method.name: cql there, bc now; .*cql_alpha: 0.1 there, None"
+    ):
+        train(make_config("method=bc"))
     for changes, named in (
         (["data.temperature=2"], "temperature"),
         (["data.replacement=false"], "replacement"),

@@ -10,7 +10,8 @@ import pytest
 
 from torchrl_sql.training.signals import Interrupted, StopSignals
 
-HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
+HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # tests may run under nohup, which ignores it
 
 
 def receive(number):
@@ -22,6 +23,7 @@ def receive(number):
     [
         ([signal.SIGTERM], False),
         ([signal.SIGINT], False),
+        ([signal.SIGHUP], False),
         ([signal.SIGUSR2], True),
         ([signal.SIGTERM, signal.SIGUSR2], True),
         ([signal.SIGUSR2, signal.SIGTERM, signal.SIGTERM], True),
@@ -59,6 +61,17 @@ def test_a_dead_terminal_does_not_keep_a_run_from_saving():
         os.close(stderr)
         os.close(writer)
     assert signals.stop
+
+
+def test_a_hang_up_stays_ignored_under_nohup():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopSignals() as signals:
+            receive(signal.SIGHUP)
+            assert not signals.stop
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_the_former_handlers_come_back():

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 from functools import partial
 
 import pytest
@@ -121,6 +122,36 @@ def test_resuming_from_a_state_is_exact():
     for which in ("value_network_params", "target_value_network_params"):
         ours, theirs = weights(second, which), weights(whole, which)
         assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+@pytest.mark.parametrize("layouts", [("channels_last", "contiguous_format"), ("contiguous_format", "channels_last")])
+def test_a_state_continues_the_same_in_another_memory_layout(layouts):
+    def make(layout):
+        torch.manual_seed(0)
+        network = nn.Sequential(nn.Conv2d(4, 8, 3), nn.Flatten(-3), nn.Linear(8 * 9, 33), nn.Unflatten(-1, (11, 3)))
+        actor = DistributionalQValueActor(
+            network.to(memory_format=getattr(torch, layout)), spec=Categorical(3), support=torch.linspace(-5, 5, 11)
+        )
+        loss = DistributionalCQLLoss(actor)
+        return Trainer(loss, ListReplay(batches), torch.optim.Adam(list(loss.parameters()), lr=0.1, fused=True))
+
+    batches = [make_batch(seed) for seed in range(5)]
+    for seed, batch in enumerate(batches):
+        for part in (batch, batch["next"]):
+            part["observation"] = torch.randn(6, 4, 5, 5, generator=torch.Generator().manual_seed(seed))
+    first, same, other = make(layouts[0]), make(layouts[0]), make(layouts[1])
+    list(first.train(4, log_interval=4))
+    file = io.BytesIO()
+    torch.save(first.state_dict(), file)  # keeps strides
+    for trainer in (same, other):
+        file.seek(0)
+        trainer.load_state_dict(torch.load(file, weights_only=True))
+        for parameter, state in trainer.optimizer.state.items():
+            assert state["exp_avg"].stride() == state["exp_avg_sq"].stride() == parameter.stride()
+        trainer.update(batches[4])
+    ours, theirs = weights(other), weights(same)
+    for key, value in theirs.items():
+        torch.testing.assert_close(ours[key], value, rtol=1e-5, atol=1e-6)
 
 
 def test_each_step_has_its_learning_rate_also_after_resuming_and_rewinding():

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import threading
@@ -8,8 +9,8 @@ import pytest
 import torch
 
 from torchrl_sql.training import writer as writer_module
-from torchrl_sql.training.checkpoint import checkpoint_path, list_checkpoints, load_checkpoint
-from torchrl_sql.training.writer import CheckpointWriter, HostCopies
+from torchrl_sql.training.checkpoint import checkpoint_path, checkpoint_step, list_checkpoints, load_checkpoint
+from torchrl_sql.training.writer import MAX_FAILURES, CheckpointWriter, HostCopies
 
 
 @pytest.fixture
@@ -85,6 +86,58 @@ def test_a_full_disk_keeps_the_last_good_checkpoint_and_says_so(writer, tmp_path
         writer.finish(2)
     writer.save(3, {"w": torch.zeros(100_000)})
     writer.finish(3)
+
+
+MEGABYTE = {"w": torch.zeros(2**18)}
+
+
+def steps(folder):
+    return [checkpoint_step(path) for path in list_checkpoints(folder)]
+
+
+@pytest.mark.parametrize(("milestone_interval", "kept"), [(None, [30, 40]), (10, [10, 20, 30])])
+def test_the_oldest_checkpoint_makes_room_for_the_newest_on_a_full_disk(small_disk, caplog, milestone_interval, kept):
+    folder = small_disk(3.5 * 2**20)  # three checkpoints, and not the fourth that is there while one is replaced
+    writer = CheckpointWriter(folder, num_kept=3, milestone_interval=milestone_interval)
+    for step in (10, 20, 30, 40):
+        writer.save(step, MEGABYTE)
+        writer.wait()
+    writer.close()
+    full = "step_000000010.pt is deleted to make room" if milestone_interval is None else "step 40 was not written"
+    assert "DISK FULL: " in caplog.text and full in caplog.text
+    assert steps(folder) == ([20, 30, 40] if milestone_interval is None else kept)
+    assert all(torch.equal(load_checkpoint(path)["w"], MEGABYTE["w"]) for path in list_checkpoints(folder))
+
+
+def test_the_newest_checkpoint_is_never_given_up_and_training_stops_when_nothing_can_be_saved(small_disk, caplog):
+    folder = small_disk(1.5 * 2**20)
+    writer = CheckpointWriter(folder, num_kept=3, milestone_interval=None)
+    for step in range(1, 1 + MAX_FAILURES):
+        writer.save(step, MEGABYTE)
+        writer.wait()
+    assert caplog.text.count("was not written") == MAX_FAILURES - 1
+    writer.save(5, MEGABYTE)
+    message = rf"{MAX_FAILURES} checkpoints in a row could not be written: training stops, make room, and the same"
+    with pytest.raises(OSError, match=message) as caught:
+        writer.wait()
+    assert caught.value.errno == errno.ENOSPC
+    assert [path.name for path in folder.iterdir()] == ["step_000000001.pt"]
+    writer.close()
+
+
+def test_a_disk_that_has_room_again_ends_the_count_of_failures(small_disk):
+    folder = small_disk(2.5 * 2**20)
+    writer = CheckpointWriter(folder, num_kept=1, milestone_interval=None)
+    for step in range(4 * MAX_FAILURES):
+        filler = folder / "filler"
+        if step % MAX_FAILURES:
+            filler.write_bytes(bytes(2**20))
+        else:
+            filler.unlink(missing_ok=True)
+        writer.save(step, MEGABYTE)
+        writer.wait()
+    assert steps(folder) == [3 * MAX_FAILURES]
+    writer.close()
 
 
 def test_other_failures_reach_the_training_loop(writer, monkeypatch):

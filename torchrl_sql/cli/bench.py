@@ -32,7 +32,7 @@ def _bench(args: argparse.Namespace) -> None:
 
     from torchrl_sql.bench import format_measurements, format_plans, measure, plan
     from torchrl_sql.config import compose_run_config
-    from torchrl_sql.training.build import resolve_device
+    from torchrl_sql.training.device import resolve_device
     from torchrl_sql.training.ranks import process_group
 
     config = compose_run_config(args.overrides)

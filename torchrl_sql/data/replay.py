@@ -9,7 +9,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
-from tensordict import TensorDict
+import torch
+from tensordict import NestedKey
 from torchrl.data import TensorDictReplayBuffer
 from torchrl.data.replay_buffers.writers import ImmutableDatasetWriter
 
@@ -17,6 +18,7 @@ from torchrl_sql.data.sampler import GameMixtureSampler, GameMixtureSamplerWitho
 from torchrl_sql.data.sequences import AtariSequenceStorage
 from torchrl_sql.data.storage import AtariFrameStorage
 from torchrl_sql.data.store import FrameStore
+from torchrl_sql.data.transfer import DeviceCopies
 
 
 class OfflineAtariReplay(TensorDictReplayBuffer):
@@ -38,7 +40,9 @@ class OfflineAtariReplay(TensorDictReplayBuffer):
         mixture, temperature, seed, rank, world_size: see :class:`GameMixtureSampler`.
         replacement (bool): False for :class:`GameMixtureSamplerWithoutReplacement`.
         prefetch (int): batches read ahead, each in a thread of its own; 0 reads in the calling thread.
-        pin_memory (bool): copy batches to page-locked memory, for asynchronous transfers to a GPU.
+        device (torch.device or str, optional): where batches are delivered. To a CUDA device the reading threads copy
+            them, each frame once, in a stream of their own: neither the host nor the present stream's work waits.
+        keys (sequence of NestedKey, optional): entries to deliver with ``device``; default all.
         transform (optional): as for TorchRL's buffers; runs in the calling thread, so that random ones reproduce.
 
     The batch is that of the storage plus ``index`` int64 ``[B]``, the storage indices.
@@ -68,7 +72,8 @@ class OfflineAtariReplay(TensorDictReplayBuffer):
         rank: int = 0,
         world_size: int = 1,
         prefetch: int = 0,
-        pin_memory: bool = False,
+        device: torch.device | str | None = None,
+        keys: Sequence[NestedKey] | None = None,
         transform: Any = None,
     ) -> None:
         if batch_size < 1 or batch_size % world_size:
@@ -88,7 +93,9 @@ class OfflineAtariReplay(TensorDictReplayBuffer):
         else:
             storage = AtariSequenceStorage(store, games, num_steps=window_steps, **subset)
         self._depth = prefetch
-        self._reads: deque[tuple[int, Future[TensorDict]]] = deque()
+        self._copies = None if device is None else DeviceCopies(_with_index(torch.device(device)), keys)
+        storage.pin_memory = self._copies is not None and self._copies.device.type == "cuda"
+        self._reads: deque[tuple[int, Future[Any]]] = deque()
         self._readers: ThreadPoolExecutor | None = None
         super().__init__(
             storage=storage,
@@ -101,7 +108,6 @@ class OfflineAtariReplay(TensorDictReplayBuffer):
             ),
             writer=ImmutableDatasetWriter(),
             batch_size=batch_size,
-            pin_memory=pin_memory,
             transform=transform,
         )
 
@@ -123,21 +129,21 @@ class OfflineAtariReplay(TensorDictReplayBuffer):
             raise ValueError(f"batch_size must be {self._batch_size} as read ahead, got {batch_size}")
         with self._futures_lock:
             step = self._sampler.step
-            batch = self._read_ahead(step) if self._depth else self._read(batch_size, step)
+            read = self._read_ahead(step) if self._depth else self._read(batch_size, step)
             self._sampler.step = step + 1
+        batch = read if self._copies is None else self._copies.receive(read)
         if len(self._transform):
             batch = self._transform(batch)
-            if self._pin_memory:
-                batch = batch.pin_memory()
         return (batch, {"index": batch["index"]}) if return_info else batch
 
-    def _read(self, batch_size: int, step: int) -> TensorDict:
+    def _read(self, batch_size: int, step: int) -> Any:
+        """A batch, or what is under way to the device."""
         index = self._sampler.indices(self._storage, batch_size, step)
         batch = self._storage.get(index)
         batch["index"] = index
-        return batch.pin_memory() if self._pin_memory and not len(self._transform) else batch
+        return batch if self._copies is None else self._copies.send(batch)
 
-    def _read_ahead(self, step: int) -> TensorDict:
+    def _read_ahead(self, step: int) -> Any:
         if self._reads and self._reads[0][0] != step:  # The sampler was moved, or the last read failed.
             self._drop_reads()
         if self._readers is None:
@@ -182,3 +188,8 @@ class OfflineAtariReplay(TensorDictReplayBuffer):
 
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"_reads": deque(), "_readers": None}
+
+
+def _with_index(device: torch.device) -> torch.device:
+    """Reading threads have another current device than the caller."""
+    return torch.device("cuda", torch.cuda.current_device()) if str(device) == "cuda" else device

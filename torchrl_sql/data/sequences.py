@@ -85,7 +85,11 @@ class AtariSequenceStorage(AtariFrameStorage):
         terminated = at_end & episodes.terminated[episode, None]
         action, reward, return_to_go = self._read_scalars_of_windows(episode, step, mask)
         first = episodes.first_frame[episode]
-        frames = self._read_frames(recording, first + step, first + step + span)
+        start = first + step
+        if len(index):
+            frames = self._read_frames(recording, start, start, start + span, length=self.num_steps)
+        else:
+            frames = torch.zeros(0, self.num_steps, *FRAME_SHAPE, dtype=torch.uint8)
         next_ = {
             "reward": torch.from_numpy(reward).unsqueeze(-1),
             "terminated": torch.from_numpy(terminated).unsqueeze(-1),
@@ -93,7 +97,7 @@ class AtariSequenceStorage(AtariFrameStorage):
             "done": torch.from_numpy(at_end).unsqueeze(-1),
         }
         source = {
-            "observation": torch.from_numpy(frames),
+            "observation": frames,
             "action": torch.from_numpy(action),
             "return_to_go": torch.from_numpy(return_to_go),
             "mask": torch.from_numpy(mask),
@@ -101,11 +105,6 @@ class AtariSequenceStorage(AtariFrameStorage):
             "next": TensorDict(next_, batch_size=[len(index)]),
         }
         return TensorDict(source, batch_size=[len(index)])
-
-    def _read_frames(self, recording: np.ndarray, start: np.ndarray, stop: np.ndarray) -> np.ndarray:
-        if not len(recording):
-            return np.zeros((0, self.num_steps, *FRAME_SHAPE), np.uint8)
-        return self._reader.read(recording, start, start, stop, length=self.num_steps)
 
     def _read_scalars_of_windows(
         self, episode: np.ndarray, step: np.ndarray, mask: np.ndarray

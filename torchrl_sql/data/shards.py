@@ -150,7 +150,14 @@ class FrameReader:
         return int(self._first_shard[-1])
 
     def read(
-        self, recording: np.ndarray, start: np.ndarray, first: np.ndarray, stop: np.ndarray, *, length: int
+        self,
+        recording: np.ndarray,
+        start: np.ndarray,
+        first: np.ndarray,
+        stop: np.ndarray,
+        *,
+        length: int,
+        out: np.ndarray | None = None,
     ) -> np.ndarray:
         """Reads ``W`` windows. Chunks that neighbouring windows share are decoded once.
 
@@ -162,15 +169,17 @@ class FrameReader:
 
         Keyword Args:
             length (int): ``L``, frames of each window.
+            out (uint8 ``[W, L, 84, 84]``, optional): contiguous, where to write them.
 
         Returns:
-            uint8 ``[W, L, 84, 84]``.
+            uint8 ``[W, L, 84, 84]``, ``out`` if it is given.
 
         Raises:
             DamagedFramesError: if a chunk that is needed is not intact.
         """
         begin, end = np.maximum(start, first), np.minimum(start + length, stop)
-        out = np.empty((len(recording), length, *FRAME_SHAPE), np.uint8)
+        if out is None:
+            out = np.empty((len(recording), length, *FRAME_SHAPE), np.uint8)
         out[end - begin < length] = 0
         target = out.data.cast("B")
 

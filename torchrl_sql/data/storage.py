@@ -111,6 +111,8 @@ class AtariFrameStorage(Storage):
         """Names of the games; ``game_id`` indexes them."""
         self.n_steps = n_steps
         self.gamma = gamma
+        self.pin_memory = False
+        """Whether frames are read to page-locked memory; torch uses its blocks again and again."""
         self.subset = subset
         """Which transitions of the recordings this storage shows."""
         self._recordings = recordings
@@ -214,13 +216,21 @@ class AtariFrameStorage(Storage):
         stop = self._episodes.stop_frame[episode]
         start = first + step - (FRAME_STACK - 1)
         if self.n_steps == 1:
-            frames = torch.from_numpy(self._reader.read(recording, start, first, stop, length=FRAME_STACK + 1))
+            frames = self._read_frames(recording, start, first, stop, length=FRAME_STACK + 1)
             return frames[:, :FRAME_STACK], frames[:, 1:]
         # Both stacks of a transition side by side: they often lie in the same chunk, which is then decoded once.
         recording, first, stop = (np.repeat(array, 2) for array in (recording, first, stop))
         starts = np.stack([start, start + span], axis=1).ravel()
-        frames = torch.from_numpy(self._reader.read(recording, starts, first, stop, length=FRAME_STACK))
+        frames = self._read_frames(recording, starts, first, stop, length=FRAME_STACK)
         return frames[::2], frames[1::2]
+
+    def _read_frames(
+        self, recording: np.ndarray, start: np.ndarray, first: np.ndarray, stop: np.ndarray, *, length: int
+    ) -> torch.Tensor:
+        """Windows of frames, uint8 ``[W, length, 84, 84]``, read to where a device can fetch them from."""
+        frames = torch.empty(len(start), length, *FRAME_SHAPE, dtype=torch.uint8, pin_memory=self.pin_memory)
+        self._reader.read(recording, start, first, stop, length=length, out=frames.numpy())
+        return frames
 
     def fingerprint(self) -> str:
         """SHA-256 of the manifests behind this storage: the same transitions at the same indices."""

@@ -21,8 +21,9 @@ from torchrl_sql.games import ACTION_NAMES, GAMES
 from torchrl_sql.methods import make_method
 from torchrl_sql.statistics.intervals import interquartile_mean
 from torchrl_sql.statistics.scores import human_normalised, split_by_reference
-from torchrl_sql.training.build import find_checkpoint, load_agent, resolve_device, set_num_threads
+from torchrl_sql.training.build import find_checkpoint, load_agent
 from torchrl_sql.training.checkpoint import mark_best
+from torchrl_sql.training.device import resolve_device, set_num_threads
 
 
 class Agent:
@@ -165,7 +166,7 @@ class TrainedAgent(Agent):
         method = make_method(config.method)
         if method.values == "none":
             raise ValueError(f"{path} must hold a network that acts, got one of method {config.method.name!r}")
-        set_num_threads(config)  # as in training: the last bits of outputs depend on it
+        set_num_threads(config.num_threads)  # as in training: the last bits of outputs depend on it
         agent = AgentId(
             name=config.name,
             training_seed=config.seed,

@@ -73,7 +73,7 @@ class Method(ABC):
         Args:
             data (DataConfig): which transitions.
             store (FrameStore): where they are.
-            options: ``seed``, ``rank``, ``world_size`` and ``pin_memory``, see :class:`OfflineAtariReplay`.
+            options: ``seed``, ``rank``, ``world_size``, ``device`` and ``keys``, see :class:`OfflineAtariReplay`.
 
         Raises:
             ValueError: if the store does not hold the games, or the batch does not divide among the ranks.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,34 +16,11 @@ from torchrl_sql.config import ConfigError, OptimConfig, RunConfig, run_config_f
 from torchrl_sql.data import FrameStore, mean_frame
 from torchrl_sql.files import expand_path
 from torchrl_sql.methods import make_method
-from torchrl_sql.training.checkpoint import CheckpointError, list_checkpoints, load_checkpoint
+from torchrl_sql.training.checkpoint import CheckpointError, list_checkpoints, load_checkpoint, wrong_content
+from torchrl_sql.training.device import resolve_device, set_num_threads, tune
 from torchrl_sql.training.parallel import Replicated, SingleProcess
 from torchrl_sql.training.ranks import Ranks
 from torchrl_sql.training.trainer import Trainer
-
-
-def set_num_threads(config: RunConfig) -> None:
-    """Applies ``config.num_threads`` to this process."""
-    if config.num_threads is not None:
-        torch.set_num_threads(config.num_threads)
-
-
-def resolve_device(name: str) -> torch.device:
-    """This process's device: ``auto`` is CUDA where there is one; of several GPUs, that of ``LOCAL_RANK``.
-
-    A CUDA device has its index: ``torch.cuda.set_device`` asks for one.
-
-    Raises:
-        ConfigError: if there is no such device.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    num_gpus = torch.cuda.device_count()
-    if name.startswith("cuda") and int(name.partition(":")[2] or 0) >= num_gpus:
-        raise ConfigError(f"trainer.device must be on {os.uname().nodename}, which has {num_gpus} GPUs, got {name!r}")
-    if name == "cuda":
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0) if num_gpus > 1 else 0}"
-    return torch.device(name)
 
 
 def check_here(config: RunConfig) -> None:
@@ -95,7 +71,8 @@ def build_trainer(config: RunConfig, ranks: Ranks | None = None) -> Trainer:
             among the ranks.
     """
     ranks = ranks or Ranks(0, 1, resolve_device(config.trainer.device))
-    set_num_threads(config)
+    set_num_threads(config.num_threads)
+    tune(ranks.device)
     torch.manual_seed(config.seed)
     device = ranks.device
     # Channels-last suits CUDA's convolutions; on the CPU the small network is faster without.
@@ -103,6 +80,7 @@ def build_trainer(config: RunConfig, ranks: Ranks | None = None) -> Trainer:
     method = make_method(config.method)
     # Before any data is opened: the network refuses names that it does not know.
     network = method.network(config.model, config.games, memory_format=memory_format)
+    loss = method.loss(network)
     store = FrameStore.open(expand_path(config.data.store))
     replay = method.replay(
         config.data,
@@ -110,12 +88,13 @@ def build_trainer(config: RunConfig, ranks: Ranks | None = None) -> Trainer:
         seed=config.seed,
         rank=ranks.rank,
         world_size=ranks.world_size,
-        pin_memory=device.type == "cuda",
+        device=device,
+        keys=[*loss.in_keys, "index"],  # what nobody reads is not sent; the index names a batch left for inspection
     )
     for name, buffer in network.named_buffers():
         if name.endswith("input_mean"):
             buffer.copy_(torch.stack([torch.from_numpy(mean_frame(store, game)) / 255 for game in config.games]))
-    loss = method.loss(network).to(device)
+    loss = loss.to(device)
     compile = config.trainer.compile
     call = Replicated(loss, ranks, compile=compile) if ranks.world_size > 1 else SingleProcess(loss, compile=compile)
     return Trainer(
@@ -166,15 +145,23 @@ def load_agent(path: Path) -> Trained:
     """
     path = find_checkpoint(path)
     content: dict[str, Any] = load_checkpoint(path)
-    config = run_config_from_yaml(content["config"], source=f"the configuration in {path}")
-    method = make_method(config.method)
-    network = method.network(config.model, config.games)
+    with wrong_content(path):
+        config = run_config_from_yaml(content["config"], source=f"the configuration in {path}")
+        method = make_method(config.method)
+        network = method.network(config.model, config.games)
+        weights, gradient_step = content["trainer"]["loss"], int(content["trainer"]["step"])
     # The loss holds the network's own parameters: loading it loads them.
     try:
-        method.loss(network).load_state_dict(content["trainer"]["loss"])
-    except (RuntimeError, ValueError, KeyError) as error:  # torch's and tensordict's ways to say so
+        method.loss(network).load_state_dict(weights)
+    except (
+        RuntimeError,
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+    ) as error:  # torch's, tensordict's
         raise CheckpointError(
             f"{path} must hold the weights of the network that its configuration describes ({config.model.encoder}, "
             f"{len(config.games)} games, 18 actions), got weights of other names or shapes"
         ) from error
-    return Trained(network.eval(), config, content["trainer"]["step"])
+    return Trained(network.eval(), config, gradient_step)

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import re
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, cast
 
 import torch
 
+from torchrl_sql.config import ConfigError
 from torchrl_sql.files import replacing, write_text
 
 FORMAT = "torchrl_sql checkpoint 3"
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
-"""Error numbers that training outlives."""
+"""Error numbers of a disk that is full."""
+
+logger = logging.getLogger(__name__)
 
 _NAME = re.compile(r"step_(\d+)\.pt")
 
@@ -79,13 +84,40 @@ class _KeepsError:
 
 
 def delete_superfluous(folder: Path, *, num_kept: int, milestone_interval: int | None) -> None:
-    """Deletes all but the newest ``num_kept`` checkpoints, the milestones and the best (see :func:`mark_best`)."""
+    """Delete all but the newest ``num_kept`` checkpoints, the milestones and the best (see :func:`mark_best`)."""
+    for path in _superfluous(folder, num_kept=num_kept, milestone_interval=milestone_interval):
+        path.unlink(missing_ok=True)
+
+
+def make_room(write: Callable[[], None], folder: Path, *, milestone_interval: int | None) -> None:
+    """Call ``write``; as long as the disk is full, delete the oldest checkpoint of ``folder`` and call it again.
+
+    The newest checkpoint, the milestones and the best stay.
+
+    Raises:
+        OSError: if the disk is still full without the others, or for another reason of ``write``'s.
+    """
+    while True:
+        try:
+            return write()
+        except OSError as error:
+            if error.errno not in DISK_FULL:
+                raise
+            others = _superfluous(folder, num_kept=1, milestone_interval=milestone_interval)
+            if not others:
+                raise
+            logger.warning("DISK FULL: %s is deleted to make room for what is newer", others[0])
+            others[0].unlink(missing_ok=True)
+
+
+def _superfluous(folder: Path, *, num_kept: int, milestone_interval: int | None) -> list[Path]:
+    """Oldest first."""
     best = best_step(folder)
-    for path in list_checkpoints(folder)[:-num_kept]:
-        step = checkpoint_step(path)
-        milestone = milestone_interval is not None and step % milestone_interval == 0
-        if not milestone and step != best:
-            path.unlink()
+
+    def is_superfluous(step: int) -> bool:
+        return step != best and (milestone_interval is None or step % milestone_interval != 0)
+
+    return [path for path in list_checkpoints(folder)[:-num_kept] if is_superfluous(checkpoint_step(path))]
 
 
 def best_step(folder: Path) -> int | None:
@@ -172,6 +204,23 @@ def check_format(path: Path, actual: object, expected: str) -> None:
             "version, or train anew in another run_dir"
         )
     raise CheckpointError(f"{path} must be of format {expected!r}, got {actual!r}")
+
+
+@contextmanager
+def wrong_content(path: Path) -> Iterator[None]:
+    """Name the file where the block finds that it is intact, but holds something else than it should."""
+    try:
+        yield
+    except (CheckpointError, torch.OutOfMemoryError, torch.AcceleratorError):
+        raise
+    except ConfigError as error:  # it names the file
+        raise CheckpointError(str(error)) from error
+    except (LookupError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+        # What torch and tensordict raise for states of other names, types and shapes.
+        first_line = next(iter(str(error).splitlines()), "")
+        raise CheckpointError(
+            f"{path} is intact, but does not hold what such a run writes: {type(error).__name__}: {first_line}"
+        ) from error
 
 
 def list_checkpoints(folder: Path) -> list[Path]:

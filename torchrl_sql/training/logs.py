@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import secrets
 import sys
 import time
@@ -22,6 +23,7 @@ from torchrl_sql.training.checkpoint import DISK_FULL
 logger = logging.getLogger(__name__)
 
 _LINE_INTERVAL_SECONDS = 30.0
+_ROW = re.compile(r"(\d+),(-?(?:[\d.]+(?:e[+-]?\d+)?|inf|nan))\r?\n")
 
 
 class RunLog:
@@ -111,9 +113,7 @@ class RunLog:
 def read_scalars(run_dir: Path) -> dict[str, list[tuple[int, float]]]:
     """The logged metrics of a run: name -> ``[(gradient step, value), ...]``."""
     folder = run_dir / "logs" / "csv" / "scalars" / "train"
-    return {
-        path.stem: [(int(step), float(value)) for step, value in _rows(path)] for path in sorted(folder.glob("*.csv"))
-    }
+    return {path.stem: list(_rows(path)) for path in sorted(folder.glob("*.csv"))}
 
 
 @contextmanager
@@ -155,12 +155,13 @@ def _duration(seconds: float) -> str:
     return str(timedelta(seconds=round(seconds)))
 
 
-def _rows(path: Path) -> Iterator[list[str]]:
-    for line in path.read_text(encoding="utf-8").splitlines():
-        yield line.split(",")
+def _rows(path: Path) -> Iterator[tuple[int, float]]:
+    """Rows of gradient step and value, without those that a crash left unfinished."""
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
+        if match := _ROW.fullmatch(line):
+            yield int(match[1]), float(match[2])
 
 
 def _trim_scalars(logs: Path, *, last_step: int) -> None:
     for path in logs.glob("csv/scalars/**/*.csv"):
-        kept = [row for row in _rows(path) if len(row) == 2 and int(row[0]) <= last_step]
-        write_text(path, "".join(f"{step},{value}\n" for step, value in kept))
+        write_text(path, "".join(f"{step},{value}\n" for step, value in _rows(path) if step <= last_step))

@@ -2,31 +2,34 @@
 
 from __future__ import annotations
 
-import shutil
+import hashlib
+import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import save
 from tensordict.nn import TensorDictModuleBase
+from torch import Tensor
 
 from torchrl_sql.config import run_config_from_yaml
 from torchrl_sql.files import replacing
 from torchrl_sql.methods import make_method
 from torchrl_sql.training.build import find_checkpoint, load_agent
-from torchrl_sql.training.checkpoint import CheckpointError
+from torchrl_sql.training.checkpoint import CheckpointError, check_format, wrong_content
 
 POLICY_FILE = "policy.safetensors"
 """In the folder of a trained run."""
 
-_POLICY_FORMAT = "torchrl_sql policy 1"
+_POLICY_FORMAT = "torchrl_sql policy 2"
 
 
 def export_policy(checkpoint: Path, path: Path) -> None:
-    """Writes the online network of a checkpoint as one safetensors file for :func:`load_policy`.
+    """Write the online network of a checkpoint as one safetensors file for :func:`load_policy`.
 
     Its metadata are ``format``, ``config`` (the run's configuration as YAML), ``games`` (their names separated by
-    commas, in the order of ``game_id``) and ``gradient_step``.
+    commas, in the order of ``game_id``), ``gradient_step`` and ``sha256`` of the others and the weights.
 
     Args:
         checkpoint (Path): a checkpoint, or a run's folder (its newest checkpoint is taken).
@@ -45,16 +48,13 @@ def export_policy(checkpoint: Path, path: Path) -> None:
         "gradient_step": str(gradient_step),
     }
     weights = {name: value.contiguous().clone() for name, value in network.state_dict().items()}
+    metadata["sha256"] = _digest(metadata, weights)
     with replacing(path, concurrent=True) as temporary:
-        try:
-            save_file(weights, temporary, metadata=metadata)
-        except SafetensorError as error:
-            raise OSError(f"{path} could not be written: {error}") from error
-        shutil.copymode(checkpoint, temporary)  # safetensors' own is for the owner alone
+        temporary.write_bytes(save(weights, metadata=metadata))
 
 
 def load_policy(path: Path | str, *, device: torch.device | str = "cpu") -> TensorDictModuleBase:
-    """Loads a ``policy.safetensors`` file, ready to act. Runs no code from the file.
+    """Load a ``policy.safetensors`` file, ready to act. Runs no code from the file.
 
     Args:
         path (Path or str): what :func:`export_policy` or a finished training run wrote.
@@ -70,20 +70,38 @@ def load_policy(path: Path | str, *, device: torch.device | str = "cpu") -> Tens
     Raises:
         CheckpointError: if the file is damaged or of another format.
         FileNotFoundError: if there is none.
+        OSError, MemoryError: if it cannot be read at present.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no policy at {path}")
+    metadata, weights = _read(path)
+    check_format(path, metadata.get("format"), _POLICY_FORMAT)
+    if metadata.get("sha256") != _digest(metadata, weights):
+        raise CheckpointError(f"{path} is damaged: its checksum does not match")
+    with wrong_content(path):
+        config = run_config_from_yaml(metadata["config"], source=f"the configuration in {path}")
+        method = make_method(config.method)
+        network = method.network(config.model, config.games)
+        network.load_state_dict(weights)
+    return method.policy(network.to(device), config.games).eval()
+
+
+def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Metadata and tensors of a safetensors file."""
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-    except SafetensorError as error:
+            return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no dict
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # safetensors' own, and whatever damaged names, types and offsets lead to
         raise CheckpointError(f"{path} must be a safetensors file: {error}") from error
-    if metadata.get("format") != _POLICY_FORMAT:
-        raise CheckpointError(f"{path} must be of format {_POLICY_FORMAT!r}, got {metadata.get('format')!r}")
-    config = run_config_from_yaml(metadata["config"], source=f"the configuration in {path}")
-    method = make_method(config.method)
-    network = method.network(config.model, config.games)
-    network.load_state_dict(weights)
-    return method.policy(network.to(device), config.games).eval()
+
+
+def _digest(metadata: Mapping[str, str], weights: Mapping[str, Tensor]) -> str:
+    """SHA-256 of the other metadata and of each tensor's name, type, shape and bytes."""
+    digest = hashlib.sha256(json.dumps({**metadata, "sha256": None}, sort_keys=True).encode())
+    for name, value in sorted(weights.items()):
+        digest.update(json.dumps([name, str(value.dtype), list(value.shape)]).encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -110,6 +110,8 @@ class Agreement:
 def process_group(device: torch.device, *, timeout_seconds: float = 600) -> Iterator[Ranks]:
     """Joins the processes that torchrun or a launcher started; leaves them whatever happens.
 
+    A CUDA device becomes the process's current one.
+
     ``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK``, ``MASTER_ADDR`` and ``MASTER_PORT`` in the environment say how many there
     are and where to meet. Without ``WORLD_SIZE``, or with 1, this is the only process and no group is made.
 
@@ -122,14 +124,14 @@ def process_group(device: torch.device, *, timeout_seconds: float = 600) -> Iter
     Raises:
         ValueError: if some of the variables are there and others are not, or one is no number.
     """
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     if os.environ.get("WORLD_SIZE", "1") == "1":
         yield Ranks(0, 1, device)
         return
     if missing := [name for name in _VARIABLES if name not in os.environ]:
         raise ValueError(f"WORLD_SIZE is set, but {', '.join(missing)} must be too (torchrun sets them all)")
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
     timeout = timedelta(seconds=timeout_seconds)
     distributed.init_process_group(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-from contextlib import ExitStack, nullcontext
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,14 +14,18 @@ from torchrl_sql.config import ConfigError, RunConfig, check_ranks, run_config_f
 from torchrl_sql.data import FrameStore
 from torchrl_sql.files import expand_path, write_text
 from torchrl_sql.provenance import software_versions
-from torchrl_sql.training.build import build_trainer, check_here, resolve_device
+from torchrl_sql.training.build import build_trainer, check_here
 from torchrl_sql.training.checkpoint import (
     checkpoint_path,
     checkpoint_step,
     load_checkpoint,
     load_latest_checkpoint,
+    make_room,
     write_content,
+    wrong_content,
 )
+from torchrl_sql.training.device import describe_device, resolve_device
+from torchrl_sql.training.lock import RunFolderError, RunLock
 from torchrl_sql.training.logs import RunLog
 from torchrl_sql.training.policy import POLICY_FILE, export_policy
 from torchrl_sql.training.ranks import Ranks, process_group
@@ -60,43 +65,70 @@ def train(config: RunConfig, *, stop: StopSignals | None = None) -> Path:
 
     Raises:
         ConfigError: if the folder holds a run with other settings.
+        RunFolderError: if another process trains in the folder.
         Interrupted: on every rank, if any received a signal of :class:`StopSignals`; everything is saved.
     """
+    check_here(config)
     signals = StopSignals() if stop is None else nullcontext(stop)
     with signals as flags, process_group(resolve_device(config.trainer.device)) as ranks:
-        return _train(config, ranks, flags)
+        check_ranks(config, ranks.world_size)
+        with _own(expand_path(config.run_dir), ranks) as lock:
+            return _train(config, ranks, flags, lock)
 
 
-def _train(config: RunConfig, ranks: Ranks, signals: StopSignals) -> Path:
+@contextmanager
+def _own(folder: Path, ranks: Ranks) -> Iterator[RunLock | None]:
+    """Rank 0 holds the lock of the folder; if it cannot, no rank goes on."""
+    lock, problem = None, None
+    if ranks.is_main:
+        try:
+            lock = RunLock(folder)
+        except (RunFolderError, OSError) as error:
+            problem = error
+    if ranks.maximum(int(problem is not None)):
+        raise problem or RunFolderError(f"rank 0 cannot train in {folder}")
+    with lock or nullcontext():
+        yield lock
+
+
+def _train(config: RunConfig, ranks: Ranks, signals: StopSignals, lock: RunLock | None) -> Path:
     folder = expand_path(config.run_dir)
-    check_ranks(config, ranks.world_size)
-    check_here(config)
     about: dict[str, Any] = {
         "config": config.to_yaml(),
         "games": list(config.games),
         "data_fingerprint": FrameStore.open(expand_path(config.data.store)).fingerprint(config.games),
-        "versions": software_versions(),
+        "versions": software_versions() | {"device": describe_device(ranks.device)},
     }
     latest = _load_latest(folder / "checkpoints", ranks)
     if latest is not None:
         path, content = latest
-        _check_same_run(config, about["data_fingerprint"], path, content)
-        if content["trainer"]["step"] >= config.trainer.num_gradient_steps:
+        with wrong_content(path):
+            before = run_config_from_yaml(content["config"], source=f"the configuration in {path}")
+            same_data = content["data_fingerprint"] == about["data_fingerprint"]
+            num_steps_taken = int(content["trainer"]["step"])
+        _check_same_run(config, before, same_data=same_data)
+        if num_steps_taken >= config.trainer.num_gradient_steps:
             if ranks.is_main:
-                _export_once(path, folder)
-                logger.info("%s is trained already (%d gradient steps)", folder, content["trainer"]["step"])
+                _export_once(config, path)
+                logger.info("%s is trained already (%d gradient steps)", folder, num_steps_taken)
             return folder
     trainer = build_trainer(config, ranks)
+    if ranks.is_main:
+        num_parameters = sum(parameter.numel() for parameter in trainer.loss.parameters())
+        logger.info(
+            "training %s parameters on %d x %s", f"{num_parameters:,}", ranks.world_size, about["versions"]["device"]
+        )
     if latest is not None:
-        trainer.load_state_dict(content["trainer"])
+        with wrong_content(path):
+            trainer.load_state_dict(content["trainer"])
         if ranks.is_main:
             logger.info("continuing %s at gradient step %d", folder, trainer.step)
         del latest, content
-    if ranks.is_main:
-        folder.mkdir(parents=True, exist_ok=True)
+    if lock is not None:
+        lock.check()
         write_text(folder / "config.yaml", config.to_yaml())
         write_text(folder / "versions.json", json.dumps(about["versions"], indent=1) + "\n")
-    _Session(config, trainer, signals, about).run()
+    _Session(config, trainer, signals, about, lock).run()
     return folder
 
 
@@ -108,16 +140,24 @@ class _Session:
         trainer (Trainer): at the gradient step to continue from.
         signals (StopSignals): installed.
         about (dict): what a checkpoint says besides the trainer's state.
+        lock (RunLock, optional): rank 0's.
     """
 
-    def __init__(self, config: RunConfig, trainer: Trainer, signals: StopSignals, about: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        trainer: Trainer,
+        signals: StopSignals,
+        about: dict[str, Any],
+        lock: RunLock | None,
+    ) -> None:
         self.config = config
         self.trainer = trainer
         self.ranks = trainer.ranks
         self.signals = signals
         self.about = about
         self.num_steps = config.trainer.num_gradient_steps
-        self.main = _MainRank(config, first_step=trainer.step) if self.ranks.is_main else None
+        self.main = None if lock is None else _MainRank(config, lock, first_step=trainer.step)
         self.watch = StallWatch(config.trainer.stall_warning_seconds)
         self.agreement = self.ranks.agreement()
         self.request = _CONTINUE
@@ -155,7 +195,7 @@ class _Session:
             self.trainer.check_gradients()  # what is saved must be worth to be continued
             content = self._content()
             if self.main is not None:
-                self.main.writer.save(step, content)
+                self.main.save(step, content)
         elif self.main is not None:
             self.main.writer.check()
         return stop
@@ -167,13 +207,18 @@ class _Session:
     def _save_for_inspection(self) -> str:
         """Write the present state and each rank's next batch; returns where they are and how to read them."""
         folder = expand_path(self.config.run_dir) / "nonfinite"
-        folder.mkdir(parents=True, exist_ok=True)
         content = self._content()
-        if self.ranks.is_main:
-            write_content(folder / "state.pt", HostCopies().copy(content))
         batch = {"step": self.trainer.step + 1, "batch": self.trainer.replay.sample().to_dict()}
-        write_content(folder / f"batch_rank{self.ranks.rank}.pt", batch)
-        self.ranks.maximum(0)
+        problem: OSError | None = None
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if self.ranks.is_main:
+                write_content(folder / "state.pt", HostCopies().copy(content))
+            write_content(folder / f"batch_rank{self.ranks.rank}.pt", batch)
+        except OSError as error:  # the run's own error matters more
+            problem = error
+        if self.ranks.maximum(int(problem is not None)):
+            return f"The state before it could not be saved in {folder}: {problem or 'another rank failed'}"
         return (
             f"{folder} holds state.pt, a checkpoint of the state before it, and batch_rank*.pt, its batch on each "
             "rank; torchrl_sql.training.checkpoint.load_checkpoint reads them"
@@ -181,11 +226,12 @@ class _Session:
 
 
 class _MainRank:
-    """What only rank 0 has: the log and the writer of checkpoints."""
+    """What only rank 0 has: the lock of the folder, the log and the writer of checkpoints."""
 
-    def __init__(self, config: RunConfig, *, first_step: int) -> None:
+    def __init__(self, config: RunConfig, lock: RunLock, *, first_step: int) -> None:
         trainer = config.trainer
         self.config = config
+        self.lock = lock
         self.folder = expand_path(config.run_dir)
         self.log = RunLog(
             self.folder / "logs",
@@ -205,12 +251,17 @@ class _MainRank:
         self.writer.close()
         self.log.close()
 
+    def save(self, step: int, content: dict[str, Any]) -> None:
+        """Begin to write a checkpoint if the folder is still this process's."""
+        self.lock.check()
+        self.writer.save(step, content)
+
     def finish(self, step: int) -> Exception | None:
         """Wait for the last checkpoint, export a trained policy, log a summary; returns what went wrong."""
         try:
             self.writer.finish(step)
             if step >= self.config.trainer.num_gradient_steps:
-                _export_once(checkpoint_path(self.writer.folder, step), self.folder)
+                _export_once(self.config, checkpoint_path(self.writer.folder, step))
         except (OSError, ValueError) as error:
             return error
         summary = self.log.summary(
@@ -224,11 +275,15 @@ class _MainRank:
         return None
 
 
-def _export_once(checkpoint: Path, folder: Path) -> None:
+def _export_once(config: RunConfig, checkpoint: Path) -> None:
     """Write ``policy.safetensors`` of a trained run unless it is there."""
-    path = folder / POLICY_FILE
-    if not path.is_file():
+    path = Path(config.run_dir) / POLICY_FILE
+
+    def export() -> None:
         export_policy(checkpoint, path)
+
+    if not path.is_file():
+        make_room(export, checkpoint.parent, milestone_interval=config.trainer.milestone_interval_gradient_steps)
 
 
 def _load_latest(folder: Path, ranks: Ranks) -> tuple[Path, dict[str, Any]] | None:
@@ -244,8 +299,8 @@ def _load_latest(folder: Path, ranks: Ranks) -> tuple[Path, dict[str, Any]] | No
     return path, load_checkpoint(path)
 
 
-def _check_same_run(config: RunConfig, data_fingerprint: str, path: Path, content: dict[str, Any]) -> None:
-    """Refuse to continue a checkpoint if its run would become a mixture of two configurations or data sets."""
+def _check_same_run(now: RunConfig, before: RunConfig, *, same_data: bool) -> None:
+    """Refuse to continue a run that would become a mixture of two configurations or data sets."""
 
     def relevant(config: RunConfig) -> dict[str, Any]:
         values = asdict(config)
@@ -256,15 +311,13 @@ def _check_same_run(config: RunConfig, data_fingerprint: str, path: Path, conten
         flat |= {f"trainer.{key}": values["trainer"][key] for key in _RESULT_TRAINER_KEYS}
         return flat
 
-    before = relevant(run_config_from_yaml(content["config"], source=f"the configuration in {path}"))
-    now = relevant(config)
-    changed = [f"{key}: {before[key]} there, {now[key]} now" for key in now if before[key] != now[key]]
+    old, new = relevant(before), relevant(now)
+    changed = [f"{key}: {old.get(key)} there, {new.get(key)} now" for key in old | new if old.get(key) != new.get(key)]
     if changed:
         raise ConfigError(
-            f"{config.run_dir} holds a run with other settings ({'; '.join(changed)}); choose another run_dir or "
-            "delete it"
+            f"{now.run_dir} holds a run with other settings ({'; '.join(changed)}); choose another run_dir or delete it"
         )
-    if content["data_fingerprint"] != data_fingerprint:
+    if not same_data:
         raise ConfigError(
-            f"{config.run_dir} was trained on other data than {config.data.store} holds now; choose another run_dir"
+            f"{now.run_dir} was trained on other data than {now.data.store} holds now; choose another run_dir"
         )

@@ -24,7 +24,8 @@ class Interrupted(KeyboardInterrupt):
 class StopSignals:
     """Turns signals into flags, so that training saves and stops between two gradient steps.
 
-    - SIGINT, SIGTERM: save, then stop. A second SIGINT raises ``KeyboardInterrupt`` at once.
+    - SIGINT, SIGTERM, SIGHUP (a terminal or connection that was lost): save, then stop. A second SIGINT raises
+      ``KeyboardInterrupt`` at once. SIGHUP stays ignored where it was, as under ``nohup``.
     - SIGUSR2: save, then stop and ask to be queued again: what schedulers send before they take a node away.
 
     Use it as a context manager, or call :meth:`install` and :meth:`restore`, in the main thread. Installing also
@@ -32,7 +33,7 @@ class StopSignals:
     handlers; it is delivered then.
 
     Attributes:
-        stop (bool): whether any of the three was received.
+        stop (bool): whether any of these was received.
         requeue (bool): whether SIGUSR2 was received.
     """
 
@@ -43,15 +44,17 @@ class StopSignals:
         self._previous: dict[signal.Signals, Any] = {}
 
     def install(self) -> Self:
-        """Sets the handlers; twice in a row is once."""
+        """Set the handlers; twice in a row is once."""
         if not self._previous:
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2):
+                if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+                    continue
                 self._previous[number] = signal.signal(number, self._receive)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR2})
         return self
 
     def restore(self) -> None:
-        """Puts the former handlers back."""
+        """Put the former handlers back."""
         while self._previous:
             signal.signal(*self._previous.popitem())
 

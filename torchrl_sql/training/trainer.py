@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 import torch
 from tensordict import TensorDict, TensorDictBase
+from torch import Tensor
 from torch.optim import Optimizer
 from torchrl.objectives import LossModule, TargetNetUpdater
 
@@ -112,7 +113,7 @@ class Trainer:
         self.schedule = schedule
         self.target_updater = target_updater
         self.target_update_interval = target_update_interval
-        self.max_grad_norm = float("inf") if max_grad_norm is None else max_grad_norm
+        self.max_grad_norm = max_grad_norm
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.ranks = ranks or Ranks(0, 1, self._parameters[0].device)
         self.microbatch_size = microbatch_size
@@ -147,7 +148,11 @@ class Trainer:
         """
         self.optimizer.zero_grad(set_to_none=True)
         metrics = self._accumulate_gradients(batch)
-        metrics["grad_norm"] = torch.nn.utils.clip_grad_norm_(self._parameters, self.max_grad_norm)
+        metrics["grad_norm"] = norm = torch.nn.utils.get_total_norm(
+            [parameter.grad for parameter in self._parameters if parameter.grad is not None]
+        )
+        if self.max_grad_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(self._parameters, self.max_grad_norm, norm)
         self._broken = torch.maximum(self._broken, metrics["grad_norm"].isfinite().logical_not().float())
         self._num_broken_steps += self._broken
         if getattr(self.optimizer, "_step_supports_amp_scaling", False):
@@ -309,17 +314,22 @@ class Trainer:
 
         Tensors keep the memory layout and the device that they have here. With more ranks than there were, the new ones
         keep their present random states.
+
+        Raises:
+            LookupError, TypeError, AttributeError, ValueError: if it is not the state of such a trainer.
         """
         self.step = state["step"]
-        for key, value in self.loss.state_dict().items():
-            value.copy_(state["loss"][key])
+        weights = self.loss.state_dict()
+        for key in weights.keys() | state["loss"].keys():
+            weights[key].copy_(_of_shape(state["loss"][key], weights[key].shape))
         self.optimizer.load_state_dict(state["optimizer"] | {"state": self._laid_out(state["optimizer"]["state"])})
         self._set_learning_rates()
         self.replay.load_state_dict(state["replay"])
         self._interval = _Interval()
         if state["interval"] is not None:
-            self._interval.sums = TensorDict(state["interval"]["sums"], device=self.device)
-            self._interval.num_steps = state["interval"]["num_steps"]
+            sums = {name: _of_shape(value, ()) for name, value in state["interval"]["sums"].items()}
+            self._interval.sums = TensorDict(sums, device=self.device)
+            self._interval.num_steps = int(state["interval"]["num_steps"])
         if self.ranks.rank < len(state["rng"]):
             torch.set_rng_state(state["rng"][self.ranks.rank].cpu())
             if state["cuda_rng"] is not None and self.device.type == "cuda":
@@ -327,11 +337,21 @@ class Trainer:
 
     def _laid_out(self, moments: dict[int, dict[str, Any]]) -> dict[int, dict[str, Any]]:
         """Optimizer state in the memory layout of its parameters: fused optimizers walk raw memory."""
+        keys = {key for state in moments.values() for key in state}
+
+        def laid_out(value: Tensor, parameter: Tensor) -> Tensor:
+            if value.ndim == 0:  # a count of steps
+                return value
+            return torch.empty_like(parameter).copy_(_of_shape(value, parameter.shape))
+
         return {
-            index: {
-                key: torch.empty_like(parameter).copy_(value) if value.shape == parameter.shape else value
-                for key, value in moments[index].items()
-            }
+            index: {key: laid_out(moments[index][key], parameter) for key in keys}
             for index, parameter in enumerate(self._parameters)
             if index in moments
         }
+
+
+def _of_shape(value: Tensor, shape: Sequence[int]) -> Tensor:
+    if value.shape != torch.Size(shape):
+        raise ValueError(f"expected a tensor {list(shape)}, got {list(value.shape)}")
+    return value

@@ -11,34 +11,43 @@ from typing import Any
 
 import torch
 
-from torchrl_sql.training.checkpoint import DISK_FULL, delete_superfluous, save_checkpoint
+from torchrl_sql.training.checkpoint import DISK_FULL, delete_superfluous, make_room, save_checkpoint
 
 logger = logging.getLogger(__name__)
 
+MAX_FAILURES = 3
+"""Checkpoints in a row that a full disk may cost before training stops."""
+
+_CONTINUES = "make room, and the same command continues from the newest one"
+
 
 class HostCopies:
-    """Copies nested values to host memory, into the same buffers each time: page-locked ones for CUDA tensors."""
+    """Copies nested values to host memory, into the same buffers each time: page-locked ones for device tensors."""
 
     def __init__(self) -> None:
         self._buffers: dict[tuple[Any, ...], torch.Tensor] = {}
 
     def copy(self, content: Any) -> Any:
         """A copy of tensors in dicts and lists; valid until the next call. Other values are taken as they are."""
-        copied = self._copy(content, ())
-        if torch.cuda.is_initialized():
-            torch.cuda.current_stream().synchronize()
+        devices: set[torch.device] = set()
+        copied = self._copy(content, (), devices)
+        for device in devices:
+            torch.accelerator.current_stream(device).synchronize()
         return copied
 
-    def _copy(self, value: Any, key: tuple[Any, ...]) -> Any:
+    def _copy(self, value: Any, key: tuple[Any, ...], devices: set[torch.device]) -> Any:
         if isinstance(value, dict):
-            return {name: self._copy(item, (*key, name)) for name, item in value.items()}
+            return {name: self._copy(item, (*key, name), devices) for name, item in value.items()}
         if isinstance(value, list):
-            return [self._copy(item, (*key, index)) for index, item in enumerate(value)]
+            return [self._copy(item, (*key, index), devices) for index, item in enumerate(value)]
         if not isinstance(value, torch.Tensor):
             return value
+        on_device = value.device.type != "cpu"
+        if on_device:
+            devices.add(value.device)
         buffer = self._buffers.get(key)
         if buffer is None or buffer.shape != value.shape or buffer.dtype != value.dtype:
-            buffer = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
+            buffer = torch.empty_like(value, device="cpu", pin_memory=on_device)
             self._buffers[key] = buffer
         return buffer.copy_(value, non_blocking=True)
 
@@ -46,8 +55,10 @@ class HostCopies:
 class CheckpointWriter:
     """Saves checkpoints in a thread, at most one at a time, and deletes superfluous ones.
 
-    If the disk is full, the checkpoint is given up with an error in the log, older ones stay, and the next is tried as
-    usual. Any other failure is raised by the next call of a method.
+    If the disk is full, older checkpoints make room (:func:`~torchrl_sql.training.checkpoint.make_room`). If that does
+    not suffice, this one is given up with an error in the log and the next is tried as usual, ``MAX_FAILURES`` times in
+    a row: training on would be in vain. That and any other failure is raised by the next call of
+    a method.
 
     Args:
         folder (Path): of the checkpoints.
@@ -58,6 +69,7 @@ class CheckpointWriter:
     Attributes:
         newest_step (int or None): gradient step of the newest checkpoint written here.
         num_written (int): checkpoints written here.
+        num_failures (int): checkpoints given up since the newest.
         stall_seconds (float): how long :meth:`save` kept its callers waiting, in all.
     """
 
@@ -67,6 +79,7 @@ class CheckpointWriter:
         self.milestone_interval = milestone_interval
         self.newest_step: int | None = None
         self.num_written = 0
+        self.num_failures = 0
         self.stall_seconds = 0.0
         self._copies = HostCopies()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint-writer")
@@ -75,7 +88,7 @@ class CheckpointWriter:
             left_behind.unlink()
 
     def save(self, step: int, content: dict[str, Any]) -> None:
-        """Copies ``content`` to host memory and begins to write it; waits for a write that is under way."""
+        """Copy ``content`` to host memory and begin to write it; waits for a write that is under way."""
         started = time.perf_counter()
         self.wait()
         waited = time.perf_counter() - started
@@ -86,45 +99,52 @@ class CheckpointWriter:
         self._writing = self._thread.submit(self._write, step, copied)
 
     def check(self) -> None:
-        """Raises what a write failed with; does not wait."""
+        """Raise what a write failed with; does not wait."""
         if self._writing is not None and self._writing.done():
             self.wait()
 
     def wait(self) -> None:
-        """Waits for the write that is under way; raises what it failed with."""
+        """Wait for the write that is under way; raises what it failed with."""
         writing, self._writing = self._writing, None
         if writing is not None:
             writing.result()
 
     def finish(self, step: int) -> None:
-        """Waits until the checkpoint of ``step``, the last one asked for, is on disk.
+        """Wait until the checkpoint of ``step``, the last one asked for, is on disk.
 
         Raises:
             OSError: if the disk was full.
         """
         self.wait()
         if self.newest_step != step:
-            message = f"the checkpoint of gradient step {step}, the last one, could not be written"
+            message = f"the checkpoint of gradient step {step}, the last one, could not be written: {_CONTINUES}"
             raise OSError(errno.ENOSPC, message, str(self.folder))
 
     def close(self) -> None:
-        """Lets a write that is under way end."""
+        """Let a write that is under way end."""
         self._thread.shutdown()
 
     def _write(self, step: int, content: dict[str, Any]) -> None:
-        try:
+        def save() -> None:
             save_checkpoint(self.folder, step, content)
+
+        try:
+            make_room(save, self.folder, milestone_interval=self.milestone_interval)
         except OSError as error:
             if error.errno not in DISK_FULL:
                 raise
+            self.num_failures += 1
             logger.error(
-                "DISK FULL: the checkpoint of gradient step %d was not written (%s); those in %s are kept, training "
-                "goes on and the next one will be tried",
+                "DISK FULL: the checkpoint of gradient step %d was not written (%s); the newest in %s is kept",
                 step,
                 error,
                 self.folder,
             )
+            if self.num_failures >= MAX_FAILURES:
+                message = f"{self.num_failures} checkpoints in a row could not be written: training stops, {_CONTINUES}"
+                raise OSError(error.errno, message, str(self.folder)) from error
             return
         self.newest_step = step
         self.num_written += 1
+        self.num_failures = 0
         delete_superfluous(self.folder, num_kept=self.num_kept, milestone_interval=self.milestone_interval)
