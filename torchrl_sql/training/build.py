@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from torchrl_sql.config import OptimConfig, RunConfig, run_config_from_yaml
 from torchrl_sql.data import FrameStore, mean_frame
 from torchrl_sql.methods import make_method
 from torchrl_sql.training.checkpoint import CheckpointError, list_checkpoints, load_checkpoint
+from torchrl_sql.training.lamb import Lamb
 from torchrl_sql.training.parallel import Replicated, SingleProcess
 from torchrl_sql.training.ranks import Ranks
 from torchrl_sql.training.trainer import Trainer
@@ -52,12 +54,14 @@ def learning_rate_factor(optim: OptimConfig, num_gradient_steps: int) -> Callabl
 
 
 def build_optimizer(optim: OptimConfig, loss: LossModule) -> torch.optim.Optimizer:
-    """Fused Adam or AdamW over what the loss trains."""
-    kinds: dict[str, type[torch.optim.Adam]] = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+    """The optimizer over what the loss trains; each leaves out a step whose gradient is not finite."""
+    kinds: dict[str, Callable[..., torch.optim.Optimizer]] = {
+        "adam": partial(torch.optim.Adam, fused=True),
+        "adamw": partial(torch.optim.AdamW, fused=True),
+        "lamb": Lamb,
+    }
     trained = [parameter for parameter in loss.parameters() if parameter.requires_grad]
-    return kinds[optim.name](
-        trained, lr=optim.learning_rate, eps=optim.eps, weight_decay=optim.weight_decay, fused=True
-    )
+    return kinds[optim.name](trained, lr=optim.learning_rate, eps=optim.eps, weight_decay=optim.weight_decay)
 
 
 def build_trainer(config: RunConfig, ranks: Ranks | None = None) -> Trainer:
@@ -151,7 +155,7 @@ def load_agent(path: Path) -> Trained:
         method.loss(network).load_state_dict(content["trainer"]["loss"])
     except (RuntimeError, ValueError, KeyError) as error:  # torch's and tensordict's ways to say so
         raise CheckpointError(
-            f"{path} must hold the weights of the network that its configuration describes ({config.model.encoder}, "
+            f"{path} must hold the weights of the network that its configuration describes ({config.method.name}, "
             f"{len(config.games)} games, 18 actions), got weights of other names or shapes"
         ) from error
     return Trained(network.eval(), config, content["trainer"]["step"])
