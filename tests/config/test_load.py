@@ -19,7 +19,10 @@ RUN = ["scale=cpu", "data.store=store"]
     ("overrides", "message"),
     [
         ([], "scale must be given: scale=NAME with one of cpu, gpu, paper"),
-        (["scale=gpv", "data.store=store"], "scale must be one of cpu, gpu, paper, got 'gpv'; did you mean gpu?"),
+        (
+            ["scale=gpv", "data.store=store"],
+            "scale must be one of cpu, gpu, paper, paper_mgdt, got 'gpv'; did you mean gpu?",
+        ),
         ([*RUN, "method=cql_c52"], "method must be one of .*, got 'cql_c52'; did you mean cql_c51"),
         (["scale=paper"], r"data.store must be given, e.g. data.store=\.\.\."),
         ([*RUN, "method.alhpa=1"], "there is no setting 'method.alhpa' here"),

@@ -13,13 +13,36 @@ from torchrl_sql.methods import METHODS, make_method
 GAMES = ("Breakout", "Freeway")
 
 
+MODELS = {"mgdt": "mgdt_small", "bc_transformer": "mgdt_small"}
+"""Of methods that cannot use their scale's."""
+
+
 def make(choice):
-    config = compose_run_config(["scale=cpu", f"method={choice}", "data.store=x", f"data.games=[{','.join(GAMES)}]"])
+    model = [f"model={MODELS[choice]}"] if choice in MODELS else []
+    words = ["scale=cpu", f"method={choice}", "data.store=x", f"data.games=[{','.join(GAMES)}]"]
+    config = compose_run_config(words + model)
     method = make_method(config.method)
     return method, method.network(config.model, config.games)
 
 
-def batch():
+def batch(choice):
+    return windows() if choice in MODELS else transitions()
+
+
+def windows():
+    following = {"reward": torch.ones(6, 4, 1), "terminated": torch.zeros(6, 4, 1, dtype=torch.bool)}
+    return TensorDict(
+        observation=torch.randint(256, (6, 4, 84, 84), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)),
+        action=torch.arange(24).reshape(6, 4) % 18,
+        return_to_go=torch.arange(24.0).reshape(6, 4),
+        mask=torch.ones(6, 4, dtype=torch.bool),
+        game_id=torch.arange(6) % 2,
+        next=TensorDict(following, [6]),
+        batch_size=[6],
+    )
+
+
+def transitions():
     generator = torch.Generator().manual_seed(0)
 
     def state():
@@ -46,7 +69,7 @@ def test_each_method_has_a_choice_and_each_choice_a_method():
 def test_the_loss_trains_the_network_and_reports_the_metrics_that_pages_draw(choice):
     method, network = make(choice)
     loss = method.loss(network)
-    result = loss(batch())
+    result = loss(batch(choice))
     assert method.metrics and set(method.metrics) <= set(result.keys())
     sum(value for key, value in result.items() if key.startswith("loss_")).backward()
     assert all(parameter.grad is not None for parameter in network.parameters())
@@ -76,16 +99,21 @@ def test_q_learnings_target_network_follows_when_it_is_told_to(choice):
     )
 
 
-@pytest.mark.parametrize("choice", list_choices("method"))
-@pytest.mark.parametrize("decoding", ["greedy", "sampled"])
+@pytest.mark.parametrize(
+    ("choice", "decoding"), [(choice, each) for choice in list_choices("method") for each in make(choice)[0].decodings]
+)
 def test_the_policy_knows_the_games_actions(choice, decoding):
     method, network = make(choice)
-    states = batch().select("observation", "game_id").set("uniform", torch.rand(6, dtype=torch.float64))
+    states = batch(choice).select("observation", "game_id")
+    states["uniform"], states["return_uniform"] = torch.rand(2, 6, dtype=torch.float64)
+    if choice in MODELS:
+        data = windows()
+        states["context"] = data.select("action", "mask", "observation").set("reward", data["next", "reward"])
     actions = method.policy(network.eval(), GAMES, decoding=decoding)(states)["action"]
     legal = {0: {0, 1, 3, 4}, 1: {0, 2, 5}}
     assert all(action in legal[game] for action, game in zip(actions.tolist(), states["game_id"].tolist(), strict=True))
 
 
 def test_an_unknown_method_is_named():
-    with pytest.raises(ConfigError, match=r"method\.name must be one of cql, bc, got 'x'"):
+    with pytest.raises(ConfigError, match=r"method\.name must be one of cql, bc, mgdt, bc_transformer, got 'x'"):
         make_method(MethodConfig(name="x"))

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 
 from torchrl_sql.config import compose_run_config
+from torchrl_sql.training import train
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,12 @@ def add_commands(commands: Any) -> None:
     evaluate.add_argument(
         "--max-env-frames", type=int, help="emulator frames at which an episode is cut (default: the run's, or 108000)"
     )
-    evaluate.add_argument("--decoding", choices=("greedy", "sampled"), default="greedy", help="default: greedy")
+    evaluate.add_argument(
+        "--decoding",
+        choices=("greedy", "sampled", "expert", "expert_128"),
+        help="expert and expert_128 ask a return-conditioned network for a high return (default: expert for those, "
+        "else greedy)",
+    )
     evaluate.add_argument("--out", type=Path, help="folder of scores.csv (default: the run's)")
     evaluate.add_argument(
         "--share",

@@ -13,7 +13,7 @@ import yaml
 
 from torchrl_sql.config import schema
 from torchrl_sql.config.load import configs_dir, did_you_mean
-from torchrl_sql.config.schema import METHOD_SETTINGS, ConfigError, RunConfig
+from torchrl_sql.config.schema import METHOD_SETTINGS, MODEL_SETTINGS, ConfigError, RunConfig
 
 
 class Setting(NamedTuple):
@@ -37,8 +37,8 @@ def _settings(section: type, prefix: str) -> Iterator[Setting]:
     for each in fields(section):
         kind = getattr(schema, str(each.type), None)
         if is_dataclass(kind):
-            kinds = [kind, *METHOD_SETTINGS.values()] if each.name == "method" else [kind]
-            for section_of in dict.fromkeys(kinds):
+            kinds = {"method": METHOD_SETTINGS.values(), "model": MODEL_SETTINGS.values()}.get(each.name, ())
+            for section_of in dict.fromkeys([kind, *kinds]):
                 assert isinstance(section_of, type)
                 yield from _settings(section_of, f"{prefix}{each.name}.")
             continue

@@ -20,7 +20,14 @@ from hydra.errors import HydraException
 from omegaconf import AnyNode, BooleanNode, DictConfig, ListConfig, OmegaConf, StringNode
 from omegaconf.errors import OmegaConfBaseException
 
-from torchrl_sql.config.schema import CONFIG_FORMAT, METHOD_SETTINGS, ConfigError, MethodConfig, RunConfig
+from torchrl_sql.config.schema import (
+    CONFIG_FORMAT,
+    METHOD_SETTINGS,
+    MODEL_SETTINGS,
+    ConfigError,
+    MethodConfig,
+    RunConfig,
+)
 
 
 def configs_dir() -> Path:
@@ -72,6 +79,8 @@ def _compose(*choices: str) -> DictConfig:
     store.store(name="run_schema", node=RunConfig)
     for name, settings in {"method": MethodConfig, **METHOD_SETTINGS}.items():
         store.store(group="method", name=f"{name}_schema", node=settings)
+    for name, model in MODEL_SETTINGS.items():
+        store.store(group="model", name=f"{name}_schema", node=model)
     with initialize_config_dir(str(configs_dir()), version_base="1.3"):
         return compose("run", overrides=[*choices])
 
@@ -151,7 +160,8 @@ def run_config_from_yaml(text: str, *, source: str) -> RunConfig:
                 f"{CONFIG_FORMAT}); train it again or use that version"
             )
         base = OmegaConf.structured(RunConfig)
-        base.method = OmegaConf.structured(METHOD_SETTINGS.get(content["method"]["name"], MethodConfig))
+        method = METHOD_SETTINGS.get(content["method"]["name"], MethodConfig)
+        base.method, base.model = OmegaConf.structured(method), OmegaConf.structured(method.model)
         return _checked(OmegaConf.merge(base, as_written(content, base)))
     except (AttributeError, OmegaConfBaseException, yaml.YAMLError, TypeError, KeyError) as error:
         raise ConfigError(f"{source} must hold a run's configuration: {_first_line(error)}") from None

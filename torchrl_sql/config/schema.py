@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 from omegaconf import MISSING, OmegaConf
 
@@ -138,7 +138,17 @@ class DataConfig:
 
 @dataclass(kw_only=True)
 class ModelConfig:
-    """The network below its heads: arguments of :func:`torchrl_sql.modules.make_q_actor`."""
+    """The network below its heads; each kind has settings of its own."""
+
+    choices: ClassVar[str]
+    """Files of ``configs/model/`` of this kind."""
+
+
+@dataclass(kw_only=True)
+class QNetworkConfig(ModelConfig):
+    """An encoder of stacked frames: arguments of :func:`torchrl_sql.modules.make_q_actor`."""
+
+    choices = "q_network, small"
 
     encoder: str = MISSING
     """A name in :data:`torchrl_sql.modules.ENCODERS`; building the network, before data is opened, refuses others."""
@@ -163,8 +173,30 @@ class ModelConfig:
 
 
 @dataclass(kw_only=True)
+class TransformerConfig(ModelConfig):
+    """A transformer over windows of steps: arguments of :func:`torchrl_sql.modules.make_decision_transformer`."""
+
+    choices = "mgdt_10m, mgdt_200m, mgdt_40m, mgdt_small"
+
+    width: int = setting(at_least(64))
+    """Of tokens, a multiple of 64."""
+    num_layers: int = setting(at_least(1))
+    patch_size: int = setting(at_least(1))
+    """Side of a patch in pixels, a divisor of 84."""
+    dropout: float = setting(probability)
+    """On both branches of a block."""
+
+
+MODEL_SETTINGS: dict[str, type[ModelConfig]] = {"q_network": QNetworkConfig, "transformer": TransformerConfig}
+"""Kinds of networks; ``configs/model/`` refers to them as ``NAME_schema``."""
+
+
+@dataclass(kw_only=True)
 class MethodConfig:
     """What is learned, and by which loss. This is all of a method without settings of its own."""
+
+    model: ClassVar[type[ModelConfig]] = QNetworkConfig
+    """The kind of network it trains."""
 
     name: str = MISSING
     """Of ``torchrl_sql.methods.METHODS``."""
@@ -189,7 +221,31 @@ class QLearningConfig(MethodConfig):
     """Discount per agent step (four emulator frames)."""
 
 
-METHOD_SETTINGS: dict[str, type[MethodConfig]] = {"cql": QLearningConfig}
+@dataclass(kw_only=True)
+class SequenceConfig(MethodConfig):
+    """A model of windows of steps."""
+
+    model = TransformerConfig
+
+    num_steps: int = setting(at_least(1))
+    """Steps of a window."""
+    class_averaged: bool = MISSING
+    """Divide each cross-entropy by its number of classes too."""
+
+
+@dataclass(kw_only=True)
+class DecisionTransformerConfig(SequenceConfig):
+    """Return-conditioned: it also models the return, and asks for a high one when it acts."""
+
+    kappa: float = setting(at_least(0))
+    """How strongly the decoding ``expert`` prefers high returns."""
+
+
+METHOD_SETTINGS: dict[str, type[MethodConfig]] = {
+    "cql": QLearningConfig,
+    "mgdt": DecisionTransformerConfig,
+    "bc_transformer": SequenceConfig,
+}
 """Settings of methods that have any, by name; ``configs/method/`` refers to them as ``NAME_schema``."""
 
 
@@ -197,8 +253,8 @@ METHOD_SETTINGS: dict[str, type[MethodConfig]] = {"cql": QLearningConfig}
 class OptimConfig:
     """The optimizer and its schedule."""
 
-    name: str = setting(one_of("adam", "adamw"))
-    """adamw has decoupled weight decay; both are fused."""
+    name: str = setting(one_of("adam", "adamw", "lamb"))
+    """adamw has decoupled weight decay; lamb moves each tensor by the learning rate times its own norm."""
     learning_rate: float = setting(fraction)
     eps: float = setting(positive)
     weight_decay: float = setting(at_least(0))
@@ -305,6 +361,8 @@ def _check_together(config: RunConfig) -> None:
     )
     if type(method) is not METHOD_SETTINGS.get(method.name, MethodConfig):
         raise ConfigError(f"method.name comes with the choice method=NAME, got {method.name!r} for another method")
+    if type(config.model) is not method.model:
+        raise ConfigError(f"model must be one of {method.model.choices} with method.name={method.name}")
     if isinstance(method, QLearningConfig):
         scalar = method.target == "mse"
         require(

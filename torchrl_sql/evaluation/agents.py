@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from statistics import fmean
+from typing import cast
 
 import numpy as np
 from tensordict.nn import TensorDictModuleBase
@@ -40,6 +41,7 @@ class Agent:
             ``configs/evaluation/sticky.yaml``.
         gamma (float, optional): discount of its training, if its outputs are values.
         run_dir (Path, optional): the folder of the run that it is a checkpoint of.
+        usual_decoding (str): the one by which checkpoints of its run are compared.
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class Agent:
         protocol: Protocol | None = None,
         gamma: float | None = None,
         run_dir: Path | None = None,
+        usual_decoding: str = "greedy",
     ) -> None:
         self.id = id
         self.policy = policy
@@ -59,6 +62,7 @@ class Agent:
         self.games = self.policy_games if games is None else tuple(games)
         self.protocol = protocol or _protocol_without_run()
         self.gamma = gamma
+        self.usual_decoding = usual_decoding
         self.run_dir = run_dir
 
     def evaluate(
@@ -112,10 +116,10 @@ class Agent:
             episodes (sequence of EpisodeResult): of this agent.
 
         Returns:
-            Whether it is the best now. It cannot be by other than greedy play, under another protocol than the run's,
-            without one of its games, or by fewer episodes.
+            Whether it is the best now. It cannot be by another decoding than the usual one, under another protocol than
+            the run's, without one of its games, or by fewer episodes.
         """
-        if self.run_dir is None or self.id.decoding != "greedy":
+        if self.run_dir is None or self.id.decoding != self.usual_decoding:
             return False
         protocol = self.protocol
         returns: dict[str, list[float]] = {game: [] for game in self.policy_games}
@@ -146,7 +150,7 @@ class TrainedAgent(Agent):
 
     Keyword Args:
         games (sequence of str, optional): some of its games; default all.
-        decoding ("greedy" or "sampled"): how actions follow from its outputs.
+        decoding (str, optional): how actions follow from its outputs; default its method's usual one.
         device (str, optional): ``cpu``, ``cuda`` or ``auto``; default as in training.
 
     Raises:
@@ -158,7 +162,7 @@ class TrainedAgent(Agent):
         path: Path,
         *,
         games: Sequence[str] | None = None,
-        decoding: Decoding = "greedy",
+        decoding: Decoding | None = None,
         device: str | None = None,
     ) -> None:
         path = find_checkpoint(path)
@@ -166,12 +170,13 @@ class TrainedAgent(Agent):
         method = make_method(config.method)
         if method.values == "none":
             raise ValueError(f"{path} must hold a network that acts, got one of method {config.method.name!r}")
+        usual = method.decodings[0]
         set_num_threads(config.num_threads)  # as in training: the last bits of outputs depend on it
         agent = AgentId(
             name=config.name,
             training_seed=config.seed,
             gradient_step=gradient_step,
-            decoding=decoding,
+            decoding=decoding or cast(Decoding, usual),
             checkpoint=digest_of_weights(network),
         )
         network.to(resolve_device(device or config.trainer.device))
@@ -179,12 +184,13 @@ class TrainedAgent(Agent):
         in_run = path.parent.name == "checkpoints" and (folder / "config.yaml").is_file()
         super().__init__(
             agent,
-            method.policy(network, config.games, decoding=decoding),
+            method.policy(network, config.games, decoding=agent.decoding),
             config.games,
             games=games,
             protocol=Protocol.from_config(config.evaluation),
             gamma=method.gamma if method.values == "q" else None,
             run_dir=folder if in_run else None,
+            usual_decoding=usual,
         )
 
 
@@ -219,7 +225,7 @@ class ConstantAgent(Agent):
 
 
 def make_agents(
-    word: str, games: Sequence[str] | None = None, *, decoding: Decoding = "greedy", device: str | None = None
+    word: str, games: Sequence[str] | None = None, *, decoding: Decoding | None = None, device: str | None = None
 ) -> Iterator[Agent]:
     """The agents that a word of the command line stands for.
 
@@ -229,7 +235,7 @@ def make_agents(
         games (sequence of str, optional): what is played; a trained network plays all of its games by default.
 
     Keyword Args:
-        decoding ("greedy" or "sampled"): of a trained network.
+        decoding (str, optional): of a trained network.
         device (str, optional): likewise.
 
     Yields:

@@ -86,7 +86,7 @@ class EpisodeResult:
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be a probability, got {getattr(self, name)}")
         if self.decoding not in DECODINGS:
-            raise ValueError(f"decoding must be 'greedy' or 'sampled', got {self.decoding!r}")
+            raise ValueError(f"decoding must be one of {', '.join(DECODINGS)}, got {self.decoding!r}")
 
     @property
     def key(self) -> tuple[str, str, int, int, str, int]:

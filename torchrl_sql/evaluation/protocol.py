@@ -11,10 +11,11 @@ from torchrl_sql.config import EvaluationConfig
 from torchrl_sql.envs import Emulator
 from torchrl_sql.envs.atari import DEFAULT_EMULATOR
 
-Decoding = Literal["greedy", "sampled"]
-"""How an action is taken from a network's output: its argmax, or a draw from its softmax."""
+Decoding = Literal["greedy", "sampled", "expert", "expert_128"]
+"""How an action is taken from a network's output: its argmax, a draw from its softmax, or in the two ways of
+:class:`torchrl_sql.modules.DecisionTransformerPolicy` that ask for a high return."""
 DECODINGS: tuple[Decoding, ...] = get_args(Decoding)
-"""The two."""
+"""All of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +26,7 @@ class AgentId:
         name (str): e.g. ``"scaled_ql"``; a run's name.
         training_seed (int): column ``seed``.
         gradient_step (int): gradient steps it was trained for.
-        decoding ("greedy" or "sampled"): how it takes its actions.
+        decoding (str): of :data:`Decoding`, how it takes its actions.
         checkpoint (str): which weights: the first 16 digits of their SHA-256, ``"sha256:1f0c..."``; empty for an agent
             without.
     """

@@ -2,6 +2,7 @@
 
 from torchrl_sql.config import ConfigError, MethodConfig
 from torchrl_sql.methods.cloning import Cloning
+from torchrl_sql.methods.decision_transformer import DecisionTransformer, TransformerCloning
 from torchrl_sql.methods.method import Method
 from torchrl_sql.methods.q_learning import QLearning
 
@@ -10,6 +11,8 @@ __all__ = ["METHODS", "Method", "make_method"]
 METHODS: dict[str, type[Method]] = {
     "cql": QLearning,
     "bc": Cloning,
+    "mgdt": DecisionTransformer,
+    "bc_transformer": TransformerCloning,
 }
 """By ``method.name``."""
 

@@ -11,7 +11,7 @@ from tensordict.nn import TensorDictModuleBase
 from torch import nn
 from torchrl.objectives import LossModule, TargetNetUpdater
 
-from torchrl_sql.config import DataConfig, MethodConfig, ModelConfig
+from torchrl_sql.config import DataConfig, MethodConfig, ModelConfig, QNetworkConfig
 from torchrl_sql.data import FrameStore, OfflineAtariReplay
 from torchrl_sql.games import FRAME_SHAPE
 from torchrl_sql.modules import NetworkPolicy, make_q_actor
@@ -32,6 +32,9 @@ class Method(ABC):
     """Short name on pages."""
     values: ClassVar[Literal["q", "logits", "none"]]
     """What ``action_value`` means: expected returns, a policy's logits; ``none`` for a method that does not act."""
+
+    decodings: ClassVar[tuple[str, ...]] = ("greedy", "sampled")
+    """Ways to act, see :meth:`policy`; the first is the usual one, by which checkpoints are compared."""
 
     def __init__(self, settings: MethodConfig) -> None:
         self.settings = settings
@@ -73,7 +76,8 @@ class Method(ABC):
         Args:
             data (DataConfig): which transitions.
             store (FrameStore): where they are.
-            options: ``seed``, ``rank``, ``world_size``, ``device`` and ``keys``, see :class:`OfflineAtariReplay`.
+            options: ``seed``, ``rank``, ``world_size``, ``device``, ``keys`` and ``window_steps``, which takes the
+                place of ``n_steps``, see :class:`OfflineAtariReplay`.
 
         Raises:
             ValueError: if the store does not hold the games, or the batch does not divide among the ranks.
@@ -82,7 +86,7 @@ class Method(ABC):
             store,
             batch_size=data.batch_size,
             games=data.games,
-            n_steps=data.n_steps,
+            n_steps=data.n_steps if options.get("window_steps") is None else 1,
             gamma=self.gamma,
             first_fraction=data.first_fraction,
             every_kth_episode=data.every_kth_episode,
@@ -106,7 +110,7 @@ class Method(ABC):
             games (sequence of str): in the order of ``game_id``.
 
         Keyword Args:
-            decoding (str): ``greedy`` or ``sampled``.
+            decoding (str): one of :attr:`decodings`; ``greedy`` or ``sampled``, if the method has no other.
 
         Raises:
             ValueError: for another decoding.
@@ -116,6 +120,7 @@ class Method(ABC):
 
 def q_network(model: ModelConfig, games: Sequence[str], **heads: Any) -> nn.Module:
     """:func:`make_q_actor` by the settings; ``heads`` are its other arguments."""
+    assert isinstance(model, QNetworkConfig)
     return make_q_actor(
         games,
         encoder=model.encoder,

@@ -108,15 +108,19 @@ def _size_series(configs: Mapping[str, RunConfig]) -> dict[str, list[str]]:
     series: dict[str, list[str]] = {}
     for name, config in configs.items():
         names = series.setdefault(config.method.name, [name])
-        encoder, others = config.model.encoder, [configs[other] for other in names]
+        encoder, others = _encoder(config), [configs[other] for other in names]
         if (
             name != names[0]
-            and {encoder, others[0].model.encoder} <= {*_SIZES}
-            and encoder not in [other.model.encoder for other in others]
+            and {encoder, _encoder(others[0])} <= {*_SIZES}
+            and encoder not in [_encoder(other) for other in others]
             and _apart_from_size(config) == _apart_from_size(others[0])
         ):
             names.append(name)
     return series
+
+
+def _encoder(config: RunConfig) -> str | None:
+    return getattr(config.model, "encoder", None)
 
 
 def _apart_from_size(config: RunConfig) -> dict[str, Any]:

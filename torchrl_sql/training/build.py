@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ from torchrl_sql.files import expand_path
 from torchrl_sql.methods import make_method
 from torchrl_sql.training.checkpoint import CheckpointError, list_checkpoints, load_checkpoint, wrong_content
 from torchrl_sql.training.device import resolve_device, set_num_threads, tune
+from torchrl_sql.training.lamb import Lamb
 from torchrl_sql.training.parallel import Replicated, SingleProcess
 from torchrl_sql.training.ranks import Ranks
 from torchrl_sql.training.trainer import Trainer
@@ -51,12 +53,14 @@ def learning_rate_factor(optim: OptimConfig, num_gradient_steps: int) -> Callabl
 
 
 def build_optimizer(optim: OptimConfig, loss: LossModule) -> torch.optim.Optimizer:
-    """Fused Adam or AdamW over what the loss trains."""
-    kinds: dict[str, type[torch.optim.Adam]] = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+    """The optimizer over what the loss trains; each leaves out a step whose gradient is not finite."""
+    kinds: dict[str, Callable[..., torch.optim.Optimizer]] = {
+        "adam": partial(torch.optim.Adam, fused=True),
+        "adamw": partial(torch.optim.AdamW, fused=True),
+        "lamb": Lamb,
+    }
     trained = [parameter for parameter in loss.parameters() if parameter.requires_grad]
-    return kinds[optim.name](
-        trained, lr=optim.learning_rate, eps=optim.eps, weight_decay=optim.weight_decay, fused=True
-    )
+    return kinds[optim.name](trained, lr=optim.learning_rate, eps=optim.eps, weight_decay=optim.weight_decay)
 
 
 def build_trainer(config: RunConfig, ranks: Ranks | None = None) -> Trainer:
@@ -161,7 +165,7 @@ def load_agent(path: Path) -> Trained:
         AttributeError,
     ) as error:  # torch's, tensordict's
         raise CheckpointError(
-            f"{path} must hold the weights of the network that its configuration describes ({config.model.encoder}, "
+            f"{path} must hold the weights of the network that its configuration describes ({config.method.name}, "
             f"{len(config.games)} games, 18 actions), got weights of other names or shapes"
         ) from error
     return Trained(network.eval(), config, gradient_step)

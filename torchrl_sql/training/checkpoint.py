@@ -133,7 +133,7 @@ def best_step(folder: Path) -> int | None:
 def mark_best(run_dir: Path, step: int, score: float) -> bool:
     """Marks a checkpoint as the best of its run if its score is the highest so far. The best is never deleted.
 
-    ``checkpoints/best.json`` holds the two numbers. ``torchrl-sql evaluate`` calls it after greedy play of all games
+    ``checkpoints/best.json`` holds the two numbers. ``torchrl-sql evaluate`` calls it after usual play of all games
     in one process, under the run's own protocol.
 
     Args:

@@ -1,0 +1,77 @@
+"""The Multi-Game Decision Transformer, and cloning with the same network."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tensordict.nn import TensorDictModuleBase
+from torch import nn
+from torchrl.objectives import LossModule
+
+from torchrl_sql.config import DataConfig, DecisionTransformerConfig, ModelConfig, SequenceConfig, TransformerConfig
+from torchrl_sql.data import FrameStore, OfflineAtariReplay
+from torchrl_sql.methods.method import Method
+from torchrl_sql.modules import DecisionTransformerPolicy, make_decision_transformer
+from torchrl_sql.objectives import DecisionTransformerLoss
+
+
+class TransformerCloning(Method):
+    """Behavioural cloning with MGDT's network and no return tokens: what is left of it without conditioning."""
+
+    settings: SequenceConfig
+    label = "BC (transformer)"
+    values = "logits"
+    return_token = False
+
+    @property
+    def metrics(self) -> Mapping[str, str]:
+        """The two losses and the accuracy."""
+        return {
+            "loss_action": "Loss of actions, its share of the mean (nats)",
+            "loss_reward": "Loss of rewards, its share of the mean (nats)",
+            "accuracy": "Share of actions predicted right",
+        }
+
+    def network(self, model: ModelConfig, games: Sequence[str], **options: Any) -> nn.Module:
+        """One network for all games, which it is not told."""
+        assert isinstance(model, TransformerConfig)
+        return make_decision_transformer(
+            width=model.width,
+            num_layers=model.num_layers,
+            num_steps=self.settings.num_steps,
+            patch_size=model.patch_size,
+            dropout=model.dropout,
+            return_token=self.return_token,
+        )
+
+    def loss(self, network: nn.Module) -> LossModule:
+        """Cross-entropies of what the tokens predict."""
+        return DecisionTransformerLoss(network, class_averaged=self.settings.class_averaged)
+
+    def replay(self, data: DataConfig, store: FrameStore, **options: Any) -> OfflineAtariReplay:
+        """Windows of steps; ``data.n_steps`` has no meaning for them."""
+        return super().replay(data, store, window_steps=self.settings.num_steps, **options)
+
+    def policy(self, network: nn.Module, games: Sequence[str], *, decoding: str = "greedy") -> TensorDictModuleBase:
+        """Acts on the last steps."""
+        return DecisionTransformerPolicy(network, games, decoding=decoding)  # type: ignore[arg-type]
+
+
+class DecisionTransformer(TransformerCloning):
+    """MGDT (arXiv:2205.15241)."""
+
+    settings: DecisionTransformerConfig
+    label = "MGDT"
+    decodings = ("expert", "expert_128", "sampled", "greedy")
+    return_token = True
+
+    @property
+    def metrics(self) -> Mapping[str, str]:
+        """The three losses and the accuracy."""
+        return {"loss_return": "Loss of returns, its share of the mean (nats)", **super().metrics}
+
+    def policy(self, network: nn.Module, games: Sequence[str], *, decoding: str = "expert") -> TensorDictModuleBase:
+        """Asks for a high return, unless another decoding is wanted."""
+        kappa = self.settings.kappa
+        return DecisionTransformerPolicy(network, games, decoding=decoding, kappa=kappa)  # type: ignore[arg-type]
