@@ -81,6 +81,7 @@ def fill_run(store: FrameStore, game: str, shard: Recording, num_shards: int, di
         "actions": np.tile(shard.actions, num_shards),
         "rewards": np.tile(shard.rewards, num_shards),
         "episodes": episodes,
+        "chunks": np.tile(shard.chunk_checksums(), num_shards),
     }
     for key, array in flat.items():
         (folder / MEMBERS[key][0]).write_bytes(array.tobytes())
@@ -90,6 +91,7 @@ def fill_run(store: FrameStore, game: str, shard: Recording, num_shards: int, di
         num_frames=num_shards * shard.num_frames,
         num_steps=num_shards * shard.num_steps,
         num_episodes=num_shards * shard.num_episodes,
+        num_sealed_chunks=num_shards * shard.manifest.num_sealed_chunks,
         crc32={key: zlib.crc32(array.tobytes()) for key, array in flat.items()},
     )
     (folder / "manifest.json").write_text(manifest.to_json())
@@ -103,7 +105,7 @@ def build(folder: Path, transitions_per_game: int, distinct_bytes: int) -> dict[
     copied, start = 0, time.perf_counter()
     for number, game in enumerate(TRAIN_40):
         source = EIGHT_GAMES[number % len(EIGHT_GAMES)]
-        shard = shards.run(source) if source in shards.games else write_shard(shards, source)
+        shard = shards.recording(source) if source in shards.games else write_shard(shards, source)
         share = (distinct_bytes - copied) // (len(TRAIN_40) - number)
         copied += fill_run(store, game, shard, num_shards, share)
         print(f"{game}: {copied / 1e9:.1f} GB, {time.perf_counter() - start:.0f} s", file=sys.stderr)

@@ -67,11 +67,11 @@ def sync_folder(path: Path) -> None:
         os.close(folder)
 
 
-def read_json(path: Path, expected_format: str, *, newest_version: int) -> dict[str, Any]:
+def read_json(path: Path, expected_format: str, *, version: int) -> dict[str, Any]:
     """Read a JSON object with a format and version; return its other fields.
 
     Raises:
-        ValueError: if the file is not JSON, not of the expected format, or of a newer version.
+        ValueError: if the file is not JSON, or not of the expected format and version.
     """
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
@@ -79,11 +79,11 @@ def read_json(path: Path, expected_format: str, *, newest_version: int) -> dict[
         raise ValueError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(fields, dict) or fields.pop("format", None) != expected_format:
         raise ValueError(f"{path} is not a {expected_format} header")
-    version = fields.pop("version", None)
-    if not isinstance(version, int) or version > newest_version:
-        raise ValueError(
-            f"{path} has format version {version!r}, this package reads up to {newest_version}: upgrade it"
-        )
+    written = fields.pop("version", None)
+    if written != version or isinstance(written, bool):
+        older = isinstance(written, int) and written < version
+        advice = "make the data anew, or read it with an older package" if older else "upgrade the package"
+        raise ValueError(f"{path} has format version {written!r}, this package reads version {version}: {advice}")
     return fields
 
 

@@ -13,8 +13,9 @@ def test_examples_run(tmp_path, monkeypatch, caplog):
     for block in blocks:
         exec(compile(block, PAGE.name, "exec"), names)
     names["replay"].shutdown()
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     assert "not legal" not in caplog.text
     assert names["batch"]["observation"].shape == (32, 4, 84, 84)
     assert names["replay"]._sampler.step == 1 and len(names["some"]) == 10
     assert names["buffer"].sample().batch_size == (32,)
+    assert names["slices"].sample().batch_size == (20,)

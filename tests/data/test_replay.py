@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pickle
+import threading
 import time
 
 import numpy as np
@@ -122,6 +123,67 @@ def test_checkpoint_of_other_data_is_refused(two_games):
         OfflineAtariReplay(two_games, batch_size=12, games="Pong").load_state_dict(replay.state_dict())
 
 
+BATCHES = {"n_steps": 3, "gamma": 0.9, "seed": 4, "mixture": "transitions", "temperature": 2.0, "batch_size": 12}
+
+
+@pytest.mark.parametrize("prefetch", [0, 2])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"n_steps": 2}, "n_steps 2 != 3"),
+        ({"gamma": 0.99}, "gamma 0.99 != 0.9"),
+        ({"seed": 5}, "seed must be 4 as in the state"),
+        ({"mixture": "games"}, "mixture must be 'transitions' as in the state"),
+        ({"temperature": 1.0}, "temperature must be 2.0 as in the state"),
+        ({"batch_size": 24}, "batch_size must be 12 as in the state"),
+        ({"replacement": False}, "sampler must be 'GameMixtureSampler' as in the state"),
+        ({"transitions_per_game": 10}, "num_transitions 20 != "),
+    ],
+)
+def test_checkpoint_of_other_batches_is_refused(two_games, tmp_path, prefetch, change, message):
+    replay = OfflineAtariReplay(two_games, **BATCHES)
+    indices(replay, 2)
+    replay.dumps(tmp_path / "dump")
+    other = OfflineAtariReplay(two_games, prefetch=prefetch, **{**BATCHES, **change})
+    first = OfflineAtariReplay(two_games, **{**BATCHES, **change}).sample()["index"].tolist()
+    for load, state in ((other.load_state_dict, replay.state_dict()), (other.loads, tmp_path / "dump")):
+        with pytest.raises(ValueError, match=message):
+            load(state)
+    assert indices(other, 1) == [first]  # Nothing was changed.
+    other.shutdown()
+
+
+def test_other_batch_sizes_of_a_call_do_not_change_what_follows(two_games, expected):
+    replay = OfflineAtariReplay(two_games, batch_size=12, seed=4)
+    replay.sample(6)
+    new = OfflineAtariReplay(two_games, batch_size=12, seed=4)
+    new.load_state_dict(replay.state_dict())
+    assert indices(new, 3) == indices(replay, 3) == expected[1:4]
+
+
+@pytest.mark.parametrize("prefetch", [0, 3])
+def test_a_loop_without_replacement_ends_after_an_epoch(two_games, prefetch):
+    replay = OfflineAtariReplay(
+        two_games, batch_size=16, replacement=False, mixture="transitions", seed=1, prefetch=prefetch
+    )
+    for _ in range(3):
+        drawn = torch.cat([batch["index"] for batch in replay])
+        assert sorted(drawn.tolist()) == list(range(80))
+    replay.shutdown()
+
+
+@pytest.mark.parametrize("prefetch", [0, 2])
+def test_sampling_after_shutdown_raises(two_games, prefetch):
+    replay = OfflineAtariReplay(two_games, batch_size=12, prefetch=prefetch)
+    replay.sample()
+    replay.shutdown()
+    before = threading.active_count()
+    with pytest.raises(RuntimeError, match=r"cannot be sampled after shutdown\(\)"):
+        replay.sample()
+    assert threading.active_count() == before
+    replay.shutdown()
+
+
 def test_transforms(two_games):
     replay = OfflineAtariReplay(
         two_games, batch_size=4, prefetch=2, transform=RewardScaling(0.0, 2.0, in_keys=[("next", "reward")])
@@ -142,7 +204,7 @@ def test_read_error_is_raised_and_the_batch_stays_due(two_games, expected, monke
         patch.setattr(AtariFrameStorage, "get", lambda self, index: (_ for _ in ()).throw(OSError("disk gone")))
         with pytest.raises(OSError, match="disk gone"):
             replay.sample()
-    assert replay.state_dict()["_sampler"] == {"step": 1}
+    assert replay.state_dict()["_sampler"]["step"] == 1
     assert indices(replay, 3) == expected[1:4]
     replay.shutdown()
 

@@ -56,18 +56,84 @@ def test_sample_counts_steps():
     sampler = GameMixtureSampler(seed=1)
     first, info = sampler.sample(storage, 4)
     assert first.dtype == torch.int64 and first.shape == (4,) and info == {}
-    assert sampler.state_dict() == {"step": 1}
+    assert sampler.state_dict()["step"] == 1 and sampler.step == 1
     second, _ = sampler.sample(storage, 4)
     assert (first == sampler.indices(storage, 4, 0)).all() and (second == sampler.indices(storage, 4, 1)).all()
 
 
 def test_save_and_load(tmp_path):
-    sampler = GameMixtureSampler()
-    sampler.load_state_dict({"step": 41})
+    sampler = GameMixtureSampler(mixture=[1, 3], temperature=float("inf"), seed=2**64 - 1)
+    for _ in range(41):
+        sampler.sample(fake_storage(10, 30), 4)
     sampler.dumps(tmp_path / "sampler")
-    other = GameMixtureSampler()
+    other = GameMixtureSampler(mixture=[1.0, 3.0], temperature=float("inf"), seed=2**64 - 1, rank=1, world_size=2)
     other.loads(tmp_path / "sampler")
-    assert other.step == 41
+    assert other.step == 41 and other.state_dict() == sampler.state_dict()
+
+
+SETTINGS = {"mixture": [1.0, 3.0], "temperature": 2.0, "seed": 5}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seed": 6}, "seed must be 5 as in the state to continue from, got 6"),
+        ({"mixture": [3, 1]}, r"mixture must be \[1.0, 3.0\] as in the state to continue from, got \[3.0, 1.0\]"),
+        ({"mixture": "games"}, r"mixture must be \[1.0, 3.0\] .* got 'games'"),
+        ({"temperature": 1.0}, "temperature must be 2.0"),
+        ({"replacement": False}, "sampler must be 'GameMixtureSampler' .* got 'GameMixtureSamplerWithoutReplacement'"),
+    ],
+)
+def test_the_state_of_other_batches_is_refused(change, message):
+    storage, drawn = fake_storage(10, 30), GameMixtureSampler(**SETTINGS)
+    drawn.sample(storage, 4)
+    other = GameMixtureSampler(**{**SETTINGS, **change})
+    with pytest.raises(ValueError, match=message):
+        other.load_state_dict(drawn.state_dict())
+    assert other.step == 0
+    with pytest.raises(ValueError, match="must be None as in the state"):
+        other.load_state_dict({"step": 3})
+
+
+@pytest.mark.parametrize("replacement", [True, False])
+def test_the_state_of_another_batch_size_is_refused(replacement):
+    storage, drawn = fake_storage(10, 30), GameMixtureSampler(replacement=replacement)
+    drawn.sample(storage, 4)
+    new, used = (GameMixtureSampler(replacement=replacement) for _ in range(2))
+    new.load_state_dict(drawn.state_dict())
+    with pytest.raises(ValueError, match="batch_size must be 4, as in the batches before, got 8"):
+        new.sample(storage, 8)
+    assert new.sample(storage, 4)[0].tolist() == drawn.sample(storage, 4)[0].tolist()
+    used.sample(storage, 8)
+    with pytest.raises(ValueError, match="batch_size must be 4 as in the state to continue from, got 8"):
+        used.load_state_dict(drawn.state_dict())
+
+
+def test_without_replacement_no_batch_has_another_size():
+    """With position = step * batch_size, some transitions would come twice and others never."""
+    storage, sampler = fake_storage(100), GameMixtureSampler(replacement=False, mixture="transitions")
+    sampler.sample(storage, 10)
+    with pytest.raises(ValueError, match="batch_size must be 10, as in the batches before, got 5"):
+        sampler.sample(storage, 5)
+    rest = [sampler.sample(storage, 10)[0] for _ in range(9)]
+    assert len(torch.cat([sampler.indices(storage, 10, 0), *rest]).unique()) == 100
+
+
+@settings(deadline=None)
+@given(st.integers(1, 30), st.lists(st.integers(1, 40), min_size=1, max_size=3))
+def test_ran_out_after_the_batch_that_ends_an_epoch(batch_size, sizes):
+    storage, sampler = fake_storage(*sizes), GameMixtureSampler(replacement=False, mixture="transitions")
+    drawn, epochs = 0, 0
+    while epochs < 3:
+        sampler.sample(storage, batch_size)
+        drawn += batch_size
+        assert sampler.ran_out == (drawn // sum(sizes) > epochs)
+        epochs = drawn // sum(sizes)
+
+
+def test_an_epoch_counts_the_games_that_are_drawn():
+    sampler = GameMixtureSampler(replacement=False, mixture=[1, 0])
+    assert [sampler.sample(fake_storage(8, 90), 4) and sampler.ran_out for _ in range(4)] == [False, True] * 2
 
 
 @pytest.mark.parametrize(
@@ -137,7 +203,7 @@ def test_without_replacement_by_hand():
     first, second = [i for i in draws if i < 5], [i for i in draws if i >= 5]
     assert len(first) in (10, 11) and sorted(first[:5]) == sorted(first[5:10]) == [0, 1, 2, 3, 4]
     assert all(sorted(second[i : i + 2]) == [5, 6] for i in range(0, len(second) - 1, 2))
-    assert sampler.state_dict() == {"step": 5}
+    assert sampler.step == 5
 
 
 def test_share_too_small_without_replacement():

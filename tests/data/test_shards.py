@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
@@ -14,11 +15,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from torchrl_sql.data import AtariFrameStorage, FrameStore, OfflineAtariReplay
+from torchrl_sql.data import chunks as chunks_module
 from torchrl_sql.data import shards as shards_module
+from torchrl_sql.data.chunks import FrameReader
 from torchrl_sql.data.damage import verify
 from torchrl_sql.data.frames import shard_path
-from torchrl_sql.data.mapping import MappedFile
-from torchrl_sql.data.shards import DamagedFramesError, FrameReader, Shard
+from torchrl_sql.data.mapping import MappedFile, UnreadableRangeError, read_ranges
+from torchrl_sql.data.shards import DamagedFramesError
 
 
 @pytest.fixture
@@ -59,7 +62,7 @@ def test_limit_of_mappings(pong, monkeypatch):
     for some in np.random.default_rng(0).integers(0, 29, (6, 10)):
         frames = reader.read(np.zeros_like(some), some, some, some + 1, length=1)
         np.testing.assert_array_equal(frames[:, 0], stored[some])
-        assert len(reader._shards) == 1
+        assert len(reader._files._shards) <= 4  # Of one batch.
 
 
 def test_mapped_files_are_not_kept_open(pong):
@@ -67,21 +70,48 @@ def test_mapped_files_are_not_kept_open(pong):
     before = len(os.listdir("/proc/self/fd"))
     reader, some = FrameReader([pong]), np.arange(29)
     reader.read(np.zeros_like(some), some, some, some + 1, length=1)
-    assert len(reader._shards) == 4
+    assert len(reader._files._shards) == 4
     assert len(os.listdir("/proc/self/fd")) == before
 
 
-def test_mapping_lives_as_long_as_its_slices(tmp_path):
+def test_ranges_of_mapped_files_by_hand(tmp_path):
     (tmp_path / "file").write_bytes(bytes(range(256)) * 64)
-    view = MappedFile(tmp_path / "file").view
+    file = MappedFile(tmp_path / "file")
     (tmp_path / "file").unlink()
-    part = view[4096:4100]
-    del view
-    assert num_mappings(tmp_path) == 1 and part.tolist() == [0, 1, 2, 3]
-    with pytest.raises(TypeError, match="read-only"):
-        part[0] = 1
-    del part
+    assert num_mappings(tmp_path) == 1 and file.num_bytes == 16384
+    data = read_ranges(file.address + np.array([4096, 10, 300]), np.array([3, 0, 2]))
+    assert data.tolist() == [0, 1, 2, 44, 45]
+    assert read_ranges(np.zeros(0, int), np.zeros(0, int)).size == 0
+    many = read_ranges(file.address + np.arange(5000), np.ones(5000, int))  # Several system calls.
+    assert (many == np.arange(5000) % 256).all()
+    with pytest.raises(ValueError, match="read-only"):
+        data[0] = 1
+    del file
     assert num_mappings(tmp_path) == 0
+
+
+@pytest.mark.parametrize("bad", [0, 7, 1023, 1024, 2999])
+def test_the_first_range_behind_the_end_of_a_cut_file_is_named(tmp_path, bad):
+    """Not SIGBUS."""
+    (tmp_path / "file").write_bytes(bytes(2 * mmap.PAGESIZE))
+    file = MappedFile(tmp_path / "file")
+    address = np.full(3000, file.address)
+    address[bad:] += mmap.PAGESIZE
+    os.truncate(tmp_path / "file", 10)
+    with pytest.raises(UnreadableRangeError, match="was cut") as error:
+        read_ranges(address, np.full(3000, 3))
+    assert error.value.index == bad
+
+
+def test_a_forked_child_reads_into_memory_of_its_own(tmp_path):
+    (tmp_path / "file").write_bytes(bytes([1, 2]))
+    file = MappedFile(tmp_path / "file")
+    mine = read_ranges(np.array([file.address]), np.array([1]))
+    child = os.fork()
+    if not child:
+        os._exit(int(read_ranges(np.array([file.address + 1]), np.array([1]))[0]))
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 2
+    assert mine.tolist() == [1]
 
 
 def num_mappings(folder):
@@ -98,8 +128,8 @@ def test_files_that_cannot_be_mapped(tmp_path):
 
 def test_disk_is_told_beforehand_after_a_wait(pong, monkeypatch):
     waits = iter([0, 0, 0, 0, 0, 3, 3, 3])
-    monkeypatch.setattr(shards_module, "_num_disk_waits", lambda: next(waits))
-    monkeypatch.setattr(shards_module, "_READS_TO_ANNOUNCE", 2)
+    monkeypatch.setattr(chunks_module, "_num_disk_waits", lambda: next(waits))
+    monkeypatch.setattr(chunks_module, "_READS_TO_ANNOUNCE", 2)
     reader, row = FrameReader([pong]), np.array([5])
     counts = []
     for _ in range(4):
@@ -133,7 +163,7 @@ def damage_index(path):
 
 
 def damage_second_chunk(path):
-    break_byte(path, Shard(path, 2).index[2] + 20)
+    break_byte(path, np.frombuffer(path.read_bytes()[-36:-4], "<u8")[2] + 20)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import pickle
 import tempfile
 from pathlib import Path
@@ -10,9 +11,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torchrl.data import ReplayBuffer, TensorDictReplayBuffer
+from torchrl.data import ReplayBuffer, SliceSampler, TensorDictReplayBuffer, TensorStorage
+from torchrl.data.replay_buffers.writers import ImmutableDatasetWriter
 
-from torchrl_sql.data import AtariFrameStorage, FrameStore, GameMixtureSampler
+from torchrl_sql.data import AtariFrameStorage, AtariSequenceStorage, FrameStore, GameMixtureSampler, Subset, summarise
 
 
 def tags(stack: torch.Tensor) -> list[int]:
@@ -163,16 +165,162 @@ def test_kinds_of_index(two_games):
     assert storage.contains(torch.tensor([0, 80])).tolist() == [True, False]
 
 
-@pytest.mark.parametrize("index", [80, -81, [0, 80], torch.tensor([-1])])
+@pytest.mark.parametrize("index", [80, -81, [0, 80], torch.tensor([-81]), (np.array([[3], [80]]),)])
 def test_index_outside(two_games, index):
-    with pytest.raises(IndexError, match=r"index must lie in 0..79, got"):
+    with pytest.raises(IndexError, match=r"index must lie in -80..79, got"):
         AtariFrameStorage(two_games).get(index)
 
 
-@pytest.mark.parametrize("index", [1.5, [0.5], torch.zeros(2, 2, dtype=torch.long), torch.ones(80, dtype=torch.bool)])
+@pytest.mark.parametrize("index", [1.5, [0.5], torch.zeros(2, 2), "3"])
 def test_index_of_another_kind(two_games, index):
-    with pytest.raises(TypeError, match="index must be an int, a slice or integers"):
+    with pytest.raises(TypeError, match="index must be integers, a slice or a mask, got"):
         AtariFrameStorage(two_games).get(index)
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        ((0, 1), "a transition has one index, got 2"),
+        (torch.ones(79, dtype=torch.bool), r"a mask must be bool \[80\], got bool \[79\]"),
+        (np.ones((80, 1), bool), r"got bool \[80, 1\]"),
+        (True, r"got bool \[\]"),
+    ],
+)
+def test_index_of_another_shape(two_games, index, message):
+    with pytest.raises(IndexError, match=message):
+        AtariFrameStorage(two_games).get(index)
+
+
+INTEGERS = st.integers(-80, 79)
+ARRAYS = st.lists(INTEGERS, max_size=6).flatmap(
+    lambda values: st.sampled_from([(len(values),), (1, len(values)), (len(values), 1), (len(values), 1, 1)]).map(
+        lambda shape: torch.tensor(values, dtype=torch.long).reshape(shape)
+    )
+)
+ONES = st.one_of(
+    INTEGERS,
+    INTEGERS.map(torch.tensor),
+    INTEGERS.map(np.int64),
+    ARRAYS,
+    ARRAYS.map(lambda index: index.to(torch.int32)),
+    ARRAYS.map(torch.Tensor.numpy),
+    ARRAYS.filter(lambda index: index.ndim == 1 and len(index)).map(torch.Tensor.tolist),
+    st.lists(st.booleans(), min_size=80, max_size=80).map(torch.tensor),
+    st.lists(st.booleans(), min_size=80, max_size=80).map(np.array),
+    st.slices(80).filter(lambda index: (index.step or 1) > 0),
+    st.just(...),
+)
+INDICES = st.one_of(
+    ONES,
+    ONES.map(lambda index: (index,)),
+    ONES.filter(lambda index: index is not ...).map(lambda index: (index, ...)),
+    st.just(()),
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(index=INDICES)
+def test_takes_every_index_that_a_tensor_storage_takes(two_games, index):
+    storage = AtariFrameStorage(two_games)
+    oracle = TensorStorage(storage[:])
+    expected, batch = oracle.get(index), storage.get(index)
+    assert batch.batch_size == expected.batch_size
+    for key, value in expected.items(include_nested=True, leaves_only=True):
+        assert batch[key].dtype == value.dtype and torch.equal(batch[key], value), key
+
+
+@pytest.mark.parametrize("replacement", [True, False])
+@pytest.mark.parametrize("n_steps", [1, 3])
+def test_slices_of_torchrl_samplers_stay_within_an_episode(store, lab, replacement, n_steps):
+    """Also of episodes that were cut, whose last transition is not ``done``."""
+    lab.write(
+        store, "Pong", lab.make_episodes([(8, True, False), (9, False, False), (7, False, True), (6, True, True)])
+    )
+    storage = AtariFrameStorage(store, n_steps=n_steps)
+    caching = {"cache_values": True} if replacement else {}
+    sampler = SliceSampler(slice_len=4, trajectories=storage.trajectories, replacement=replacement, **caching)
+    buffer = TensorDictReplayBuffer(storage=storage, sampler=sampler, batch_size=8, writer=ImmutableDatasetWriter())
+    for _ in range(10):
+        slices = buffer.sample()["observation"].reshape(2, 4, 4, 84, 84)
+        for stacks in slices:
+            newest = [tags(stack)[-1] for stack in stacks]
+            assert newest == list(range(newest[0], newest[0] + 4))
+
+
+def test_slices_by_the_done_flag(store, lab):
+    lab.write(store, "Pong", lab.make_episodes([(8, True, False)] * 3))
+    buffer = TensorDictReplayBuffer(
+        storage=AtariFrameStorage(store), sampler=SliceSampler(slice_len=4, end_key=("next", "done")), batch_size=12
+    )
+    newest = np.array([tags(stack)[-1] for stack in buffer.sample()["observation"]]).reshape(3, 4)
+    assert (np.diff(newest, axis=1) == 1).all()
+
+
+def test_time_order_by_hand(store, lab):
+    """Stored A C D B F E; played A B C D E F."""
+    a, c, d, b, f, e = episodes = lab.make_episodes([(3, True, False)] * 6)
+    with store.writer("Pong", source="test") as writer:
+        for episode, num_later in zip(episodes, (0, 0, 0, 2, 0, 1), strict=True):
+            writer.add_episode(
+                episode.frames, episode.actions, episode.rewards, episode.terminated, num_later=num_later
+            )
+        with pytest.raises(ValueError, match=r"num_later must lie in 0\.\.6, got 7"):
+            writer.add_episode(a.frames, a.actions, a.rewards, True, num_later=7)
+    played = [a, b, c, d, e, f]
+    recording, storage = store.recording("Pong"), AtariFrameStorage(store)
+    np.testing.assert_allclose(recording.episode_returns(), [x.rewards.sum() for x in played], rtol=1e-5)
+    assert recording.first_steps().tolist() == [0, 9, 3, 6, 15, 12]
+    assert newest(storage) == [0, 1, 2, 12, 13, 14, 4, 5, 6, 8, 9, 10, 20, 21, 22, 16, 17, 18]
+    assert storage[:]["action"].tolist() == np.concatenate([x.actions for x in played]).tolist()
+    assert newest(AtariFrameStorage(store, first_fraction=0.5)) == [0, 1, 2, 12, 13, 14, 4, 5, 6]
+    assert newest(AtariFrameStorage(store, every_kth_episode=2)) == [0, 1, 2, 4, 5, 6, 20, 21, 22]
+    (summary,) = summarise(store, subset=Subset(transitions_per_game=4))
+    assert summary.action_counts.tolist() == np.bincount([*a.actions, b.actions[0]], minlength=18).tolist()
+
+
+@pytest.mark.parametrize("n_steps", [1, 3])
+@pytest.mark.parametrize("member", ["actions.u8", "rewards.f32", "frames/c/2/0/0"])
+def test_a_file_that_is_cut_while_it_is_read_is_an_error(store, lab, member, n_steps):
+    """Not SIGBUS. 4,500 steps: the flat files have a second page, behind the cut."""
+    for run in ("0", "1"):
+        with store.writer("Pong", run=run, source="test") as writer:
+            writer.add_episode(
+                np.random.default_rng(0).integers(0, 256, (24, 84, 84), np.uint8), [0] * 24, [1] * 24, True
+            )
+            for _ in range(3):
+                writer.add_episode(np.zeros((1500, 84, 84), np.uint8), [0] * 1500, [1.0] * 1500, True)
+    storage = AtariFrameStorage(store, n_steps=n_steps)
+    index = [4000, 20, len(storage) // 2 + 20, len(storage) - 10]  # Two of each recording; every file is mapped.
+    before = storage.get(index)
+    file = store.path / "Pong" / "1" / member
+    os.truncate(file, 10)
+    with pytest.raises(ValueError, match=f"{file}.*was cut while it was in use, or the disk cannot read it"):
+        storage.get(index)
+    assert (storage.get(index[:2]) == before[:2]).all()  # The other recording is read as before.
+
+
+@pytest.mark.parametrize(("member", "value"), [("actions.u8", b"\x12"), ("rewards.f32", b"\x00\x00\xc0\x7f")])
+def test_values_that_no_writer_accepts_are_named(store, lab, member, value):
+    lab.write(store, "Pong", lab.make_episodes([(9, True, False)]))
+    file = store.path / "Pong" / "0" / member
+    data = file.read_bytes()
+    file.write_bytes(data[: 5 * len(value)] + value + data[6 * len(value) :])
+    storage = AtariFrameStorage(store, n_steps=2)
+    assert len(storage.get([0, 1, 2, 7, 8])) == 5
+    message = f"{file} is damaged: row 5 is (18|nan)"
+    for use in (lambda: storage.get([0, 5]), lambda: list(summarise(store)), lambda: AtariSequenceStorage(store)[:]):
+        with pytest.raises(ValueError, match=message):
+            use()
+
+
+def test_no_descriptor_is_held(two_games):
+    """All of DQN-Replay is 300 recordings; a process may have 1,024 files open."""
+    storage = AtariFrameStorage(two_games)
+    storage[:3]
+    before = len(os.listdir("/proc/self/fd"))
+    storages = [AtariFrameStorage(two_games) for _ in range(5)]
+    assert all((other[:] == storage[:]).all() for other in storages)
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 def test_read_only(two_games):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import resource
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +18,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from torchrl_sql.data import AtariFrameStorage, FrameStore
+from torchrl_sql.data import AtariFrameStorage, FrameStore, summarise, verify
 from torchrl_sql.data import writer as writer_module
+from torchrl_sql.data.catalogue import list_recording
 from torchrl_sql.data.recording import Manifest
+from torchrl_sql.data.shards import DamagedFramesError
 
 
 def test_known_episodes_come_back(store, lab):
@@ -31,7 +35,7 @@ def test_known_episodes_come_back(store, lab):
     np.testing.assert_array_equal(run.open_frames()[:12].read().result(), np.concatenate([first.frames, second.frames]))
     np.testing.assert_array_equal(run.actions, np.concatenate([first.actions, second.actions]))
     np.testing.assert_array_equal(run.rewards, np.concatenate([first.rewards, second.rewards]))
-    assert run.episodes.tolist() == [(0, 5, True, False, 0, False), (5, 6, False, True, 1, False)]
+    assert run.episodes.tolist() == [(0, 5, True, False, 0, False, 0), (5, 6, False, True, 1, False, 0)]
     np.testing.assert_allclose(run.episode_returns(), [first.rewards.sum(), second.rewards.sum()], rtol=1e-6)
     assert run.manifest.behaviours == ("good", "lazy")
     assert run.manifest.metadata == {"note": [1, 2]}
@@ -181,7 +185,8 @@ def edit_json(path: Path, **changes: object) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"version": 2}, "format version 2, this package reads up to 1"),
+        ({"version": 3}, "format version 3, this package reads version 2: upgrade the package"),
+        ({"version": 1}, "format version 1, this package reads version 2: make the data anew"),
         ({"format": "something"}, "is not a torchrl_sql.run header"),
         ({"game": "Breakout"}, "game must be 'Pong' as its folder is, got 'Breakout'"),
         ({"run": "../../etc"}, "run must be '0' as its folder is"),
@@ -189,6 +194,9 @@ def edit_json(path: Path, **changes: object) -> None:
         ({"num_steps": -5}, "num_steps must be >= 0"),
         ({"rewards": "scaled"}, "rewards must be 'raw' or 'clipped'"),
         ({"extra": 1}, "not a recording's manifest.*extra"),
+        ({"tail": {"extra": 1}}, "not a recording's manifest.*extra"),
+        ({"num_frames": 3}, "is not what was committed: its checksum is another"),
+        ({"source": "elsewhere"}, "is not what was committed: its checksum is another"),
     ],
 )
 def test_bad_manifests_are_refused(store, lab, changes, message):
@@ -225,6 +233,151 @@ def test_missing_and_short_members_are_named(store, lab, member, damage):
     if file.suffix != ".json":
         with pytest.raises(ValueError, match=str(file)):
             store.writer("Pong", source="test")
+
+
+def test_a_lost_manifest_is_an_error_and_nothing_is_erased(store, lab):
+    lab.write(store, "Pong", lab.make_episodes([(30, True, False)]))
+    lab.write(store, "Breakout", lab.make_episodes([(5, True, False)], 1000))
+    (store.path / "Pong" / "0" / "manifest.json").unlink()
+    before = lab.tree(store.path)
+    message = f"{store.path / 'Pong' / '0'}: manifest.json is missing, but recordings.txt lists it: put it back"
+    for use in (
+        lambda: AtariFrameStorage(store),
+        lambda: store.games,
+        lambda: store.recording("Pong"),
+        lambda: store.writer("Pong", source="test"),
+        lambda: list(summarise(store)),
+    ):
+        with pytest.raises(ValueError, match=message):
+            use()
+    assert lab.tree(store.path) == before
+    assert len(AtariFrameStorage(store, "Breakout")) == 5  # The other game is as good as before.
+    shutil.rmtree(store.path / "Pong")
+    with pytest.raises(ValueError, match=message):
+        AtariFrameStorage(store)
+    listed = (store.path / "recordings.txt").read_text().splitlines()
+    (store.path / "recordings.txt").write_text(listed[0] + "\n")  # The user does not want it any more.
+    assert store.games == ("Breakout",)
+    lab.write(store, "Pong", lab.make_episodes([(7, True, False)]))
+    assert len(AtariFrameStorage(store)) == 12
+    lines = [f"{recording.game}/0 {recording.manifest.checksum}" for recording in store.recordings]
+    assert (store.path / "recordings.txt").read_text().splitlines() == lines
+
+
+def test_an_earlier_or_another_recording_is_not_taken_for_the_last_one(store, lab, tmp_path):
+    """Each is whole in itself: nothing but the list can tell."""
+    lab.write(store, "Pong", lab.make_episodes([(5, True, False)]))
+    shutil.copytree(store.path / "Pong" / "0", tmp_path / "earlier")
+    lab.write(store, "Pong", lab.make_episodes([(30, True, False)], 100))
+    other = FrameStore.create(tmp_path / "other", chunk_frames=4, shard_frames=8)
+    lab.write(other, "Pong", lab.make_episodes([(5, True, False)], 500))
+    message = "manifest.json is not the one that recordings.txt lists"
+    for folder in (tmp_path / "earlier", other.path / "Pong" / "0"):
+        shutil.rmtree(store.path / "Pong" / "0")
+        shutil.copytree(folder, store.path / "Pong" / "0")
+        assert [message in damage.reason for damage in verify(store)] == [True]
+        for use in (lambda: AtariFrameStorage(store), lambda: store.writer("Pong", source="test")):
+            with pytest.raises(ValueError, match=f"{store.path / 'Pong' / '0'}: {message}"):
+                use()
+    (store.path / "recordings.txt").write_text("")  # The user wants this one.
+    assert len(AtariFrameStorage(store)) == 5 and not list(verify(store))
+
+
+def test_remains_of_a_writer_that_never_committed_make_way(store, lab):
+    writer = store.writer("Pong", source="test")
+    lab.add(writer, lab.make_episodes([(60, True, False)]))
+    writer.close(commit=False)
+    lab.write(store, "Pong", lab.make_episodes([(5, True, False)]))
+    assert len(AtariFrameStorage(store)) == 5
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "recordings.txt is missing: put it back"),
+        ("Pong/0\n", "must have lines <Game>/<run> <checksum>, got 'Pong/0'"),
+        ("Pong/0/1 00000000\n", "got 'Pong/0/1 00000000'"),
+        ("\n", "got ''"),
+    ],
+)
+def test_a_damaged_list_of_recordings_is_named(store, lab, text, message):
+    lab.write(store, "Pong", lab.make_episodes([(5, True, False)]))
+    file = store.path / "recordings.txt"
+    file.unlink() if text is None else file.write_text(text)
+    with pytest.raises(ValueError, match=f"{file.parent}/.*{message}"):
+        FrameStore.open(store.path)
+
+
+def rewrite_manifest(recording, **changes: object) -> None:
+    """A manifest that is consistent in itself."""
+    manifest = dataclasses.replace(recording.manifest, **changes)
+    (recording.path / "manifest.json").write_text(manifest.to_json())
+    list_recording(recording.path, manifest.checksum)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_frames": 9}, "episodes.bin has num_frames 11, its manifest says 9"),
+        ({"num_steps": 10}, "episodes.bin has num_steps 11, its manifest says 10"),
+        ({"num_episodes": 1}, "CRC32 does not match the manifest"),
+        ({"num_sealed_chunks": 0}, "frames must have 0 full chunks as its manifest says, got 2 of 4 frames"),
+    ],
+)
+def test_a_manifest_that_is_not_that_of_the_episodes_is_refused(store, lab, changes, message):
+    """Frames of another recording would be read."""
+    lab.write(store, "Pong", lab.make_episodes([(5, True, False), (6, False, False)]))
+    rewrite_manifest(store.recording("Pong"), **changes)
+    with pytest.raises(ValueError, match=message):
+        AtariFrameStorage(store)
+    assert any(message in str(damage) for damage in verify(store))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda table: table["first_frame"].__setitem__(1, 6), "each where the one before ends"),
+        (lambda table: table["num_steps"].__setitem__(slice(None), [11, 0]), "at least one step"),
+        (lambda table: table["num_later"].__setitem__(0, 1), "puts an episode before the first"),
+    ],
+)
+def test_an_episode_table_with_gaps_is_refused(store, lab, change, message):
+    lab.write(store, "Pong", lab.make_episodes([(5, True, False), (6, True, False)]))
+    recording = store.recording("Pong")
+    table = recording.episodes.copy()
+    change(table)
+    (recording.path / "episodes.bin").write_bytes(table.tobytes())
+    rewrite_manifest(recording, crc32={**recording.manifest.crc32, "episodes": zlib.crc32(table.tobytes())})
+    with pytest.raises(ValueError, match=message):
+        AtariFrameStorage(store)
+
+
+def test_a_writer_does_not_go_on_from_damaged_frames(store, lab):
+    """It would write them anew, under a checksum that is right."""
+    lab.write(store, "Pong", lab.make_episodes([(13, True, False)]))
+    shard = store.path / "Pong" / "0" / "frames" / "c" / "1" / "0" / "0"
+    older = shard.read_bytes()
+    lab.write(store, "Pong", lab.make_episodes([(2, True, False)], 100))
+    shard.write_bytes(older)
+    with pytest.raises(DamagedFramesError, match=f"{shard} .* not the one that was committed here"):
+        store.writer("Pong", source="test")
+
+
+def test_a_writer_refuses_other_chunks_than_those_of_the_recording(store, lab):
+    lab.write(store, "Pong", lab.make_episodes([(13, True, False)]))
+    edit_json(store.path / "store.json", chunk_frames=2)
+    message = r"must have \(chunks, shards\) of \(2, 8\) frames as store.json says, got \(4, 8\)"
+    with pytest.raises(ValueError, match=message):
+        FrameStore.open(store.path).writer("Pong", source="test")
+
+
+@pytest.mark.parametrize(
+    "changes", [{"shard_frames": 0}, {"shard_frames": -16}, {"chunk_frames": 0}, {"zstd_level": 40}]
+)
+def test_settings_of_a_store_are_checked_when_it_is_opened(store, changes):
+    edit_json(store.path / "store.json", **changes)
+    with pytest.raises(ValueError, match=f"{store.path / 'store.json'}: (shard_frames|zstd_level) must"):
+        FrameStore.open(store.path)
 
 
 def test_full_disk_leaves_the_old_store(store, lab):

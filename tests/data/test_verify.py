@@ -1,18 +1,20 @@
 from __future__ import annotations
 
-import io
+import os
 import shutil
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from torchrl_sql.data import FrameStore
+from torchrl_sql.data import AtariFrameStorage, FrameStore
+from torchrl_sql.data.catalogue import list_recording
 from torchrl_sql.data.damage import Damage, verify
 from torchrl_sql.data.frames import shard_path
-from torchrl_sql.data.shards import Shard
+from torchrl_sql.data.shards import DamagedFramesError, ShardFiles
 
 
 @pytest.fixture(scope="module")
@@ -37,13 +39,13 @@ def flip(file: Path, position: int, bit: int = 4) -> None:
 
 
 def chunk_offset(file: Path, chunk: int) -> int:
-    return Shard(file, 2).index[2 * chunk]
+    return int(np.frombuffer(file.read_bytes()[-36:-4], "<u8")[2 * chunk])
 
 
 def test_intact(intact):
     calls = []
     assert list(verify(intact, progress=lambda done, total: calls.append((done, total)))) == []
-    assert calls == [(k, 12) for k in range(1, 13)]  # 2 x 3 flat files, 4 + 2 shards.
+    assert calls == [(k, 14) for k in range(1, 15)]  # 2 x 4 flat files, 4 + 2 shards.
 
 
 def test_each_bad_chunk_is_named(copy):
@@ -64,22 +66,89 @@ def test_each_bad_chunk_is_named(copy):
     assert str(found[0]) == f"Pong, recording '0', transitions 4 to 6: {first}: chunk 1: the CRC32C does not match"
 
 
-def test_disk_that_cannot_read_is_named(copy, monkeypatch):
-    bad = shard_path(copy.recording("Pong").path / "frames", 1)
+def test_a_shard_that_cannot_be_read_any_more_is_named_chunk_by_chunk(copy):
+    recording = copy.recording("Pong")
+    files, shard = ShardFiles([recording]), shard_path(recording.path / "frames", 1)
+    assert list(files.check_shard(1)) == []
+    os.truncate(shard, chunk_offset(shard, 1))
+    reasons = [error.reason for error in files.check_shard(1)]
+    assert reasons == ["chunk 1: the file was cut while it was in use, or the disk cannot read it"]
 
-    class Disk(io.FileIO):
-        def read(self, size=-1):
-            if self.name == str(bad) and self.tell() == chunk_offset_of_bad:
-                raise OSError(5, "Input/output error")
-            return super().read(size)
 
-    chunk_offset_of_bad = chunk_offset(bad, 1)
-    open_path = Path.open
-    monkeypatch.setattr(
-        Path, "open", lambda self, mode, **kw: Disk(str(self)) if mode == "rb" else open_path(self, mode, **kw)
-    )
-    (found,) = verify(copy)
-    assert (found.file, found.reason) == (bad, "chunk 1: [Errno 5] Input/output error")
+def swap(first: Path, second: Path) -> None:
+    data = first.read_bytes()
+    first.write_bytes(second.read_bytes())
+    second.write_bytes(data)
+
+
+@pytest.mark.parametrize("first", ["Pong/0/frames/c/0/0/0", "Pong/0/frames/c/2/0/0"])
+@pytest.mark.parametrize("second", ["Pong/0/frames/c/1/0/0", "Breakout/a/frames/c/0/0/0"])
+def test_swapped_shards_are_named_and_not_read(store, first, second):
+    """Each is intact. All chunks have the same size, so that the indices of the shards are equal, too."""
+    for game, run, value in (("Pong", "0", 10), ("Breakout", "a", 90)):
+        with store.writer(game, run=run, source="test") as writer:
+            for tag in range(value, value + 24):
+                writer.add_episode(np.full((1, 84, 84), tag, np.uint8), [0], [0.0], True)
+    swap(store.path / first, store.path / second)
+    assert {damage.file for damage in verify(store)} == {store.path / first, store.path / second}
+    with pytest.raises(DamagedFramesError, match="not the one that was committed here"):
+        AtariFrameStorage(store)[:]
+
+
+def test_swapped_folders_of_frames_are_named(copy, lab):
+    lab.write(copy, "Breakout", lab.make_episodes([(5, False, True), (13, True, False), (9, True, True)], 500), run="b")
+    pong, other = copy.path / "Pong" / "0" / "frames", copy.path / "Breakout" / "b" / "frames"
+    pong.rename(copy.path / "aside")
+    other.rename(pong)
+    (copy.path / "aside").rename(other)
+    assert {damage.game for damage in verify(copy)} == {"Pong", "Breakout"}
+
+
+def test_a_copy_made_during_a_commit_is_named(store, lab, tmp_path):
+    """The tail's shard is older than the manifest: its later frames would read as black."""
+    frames = store.path / "Pong" / "0" / "frames"
+    lab.write(store, "Pong", lab.make_episodes([(6, True, False)]))
+    shutil.copytree(frames / "c", tmp_path / "c")
+    lab.write(store, "Pong", lab.make_episodes([(2, True, False)], 100))
+    shutil.rmtree(frames / "c")
+    shutil.copytree(tmp_path / "c", frames / "c")
+    (damage,) = verify(store)
+    assert damage.file == shard_path(frames, 0)
+    assert damage.reason == "chunk 1: it is intact, but not the one that was committed here: of another file or state"
+    with pytest.raises(DamagedFramesError):
+        AtariFrameStorage(store)[:]
+
+
+def test_an_earlier_commit_is_still_read_after_later_ones(store, lab):
+    """Its last chunk was written again, with more frames in it."""
+    first, second = lab.make_episodes([(6, True, False), (30, True, False)])
+    manifest = store.path / "Pong" / "0" / "manifest.json"
+    lab.write(store, "Pong", [first])
+    before, text = AtariFrameStorage(store), manifest.read_bytes()
+    lab.write(store, "Pong", [second])
+    last_state = store.recording("Pong").manifest.checksum
+    assert (before[:]["observation"][:, -1].numpy() == first.frames).all()
+    manifest.write_bytes(text)  # As a writer that is killed during its commit leaves it.
+    list_recording(manifest.parent, before._recordings[0].manifest.checksum, last_state)
+    assert list(verify(store)) == []
+    assert (AtariFrameStorage(store)[:]["observation"][:, -1].numpy() == first.frames).all()
+
+
+@pytest.mark.parametrize("lost", ["Pong", "Pong/0", "Pong/0/manifest.json"])
+def test_a_lost_recording_is_named(copy, lost):
+    path = copy.path / lost
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    (damage,) = verify(copy)
+    assert (damage.game, damage.recording) == ("Pong", "0")
+    assert "manifest.json is missing, but recordings.txt lists it" in damage.reason
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", '{"shape": "x"}', "\xff"])
+@pytest.mark.parametrize("file", ["frames/zarr.json", "manifest.json"])
+def test_garbled_json_does_not_end_the_check(copy, file, text):
+    (copy.path / "Breakout" / "a" / file).write_text(text)
+    flip(copy.recording("Pong").path / "rewards.f32", 3)
+    assert [damage.game for damage in verify(copy)] == ["Breakout", "Pong"]
 
 
 def test_damage_to_flat_files(copy):
@@ -122,17 +191,20 @@ def test_remains_of_a_killed_writer_are_not_looked_at(copy, lab):
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_any_flipped_bit_is_found(intact, data):
-    """In any file but the manifests, wherever committed data lies; and nothing else is blamed."""
+    """Wherever committed data lies; and nothing else is blamed."""
     with tempfile.TemporaryDirectory() as folder:
         store = FrameStore.open(shutil.copytree(intact.path, Path(folder) / "store"))
-        run = data.draw(st.sampled_from(store.recordings))
-        shards = [shard_path(run.path / "frames", number) for number in range(-(-run.num_frames // 8))]
-        file = data.draw(
-            st.sampled_from([run.path / name for name in ("actions.u8", "rewards.f32", "episodes.bin")] + shards)
-        )
+        recording = data.draw(st.sampled_from(store.recordings))
+        shards = [shard_path(recording.path / "frames", index) for index in range(-(-recording.num_frames // 8))]
+        names = ("actions.u8", "rewards.f32", "episodes.bin", "chunks.crc32c", "manifest.json")
+        file = data.draw(st.sampled_from([recording.path / name for name in names] + shards))
         end = file.stat().st_size
-        padded = file == shards[-1] and run.num_frames % 8 <= 4  # Its second chunk is padding.
+        padded = file == shards[-1] and recording.num_frames % 8 <= 4  # Its second chunk is padding.
         unused = range(chunk_offset(file, 1), end - 36) if padded else range(0)
         position = data.draw(st.integers(0, end - 1).filter(lambda p: p not in unused))
         flip(file, position, data.draw(st.integers(0, 7)))
-        assert {damage.file for damage in verify(store)} == {file}
+        named = {damage.file for damage in verify(store)}
+        if file.name == "chunks.crc32c":
+            assert file in named and named <= {file, *shards}
+        else:
+            assert named == {recording.path if file.name == "manifest.json" else file}

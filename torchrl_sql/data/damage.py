@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from torchrl_sql.data.recording import MEMBERS, Recording
-from torchrl_sql.data.shards import FrameReader
-from torchrl_sql.data.store import FrameStore
+from torchrl_sql.data.recording import MEMBERS, Recording, open_recording
+from torchrl_sql.data.shards import ShardFiles
+from torchrl_sql.data.store import FrameStore, recording_folders
 
 _READ_BYTES = 16 << 20
 
@@ -40,8 +40,9 @@ class Damage:
 def verify(store: FrameStore, *, progress: Callable[[int, int], None] = lambda done, total: None) -> Iterator[Damage]:
     """Reads a whole store once and compares every checksum; goes on after each damage.
 
-    Checked is what is committed: CRC32 of the flat files, shard indices, and CRC32C of every chunk of frames. What a
-    killed writer left behind the committed rows is not looked at.
+    Checked is what is committed: that every recording which was is there and in its last state, CRC32 of
+    the flat files, that the episode table is that of the manifest, shard indices, and that every chunk of frames is the
+    one that was committed there. What a killed writer left behind the committed rows is not looked at.
 
     Args:
         store (FrameStore): what to check.
@@ -52,14 +53,15 @@ def verify(store: FrameStore, *, progress: Callable[[int, int], None] = lambda d
     Yields:
         Damage, recording by recording; nothing if the store is intact.
     """
-    folders = [file.parent for file in sorted(store.path.glob("*/*/manifest.json"))]
     checks: list[Callable[[], Iterator[Damage]]] = []
-    for folder in folders:
+    for folder in recording_folders(store.path):
         try:
-            recording = Recording(folder)
+            recording = open_recording(folder)
+            if recording is None:
+                continue
             checks += [_member_check(recording, key) for key in MEMBERS]
-            reader = FrameReader([recording])
-            checks += [_shard_check(recording, reader, shard) for shard in range(reader.num_shards)]
+            files = ShardFiles([recording])
+            checks += [_shard_check(recording, files, shard) for shard in range(files.num_shards)]
         except (OSError, ValueError) as error:
             yield Damage(game=folder.parent.name, recording=folder.name, file=folder, reason=str(error))
     for index, check in enumerate(checks):
@@ -71,37 +73,39 @@ def _member_check(recording: Recording, key: str) -> Callable[[], Iterator[Damag
     name, dtype, count_field = MEMBERS[key]
     file, size = recording.path / name, getattr(recording.manifest, count_field) * dtype.itemsize
 
-    def check() -> Iterator[Damage]:
+    def reason() -> str:
         crc32, left = 0, size
         try:
             with file.open("rb") as stream:
                 while left and (data := stream.read(min(left, _READ_BYTES))):
                     crc32 = zlib.crc32(data, crc32)
                     left -= len(data)
-        except OSError as error:
-            yield Damage(game=recording.game, recording=recording.name, file=file, reason=str(error))
-            return
-        if left:
-            reason = f"must hold {size} committed bytes, got {size - left}"
-            yield Damage(game=recording.game, recording=recording.name, file=file, reason=reason)
-        elif crc32 != recording.manifest.crc32.get(key):
-            yield Damage(
-                game=recording.game, recording=recording.name, file=file, reason="the CRC32 does not match the manifest"
-            )
+            if left:
+                return f"must hold {size} committed bytes, got {size - left}"
+            if crc32 != recording.manifest.crc32.get(key):
+                return "the CRC32 does not match the manifest"
+            if key == "episodes":
+                _ = recording.episodes
+        except (OSError, ValueError) as error:
+            return str(error)
+        return ""
+
+    def check() -> Iterator[Damage]:
+        if text := reason():
+            yield Damage(game=recording.game, recording=recording.name, file=file, reason=text)
 
     return check
 
 
-def _shard_check(recording: Recording, reader: FrameReader, shard: int) -> Callable[[], Iterator[Damage]]:
+def _shard_check(recording: Recording, files: ShardFiles, shard: int) -> Callable[[], Iterator[Damage]]:
     def check() -> Iterator[Damage]:
-        for path, reason, first_frame, stop_frame in reader.check_shard(shard):
-            try:
-                first, stop = recording.steps_of_frames(first_frame, stop_frame)
-                transitions = (first, stop - 1)
-            except (OSError, ValueError, IndexError):  # The episode table is damaged too.
-                transitions = None
+        for error in files.check_shard(shard):
             yield Damage(
-                game=recording.game, recording=recording.name, file=path, reason=reason, transitions=transitions
+                game=recording.game,
+                recording=recording.name,
+                file=error.file,
+                reason=error.reason,
+                transitions=error.transitions,
             )
 
     return check

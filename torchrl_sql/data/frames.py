@@ -62,20 +62,15 @@ def open_frame_array(path: Path) -> ts.TensorStore:
     """Opens an existing frame array for reading and writing.
 
     Raises:
-        FileNotFoundError: if there is no array.
-        ValueError: if the array is not ``uint8 [N, 84, 84]``.
+        FileNotFoundError, ValueError: see :meth:`FrameLayout.read`.
     """
-    if not (path / "zarr.json").is_file():
-        raise FileNotFoundError(f"{path / 'zarr.json'} is missing: the frames of this recording are not there")
+    FrameLayout.read(path)
     spec = {
         "driver": "zarr3",
         "kvstore": _kvstore(path),
         "store_data_equal_to_fill_value": True,  # Otherwise a lost file would read as black frames.
     }
-    array = ts.open(spec, open=True).result()
-    if array.rank != 3 or array.shape[1:] != FRAME_SHAPE or array.dtype.name != "uint8":
-        raise ValueError(f"{path} must be uint8 [N, 84, 84], got {array.dtype.name} {list(array.shape)}")
-    return array
+    return ts.open(spec, open=True).result()
 
 
 @dataclass(frozen=True)
@@ -110,6 +105,13 @@ class FrameLayout:
             shapes = [frame_shape, shard_shape, chunk_shape]
             names = [layout["data_type"], codec["name"], *(c["name"] for c in inner["codecs"] + inner["index_codecs"])]
             place = inner.get("index_location", "end")
+            counts = [num_frames, chunk_frames, shard_frames]
+            if (
+                any(type(count) is not int for count in counts)
+                or num_frames < 0
+                or not 1 <= chunk_frames <= shard_frames
+            ):
+                raise ValueError(f"counts of frames {counts}")
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{file} does not describe an array of frames: {error!r}") from error
         if shapes != [[*FRAME_SHAPE]] * 3 or names != _CODEC_NAMES or place != "end" or shard_frames % chunk_frames:

@@ -90,8 +90,9 @@ class EpisodeIndex:
         self.num_unsampleable = int(self.num_steps.sum() - count.sum())
 
         recording_steps = np.array([recording.num_steps for recording in recordings])
+        elapsed = np.concatenate([np.cumsum(table["num_steps"]) - table["num_steps"] for table in tables])
         last = np.rint(subset.first_fraction * recording_steps).astype(np.int64)[self.recording]
-        count = np.minimum(count, np.maximum(last - self.first_step, 0))
+        count = np.minimum(count, np.maximum(last - elapsed, 0))
         episode_in_recording = np.arange(len(count)) - (np.cumsum(num_episodes) - num_episodes)[self.recording]
         count[episode_in_recording % subset.every_kth_episode != 0] = 0
         game = self.recording_game[self.recording]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,37 +14,62 @@ from typing import Any, Literal
 import numpy as np
 import tensorstore as ts
 
+from torchrl_sql.data.catalogue import ABSENT, contradiction
 from torchrl_sql.data.frames import open_frame_array
 from torchrl_sql.files import json_field, read_json
-from torchrl_sql.games import GAMES
+from torchrl_sql.games import GAMES, NUM_ACTIONS
 
 RUN_FORMAT = "torchrl_sql.run"
-VERSION = 1
-"""Newest format version this package reads, and the one it writes."""
+VERSION = 2
+"""Of the store's format: the one that this package reads and writes. Version 1 had no checksums of chunks."""
 
 EPISODE_DTYPE = np.dtype(
     {
-        "names": ["first_frame", "num_steps", "terminated", "has_final_frame", "component", "cut"],
-        "formats": ["<i8", "<i8", "?", "?", "u1", "?"],
-        "offsets": [0, 8, 16, 17, 18, 19],
+        "names": ["first_frame", "num_steps", "terminated", "has_final_frame", "component", "cut", "num_later"],
+        "formats": ["<i8", "<i8", "?", "?", "u1", "?", "<u4"],
+        "offsets": [0, 8, 16, 17, 18, 19, 20],
         "itemsize": 24,
     }
 )
 """``first_frame``: row of the episode's first frame. ``has_final_frame``: the frame after the last step is stored, so
 the episode has ``num_steps + 1`` frames. ``component``: which behaviour policy, an index into the manifest's names.
-``cut``: the source does not show how it ended, so that it is no whole episode and has no return."""
+``cut``: the source does not show how it ended, so that it is no whole episode and has no return. ``num_later``: how
+many of the episodes before it in the file were played after it."""
+
+CHECKSUM_DTYPE = np.dtype("<u4")
+"""CRC32C of one chunk as it is stored."""
 
 MEMBERS: dict[str, tuple[str, np.dtype, str]] = {
     "actions": ("actions.u8", np.dtype("u1"), "num_steps"),
     "rewards": ("rewards.f32", np.dtype("<f4"), "num_steps"),
     "episodes": ("episodes.bin", EPISODE_DTYPE, "num_episodes"),
+    "chunks": ("chunks.crc32c", CHECKSUM_DTYPE, "num_sealed_chunks"),
 }
 """Flat files of a recording: file name, record type, and which count of the manifest gives its length."""
 
 
+def never_written(key: str, values: np.ndarray) -> np.ndarray:
+    """Positions of actions or rewards that no writer accepts: their file is damaged."""
+    bad = {"actions": lambda: values >= NUM_ACTIONS, "rewards": lambda: ~np.isfinite(values)}
+    return np.flatnonzero(bad[key]()) if key in bad else np.zeros(0, np.int64)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tail:
+    """What the frames after the last full shard are. Their shard is written again at each commit.
+
+    Attributes:
+        chunks (str): CRC32C of each full chunk as stored, little endian, in hexadecimal digits.
+        frames (int): CRC32C of the frames after the last full chunk, decoded: their chunk changes with the next commit.
+    """
+
+    chunks: str = ""
+    frames: int = 0
+
+
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What a recording holds; written to ``manifest.json``.
+    """What a recording holds; written to ``manifest.json`` with a checksum of its own.
 
     Attributes:
         game, run (str): names of game and recording, equal to the folders'.
@@ -51,6 +77,8 @@ class Manifest:
         rewards (str): ``"raw"`` as the game scored them, or ``"clipped"`` to [-1, 1] by the source.
         behaviours (tuple of str): names of the behaviour policies.
         num_frames, num_steps, num_episodes (int): committed counts.
+        num_sealed_chunks (int): chunks in full shards, which are never written again.
+        tail (Tail): checksums of the frames after them.
         crc32 (mapping): CRC32 of the committed part of each flat file.
         metadata (mapping): JSON values of the writer's own, for example where an import stopped.
     """
@@ -63,28 +91,39 @@ class Manifest:
     num_frames: int
     num_steps: int
     num_episodes: int
+    num_sealed_chunks: int
+    tail: Tail
     crc32: Mapping[str, int]
     metadata: Mapping[str, Any]
 
+    @property
+    def checksum(self) -> str:
+        """CRC32 of all fields, eight hexadecimal digits."""
+        return f"{zlib.crc32(json.dumps(self._fields(), sort_keys=True).encode()):08x}"
+
     def to_json(self) -> str:
         """The text of ``manifest.json``: the same bytes for the same contents."""
-        fields = {"format": RUN_FORMAT, "version": VERSION, **vars(self)}
+        return json.dumps({**self._fields(), "checksum": self.checksum}, indent=1, sort_keys=True) + "\n"
+
+    def _fields(self) -> dict[str, Any]:
+        fields = {"format": RUN_FORMAT, "version": VERSION, **vars(self), "tail": vars(self.tail)}
         fields["components"] = fields.pop("behaviours")  # the key on disk
-        return json.dumps(fields, indent=1, sort_keys=True) + "\n"
+        return fields
 
     @classmethod
     def read(cls, path: Path) -> Manifest:
         """Reads and checks ``manifest.json``.
 
         Raises:
-            ValueError: if it is not a manifest, is newer than this package, or contradicts its folder.
+            ValueError: if it is not a manifest, is of another version, was changed, or contradicts its folder.
         """
-        fields = read_json(path, RUN_FORMAT, newest_version=VERSION)
+        text = path.read_bytes()
+        fields = read_json(path, RUN_FORMAT, version=VERSION)
         fields["behaviours"] = tuple(json_field(fields, "components", list, path))
         del fields["components"]
-        for key, kind in (("source", str), ("crc32", dict), ("metadata", dict)):
+        for key, kind in (("source", str), ("crc32", dict), ("metadata", dict), ("checksum", str)):
             json_field(fields, key, kind, path)
-        for key in ("num_frames", "num_steps", "num_episodes"):
+        for key in ("num_frames", "num_steps", "num_episodes", "num_sealed_chunks"):
             if json_field(fields, key, int, path) < 0:
                 raise ValueError(f"{path}: {key} must be >= 0, got {fields[key]}")
         if fields.get("rewards") not in ("raw", "clipped"):
@@ -92,10 +131,14 @@ class Manifest:
         for key, expected in (("game", path.parent.parent.name), ("run", path.parent.name)):
             if json_field(fields, key, str, path) != expected:
                 raise ValueError(f"{path}: {key} must be {expected!r} as its folder is, got {fields[key]!r}")
+        del fields["checksum"]
         try:
-            return cls(**fields)
+            manifest = cls(**{**fields, "tail": Tail(**json_field(fields, "tail", dict, path))})
         except TypeError as error:
             raise ValueError(f"{path} is not a recording's manifest: {error}") from error
+        if manifest.to_json().encode() != text:
+            raise ValueError(f"{path} is not what was committed: its checksum is another")
+        return manifest
 
 
 class Recording:
@@ -139,18 +182,50 @@ class Recording:
 
     @cached_property
     def actions(self) -> np.ndarray:
-        """uint8 ``[num_steps]``, memory-mapped: indices into the 18 full actions."""
-        return self._member("actions")
+        """uint8 ``[num_steps]``, read into memory: indices into the 18 full actions."""
+        return self._read_member("actions")
 
     @cached_property
     def rewards(self) -> np.ndarray:
-        """float32 ``[num_steps]``, memory-mapped: as the source recorded them."""
-        return self._member("rewards")
+        """float32 ``[num_steps]``, read into memory: as the source recorded them."""
+        return self._read_member("rewards")
 
     @cached_property
     def episodes(self) -> np.ndarray:
-        """:data:`EPISODE_DTYPE` ``[num_episodes]``, memory-mapped."""
-        return self._member("episodes")
+        """:data:`EPISODE_DTYPE` ``[num_episodes]``, in the order in which they were played.
+
+        Raises:
+            ValueError: if the table is damaged, or is not that of the manifest.
+        """
+        return self._table[self._time_order]
+
+    def first_steps(self) -> np.ndarray:
+        """int64 ``[num_episodes]``: row of each episode's first step in ``actions`` and ``rewards``."""
+        num_steps = self._table["num_steps"]
+        return (np.cumsum(num_steps) - num_steps)[self._time_order]
+
+    def chunk_checksums(self) -> np.ndarray:
+        """uint32 ``[num_frames // chunk_frames]``: CRC32C of each full committed chunk as it is stored.
+
+        Raises:
+            ValueError: if they are missing.
+        """
+        tail = np.frombuffer(bytes.fromhex(self.manifest.tail.chunks), CHECKSUM_DTYPE)
+        return np.concatenate([self._read_member("chunks"), tail])
+
+    def member_file(self, key: str) -> Path:
+        """The flat file of that key in :data:`MEMBERS`, which holds at least what was committed.
+
+        Raises:
+            ValueError: if it does not.
+        """
+        name, dtype, count_field = MEMBERS[key]
+        path, count = self.path / name, getattr(self.manifest, count_field)
+        num_bytes = path.stat().st_size if path.is_file() else None
+        if num_bytes is None or num_bytes < count * dtype.itemsize:
+            state = "is missing" if num_bytes is None else f"has {num_bytes} bytes"
+            raise ValueError(f"{path} {state}: {count} committed records need {count * dtype.itemsize} bytes")
+        return path
 
     def open_frames(self) -> ts.TensorStore:
         """Opens the frame array; only its first ``num_frames`` rows are committed.
@@ -165,18 +240,13 @@ class Recording:
             )
         return array
 
-    def first_steps(self) -> np.ndarray:
-        """int64 ``[num_episodes]``: row of each episode's first step in ``actions`` and ``rewards``."""
-        num_steps = self.episodes["num_steps"]
-        return np.cumsum(num_steps) - num_steps
-
     def steps_of_frames(self, first: int, stop: int) -> tuple[int, int]:
         """First step, and one past the last, whose newest frame is among the frames ``first..stop - 1``.
 
         The frame after an episode's last step counts as that step's.
         """
-        first_frame, num_steps = self.episodes["first_frame"], self.episodes["num_steps"]
-        first_step = self.first_steps()
+        first_frame, num_steps = self._table["first_frame"], self._table["num_steps"]
+        first_step = np.cumsum(num_steps) - num_steps
 
         def step(frame: int) -> int:
             episode = np.searchsorted(first_frame, frame, side="right") - 1
@@ -188,22 +258,67 @@ class Recording:
         """float64 ``[num_episodes]``: undiscounted sums of the stored rewards (clipped ones if the source clipped)."""
         if not self.num_episodes:
             return np.zeros(0)
-        return np.add.reduceat(self.rewards, self.first_steps(), dtype=np.float64)
+        num_steps = self._table["num_steps"]
+        return np.add.reduceat(self.rewards, np.cumsum(num_steps) - num_steps, dtype=np.float64)[self._time_order]
 
-    def _member(self, key: str) -> np.ndarray:
-        name, dtype, count_field = MEMBERS[key]
-        path, count = self.path / name, getattr(self.manifest, count_field)
-        num_bytes = path.stat().st_size if path.is_file() else None
-        if num_bytes is None or num_bytes < count * dtype.itemsize:
-            state = "is missing" if num_bytes is None else f"has {num_bytes} bytes"
-            raise ValueError(f"{path} {state}: {count} committed records need {count * dtype.itemsize} bytes")
-        if count == 0:
-            return np.zeros(0, dtype)
-        return np.memmap(path, dtype, mode="r", shape=(count,)).view(np.ndarray)  # Plain arrays index faster.
+    @cached_property
+    def _table(self) -> np.ndarray:
+        """:data:`EPISODE_DTYPE` ``[num_episodes]`` as stored; its frames and steps follow each other without a gap."""
+        table, path = self._read_member("episodes"), self.path / MEMBERS["episodes"][0]
+        if zlib.crc32(table.tobytes()) != self.manifest.crc32.get("episodes"):
+            raise ValueError(f"{path} is damaged: its CRC32 does not match the manifest")
+        num_steps = table["num_steps"]
+        ends = np.cumsum(num_steps + table["has_final_frame"])
+        counts = {"num_steps": int(num_steps.sum()), "num_frames": int(ends[-1]) if len(ends) else 0}
+        for key, count in counts.items():
+            if count != getattr(self.manifest, key):
+                raise ValueError(f"{path} has {key} {count}, its manifest says {getattr(self.manifest, key)}")
+        if (num_steps < 1).any() or (table["first_frame"] != np.concatenate([[0], ends])[:-1]).any():
+            raise ValueError(f"{path} must list episodes of at least one step, each where the one before ends")
+        if (table["num_later"] > np.arange(len(table))).any():
+            raise ValueError(f"{path} puts an episode before the first")
+        return table
+
+    @cached_property
+    def _time_order(self) -> np.ndarray:
+        """int64 ``[num_episodes]``: rows of the table in the order in which the episodes were played."""
+        num_later = self._table["num_later"]
+        order = np.arange(len(num_later))
+        for row in np.flatnonzero(num_later):
+            order[row - num_later[row] : row + 1] = np.roll(order[row - num_later[row] : row + 1], 1)
+        return order
+
+    def _read_member(self, key: str) -> np.ndarray:
+        _, dtype, count_field = MEMBERS[key]
+        count = getattr(self.manifest, count_field)
+        records = np.fromfile(self.member_file(key), dtype, count)
+        if len(records) < count:
+            raise ValueError(f"{self.path / MEMBERS[key][0]} was cut while it was read")
+        if len(rows := never_written(key, records)):
+            raise ValueError(f"{self.path / MEMBERS[key][0]} is damaged: row {rows[0]} is {records[rows[0]]}")
+        return records
+
+
+def open_recording(path: Path) -> Recording | None:
+    """The recording in a folder as the store's list has it; None if it has not been committed.
+
+    Raises:
+        ValueError: if it is damaged, lost, or not the one that the list is of.
+    """
+    file, before = path / "manifest.json", None
+    while True:
+        manifest = Manifest.read(file) if file.exists() else None
+        state = ABSENT if manifest is None else manifest.checksum
+        reason = contradiction(path, state)
+        if not reason:
+            return None if manifest is None else Recording(path, manifest)
+        if state == before:
+            raise ValueError(f"{path}: {reason}")
+        before = state  # A writer may have committed in between.
 
 
 def fingerprint(recordings: Sequence[Recording]) -> str:
-    """SHA-256 over the manifests of ``recordings``, in order."""
+    """SHA-256 over the manifests of ``recordings``, in order: over all that was committed, frames included."""
     digest = hashlib.sha256()
     for recording in recordings:
         digest.update(recording.manifest.to_json().encode())

@@ -110,6 +110,7 @@ class OfflineAtariReplay(TensorDictReplayBuffer):
             batch_size=batch_size,
             transform=transform,
         )
+        self._sampler.batch_size = batch_size  # So that the sampler refuses states of other batches.
 
     @property
     def games(self) -> tuple[str, ...]:
@@ -122,7 +123,14 @@ class OfflineAtariReplay(TensorDictReplayBuffer):
         Args:
             batch_size (int, optional): another global batch size; not together with ``prefetch``.
             return_info (bool): return ``(batch, {"index": ...})`` instead of the batch.
+
+        Raises:
+            RuntimeError: after :meth:`shutdown`.
+            ValueError: for a batch size that does not continue the batches before.
+            DamagedFramesError: if frames of the batch are not what was committed.
         """
+        if self._service_shutdown:
+            raise RuntimeError("a replay buffer cannot be sampled after shutdown()")
         if batch_size is None:
             batch_size = self._batch_size
         elif self._depth and batch_size != self._batch_size:
@@ -130,7 +138,7 @@ class OfflineAtariReplay(TensorDictReplayBuffer):
         with self._futures_lock:
             step = self._sampler.step
             read = self._read_ahead(step) if self._depth else self._read(batch_size, step)
-            self._sampler.step = step + 1
+            self._sampler.advance(self._storage, batch_size)
         batch = read if self._copies is None else self._copies.receive(read)
         if len(self._transform):
             batch = self._transform(batch)
@@ -166,7 +174,8 @@ class OfflineAtariReplay(TensorDictReplayBuffer):
         """Continues after the batches that were delivered when the state was taken.
 
         Raises:
-            ValueError: if the data is not the same.
+            ValueError: if its batches are others: of other data, n, gamma, mixture, temperature, seed or batch size.
+                Nothing is changed then.
         """
         with self._futures_lock:
             self._drop_reads()

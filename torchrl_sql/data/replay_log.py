@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from torchrl_sql.data.chunks import StoredFrames
 from torchrl_sql.data.recording import Recording
 from torchrl_sql.data.store import FrameStore
 from torchrl_sql.games import FRAME_SHAPE, GAMES, NUM_ACTIONS, illegal_actions
@@ -98,7 +99,7 @@ class _Log:
                 f"{name}: {num_joined} episodes whose end was not recorded have others after them, "
                 f"with which they would become one"
             )
-        self.frames = recording.open_frames()
+        self.frames = StoredFrames([recording])
         lengths = episodes["num_steps"]
         first_rows = np.cumsum(lengths + _NUM_PADDING_ROWS) - lengths
         last_rows = first_rows + lengths - 1
@@ -158,7 +159,7 @@ class _Log:
                 block = frame[first : first + _NUM_ROWS_AT_ONCE]
                 frames = np.zeros((len(block), *FRAME_SHAPE), np.uint8)
                 if (block >= 0).any():
-                    frames[block >= 0] = self.frames[block[block >= 0]].read().result()
+                    frames[block >= 0] = self.frames[block[block >= 0]]
                 file.write(frames.tobytes())
                 yield len(block)
 

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torchrl.data.replay_buffers import Sampler, Storage
+from torchrl.data.replay_buffers.samplers.base import _REPLACEMENT_DISPATCH
 
 from torchrl_sql.data.permutation import PATTERN_LENGTH, game_pattern, mix, permute
 
@@ -33,9 +34,14 @@ class GameMixtureSampler(Sampler):
         rank (int): which slice of the global batch this process reads.
         world_size (int): number of slices.
 
+    ``GameMixtureSampler(replacement=False, ...)`` makes a :class:`GameMixtureSamplerWithoutReplacement`.
+
     Raises:
         ValueError: for values out of range.
     """
+
+    _one_batch_size = False
+    """Whether all batches must have the same size."""
 
     def __init__(
         self,
@@ -66,13 +72,32 @@ class GameMixtureSampler(Sampler):
         self.rank = rank
         self.world_size = world_size
         self.step = 0
-        """Number of batches drawn so far; the whole state of the sampler."""
+        """Number of batches drawn so far."""
+        self.batch_size: int | None = None
+        """Of the first batch drawn, or of the state that was loaded; None before."""
+        self._continues_a_state = False
 
     def sample(self, storage: Storage, batch_size: int) -> tuple[torch.Tensor, dict[str, Any]]:
-        """Indices of the next batch, int64 ``[batch_size / world_size]``; ``batch_size`` is the global one."""
+        """Indices of the next batch, int64 ``[batch_size / world_size]``; ``batch_size`` is the global one.
+
+        Raises:
+            ValueError: see :meth:`indices` and :meth:`advance`.
+        """
         index = self.indices(storage, batch_size, self.step)
-        self.step += 1
+        self.advance(storage, batch_size)
         return index, {}
+
+    def advance(self, storage: Storage, batch_size: int) -> None:
+        """Counts the batch of :attr:`step`, whose indices were drawn with :meth:`indices`, as sampled.
+
+        Raises:
+            ValueError: if it does not continue the batches before it, or those of the loaded state, which had another
+                size.
+        """
+        if (self._one_batch_size or self._continues_a_state) and self.batch_size not in (None, batch_size):
+            raise ValueError(f"batch_size must be {self.batch_size}, as in the batches before, got {batch_size}")
+        self.batch_size, self._continues_a_state = self.batch_size or batch_size, False
+        self.step += 1
 
     def indices(self, storage: Storage, batch_size: int, step: int) -> torch.Tensor:
         """This rank's slice of the global batch of ``step``, int64 ``[batch_size / world_size]``.
@@ -117,13 +142,27 @@ class GameMixtureSampler(Sampler):
             weights = np.where(weights > 0, (weights / weights.max()) ** (1.0 / self.temperature), 0.0)
         return weights
 
-    def state_dict(self) -> dict[str, int]:
-        """The number of batches drawn."""
-        return {"step": self.step}
+    def state_dict(self) -> dict[str, Any]:
+        """The number of batches drawn, and what the batches follow from."""
+        mixture = self.mixture if isinstance(self.mixture, str) else list(self.mixture)
+        settings = {"mixture": mixture, "temperature": self.temperature, "seed": self.seed}
+        return {"sampler": type(self).__name__, **settings, "batch_size": self.batch_size, "step": self.step}
 
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Continues with the batch after the last one drawn."""
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continues with the batch after the last one drawn, on any rank of any number.
+
+        Raises:
+            ValueError: if the state is that of other batches: of another kind of sampler, mixture, temperature, seed or
+                batch size. A sampler that has not drawn yet takes the state's batch size.
+        """
+        for key, value in self.state_dict().items():
+            other = state_dict.get(key)
+            unknown = key == "batch_size" and None in (value, other)
+            if key != "step" and value != other and not unknown:
+                raise ValueError(f"{key} must be {other!r} as in the state to continue from, got {value!r}")
         self.step = int(state_dict["step"])
+        self.batch_size = self.batch_size or state_dict["batch_size"]
+        self._continues_a_state = True
 
     def dumps(self, path: str | os.PathLike[str]) -> None:
         """Writes :meth:`state_dict` as JSON into the folder ``path``."""
@@ -135,7 +174,7 @@ class GameMixtureSampler(Sampler):
         self.load_state_dict(json.loads((Path(path) / "game_mixture_sampler.json").read_text()))
 
     def _empty(self) -> None:
-        self.step = 0
+        self.step, self.batch_size = 0, None
 
     def __repr__(self) -> str:
         return (
@@ -151,7 +190,29 @@ class GameMixtureSamplerWithoutReplacement(GameMixtureSampler):
     :class:`GameMixtureSampler` and keeps its promises: the batch of step ``t`` follows from ``(seed, t)`` alone, and no
     order is held in memory. Games take turns by a fixed pattern, so every batch has nearly the shares of the mixture,
     and the long run has them to one part in 65,536. All batches must have the same size.
+
+    ``ran_out`` is true after the batch that ends an epoch: as many draws as there are transitions to draw. A loop over
+    the buffer ends there; the next one goes on with the next batch.
     """
+
+    _one_batch_size = True
+    _ran_out = False
+
+    @property
+    def ran_out(self) -> bool:
+        """Whether the last batch ended an epoch."""
+        return self._ran_out
+
+    @ran_out.setter
+    def ran_out(self, value: bool) -> None:
+        self._ran_out = value
+
+    def advance(self, storage: Storage, batch_size: int) -> None:
+        """See :meth:`GameMixtureSampler.advance`."""
+        super().advance(storage, batch_size)
+        sizes = np.diff(storage.game_offsets)
+        epoch = int(sizes[self._weights(sizes) > 0].sum())
+        self._ran_out = self.step * batch_size // epoch > (self.step - 1) * batch_size // epoch
 
     def _global_indices(self, offsets: np.ndarray, batch_size: int, step: int) -> np.ndarray:
         weights = self._weights(np.diff(offsets))
@@ -172,6 +233,9 @@ class GameMixtureSamplerWithoutReplacement(GameMixtureSampler):
         epoch, position = np.divmod(block * count[game] + before[position], size)
         key = mix(mix(mix(np.array([self.seed], np.uint64)) + game) + epoch)
         return offsets[game] + permute(position, size, key).astype(np.int64)
+
+
+_REPLACEMENT_DISPATCH[GameMixtureSampler] = GameMixtureSamplerWithoutReplacement  # TorchRL's own way to register it
 
 
 def _choose(bits: np.ndarray, weights: np.ndarray) -> np.ndarray:

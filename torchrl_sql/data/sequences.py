@@ -75,7 +75,6 @@ class AtariSequenceStorage(AtariFrameStorage):
         return EpisodeIndex(self.games, self._recordings, n_steps=None, subset=self.subset)
 
     def _read(self, index: np.ndarray) -> TensorDict:
-        self._check_index(index)
         episodes, ahead = self._episodes, np.arange(self.num_steps)
         episode, step = episodes.locate(index)
         recording = episodes.recording[episode]
@@ -111,16 +110,13 @@ class AtariSequenceStorage(AtariFrameStorage):
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Actions int64, clipped rewards float32 and returns-to-go float32, each ``[B, K]`` and 0 where padded."""
         action, reward = np.zeros(mask.shape, np.int64), np.zeros(mask.shape)
-        total = np.zeros(len(mask))
-        first = self._episodes.first_step[episode]
-        windows = np.stack([first + step, mask.sum(1), first + self._episodes.num_steps[episode]], axis=1)
-        recordings = self._episodes.recording[episode].tolist()
-        for index, (recording, (row, span, stop)) in enumerate(zip(recordings, windows.tolist(), strict=True)):
-            source = self._recordings[recording]
-            rest = np.clip(source.rewards[row:stop], -1.0, 1.0)
-            action[index, :span] = source.actions[row : row + span]
-            reward[index, :span] = rest[:span]
-            total[index] = rest.sum(dtype=np.float64)
+        recording, first = self._episodes.recording[episode], self._episodes.first_step[episode]
+        left = self._episodes.num_steps[episode] - step
+        action[mask] = self._actions.read(recording, first + step, mask.sum(1))
+        rest = np.clip(self._rewards.read(recording, first + step, left), -1.0, 1.0)
+        begin = np.cumsum(left) - left
+        reward[mask] = rest[(begin[:, None] + np.arange(self.num_steps))[mask]]
+        total = np.add.reduceat(rest, begin, dtype=np.float64) if len(rest) else np.zeros(len(mask))
         before = np.cumsum(reward, axis=1) - reward
         return action, reward.astype(np.float32), np.where(mask, total[:, None] - before, 0.0).astype(np.float32)
 

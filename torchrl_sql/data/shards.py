@@ -1,73 +1,56 @@
-"""Batches of frames straight from the shards of many recordings, for training.
+"""The shard files of many recordings: where each chunk lies, and what it must be.
 
 The files are plain Zarr v3 (see ``frames.py``, which writes them through TensorStore). This reader knows the one layout
-that the package writes: it maps the shard files into memory, looks chunks up in their indices, lets zstd decode many in
-one call, compares their CRC32C, and copies the wanted frames. ``benchmarks/results/buffer.md`` has the comparison with
-TensorStore. Two things make threads scale:
-
-- The GIL is let go once for many chunks, not at each system call and chunk, 1,800 times a batch: beside a busy training
-  thread it must be asked back each time.
-- Decoded chunks, 141 KB each, are freed at once, into a heap that keeps its memory: see :func:`_keep_freed_memory`.
+that the package writes. A chunk's own CRC32C says that it is intact; that it is the chunk which was committed here, not
+one of another file or of an earlier state of this one, say the checksums that the recording keeps of all its chunks.
 
 Pages that were read stay mapped. They belong to the page cache, which processes share and the kernel takes back when it
 needs to, but programs like ``ps`` count them as the process's. Unmapping them now and then would keep that number small
 and make batches of a large store slower.
-
-Legend: W windows, L frames of a window, K frames of a chunk, P pieces (of windows, each within a chunk).
 """
 
 from __future__ import annotations
 
 import mmap
-import resource
-import threading
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
 
 import google_crc32c
 import numpy as np
 import zstandard
 
 from torchrl_sql.data.frames import FrameLayout, shard_path
-from torchrl_sql.data.mapping import MappedFile
-from torchrl_sql.data.recording import Recording
+from torchrl_sql.data.mapping import MappedFile, UnreadableRangeError, advise, read_ranges
+from torchrl_sql.data.recording import CHECKSUM_DTYPE, Recording
 from torchrl_sql.games import FRAME_SHAPE
+
+FRAME_BYTES = FRAME_SHAPE[0] * FRAME_SHAPE[1]
 
 _CRC32C_RESIDUE = 0x48674BC7
 """CRC32C of any bytes followed by their own CRC32C, little endian."""
 
-_FRAME_BYTES = FRAME_SHAPE[0] * FRAME_SHAPE[1]
-
-_WINDOWS_AT_ONCE = 16
-"""Windows decoded together: their chunks should stay in the processor's cache, and make up for the cost of a call."""
-
-_MAX_SHARDS = 50_000
-"""Files mapped at a time; Linux allows a process 65,530 mappings."""
-
-_READS_TO_ANNOUNCE = 100
-"""Reads, after the first and after each that waited for the disk, for which the disk is told beforehand what will be
-read. It then fetches all chunks of a batch at a time; where everything is in memory, telling it only costs time."""
+_MAX_SHARDS = 30_000
+"""Files mapped at a time, and as many that were mapped before them; Linux allows a process 65,530 mappings."""
 
 _MISSING = 2**64 - 1
 """Offset and size of a chunk that was never written."""
 
-_NEVER_WRITTEN = "it was never written"
-_WRONG_CRC32C = "the CRC32C does not match"
+_OTHER = "it is intact, but not the one that was committed here: of another file or state"
 
 
 class DamagedFramesError(ValueError):
-    """Frames that were committed are missing, or are not what was written."""
+    """Frames that were committed are missing, or are not what was written.
 
+    Attributes:
+        file (Path): the file they should be in.
+        reason (str): what is wrong with it.
+        transitions (tuple of int, optional): first and last transition of the recording (rows of its actions and
+            rewards) whose frames they are; None if the episode table cannot tell.
+    """
 
-class FrameDamage(NamedTuple):
-    """Frames ``first_frame..stop_frame - 1`` of a recording that cannot be read, why, and their file."""
-
-    path: Path
+    file: Path
     reason: str
-    first_frame: int
-    stop_frame: int
+    transitions: tuple[int, int] | None
 
 
 class Shard:
@@ -78,42 +61,47 @@ class Shard:
         num_chunks (int): chunks a shard has.
 
     Attributes:
-        file (MappedFile): it.
-        view (memoryview of bytes): its bytes.
-        index (memoryview of uint64): offset and size of each chunk in turn, its CRC32C included; a copy, 12 KB in
-            shards of the default size, which spares a batch a page fault for each of its chunks.
+        places (int64 ``[num_chunks, 2]``): address and size of each chunk, its CRC32C included; size 0 if it was never
+            written.
 
     Raises:
         ValueError: if the index is not intact.
         OSError: if the file cannot be read.
     """
 
-    __slots__ = ("file", "index", "view")
-
     def __init__(self, path: Path, num_chunks: int) -> None:
         index_bytes = 16 * num_chunks + 4
-        self.file = MappedFile(path)
-        self.file.advise(mmap.MADV_RANDOM)
-        self.view = self.file.view
-        end = len(self.view) - index_bytes  # of the mapping itself: a writer may replace the file meanwhile
+        self._file = MappedFile(path)
+        advise(self._file.address, self._file.num_bytes, mmap.MADV_RANDOM)
+        end = self._file.num_bytes - index_bytes  # of the mapping itself: a writer may replace the file meanwhile
         if end < 0:
-            raise ValueError(f"its {len(self.view)} bytes cannot end in an index of {index_bytes}")
-        if google_crc32c.value(bytes(self.view[end:])) != _CRC32C_RESIDUE:
+            raise ValueError(f"its {self._file.num_bytes} bytes cannot end in an index of {index_bytes}")
+        index = read_ranges(np.array([self._file.address + end]), np.array([index_bytes])).tobytes()
+        if google_crc32c.value(index) != _CRC32C_RESIDUE:
             raise ValueError("the CRC32C of its index does not match")
-        self.index = memoryview(bytes(self.view[end:-4])).cast("Q")
-        offset, size = np.array(self.index).reshape(num_chunks, 2).T
-        if ((offset != _MISSING) & ((offset > end) | (size > end) | (offset + size > end))).any():
+        offset, size = np.frombuffer(index[:-4], "<u8").reshape(num_chunks, 2).T
+        written = offset != _MISSING
+        if (written & ((offset > end) | (size > end) | (offset + size > end) | (size < 4))).any():
             raise ValueError(f"its index points beyond byte {end}, where the chunks end")
+        self.places = np.zeros((num_chunks, 2), np.int64)
+        self.places[written] = np.stack([offset + np.uint64(self._file.address), size], axis=1)[written]
+
+    def checksums(self, count: int) -> np.ndarray:
+        """CRC32C of each of its first chunks as stored, uint32 ``[count]``."""
+        ends = self.places[:count].sum(axis=1)
+        return read_ranges(ends - 4, np.full(count, 4)).view(CHECKSUM_DTYPE).copy()
 
 
-class FrameReader:
-    """Reads windows of consecutive frames from the frame arrays of several recordings, in batches.
-
-    Several threads may read at a time, also after ``fork``.
+class ShardFiles:
+    """The shards of several recordings, numbered through, and so their chunks.
 
     Args:
-        recordings (sequence of Recording): ``R`` recordings of one store. Rows beyond their committed frames are
-            never read.
+        recordings (sequence of Recording): ``R`` recordings of one store.
+
+    Attributes:
+        chunk_frames (int): frames a chunk.
+        chunks_per_shard (int): chunks a shard.
+        first_chunk (int64 ``[R]``): number of each recording's first chunk.
 
     Raises:
         FileNotFoundError, ValueError: if a frame array is missing, malformed, shorter than its manifest says, or
@@ -122,242 +110,144 @@ class FrameReader:
 
     def __init__(self, recordings: Sequence[Recording]) -> None:
         layouts = [FrameLayout.read(recording.path / "frames") for recording in recordings]
-        for recording, layout in zip(recordings, layouts, strict=True):
-            path = recording.path / "frames"
-            if layout.num_frames < recording.num_frames:
-                raise ValueError(
-                    f"{path} must hold the {recording.num_frames} committed frames, got {layout.num_frames}"
-                )
+        self._recordings = list(recordings)
+        self.chunk_frames, shard_frames = layouts[0].chunking
+        self.chunks_per_shard = shard_frames // self.chunk_frames
+        num_shards = [-(-recording.num_frames // shard_frames) for recording in recordings]
+        self._first_shard = np.cumsum([0, *num_shards])
+        self.first_chunk = self._first_shard[:-1] * self.chunks_per_shard
+        self._checksums = np.zeros(self.num_shards * self.chunks_per_shard, np.uint32)
+        self._partial: dict[int, tuple[int, int]] = {}
+        for recording, layout, first_chunk in zip(recordings, layouts, self.first_chunk.tolist(), strict=True):
+            path, num_frames = recording.path / "frames", recording.num_frames
+            if layout.num_frames < num_frames:
+                raise ValueError(f"{path} must hold the {num_frames} committed frames, got {layout.num_frames}")
             if layout.chunking != layouts[0].chunking:
                 raise ValueError(
                     f"{path} must have (chunks, shards) of {layouts[0].chunking} frames as the other recordings, "
                     f"got {layout.chunking}"
                 )
-        self._recordings = list(recordings)
-        self._chunk_frames, shard_frames = layouts[0].chunking
-        self._chunks_per_shard = shard_frames // self._chunk_frames
-        num_shards = [-(-recording.num_frames // shard_frames) for recording in recordings]
-        # The shards of all recordings are numbered through, and so are their chunks.
-        self._first_shard = np.cumsum([0, *num_shards])
+            num_chunks, rest = divmod(num_frames, self.chunk_frames)
+            checksums = recording.chunk_checksums()
+            if len(checksums) != num_chunks:
+                raise ValueError(
+                    f"{path} must have {len(checksums)} full chunks as its manifest says, got {num_chunks} "
+                    f"of {self.chunk_frames} frames"
+                )
+            self._checksums[first_chunk : first_chunk + num_chunks] = checksums
+            if rest:
+                self._partial[first_chunk + num_chunks] = rest, recording.manifest.tail.frames
         self._shards: dict[int, Shard] = {}
-        self._reads_to_announce = _READS_TO_ANNOUNCE
-        self._thread = threading.local()
-        _keep_freed_memory()
+        self._retired = self._shards
+        self._places = np.zeros((self.num_chunks, 2), np.int64)  # of the chunks of mapped shards; memory comes with use
 
     @property
     def num_shards(self) -> int:
         """Shard files of all recordings."""
         return int(self._first_shard[-1])
 
-    def read(
-        self,
-        recording: np.ndarray,
-        start: np.ndarray,
-        first: np.ndarray,
-        stop: np.ndarray,
-        *,
-        length: int,
-        out: np.ndarray | None = None,
-    ) -> np.ndarray:
-        """Reads ``W`` windows. Chunks that neighbouring windows share are decoded once.
+    @property
+    def num_chunks(self) -> int:
+        """Chunks of all shards."""
+        return len(self._checksums)
 
-        Args:
-            recording (int ``[W]``): which recording.
-            start (int64 ``[W]``): first frame of the window; may lie before ``first``.
-            first (int64 ``[W]``): first frame of the episode; earlier ones are returned as zeros.
-            stop (int64 ``[W]``): one past its last frame; later ones are returned as zeros.
-
-        Keyword Args:
-            length (int): ``L``, frames of each window.
-            out (uint8 ``[W, L, 84, 84]``, optional): contiguous, where to write them.
-
-        Returns:
-            uint8 ``[W, L, 84, 84]``, ``out`` if it is given.
+    def locate(self, chunks: np.ndarray) -> np.ndarray:
+        """Address and size in memory, CRC32C included, of chunks int64 ``[P]``: int64 ``[P, 2]``.
 
         Raises:
-            DamagedFramesError: if a chunk that is needed is not intact.
+            DamagedFramesError: if a shard is damaged, or does not have a chunk.
         """
-        begin, end = np.maximum(start, first), np.minimum(start + length, stop)
-        if out is None:
-            out = np.empty((len(recording), length, *FRAME_SHAPE), np.uint8)
-        out[end - begin < length] = 0
-        target = out.data.cast("B")
+        places = self._places[chunks]
+        if not places[:, 1].all():
+            self._map(np.unique(chunks // self.chunks_per_shard).tolist())
+            places = self._places[chunks]
+            if not places[:, 1].all():
+                raise self.damaged(int(chunks[places[:, 1].argmin()]), "it was never written")
+        return places
 
-        # Pieces: what a window takes from one chunk.
-        window, number = np.indices((len(recording), (length - 2) // self._chunk_frames + 2))
-        chunk = begin[:, None] // self._chunk_frames + number
-        piece_begin = np.maximum(chunk * self._chunk_frames, begin[:, None])
-        piece_end = np.minimum((chunk + 1) * self._chunk_frames, end[:, None])
-        some = piece_begin < piece_end
-        from_byte = (piece_begin - chunk * self._chunk_frames)[some] * _FRAME_BYTES
-        to_byte = (window * length + piece_begin - start[:, None])[some] * _FRAME_BYTES
-        num_bytes = (piece_end - piece_begin)[some] * _FRAME_BYTES
-        chunk += (self._first_shard[recording] * self._chunks_per_shard)[:, None]
+    def expected(self, chunks: np.ndarray) -> list[int]:
+        """CRC32C that each of ``chunks`` (int64 ``[P]``) was committed with; of one not full, any."""
+        return self._checksums[chunks].tolist()
 
-        # Groups of windows are decoded one after the other: `keys` lists their distinct chunks, group by group.
-        group, num_chunks = window[some] // _WINDOWS_AT_ONCE, self.num_shards * self._chunks_per_shard
-        keys, position = np.unique(group * num_chunks + chunk[some], return_inverse=True)
-        groups = np.arange(-(-len(recording) // _WINDOWS_AT_ONCE) + 1)
-        first_key = np.searchsorted(keys, groups * num_chunks)
-        first_piece = np.searchsorted(group, groups)
-        pieces = list(
-            zip(
-                (position - first_key[group]).tolist(),
-                from_byte.tolist(),
-                to_byte.tolist(),
-                num_bytes.tolist(),
-                strict=True,
-            )
-        )
-        disk_waits = _num_disk_waits()
+    def check(self, chunk: int, stored: bytes) -> str:
+        """What is wrong with a chunk as it is stored, its CRC32C included, or ``""``."""
+        if google_crc32c.value(stored) != _CRC32C_RESIDUE:
+            return "the CRC32C does not match"
+        num_bytes = self.chunk_frames * FRAME_BYTES
         try:
-            chunks = (keys % num_chunks).tolist()
-            if self._reads_to_announce > 0:
-                self._announce(chunks)
-            for (a, b), (c, d) in zip(pairwise(first_key.tolist()), pairwise(first_piece.tolist()), strict=True):
-                decoded = self._decode([self._find(chunk) for chunk in chunks[a:b]])
-                for where, source_byte, target_byte, count in pieces[c:d]:
-                    target[target_byte : target_byte + count] = decoded[where][source_byte : source_byte + count]
-        except _BadChunks as error:
-            raise self._damaged_frames_error(error) from error.__cause__
-        self._reads_to_announce = _READS_TO_ANNOUNCE if _num_disk_waits() > disk_waits else self._reads_to_announce - 1
-        return out
-
-    def check_shard(self, number: int) -> Iterator[FrameDamage]:
-        """Reads all committed chunks of a shard, in ``0..num_shards - 1``; yields what is wrong with them."""
-        recording = self._recording_of_shard(number)
-        begin = number * self._chunks_per_shard
-        num_chunks = -(-self._recordings[recording].num_frames // self._chunk_frames)
-        end = min(
-            begin + self._chunks_per_shard, int(self._first_shard[recording]) * self._chunks_per_shard + num_chunks
-        )
-        try:
-            index = self._load_shard(number).index
-        except _BadChunks as error:
-            yield self._describe(error)[1]
-            return
-        # Not through the mapping: where a disk cannot read, that would end the process instead of raising an error.
-        with self._shard_path(number).open("rb") as file:
-            for local in range(end - begin):
-                offset, size = index[2 * local], index[2 * local + 1]
-                try:
-                    reason = _NEVER_WRITTEN
-                    if offset != _MISSING:
-                        file.seek(offset)
-                        chunk = file.read(size)
-                        intact = google_crc32c.value(chunk) == _CRC32C_RESIDUE
-                        reason = self._wrong_content(chunk[:-4]) if intact else _WRONG_CRC32C
-                except OSError as error:
-                    reason = str(error)
-                if reason:
-                    yield self._describe(_BadChunks(begin + local, begin + local + 1, reason))[1]
-
-    def _find(self, chunk: int) -> tuple[int, Shard, int, int]:
-        """Number, shard, offset and size of a chunk."""
-        number, local = divmod(chunk, self._chunks_per_shard)
-        shard = self._shards.get(number) or self._load_shard(number)
-        offset = shard.index[2 * local]
-        if offset == _MISSING:
-            raise _BadChunks(chunk, chunk + 1, _NEVER_WRITTEN)
-        return chunk, shard, offset, shard.index[2 * local + 1]
-
-    def _announce(self, chunks: list[int]) -> None:
-        """Has the disk fetch what is not in memory, all at once."""
-        for _, shard, offset, size in map(self._find, chunks):
-            page = offset & -mmap.PAGESIZE
-            shard.file.advise(mmap.MADV_WILLNEED, page, offset + size - page)
-
-    def _decode(self, chunks: list[tuple[int, Shard, int, int]]) -> list[memoryview]:
-        """Bytes of the frames of each chunk."""
-        decompressor = getattr(self._thread, "decompressor", None)
-        if decompressor is None:
-            decompressor = self._thread.decompressor = zstandard.ZstdDecompressor()
-        source: list[bytes | bytearray | memoryview] = [
-            shard.view[offset : offset + size - 4] for _, shard, offset, size in chunks
-        ]
-        sizes = np.full(len(chunks), self._chunk_frames * _FRAME_BYTES, np.uint64)
-        failure = None
-        try:
-            decoded = decompressor.multi_decompress_to_buffer(source, decompressed_sizes=sizes.tobytes())
-        except zstandard.ZstdError as error:
-            failure = error
-        # After decoding, which waits for the disk without the GIL where it has to.
-        for chunk, shard, offset, size in chunks:
-            if google_crc32c.value(bytes(shard.view[offset : offset + size])) != _CRC32C_RESIDUE:
-                raise _BadChunks(chunk, chunk + 1, _WRONG_CRC32C)
-            if failure is not None and (reason := self._wrong_content(shard.view[offset : offset + size - 4])):
-                raise _BadChunks(chunk, chunk + 1, reason)
-        if failure is not None:
-            raise failure  # Each chunk can be decoded by itself: not the data's fault.
-        # Segments are buffers, which zstandard's annotations can say from Python 3.12 on only.
-        return [memoryview(decoded[number]) for number in range(len(chunks))]  # type: ignore[arg-type]
-
-    def _wrong_content(self, chunk: bytes | memoryview) -> str:
-        """What is wrong with a chunk whose checksum is right, or ``""``."""
-        num_bytes = self._chunk_frames * _FRAME_BYTES
-        try:
-            found = len(zstandard.ZstdDecompressor().decompress(chunk, max_output_size=num_bytes))
+            frames = zstandard.ZstdDecompressor().decompress(stored[:-4], max_output_size=num_bytes)
         except zstandard.ZstdError as error:
             return f"it must hold {num_bytes} bytes of zstd-compressed frames: {error}"
-        return "" if found == num_bytes else f"it must hold {num_bytes} bytes of frames, got {found}"
+        if len(frames) != num_bytes:
+            return f"it must hold {num_bytes} bytes of frames, got {len(frames)}"
+        checksum = int.from_bytes(stored[-4:], "little")
+        if chunk in self._partial:
+            num_frames, expected = self._partial[chunk]
+            if google_crc32c.value(frames[: num_frames * FRAME_BYTES]) != expected:
+                return _OTHER
+            self._checksums[chunk] = checksum  # What this mapping holds does not change any more.
+        return "" if checksum == self._checksums[chunk] else _OTHER
 
-    def _load_shard(self, number: int) -> Shard:
-        begin = number * self._chunks_per_shard
+    def check_shard(self, number: int) -> Iterator[DamagedFramesError]:
+        """Reads all committed chunks of a shard, in ``0..num_shards - 1``; yields what is wrong with them."""
+        recording = self._recording_of_shard(number)
+        begin = number * self.chunks_per_shard
+        num_chunks = -(-self._recordings[recording].num_frames // self.chunk_frames)
+        end = min(begin + self.chunks_per_shard, int(self.first_chunk[recording]) + num_chunks)
         try:
-            shard = Shard(self._shard_path(number), self._chunks_per_shard)
-        except FileNotFoundError as error:
-            raise _BadChunks(begin, begin + self._chunks_per_shard, "the file is missing") from error
+            self._map([number])
+        except DamagedFramesError as error:
+            yield error
+            return
+        for chunk in range(begin, end):
+            try:
+                address, size = self.locate(np.array([chunk])).T
+                if reason := self.check(chunk, read_ranges(address, size).tobytes()):
+                    yield self.damaged(chunk, reason)
+            except DamagedFramesError as error:
+                yield error
+            except UnreadableRangeError as error:
+                yield self.damaged(chunk, str(error))
+
+    def damaged(self, chunk: int, reason: str, *, whole_shard: bool = False) -> DamagedFramesError:
+        """An error that names the file and the transitions of a chunk, or of all chunks of its shard."""
+        number, local = divmod(chunk, self.chunks_per_shard)
+        index = self._recording_of_shard(number)
+        recording = self._recordings[index]
+        first = (chunk - int(self.first_chunk[index])) * self.chunk_frames
+        stop = min(first + (self.chunks_per_shard if whole_shard else 1) * self.chunk_frames, recording.num_frames)
+        file, reason = self._path(number), reason if whole_shard else f"chunk {local}: {reason}"
+        try:
+            first_step, stop_step = recording.steps_of_frames(first, stop)
+            transitions, text = (first_step, stop_step - 1), f"transitions {first_step} to {stop_step - 1}"
         except (OSError, ValueError) as error:
-            raise _BadChunks(begin, begin + self._chunks_per_shard, str(error)) from error
-        while len(self._shards) >= _MAX_SHARDS:
-            self._shards.popitem()  # Access is random, so it does not matter which one goes.
-        self._shards[number] = shard
-        return shard
+            transitions, text = None, f"any transitions ({error})"
+        damage = DamagedFramesError(
+            f"{file} is damaged or cannot be read: {reason}. It holds the frames of {text} of {recording.game}, "
+            f"recording {recording.name!r}"
+        )
+        damage.file, damage.reason, damage.transitions = file, reason, transitions
+        return damage
+
+    def _map(self, numbers: list[int]) -> None:
+        if len(self._shards) + len(numbers) > _MAX_SHARDS:
+            # Access is random, so it does not matter which ones go. Other threads may be reading from these.
+            self._retired, self._shards = self._shards, {}
+            self._places[:] = 0
+        for number in numbers:
+            begin = number * self.chunks_per_shard
+            try:
+                # Where another thread was faster, its shard is the one that stays mapped.
+                shard = self._shards.get(number) or Shard(self._path(number), self.chunks_per_shard)
+            except FileNotFoundError as error:
+                raise self.damaged(begin, "the file is missing", whole_shard=True) from error
+            except (OSError, ValueError) as error:
+                raise self.damaged(begin, str(error), whole_shard=True) from error
+            self._places[begin : begin + self.chunks_per_shard] = self._shards.setdefault(number, shard).places
 
     def _recording_of_shard(self, number: int) -> int:
         return int(np.searchsorted(self._first_shard, number, side="right")) - 1
 
-    def _shard_path(self, number: int) -> Path:
-        recording = self._recording_of_shard(number)
-        return shard_path(self._recordings[recording].path / "frames", number - int(self._first_shard[recording]))
-
-    def _describe(self, error: _BadChunks) -> tuple[Recording, FrameDamage]:
-        number, local = divmod(error.begin, self._chunks_per_shard)
+    def _path(self, number: int) -> Path:
         index = self._recording_of_shard(number)
-        recording = self._recordings[index]
-        first = (error.begin - int(self._first_shard[index]) * self._chunks_per_shard) * self._chunk_frames
-        stop = min(first + (error.end - error.begin) * self._chunk_frames, recording.num_frames)
-        reason = f"chunk {local}: {error.reason}" if error.end == error.begin + 1 else error.reason
-        return recording, FrameDamage(self._shard_path(number), reason, first, stop)
-
-    def _damaged_frames_error(self, error: _BadChunks) -> DamagedFramesError:
-        recording, damage = self._describe(error)
-        first, stop = recording.steps_of_frames(damage.first_frame, damage.stop_frame)
-        return DamagedFramesError(
-            f"{damage.path} is damaged or cannot be read: {damage.reason}. It holds the frames of transitions {first} "
-            f"to {stop - 1} of {recording.game}, recording {recording.name!r}"
-        )
-
-
-class _BadChunks(Exception):
-    """Chunks ``begin..end - 1`` of one shard, as numbered through, cannot be read."""
-
-    def __init__(self, begin: int, end: int, reason: str) -> None:
-        super().__init__(begin, end, reason)
-        self.begin, self.end, self.reason = begin, end, reason
-
-
-def _num_disk_waits() -> int:
-    """How often this thread (outside Linux: this process) had to wait for the disk to fill a page."""
-    return resource.getrusage(getattr(resource, "RUSAGE_THREAD", resource.RUSAGE_SELF)).ru_majflt
-
-
-def _keep_freed_memory() -> None:
-    """Has the C library keep blocks of up to 31 MB that are freed, instead of returning their pages to the kernel.
-
-    At first glibc maps every block over 128 KB on its own and unmaps it when it is freed: each decoded chunk then costs
-    35 page faults, and threads wait for each other to change the mappings of the process. The first larger block that
-    is freed raises the limit to its size, up to 32 MB (mallopt(3), ``M_MMAP_THRESHOLD``). A batch of moderate size does
-    so sooner or later; this does it at once, for any size.
-    """
-    np.empty(31 << 20, np.uint8)
+        return shard_path(self._recordings[index].path / "frames", number - int(self._first_shard[index]))

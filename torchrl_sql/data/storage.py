@@ -17,9 +17,10 @@ import torch
 from tensordict import TensorDict
 from torchrl.data.replay_buffers import Storage
 
+from torchrl_sql.data.chunks import FrameReader
 from torchrl_sql.data.index import EpisodeIndex, Subset
 from torchrl_sql.data.recording import Manifest, Recording, fingerprint
-from torchrl_sql.data.shards import FrameReader
+from torchrl_sql.data.scalars import ScalarReader
 from torchrl_sql.data.store import FrameStore
 from torchrl_sql.games import FRAME_SHAPE, FRAME_STACK, resolve_games
 
@@ -118,6 +119,8 @@ class AtariFrameStorage(Storage):
         self._recordings = recordings
         self._episodes = self._make_index()
         self._reader = FrameReader(recordings)
+        self._actions = ScalarReader(recordings, "actions")
+        self._rewards = ScalarReader(recordings, "rewards")
         super().__init__(max_size=len(self._episodes))
 
     def _make_index(self) -> EpisodeIndex:
@@ -137,6 +140,15 @@ class AtariFrameStorage(Storage):
         return len(self._episodes)
 
     @property
+    def trajectories(self) -> torch.Tensor:
+        """int64 ``[len]``: a number for the episode of each transition, for TorchRL's ``SliceSampler(trajectories=)``.
+
+        Episodes that were cut do not end with ``done``, so their ends cannot be told from it.
+        """
+        counts = torch.from_numpy(self._episodes.num_drawable_steps)
+        return torch.arange(len(counts)).repeat_interleave(counts)
+
+    @property
     def path(self) -> Path:
         """Folder of the store."""
         return self._path
@@ -145,29 +157,38 @@ class AtariFrameStorage(Storage):
         """Reads transitions.
 
         Args:
-            index (int, slice, or integers ``[B]``): storage indices. A single int gives batch size ``[]``.
+            index: storage indices, as TorchRL's ``TensorStorage`` takes them: an int, a slice, integers of any shape
+                (which becomes the batch size; ``[]`` for a single one), a boolean mask ``[len]``, ``...``, or a tuple
+                of one of these. Negative ones count from the end.
 
         Raises:
-            IndexError: if an index lies outside ``0..len - 1``.
-            TypeError: if it is not made of integers.
+            IndexError: if an index lies outside ``-len..len - 1``, or a mask has another length.
+            TypeError: if it is none of these.
         """
-        if isinstance(index, (int, np.integer)) and not isinstance(index, bool):
-            position = int(index) + len(self) if index < 0 else int(index)
-            return self._read(np.array([position]))[0]
+        if isinstance(index, tuple):
+            index = tuple(part for part in index if part is not Ellipsis) or (...,)
+            if len(index) > 1:
+                raise IndexError(f"a transition has one index, got {len(index)}: {index}")
+            (index,) = index
+        if index is Ellipsis:
+            index = slice(None)
         if isinstance(index, slice):
             return self._read(np.arange(*index.indices(len(self))))
         array = index.cpu().numpy() if isinstance(index, torch.Tensor) else np.asarray(index)
-        if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
-            raise TypeError(f"index must be an int, a slice or integers [B], got {array.dtype} {list(array.shape)}")
-        return self._read(array.astype(np.int64))
-
-    def _check_index(self, index: np.ndarray) -> None:
-        if index.size and not (index.min() >= 0 and index.max() < len(self)):
-            wrong = index[(index < 0) | (index >= len(self))][0]
-            raise IndexError(f"index must lie in 0..{len(self) - 1}, got {wrong}")
+        if array.dtype == np.bool_:
+            if array.shape != (len(self),):
+                raise IndexError(f"a mask must be bool [{len(self)}], got bool {list(array.shape)}")
+            array = np.flatnonzero(array)
+        if array.size and array.dtype.kind not in "iu":
+            raise TypeError(f"index must be integers, a slice or a mask, got {array.dtype} {list(array.shape)}")
+        flat = array.astype(np.int64).ravel()
+        if flat.size and not (flat.min() >= -len(self) and flat.max() < len(self)):
+            wrong = flat[(flat < -len(self)) | (flat >= len(self))][0]
+            raise IndexError(f"index must lie in {-len(self)}..{len(self) - 1}, got {wrong}")
+        batch = self._read(np.where(flat < 0, flat + len(self), flat))
+        return batch if array.ndim == 1 else batch.reshape(array.shape)
 
     def _read(self, index: np.ndarray) -> TensorDict:
-        self._check_index(index)
         episodes = self._episodes
         episode, step = episodes.locate(index)
         recording = episodes.recording[episode]
@@ -175,7 +196,11 @@ class AtariFrameStorage(Storage):
         span = np.minimum(self.n_steps, left)
         at_end = left <= self.n_steps
         terminated = at_end & episodes.terminated[episode]
-        action, reward = self._read_scalars(recording, episodes.first_step[episode] + step, span)
+        row, ahead = episodes.first_step[episode] + step, np.arange(self.n_steps)
+        action = self._actions.read(recording, row, np.ones_like(row)).astype(np.int64)
+        rewards = np.zeros((len(index), self.n_steps), np.float32)
+        rewards[ahead < span[:, None]] = np.clip(self._rewards.read(recording, row, span), -1.0, 1.0)
+        reward = (rewards @ self.gamma**ahead).astype(np.float32)
         observation, next_observation = self._read_stacks(episode, step, span)
         next_ = {
             "observation": next_observation,
@@ -192,21 +217,6 @@ class AtariFrameStorage(Storage):
             "next": TensorDict(next_, batch_size=[len(index)]),
         }
         return TensorDict(source, batch_size=[len(index)])
-
-    def _read_scalars(self, recording: np.ndarray, row: np.ndarray, span: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Actions int64 ``[B]`` and discounted sums of clipped rewards float32 ``[B]``."""
-        action = np.empty(len(row), np.int64)
-        rewards = np.zeros((len(row), self.n_steps), np.float32)
-        ahead = np.arange(self.n_steps)
-        for index in np.unique(recording).tolist():
-            chosen = np.flatnonzero(recording == index)
-            source = self._recordings[index]
-            action[chosen] = source.actions[row[chosen]]
-            last = (row + span - 1)[chosen, None]
-            rewards[chosen] = source.rewards[np.minimum(row[chosen, None] + ahead, last)]
-        np.clip(rewards, -1.0, 1.0, out=rewards)
-        rewards[ahead >= span[:, None]] = 0.0
-        return action, (rewards @ self.gamma**ahead).astype(np.float32)
 
     def _read_stacks(self, episode: np.ndarray, step: np.ndarray, span: np.ndarray) -> tuple[torch.Tensor, ...]:
         if not len(step):
@@ -250,11 +260,12 @@ class AtariFrameStorage(Storage):
         return 0 <= item < len(self)
 
     def state_dict(self) -> dict[str, Any]:
-        """What identifies the data; the data itself stays in the store."""
-        return {"fingerprint": self.fingerprint(), "num_transitions": len(self), **asdict(self.subset)}
+        """What identifies the transitions; the data itself stays in the store."""
+        transitions = {"n_steps": self.n_steps, "gamma": self.gamma, **asdict(self.subset)}
+        return {"fingerprint": self.fingerprint(), "num_transitions": len(self), **transitions}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Checks that this storage holds the same data.
+        """Checks that this storage holds the same transitions.
 
         Raises:
             ValueError: if it does not, so that a resumed run would see other batches.

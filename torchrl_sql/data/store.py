@@ -3,11 +3,13 @@
 Layout::
 
     STORE/store.json                    format, version, chunking: fixed when the store is created
+    STORE/recordings.txt                one line per recording: what must be there, in which state
     STORE/<Game>/<run>/manifest.json    committed counts, source, checksums: the commit point
     STORE/<Game>/<run>/frames/          Zarr v3 array, uint8 [num_frames, 84, 84]: each frame once
     STORE/<Game>/<run>/actions.u8       one byte a step: index into the 18 full actions
     STORE/<Game>/<run>/rewards.f32      four bytes a step, little endian: as the source recorded them
     STORE/<Game>/<run>/episodes.bin     one EPISODE_DTYPE record an episode
+    STORE/<Game>/<run>/chunks.crc32c    four bytes a chunk in full shards: what each chunk of frames must be
 
 Readers see exactly what the manifest counts; bytes beyond it are the remains of a writer that was killed.
 File names are fixed by the format, so a manifest cannot point outside its folder.
@@ -15,6 +17,7 @@ File names are fixed by the format, so a manifest cannot point outside its folde
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import os
 import re
@@ -22,7 +25,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from torchrl_sql.data.recording import VERSION, Recording, fingerprint
+from torchrl_sql.data.catalogue import RECORDINGS_FILE, read_list
+from torchrl_sql.data.recording import VERSION, Recording, fingerprint, open_recording
 from torchrl_sql.data.writer import RecordingWriter
 from torchrl_sql.files import json_field, read_json, write_text
 from torchrl_sql.games import resolve_games
@@ -85,16 +89,14 @@ class FrameStore:
             if not exist_ok:
                 raise FileExistsError(f"{folder} is a store already; open it, or choose another path")
             return cls.open(folder)
-        if folder.exists() and any(not entry.name.endswith(".tmp") for entry in folder.iterdir()):
+        if folder.exists() and any(
+            entry.name != RECORDINGS_FILE and not entry.name.endswith(".tmp") for entry in folder.iterdir()
+        ):
             raise FileExistsError(f"{folder} must be an empty or new folder to create a store in")
-        if chunk_frames < 1 or shard_frames < chunk_frames or shard_frames % chunk_frames:
-            raise ValueError(
-                f"shard_frames must be a positive multiple of chunk_frames, got {shard_frames} and {chunk_frames}"
-            )
-        if not 1 <= zstd_level <= 22:
-            raise ValueError(f"zstd_level must lie in 1..22, got {zstd_level}")
-        folder.mkdir(parents=True, exist_ok=True)
         settings = {"chunk_frames": chunk_frames, "shard_frames": shard_frames, "zstd_level": zstd_level}
+        _check_settings(**settings)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / RECORDINGS_FILE, "")
         text = json.dumps({"format": STORE_FORMAT, "version": VERSION, **settings}, indent=1, sort_keys=True)
         write_text(folder / "store.json", text + "\n")
         return cls(folder, **settings)
@@ -105,19 +107,28 @@ class FrameStore:
 
         Raises:
             FileNotFoundError: if there is none.
-            ValueError: if ``store.json`` is damaged or of a newer version.
+            ValueError: if ``store.json`` is damaged or of another version, or the list of recordings is missing.
         """
         file = Path(path) / "store.json"
         if not file.is_file():
             raise FileNotFoundError(f"{path} is not a store: {file} is missing")
-        fields = read_json(file, STORE_FORMAT, newest_version=VERSION)
+        fields = read_json(file, STORE_FORMAT, version=VERSION)
         settings = {key: json_field(fields, key, int, file) for key in ("chunk_frames", "shard_frames", "zstd_level")}
+        try:
+            _check_settings(**settings)
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from error
+        read_list(Path(path))
         return cls(Path(path), **settings)
 
     @property
     def recordings(self) -> tuple[Recording, ...]:
-        """All committed recordings, by game and name."""
-        return tuple(Recording(file.parent) for file in sorted(self.path.glob("*/*/manifest.json")))
+        """All committed recordings, by game and name.
+
+        Raises:
+            ValueError: if one is damaged, or is not there any more.
+        """
+        return self._read("*/*")
 
     @property
     def games(self) -> tuple[str, ...]:
@@ -128,10 +139,11 @@ class FrameStore:
         """The committed recordings of one game.
 
         Raises:
-            ValueError: if the game is unknown or the store holds none of it.
+            ValueError: if the game is unknown or the store holds none of it, or if a recording of it is damaged or is
+                not there any more.
         """
         resolve_games([game])
-        recordings = tuple(Recording(file.parent) for file in sorted((self.path / game).glob("*/manifest.json")))
+        recordings = self._read(f"{game}/*")
         if not recordings:
             held = ", ".join(self.games) or "no games"
             raise ValueError(f"game {game!r} is not in the store {self.path}, which holds {held}")
@@ -178,6 +190,10 @@ class FrameStore:
             zstd_level=self.zstd_level,
         )
 
+    def _read(self, pattern: str) -> tuple[Recording, ...]:
+        recordings = (open_recording(folder) for folder in recording_folders(self.path, pattern))
+        return tuple(recording for recording in recordings if recording is not None)
+
     def fingerprint(self, games: Sequence[str] | None = None) -> str:
         """SHA-256 over the manifests: equal for equal contents wherever the store lies, for checkpoints."""
         recordings = self.recordings if games is None else [r for game in games for r in self.recordings_of(game)]
@@ -185,3 +201,18 @@ class FrameStore:
 
     def __repr__(self) -> str:
         return f"FrameStore({str(self.path)!r}, games={list(self.games)})"
+
+
+def recording_folders(store: Path, pattern: str = "*/*") -> list[Path]:
+    """Folders of the recordings that are listed or have a manifest, by game and name."""
+    listed = {store / name for name in fnmatch.filter(read_list(store), pattern)}
+    return sorted(listed | {file.parent for file in store.glob(f"{pattern}/manifest.json")})
+
+
+def _check_settings(*, chunk_frames: int, shard_frames: int, zstd_level: int) -> None:
+    if chunk_frames < 1 or shard_frames < chunk_frames or shard_frames % chunk_frames:
+        raise ValueError(
+            f"shard_frames must be a positive multiple of chunk_frames, got {shard_frames} and {chunk_frames}"
+        )
+    if not 1 <= zstd_level <= 22:
+        raise ValueError(f"zstd_level must lie in 1..22, got {zstd_level}")

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
+from torchrl_sql.data.chunks import StoredFrames
 from torchrl_sql.data.index import EpisodeIndex, Subset
 from torchrl_sql.data.recording import Recording
-from torchrl_sql.data.shards import FrameReader
 from torchrl_sql.data.store import FrameStore
 from torchrl_sql.games import ACTION_NAMES, FRAME_SHAPE, NUM_ACTIONS, illegal_actions
 
@@ -111,7 +111,7 @@ def summarise(
             behaviour_names=tuple(names),
             action_counts=sum(
                 (
-                    np.bincount(recording.actions[_first_steps_of_each(recording, counts)], minlength=NUM_ACTIONS)
+                    np.bincount(recording.actions[_first_rows_of_each(recording, counts)], minlength=NUM_ACTIONS)
                     for recording, counts in zip(recordings, used_by_recording, strict=True)
                 ),
                 np.zeros(NUM_ACTIONS, np.int64),
@@ -121,10 +121,9 @@ def summarise(
         )
 
 
-def _first_steps_of_each(recording: Recording, counts: np.ndarray) -> np.ndarray:
-    """Whether (bool ``[num_steps]``) a step is among the first ``counts`` of its episode."""
-    lengths = recording.episodes["num_steps"]
-    return np.arange(recording.num_steps) < np.repeat(recording.first_steps() + counts, lengths)
+def _first_rows_of_each(recording: Recording, counts: np.ndarray) -> np.ndarray:
+    """int64: the rows of the first ``counts`` steps of each episode."""
+    return np.repeat(recording.first_steps() - (np.cumsum(counts) - counts), counts) + np.arange(counts.sum())
 
 
 def format_summaries(summaries: Sequence[GameSummary]) -> str:
@@ -164,23 +163,6 @@ def format_summaries(summaries: Sequence[GameSummary]) -> str:
     return "\n".join(lines)
 
 
-class _GameFrames:
-    """Frames of a game, all its recordings taken together: an index int64 ``[B]`` gives uint8 ``[B, 84, 84]``."""
-
-    def __init__(self, store: FrameStore, game: str) -> None:
-        recordings = store.recordings_of(game)
-        self._reader = FrameReader(recordings)
-        self._ends = np.cumsum([recording.num_frames for recording in recordings])
-
-    def __len__(self) -> int:
-        return int(self._ends[-1])
-
-    def __getitem__(self, index: np.ndarray) -> np.ndarray:
-        recording = np.searchsorted(self._ends, index, side="right")
-        row = index - np.concatenate([[0], self._ends])[recording]
-        return self._reader.read(recording, row, row, row + 1, length=1)[:, 0]
-
-
 def mean_frame(store: FrameStore, game: str, *, num_samples: int = 2000, seed: int = 0) -> np.ndarray:
     """Mean of random frames of one game, all its recordings taken together.
 
@@ -195,7 +177,7 @@ def mean_frame(store: FrameStore, game: str, *, num_samples: int = 2000, seed: i
     Returns:
         float32 ``[84, 84]`` in 0..255.
     """
-    frames = _GameFrames(store, game)
+    frames = StoredFrames(store.recordings_of(game))
     drawn = np.sort(np.random.default_rng(seed).integers(0, len(frames), num_samples))
     batches = np.array_split(drawn, range(512, num_samples, 512))
     total = sum((frames[batch].sum(0, dtype=np.int64) for batch in batches), np.zeros(FRAME_SHAPE, np.int64))
@@ -220,7 +202,7 @@ def contact_sheet(store: FrameStore, game: str, *, num_columns: int = 12, num_ro
         ValueError: if the store holds none of the game.
         DamagedFramesError: if a frame cannot be read.
     """
-    frames = _GameFrames(store, game)
+    frames = StoredFrames(store.recordings_of(game))
     tiles = frames[np.arange(num_columns * num_rows) * len(frames) // (num_columns * num_rows)]
     height, width = FRAME_SHAPE
     tiles = tiles.reshape(num_rows, num_columns, height, width)

@@ -14,12 +14,16 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Literal
 
+import google_crc32c
 import numpy as np
 import numpy.typing as npt
 import tensorstore as ts
 
-from torchrl_sql.data.frames import create_frame_array, open_frame_array
-from torchrl_sql.data.recording import EPISODE_DTYPE, MEMBERS, Manifest, Recording
+from torchrl_sql.data.catalogue import ABSENT, list_recording
+from torchrl_sql.data.chunks import StoredFrames
+from torchrl_sql.data.frames import FrameLayout, create_frame_array, open_frame_array, shard_path
+from torchrl_sql.data.recording import EPISODE_DTYPE, MEMBERS, Manifest, Recording, Tail, open_recording
+from torchrl_sql.data.shards import Shard
 from torchrl_sql.files import write_text
 from torchrl_sql.games import FRAME_SHAPE, NUM_ACTIONS, illegal_actions
 
@@ -37,7 +41,8 @@ class RecordingWriter:
     One writer a recording at a time (an advisory lock, released if the process dies).
 
     Raises:
-        ValueError: if the recording exists with another source, kind of rewards or behaviours.
+        ValueError: if the recording exists with another source, kind of rewards or behaviours, if its end is damaged,
+            or if its manifest was lost.
         BlockingIOError: if another writer has the recording open.
     """
 
@@ -58,17 +63,19 @@ class RecordingWriter:
         if not 1 <= len(behaviours) <= 256:
             raise ValueError(f"behaviours must be 1 to 256 names, got {len(behaviours)}")
         self._path = path
+        self._chunk_frames = chunk_frames
         self._shard_frames = shard_frames
         self._path.mkdir(parents=True, exist_ok=True)
         metadata = None if metadata is None else _json_copy(metadata)
         with ExitStack() as stack:  # Closes what is open so far if the recording turns out not to be appendable.
             stack.enter_context(_lock(self._path))
             file = self._path / "manifest.json"
-            committed = Manifest.read(file) if file.exists() else None
+            recording = open_recording(self._path)
+            committed = None if recording is None else recording.manifest
             for name, given in (("source", source), ("rewards", rewards), ("behaviours", behaviours)):
                 if committed is not None and getattr(committed, name) != given:
                     raise ValueError(f"{name} of {file} is {getattr(committed, name)!r}, cannot append {given!r}")
-            if committed is None:
+            if recording is None:
                 self._array = create_frame_array(
                     self._path / "frames",
                     chunk_frames=chunk_frames,
@@ -77,8 +84,14 @@ class RecordingWriter:
                 )
                 tail = np.zeros((0, *FRAME_SHAPE), np.uint8)
             else:
+                chunking = FrameLayout.read(self._path / "frames").chunking
+                if chunking != (chunk_frames, shard_frames):
+                    raise ValueError(
+                        f"{self._path / 'frames'} must have (chunks, shards) of {(chunk_frames, shard_frames)} frames "
+                        f"as store.json says, got {chunking}"
+                    )
                 self._array = open_frame_array(self._path / "frames")
-                tail = self._recover_tail(Recording(self._path, committed))
+                tail = self._recover_tail(recording)
             self._files = {key: stack.enter_context(self._open_member(key, committed)) for key in MEMBERS}
             self._open = stack.pop_all()
         self._manifest = committed or Manifest(
@@ -90,9 +103,14 @@ class RecordingWriter:
             num_frames=0,
             num_steps=0,
             num_episodes=0,
+            num_sealed_chunks=0,
+            tail=Tail(),
             crc32=dict.fromkeys(MEMBERS, 0),
             metadata={},
         )
+        self._state_on_disk = ABSENT if committed is None else committed.checksum
+        if committed is not None:  # A writer may have been killed between the manifest and the list.
+            list_recording(self._path, self._state_on_disk)
         if metadata is not None:
             self._manifest = replace(self._manifest, metadata=metadata)
         self._crc32 = dict(self._manifest.crc32)
@@ -132,6 +150,7 @@ class RecordingWriter:
         *,
         behaviour: int = 0,
         cut: bool = False,
+        num_later: int = 0,
     ) -> None:
         """Adds one episode of ``T`` steps. A warning names the first actions that the game does not know.
 
@@ -146,6 +165,8 @@ class RecordingWriter:
         Keyword Args:
             behaviour (int): which of the recording's behaviours acted.
             cut (bool): the data does not show how the episode ended; it counts in no return and no number of episodes.
+            num_later (int): how many of the episodes added so far, the last ones in the order of play, were played
+                after this one.
 
         Raises:
             ValueError: for other shapes, dtypes or values; the episode is not added.
@@ -175,8 +196,11 @@ class RecordingWriter:
         if not 0 <= behaviour < len(self._manifest.behaviours):
             raise ValueError(f"behaviour must lie in 0..{len(self._manifest.behaviours) - 1}, got {behaviour}")
 
+        if not 0 <= num_later <= self._num_episodes:
+            raise ValueError(f"num_later must lie in 0..{self._num_episodes}, got {num_later}")
+
         episode = np.zeros(1, EPISODE_DTYPE)
-        episode[0] = (self._num_frames, num_steps, terminated, len(frames) > num_steps, behaviour, cut)
+        episode[0] = (self._num_frames, num_steps, terminated, len(frames) > num_steps, behaviour, cut, num_later)
         self._warn_of_illegal(actions)
         with self._failing():
             self._append("actions", actions.astype(np.uint8))
@@ -197,19 +221,24 @@ class RecordingWriter:
         if metadata is None and self._num_episodes == self._manifest.num_episodes:
             return
         with self._failing():
-            self._write_tail()
+            tail = self._write_tail()
             for file in self._files.values():
                 file.flush()
                 os.fsync(file.fileno())
-            self._manifest = replace(
+            manifest = replace(
                 self._manifest,
                 num_frames=self._num_frames,
                 num_steps=self._num_steps,
                 num_episodes=self._num_episodes,
+                num_sealed_chunks=self._num_flushed // self._chunk_frames,
+                tail=tail,
                 crc32=dict(self._crc32),
                 metadata=self._manifest.metadata if metadata is None else _json_copy(metadata),
             )
-            write_text(self._path / "manifest.json", self._manifest.to_json())
+            list_recording(self._path, self._state_on_disk, manifest.checksum)
+            write_text(self._path / "manifest.json", manifest.to_json())
+            list_recording(self._path, manifest.checksum)
+            self._manifest, self._state_on_disk = manifest, manifest.checksum
 
     def close(self, *, commit: bool = True) -> None:
         """Commits (unless told not to) and releases the recording. Closing twice does nothing."""
@@ -278,7 +307,7 @@ class RecordingWriter:
     def _recover_tail(self, recording: Recording) -> np.ndarray:
         """Removes shards of a killed writer; returns the committed frames of the last, partly filled shard."""
         full = recording.num_frames - recording.num_frames % self._shard_frames
-        tail = np.array(recording.open_frames()[full : recording.num_frames].read().result())
+        tail = StoredFrames([recording])[np.arange(full, recording.num_frames)]
         end = full + self._shard_frames if len(tail) else full
         if self._array.shape[0] > end:
             self._array = self._array.resize(exclusive_max=[end, *FRAME_SHAPE]).result()
@@ -293,31 +322,44 @@ class RecordingWriter:
             frames = frames[len(part) :]
             if self._num_held == self._shard_frames:
                 self._finish_write()
-                self._write_shard()
+                self._writing = self._write_shard()
                 self._shard, self._other_shard = self._other_shard, self._shard
                 self._num_flushed += self._shard_frames
                 self._num_held = 0
 
-    def _write_tail(self) -> None:
+    def _write_tail(self) -> Tail:
+        """Writes the frames after the last full shard; returns their checksums."""
         self._finish_write()
+        tail = Tail()
         if self._num_held:
             self._shard[self._num_held :] = 0
-            self._write_shard()
-            self._finish_write()
+            self._write_shard().result()
+            num_chunks, rest = divmod(self._num_held, self._chunk_frames)
+            checksums = self._stored_checksums(self._num_flushed, num_chunks)
+            rest_frames = self._shard[self._num_held - rest : self._num_held]
+            tail = Tail(chunks=checksums.tobytes().hex(), frames=google_crc32c.value(rest_frames.tobytes()))
         self._set_rows(self._num_frames)
+        return tail
 
-    def _write_shard(self) -> None:
+    def _write_shard(self) -> ts.WriteFutures:
         """Starts to write the whole shard: the file is replaced in one rename and never depends on what was there."""
         end = self._num_flushed + self._shard_frames
         self._set_rows(end)
         # Without a copy: nobody touches this memory before the write is finished, or reads it through TensorStore.
         rows = self._array[self._num_flushed : end]
-        self._writing = rows.write(self._shard, can_reference_source_data_indefinitely=True)
+        return rows.write(self._shard, can_reference_source_data_indefinitely=True)
 
     def _finish_write(self) -> None:
+        """Waits for the full shard that is being written, and notes the checksums of its chunks for good."""
         if self._writing is not None:
             writing, self._writing = self._writing, None
             writing.result()
+            num_chunks = self._shard_frames // self._chunk_frames
+            self._append("chunks", self._stored_checksums(self._num_flushed - self._shard_frames, num_chunks))
+
+    def _stored_checksums(self, first_frame: int, num_chunks: int) -> np.ndarray:
+        path = shard_path(self._path / "frames", first_frame // self._shard_frames)
+        return Shard(path, self._shard_frames // self._chunk_frames).checksums(num_chunks)
 
     def _set_rows(self, rows: int) -> None:
         if self._array.shape[0] != rows:

@@ -148,7 +148,7 @@ def expected_episodes(
 
 
 def stored_episodes(store: FrameStore, game: str, run: str = "1") -> list[Expected]:
-    """Episodes of the store, in time order, told by the numbers in their frames."""
+    """Episodes of the store, in the order in which it says that they were played."""
     data = store.recording(game, run)
     frames = data.open_frames()[: data.num_frames].read().result()
     episodes = []
@@ -164,7 +164,7 @@ def stored_episodes(store: FrameStore, game: str, run: str = "1") -> list[Expect
                 bool(record["terminated"]),
             )
         )
-    return sorted(episodes, key=number)
+    return episodes
 
 
 def number(episode: Expected) -> int:

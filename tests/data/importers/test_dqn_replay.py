@@ -16,8 +16,9 @@ from torchrl_sql.games import GAMES
 def test_three_checkpoints_by_hand(dopamine, lab, log, tmp_path, small_store):
     (summary,) = import_dqn_replay(tmp_path / "dqn", small_store.path, games="Pong", checkpoints="0-2")
     run = small_store.recording("Pong", "1")
-    # B is around the last row of checkpoint 1, so it comes after C; D's end is not there.
-    assert run.episodes["num_steps"].tolist() == [1, 2, 7, 7]
+    # B is around the last row of checkpoint 1, so it is stored after C; D's end is not there.
+    assert run.episodes["num_steps"].tolist() == [1, 7, 2, 7]
+    assert run.episodes["num_later"].tolist() == [0, 1, 0, 0] and run.first_steps().tolist() == [0, 3, 1, 10]
     assert run.episodes["terminated"].tolist() == [True, True, True, False]
     a, b, c, d = log.episodes
     frames = run.open_frames()[: run.num_frames].read().result()

@@ -59,7 +59,7 @@ def test_same_data_as_through_the_original_files(dopamine, lab, log, tmp_path, s
     original = FrameStore.create(tmp_path / "original", chunk_frames=2, shard_frames=8)
     assert import_dqn_replay(tmp_path / "dqn", original.path, games="Pong", checkpoints="0-3") == [summary]
     mine, theirs = (lab.tree(s.path) for s in (store, original))
-    assert {name for name in mine if mine[name] != theirs[name]} == {"Pong/1/manifest.json"}
+    assert {name for name in mine if mine[name] != theirs[name]} == {"Pong/1/manifest.json", "recordings.txt"}
     assert store.recording("Pong").manifest.source == "DQN-Replay through TorchRL, Pong run 1, checkpoints 0-3"
 
 

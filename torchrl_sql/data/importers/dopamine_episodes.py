@@ -128,12 +128,12 @@ class _OpenEpisode:
     def num_steps(self) -> int:
         return max(self.num_rows - NUM_PADDING_ROWS, 0)
 
-    def close(self, ending: _Ending) -> Episode:
+    def close(self, ending: _Ending, num_later: int = 0) -> Episode:
         frames, actions, rewards = (
             pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
             for pieces in (self.frames, self.actions, self.rewards)
         )
-        return Episode(frames, actions, rewards, ending, self.num_rows)
+        return Episode(frames, actions, rewards, ending, self.num_rows, num_later)
 
 
 class _Rows:
@@ -196,6 +196,7 @@ class _EpisodeBuilder:
             oldest_is_padding = False
             around: _OpenEpisode | None = None  # The episode that the oldest row belongs to.
             late: list[tuple[_OpenEpisode, _Ending]] = []  # `around`, once it ended.
+            num_later = 0  # Episodes since then.
             reader.skip_frames(segment.first + max(place.time - segment.wraps, 0))
             while place.time < len(rows):
                 start, is_oldest = place.time, has_oldest and place.time == 0
@@ -219,6 +220,7 @@ class _EpisodeBuilder:
                     if episode is around:
                         late = [(episode, ending)]
                     else:
+                        num_later += len(late)
                         yield episode.close(ending)
             reader.skip_frames(segment.num_rows - segment.wraps - segment.stop)
             if segment.wraps:
@@ -227,7 +229,7 @@ class _EpisodeBuilder:
                     self._check_padding(reader, segment, 0, oldest[0])
             reader.finish()
             for episode, ending in late:
-                yield episode.close(ending)
+                yield episode.close(ending, num_later)
         for reason, num_rows in segment.unused.items():
             place.drop(reason, num_rows)
         place.segment, place.time = place.segment + 1, 0

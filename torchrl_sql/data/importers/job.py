@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from torchrl_sql.data.catalogue import list_recording
 from torchrl_sql.data.recording import Manifest, Recording
 from torchrl_sql.data.store import FrameStore
 from torchrl_sql.files import sync_folder
@@ -34,6 +35,7 @@ class Episode:
         rewards (floats ``[T]``): as the source has them.
         ending (str): ``"terminated"`` (game over), ``"truncated"`` (a time-out) or ``"cut"`` (the data ends here).
         num_rows (int): rows of the source it took.
+        num_later (int): how many of the episodes before it, the last ones, were played after it.
     """
 
     frames: np.ndarray
@@ -41,6 +43,7 @@ class Episode:
     rewards: np.ndarray
     ending: Literal["terminated", "truncated", "cut"]
     num_rows: int
+    num_later: int = 0
 
 
 @dataclass(frozen=True)
@@ -205,6 +208,7 @@ def run_import(job: ImportJob, report: Callable[[int, int], None]) -> ImportSumm
                 f"{target} is there already, from {run.manifest.source}: choose another store, or delete it"
             )
         _check_contents(source, run.manifest, f"{target} is there already, from another {source.description}")
+        list_recording(target, run.manifest.checksum)
         return ImportSummary.of_run(run)
     if target.exists() and any(target.iterdir()):
         raise FileExistsError(f"{target} is in the way: it has files but no manifest; delete it")
@@ -238,6 +242,7 @@ def run_import(job: ImportJob, report: Callable[[int, int], None]) -> ImportSumm
                     item.rewards,
                     item.ending == "terminated",
                     cut=item.ending == "cut",
+                    num_later=item.num_later,
                 )
                 if item.ending == "cut":
                     record["num_cut"] += 1
@@ -258,7 +263,9 @@ def run_import(job: ImportJob, report: Callable[[int, int], None]) -> ImportSumm
     os.rename(staged, target)
     for folder in (target.parent, store.path):
         sync_folder(folder)
-    return ImportSummary.of_run(Recording(target))
+    run = Recording(target)
+    list_recording(target, run.manifest.checksum)
+    return ImportSummary.of_run(run)
 
 
 def _recorded(manifest: Manifest, key: str) -> Any:
