@@ -254,9 +254,23 @@ def test_a_partly_submitted_study_is_completed_beside_what_runs(launched, here, 
 
     assert dependency("evaluate-q-greedy") == ["aftercorr:2"] and dependency("train-bc") == ["afterok:1"]
     assert dependency("report") == [f"afterany:{scripts['evaluate-q-greedy']}:{scripts['evaluate-bc-greedy']}"]
-    put_on_path(here, "scontrol", f"echo '{running % 1}'", monkeypatch)
+    # A run fails while the rest waits: what waits for its job would not wait for the one submitted anew.
+    script = f"case $4 in 1) echo '{running % 1}';; 2) echo '{elements}';; "
+    script += '*) echo "JobId=$4 ArrayTaskId=0-1 JobState=PENDING Restarts=0 NodeList=";; esac'
+    put_on_path(here, "scontrol", script, monkeypatch)
+    put_on_path(here, "scancel", f"echo $* >{here}/cancelled", monkeypatch)
+    assert main(["resume", "runs/mine"]) == 1
+    assert "is not over: collect is RUNNING, job 1" in capsys.readouterr().err
+    put_on_path(here, "scontrol", script.replace("case $4 in", "case $4 in 12) ;;"), monkeypatch)
+    assert main(["resume", "runs/mine"]) == 0
+    assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines()[:-1]] == [
+        "train-bc",
+        "evaluate-bc-greedy",
+        "report",
+    ]
+    assert (here / "cancelled").read_text() == f"{scripts['evaluate-bc-greedy']} {scripts['report']}\n"
     assert main(["launch", "study", "mine.yaml", "cluster=cpu"]) == 1
-    assert "is not over: job 1 is RUNNING" in capsys.readouterr().err
+    assert "is not over: collect is RUNNING, job 1" in capsys.readouterr().err
 
 
 def test_a_study_launched_again_takes_only_what_is_left(launched, here, monkeypatch, capsys):

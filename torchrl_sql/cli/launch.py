@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
-import subprocess
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from itertools import takewhile
@@ -17,6 +16,7 @@ from torchrl_sql.cli.study import add_seeds, confirm, read_study
 if TYPE_CHECKING:
     from torchrl_sql.config.cluster import ClusterConfig
     from torchrl_sql.launch.group import Group
+    from torchrl_sql.launch.status import TaskState
     from torchrl_sql.studies.task import Task
 
 KINDS = ("train", "study", "evaluate", "import", "collect", "report", "bench")
@@ -133,8 +133,7 @@ def _plan(
     from torchrl_sql.studies.task import Task
 
     if kind == "train":
-        if bad := [word for word in words if word.startswith("-") or "=" not in word]:
-            raise ValueError(f"settings must be key=value, got {bad[0]!r}")
+        _check_settings(words)
         root = choose_root(compose_run_config(expand(words)[0][1]).name, out=into)
         return root, plan_training(words, root, num_ranks=num_ranks)
     if kind == "evaluate":
@@ -149,6 +148,11 @@ def _plan(
     return choose_root(kind, out=into), tasks
 
 
+def _check_settings(words: Sequence[str]) -> None:
+    if bad := [word for word in words if word.startswith("-") or "=" not in word]:
+        raise ValueError(f"settings must be key=value, got {bad[0]!r}")
+
+
 def _launch_study(args: argparse.Namespace, words: Sequence[str], cluster: ClusterConfig, command: str) -> None:
     """What is not done of a study; an earlier launch of it is kept as ``launch-1``, ``launch-2``, ..."""
     from torchrl_sql.launch.group import make_groups
@@ -157,8 +161,7 @@ def _launch_study(args: argparse.Namespace, words: Sequence[str], cluster: Clust
 
     if not words or "=" in words[0] or words[0].startswith("-"):
         raise ValueError("launch study needs the study's name before its settings")
-    if bad := [word for word in words[1:] if word.startswith("-") or "=" not in word]:
-        raise ValueError(f"settings must be key=value, got {bad[0]!r}")
+    _check_settings(words[1:])
     study = read_study(words[0], words[1:], args.seeds)
     folder = (args.into or RUNS / Path(words[0]).stem).resolve()
     tasks = plan_study(study, folder, num_ranks=cluster.num_tasks)
@@ -169,8 +172,8 @@ def _launch_study(args: argparse.Namespace, words: Sequence[str], cluster: Clust
         return
     with owned(folder):
         launched = folder / "launch"
-        if launched.exists():
-            _refuse_if_alive(_groups(str(folder)), str(folder))
+        if launched.exists() and (alive := _alive(_groups(str(folder)))):
+            raise ValueError(f"{folder} is not over: {alive[0].task} is {alive[0].state}, job {alive[0].job}")
         prepare_folder(study, tasks, folder, fresh=False, confirm=(lambda what: True) if args.yes else confirm)
         if launched.exists():
             number = 1 + len(list(folder.glob("launch-*")))
@@ -248,13 +251,10 @@ def _groups(run: str) -> list[Group]:
     return find_groups(find_launch(run))
 
 
-def _refuse_if_alive(groups: Sequence[Group], run: str) -> None:
+def _alive(groups: Sequence[Group]) -> list[TaskState]:
     from torchrl_sql.launch.status import task_states
 
-    for group in groups:
-        for state in task_states(group):
-            if state.is_alive:
-                raise ValueError(f"{run} is not over: job {state.job} is {state.state}")
+    return [state for group in groups for state in task_states(group) if state.is_alive]
 
 
 def _status(args: argparse.Namespace) -> None:
@@ -288,6 +288,7 @@ def _logs(args: argparse.Namespace) -> None:
 
 def _cancel(args: argparse.Namespace) -> None:
     """Cancels what a launch has not finished. It is not queued again, whatever signal is on its way to it."""
+    from torchrl_sql.launch.slurm import cancel
     from torchrl_sql.launch.status import task_states
 
     jobs = []
@@ -300,14 +301,8 @@ def _cancel(args: argparse.Namespace) -> None:
                 jobs.append(state.job)
     if not jobs:
         raise ValueError(f"nothing of {args.run} is pending or running")
-    _scancel(jobs)
+    cancel(jobs)
     print(f"Cancelled: {' '.join(jobs)}")
-
-
-def _scancel(jobs: Sequence[str]) -> None:
-    done = subprocess.run(["scancel", *jobs], capture_output=True, text=True)
-    if done.returncode != 0:
-        raise OSError(f"scancel {' '.join(jobs)}: {done.stderr.strip()}")
 
 
 def _resume(args: argparse.Namespace) -> None:
@@ -317,21 +312,21 @@ def _resume(args: argparse.Namespace) -> None:
     from torchrl_sql.config import check_ranks, load_run_config
     from torchrl_sql.config.cluster import compose_cluster_config, override_cluster_config
     from torchrl_sql.launch.group import freeze_code, unfinished
-    from torchrl_sql.launch.status import task_states
+    from torchrl_sql.launch.slurm import cancel
 
     groups = _groups(args.run)
-    to_do = unfinished(groups)
-    alive = {state.task: state for group in groups for state in task_states(group) if state.is_alive}
-    to_do = {
-        group.name: [index for index in to_do[group.name] if group.tasks[index].name not in alive] for group in groups
-    }
+    alive = {state.task: state for state in _alive(groups)}
+    to_do = unfinished(groups, alive)
     if not any(to_do.values()):
-        for state in alive.values():
-            raise ValueError(f"{args.run} is not over: job {state.job} is {state.state}")
+        for name, state in alive.items():
+            raise ValueError(f"{args.run} is not over: {name} is {state.state}, job {state.job}")
         print(f"{args.run} is finished")
         return
-    if args.new_code and alive:
-        raise ValueError(f"--new-code needs a launch that is over, but job {next(iter(alive.values())).job} is not")
+    stale = [
+        alive[name] for group in groups for index in to_do[group.name] if (name := group.tasks[index].name) in alive
+    ]
+    if args.new_code and len(alive) > len(stale):
+        raise ValueError(f"--new-code needs a launch that is over, but {next(iter(alive))} is not")
     for group in groups:
         if not to_do[group.name]:
             continue
@@ -344,6 +339,8 @@ def _resume(args: argparse.Namespace) -> None:
                 config = load_run_config(group.task_folder(index).path / "config.yaml")
                 check_ranks(config, group.cluster.num_tasks)
     if not args.dry_run:
+        if stale:
+            cancel([state.job for state in stale])
         if args.new_code:
             groups[0].code.rename(groups[0].code.with_name(f"code-before-{datetime.now():%Y%m%d-%H%M%S}"))
             freeze_code(groups[0].code)

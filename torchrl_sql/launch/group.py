@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -209,17 +209,19 @@ def freeze_code(folder: Path) -> None:
     shutil.copytree(configs_dir(), folder / PACKAGE.name / "configs")
 
 
-def unfinished(groups: Sequence[Group]) -> dict[str, list[int]]:
-    """The tasks of each group that are to do: those that are not done, and what reads from them whatever it finds."""
+def unfinished(groups: Sequence[Group], alive: Container[str]) -> dict[str, list[int]]:
+    """The tasks of each group to submit again: those that are neither done nor, by name, ``alive``; and what waits for
+    earlier jobs of such tasks, or has read what they left.
+    """
     to_do: dict[str, list[int]] = {}
     names: set[str] = set()
     for group in groups:
-        to_do[group.name] = [
-            index
-            for index, task in enumerate(group.tasks)
-            if not group.task_folder(index).done or (task.tolerant and not names.isdisjoint(task.after))
-        ]
-        names |= {group.tasks[index].name for index in to_do[group.name]}
+        to_do[group.name] = []
+        for index, task in enumerate(group.tasks):
+            done, again = group.task_folder(index).done, not names.isdisjoint(task.after)
+            if (again and task.tolerant) or (not done and (again or task.name not in alive)):
+                to_do[group.name].append(index)
+                names.add(task.name)
     return to_do
 
 

@@ -171,6 +171,17 @@ def split(group: Group, tasks: Sequence[int], places: Mapping[str, Place]) -> li
     return [(indices, dependency) for dependency, indices in submissions.items()]
 
 
+def cancel(jobs: Sequence[str]) -> None:
+    """Cancels jobs.
+
+    Raises:
+        OSError: if SLURM does not.
+    """
+    done = subprocess.run(["scancel", *jobs], capture_output=True, text=True)
+    if done.returncode != 0:
+        raise OSError(f"scancel {' '.join(jobs)}: {done.stderr.strip()}")
+
+
 class JobState(NamedTuple):
     """What SLURM knows of a job, or of an element of an array."""
 

@@ -32,7 +32,7 @@ _DECIDED = ("name", "run_dir", "seed", "data.store")
 _OF_RESULT = ("num_gradient_steps", "target_update_interval_gradient_steps", "precision")
 """Settings of the trainer that decide what is learned."""
 
-_OF_TRAINING = ("checkpoints", "logs", "nonfinite", "config.yaml", "versions.json", "policy.safetensors")
+_OF_TRAINING = ("checkpoints", "logs", "nonfinite", "config.yaml", "versions.json", "policy.safetensors", ".lock")
 _OF_EVALUATION = ("scores.csv", "calibration.csv", "evaluation_versions.json", "clips")
 
 
