@@ -68,6 +68,7 @@ class Replicated:
             broadcast_buffers=False,
             gradient_as_bucket_view=True,
         )
+        self._devices = [ranks.device] if ranks.device.type == "cuda" else []
         self._has_buckets = False
 
     def __call__(self, batch: TensorDictBase, *, exchange: bool = True) -> TensorDict:
@@ -79,9 +80,11 @@ class Replicated:
 
     def _build_buckets(self, batch: TensorDictBase) -> None:
         """Run a backward pass for nothing. DDP arranges its buckets anew after the first one, and sums of more than two
-        ranks are rounded by their place in a bucket: a continued run would differ from one that ran through.
+        ranks are rounded by their place in a bucket: a continued run would differ from one that ran through. So it
+        would if dropout drew from the generators here, which a checkpoint restores before.
         """
-        losses = self._module(batch.clone())
+        with torch.random.fork_rng(self._devices):
+            losses = self._module(batch.clone())
         sum(value for key, value in losses.items() if key.startswith("loss_")).backward()
         self._module.zero_grad(set_to_none=True)
         self._has_buckets = True
