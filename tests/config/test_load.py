@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+import yaml
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
@@ -103,8 +104,12 @@ def test_a_name_arrives_as_it_was_written_from_words_and_files(name):
 
 
 def values_of(kind):
-    """Keys of a type."""
-    return [each.key for each in explain.settings() if each.kind.split(" | ")[0] == kind and each.key != "method.name"]
+    """Keys of a type in a run of Q-learning."""
+    content = yaml.safe_load(compose_run_config(RUN).to_yaml())
+    known = {each.key for each in explain.settings() if each.kind.split(" | ")[0] == kind}
+    return sorted(
+        key for key in known if key in content or key.partition(".")[2] in content.get(key.partition(".")[0], {})
+    )
 
 
 @pytest.mark.parametrize("key", values_of("int") + values_of("float"))
