@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import importlib
 import os
 import resource
 import shutil
@@ -17,6 +18,8 @@ from hypothesis import strategies as st
 
 from torchrl_sql.data import FrameStore
 from torchrl_sql.data.importers import ImportFailedError, dqn_replay, import_dqn_replay
+from torchrl_sql.data.importers.job import ImportJob
+from torchrl_sql.data.importers.pool import run_imports
 
 
 @pytest.mark.parametrize(
@@ -104,6 +107,7 @@ DAMAGES = [
     (ACTION, put(5, 1), "row 5 must be padding"),
     (REWARD, put(5, 1), "row 5 must be padding"),
     ("add_count_ckpt.1.gz", rewrite(lambda a: a[None]), r"must be one integer, got int64 \[1\]"),
+    ("add_count_ckpt.1.gz", rewrite(lambda a: -a), r"add_count must be >= 0, got -19"),
     ("add_count_ckpt.1.gz", rewrite(lambda a: a - 1), r"cursor at row 8, but invalid_range is \[8, 9, 0, 1, 2\]"),
     ("invalid_range_ckpt.1.gz", rewrite(lambda a: a[:4]), "but invalid_range is"),
     ("invalid_range_ckpt.1.gz", rewrite(lambda a: a * 1.0), r"must be integers \[horizon \+ 4\], got float64"),
@@ -274,6 +278,41 @@ def test_broken_headers_are_named(log, tmp_path, small_store, damage, message):
     damage(log.folder / "invalid_range_ckpt.1.gz")
     with pytest.raises(ImportFailedError, match=rf"invalid_range_ckpt\.1\.gz ({message})"):
         import_dqn_replay(tmp_path / "dqn", small_store.path, games="Pong", checkpoints="0-1")
+
+
+ODD_SOURCES = """
+import numpy as np
+from torchrl_sql.data.importers.job import Episode, EpisodeSource, Position
+
+class OddError(Exception):
+    def __init__(self, one, two):
+        super().__init__(f"{one} and {two}")
+
+class Source(EpisodeSource):
+    rewards, request, description = "raw", {}, "made up"
+    def __init__(self, game):
+        self.game = game
+    def count_rows(self):
+        return 2
+    def read(self, state):
+        if self.game == "Pong":
+            raise OddError("this error", "its pickle do not fit")
+        yield Episode(np.ones((2, 84, 84), "u1"), np.zeros(2, int), np.zeros(2), "terminated", 2)
+        yield Position(None, {}, [])
+    def digest(self, part):
+        return ""
+"""
+
+
+@pytest.mark.slow
+def test_an_error_that_cannot_travel_between_processes_costs_its_game_only(tmp_path, monkeypatch):
+    (tmp_path / "odd_sources.py").write_text(ODD_SOURCES)
+    monkeypatch.syspath_prepend(tmp_path)
+    odd_sources = importlib.import_module("odd_sources")
+    jobs = [ImportJob(odd_sources.Source(game), tmp_path / "store", "0") for game in ("Pong", "Breakout", "Boxing")]
+    with pytest.raises(ImportFailedError, match=r"1 of 3 games could not be imported:\n  Pong: .*OddError"):
+        run_imports(jobs, workers=2)
+    assert FrameStore.open(tmp_path / "store").games == ("Boxing", "Breakout")
 
 
 @settings(max_examples=60, deadline=None)

@@ -107,7 +107,7 @@ def test_frames_with_minimal_actions(lab, store, write):
     manifest = store.recording("Pong").manifest
     assert (manifest.source, manifest.rewards) == ("Minari data set pong/test-v0", "raw")
     assert (summary.num_rows_read, summary.num_transitions, summary.dropped) == (18, 18, {})
-    assert (summary.num_episodes, summary.num_truncated, summary.num_cut) == (3, 1, 1)
+    assert (summary.num_episodes, summary.num_truncated, summary.num_cut) == (2, 1, 1)
     assert summary.mean_clipped_return == pytest.approx(sum(np.clip(e[2], -1, 1).sum() for e in episodes[:2]) / 2)
 
 

@@ -140,6 +140,8 @@ def place_checkpoints(
             raise ValueError(
                 f"{state.name} must have {previous.num_rows} rows as {previous.name}, got {state.num_rows}"
             )
+        if state.add_count < 0:
+            raise ValueError(f"{state.name}: add_count must be >= 0, got {state.add_count}")
         around = state.invalid_range
         if around.size <= STACK_SIZE or around[-STACK_SIZE] % state.num_rows != state.cursor:
             raise ValueError(

@@ -132,11 +132,11 @@ class ImportSummary:
         num_rows_read (int): rows in the source.
         num_transitions (int): agent steps stored.
         dropped (mapping): rows not stored, by reason.
-        num_episodes (int): episodes stored, of which
-        num_truncated (int): ended in a time-out, and
-        num_cut (int): have an end that the data does not show.
-        mean_clipped_return (float): mean over the episodes that are not cut of the sum of rewards, each clipped to
-            [-1, 1]; NaN if there is none.
+        num_episodes (int): episodes stored to their end, of which
+        num_truncated (int): ended in a time-out.
+        num_cut (int): more episodes, whose end the data does not show.
+        mean_clipped_return (float): mean over the ``num_episodes`` of the sum of rewards, each clipped to [-1, 1]; NaN
+            if there is none.
     """
 
     game: str
@@ -153,17 +153,17 @@ class ImportSummary:
     def of_run(cls, run: Recording) -> ImportSummary:
         """Reads the summary of a finished import from its manifest."""
         record = run.manifest.metadata["import"]
-        num_whole = run.num_episodes - record["num_cut"]
+        num_episodes = run.num_episodes - record["num_cut"]
         return cls(
             game=run.game,
             run=run.name,
             num_rows_read=run.num_steps + sum(record["dropped"].values()),
             num_transitions=run.num_steps,
             dropped=record["dropped"],
-            num_episodes=run.num_episodes,
+            num_episodes=num_episodes,
             num_truncated=record["num_truncated"],
             num_cut=record["num_cut"],
-            mean_clipped_return=record["clipped_return_sum"] / num_whole if num_whole else float("nan"),
+            mean_clipped_return=record["clipped_return_sum"] / num_episodes if num_episodes else float("nan"),
         )
 
 

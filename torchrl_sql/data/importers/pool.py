@@ -6,6 +6,7 @@ import ctypes
 import logging
 import multiprocessing
 import os
+import pickle
 import signal
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -183,4 +184,10 @@ def _work(index: int, job: ImportJob) -> ImportSummary | Exception:
             raise _StoppedError
         _worker_rows[index].report(num_done, num_rows)
 
-    return _attempt(job, report_or_stop)
+    outcome = _attempt(job, report_or_stop)
+    if isinstance(outcome, Exception):
+        try:
+            pickle.loads(pickle.dumps(outcome))
+        except Exception:  # It would break the pool on its way, and with it the other games.
+            return RuntimeError(_text(outcome))
+    return outcome
