@@ -157,13 +157,8 @@ def load_agent(path: Path) -> Trained:
     # The loss holds the network's own parameters: loading it loads them.
     try:
         method.loss(network).load_state_dict(weights)
-    except (
-        RuntimeError,
-        ValueError,
-        LookupError,
-        TypeError,
-        AttributeError,
-    ) as error:  # torch's, tensordict's
+    # What torch and tensordict raise for other names, shapes and types.
+    except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"{path} must hold the weights of the network that its configuration describes ({config.method.name}, "
             f"{len(config.games)} games, 18 actions), got weights of other names or shapes"
