@@ -121,9 +121,13 @@ def node_down(launch, slurm):
     run = launch()
     run.wait_for_step(AT)
     command("scontrol", "update", "NodeName=n2", "State=DOWN", "Reason=test")
-    slurm.wait_for(lambda: "DOWN" in slurm.scontrol("-o", "show", "node", "n2"), 20, "the node is down")
-    # The controller refuses while it still ends the node's job.
-    slurm.wait_for(lambda: not slurm.scontrol("update", "NodeName=n2", "State=RESUME"), 60, "the node is back")
+    slurm.wait_for(lambda: slurm.job_state(run.job) != "RUNNING", 60, "the job is taken off the node")
+
+    def is_back():  # resumed, or by itself: a node that registers returns to service
+        slurm.scontrol("update", "NodeName=n2", "State=RESUME")
+        return "DOWN" not in slurm.scontrol("-o", "show", "node", "n2")
+
+    slurm.wait_for(is_back, 60, "the node is back")
     return [completes(run)]
 
 
