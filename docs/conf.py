@@ -16,7 +16,10 @@ exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = "torchrl_sql"
 myst_heading_anchors = 3
-suppress_warnings = ["myst.xref_missing"]  # pages link to files of the repository, which stand beside them there
+suppress_warnings = [
+    "myst.xref_missing",  # pages link to files of the repository, which stand beside them there
+    "ref.python",  # attributes of one name in several classes, as `seed`
+]
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # docstrings give shapes and types
