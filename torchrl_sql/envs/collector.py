@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -87,14 +87,32 @@ def collect(
     """
     if writer.num_steps >= num_agent_steps:
         return
+    num_committed = writer.num_steps
     vector = AtariVector(game, num_envs, emulator)
-    game_index = list(GAMES).index(game)
-    next_index = first_index = writer.num_episodes
+    for episode in _play(vector, policy, seed=seed, first_index=writer.num_episodes):
+        writer.add_episode(
+            np.stack(episode.frames),
+            np.array(episode.actions),
+            np.array(episode.rewards, dtype=np.float32),
+            terminated=episode.terminated,
+            behaviour=episode.behaviour,
+        )
+        progress(writer.num_steps)
+        done = writer.num_steps >= num_agent_steps
+        if done or writer.num_steps - num_committed >= _COMMIT_INTERVAL_AGENT_STEPS:
+            writer.commit()
+            num_committed = writer.num_steps
+        if done:
+            return
+
+
+def _play(vector: AtariVector, policy: BehaviourPolicy, *, seed: int, first_index: int) -> Iterator[_Episode]:
+    """Episodes ``first_index`` and so on, in this order, without end."""
+    game_index = list(GAMES).index(vector.game)
+    next_index = first_index
     slots: dict[int, _Episode] = {}
     finished: dict[int, _Episode] = {}
-    starting = np.ones(num_envs, dtype=np.bool_)
-    num_committed = writer.num_steps
-
+    starting = np.ones(vector.num_envs, dtype=np.bool_)
     while True:
         seeds = []
         for slot in np.flatnonzero(starting).tolist():
@@ -108,7 +126,7 @@ def collect(
             for slot in np.flatnonzero(starting).tolist():
                 slots[slot].frames.append(observation[slot, -1].copy())
 
-        actions = np.array([slots[slot].act(slots[slot].frames[-1]) for slot in range(num_envs)])
+        actions = np.array([slots[slot].act(slots[slot].frames[-1]) for slot in range(vector.num_envs)])
         observation, reward, terminated, truncated = vector.step(actions)
         starting = terminated | truncated
         for slot, episode in slots.items():
@@ -121,19 +139,5 @@ def collect(
                 finished[episode.index] = episode
 
         while first_index in finished:
-            episode = finished.pop(first_index)
+            yield finished.pop(first_index)
             first_index += 1
-            writer.add_episode(
-                np.stack(episode.frames),
-                np.array(episode.actions),
-                np.array(episode.rewards, dtype=np.float32),
-                terminated=episode.terminated,
-                behaviour=episode.behaviour,
-            )
-            progress(writer.num_steps)
-            done = writer.num_steps >= num_agent_steps
-            if done or writer.num_steps - num_committed >= _COMMIT_INTERVAL_AGENT_STEPS:
-                writer.commit()
-                num_committed = writer.num_steps
-            if done:
-                return

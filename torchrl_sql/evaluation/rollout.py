@@ -227,17 +227,8 @@ def rollout(
             (groups[0] if few else min(groups, key=len)).append(slot)
 
     def send(group: list[_Slot]) -> None:
-        noise = np.stack([slot.noise.at(slot.rollout.length_agent_steps) for slot in group])
-        game_ids = torch.tensor([slot.game_id for slot in group])
-        decisions = [
-            _decide(policy, group[i : i + rows], noise[i : i + rows, 2], rows, device)
-            for i in range(0, len(group), rows)
-        ]
-        explored = sample_index(legal[game_ids], torch.from_numpy(noise[:, 1]))
-        actions = torch.cat([action for action, _ in decisions])
-        actions = torch.where(torch.from_numpy(noise[:, 0] < epsilon), explored, actions)
-        values = [value for _, chunk in decisions for value in ([None] * rows if chunk is None else chunk)]
-        for slot, action, value in zip(group, actions.tolist(), values, strict=False):
+        actions, values = _act(policy, group, legal, epsilon, rows, device)
+        for slot, action, value in zip(group, actions.tolist(), values, strict=True):
             slot.send(action, value, recorded=record(slot.rollout.game, slot.rollout.episode))
 
     def receive(group: list[_Slot]) -> Iterator[Rollout]:
@@ -259,6 +250,27 @@ def rollout(
                 yield from receive(group)
                 if group:
                     send(group)
+
+
+def _act(
+    policy: TensorDictModuleBase,
+    slots: list[_Slot],
+    legal: torch.Tensor,
+    epsilon: float,
+    rows: int,
+    device: torch.device,
+) -> tuple[torch.Tensor, list[np.ndarray | None]]:
+    """Actions int64 ``[len(slots)]``, the policy's or exploring ones, and the policy's values of each."""
+    noise = np.stack([slot.noise.at(slot.rollout.length_agent_steps) for slot in slots])
+    game_ids = torch.tensor([slot.game_id for slot in slots])
+    decisions = [
+        _decide(policy, slots[i : i + rows], noise[i : i + rows, 2], rows, device) for i in range(0, len(slots), rows)
+    ]
+    explored = sample_index(legal[game_ids], torch.from_numpy(noise[:, 1]))
+    actions = torch.cat([action for action, _ in decisions])
+    actions = torch.where(torch.from_numpy(noise[:, 0] < epsilon), explored, actions)
+    values = [value for action, chunk in decisions for value in ([None] * len(action) if chunk is None else chunk)]
+    return actions, values
 
 
 @torch.inference_mode()
