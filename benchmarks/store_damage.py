@@ -8,8 +8,8 @@ are opened. In the kinds marked live, everything is mapped and read before the d
 
 - named: ``verify``, or opening the store, says what is wrong with which file;
 - harmless: ``verify`` finds nothing, and every transition is what was written;
-- earlier: ``verify`` finds nothing, and every recording is exactly what it was after one and the same earlier commit, as
-  in a copy whose list of recordings and manifests were all taken before a commit;
+- earlier: ``verify`` finds nothing, and every recording is exactly what it was after one and the same earlier commit:
+  a copy whose list of recordings and manifests were all taken before the next one;
 - wrong: ``verify`` finds nothing, but something else is read;
 - unnamed: an error that names no file of the store, or is neither ValueError nor OSError;
 - dead: the interpreter.
