@@ -8,6 +8,8 @@ are opened. In the kinds marked live, everything is mapped and read before the d
 
 - named: ``verify``, or opening the store, says what is wrong with which file;
 - harmless: ``verify`` finds nothing, and every transition is what was written;
+- earlier: ``verify`` finds nothing, and every recording is exactly what it was after one and the same earlier commit:
+  a copy whose list of recordings and manifests were all taken before the next one;
 - wrong: ``verify`` finds nothing, but something else is read;
 - unnamed: an error that names no file of the store, or is neither ValueError nor OSError;
 - dead: the interpreter.
@@ -40,7 +42,7 @@ from torchrl_sql.data import AtariFrameStorage, FrameStore, summarise, verify
 from torchrl_sql.provenance import describe_benchmark
 
 RECORDINGS = (("Pong", "0"), ("Pong", "1"), ("Breakout", "0"))
-OUTCOMES = ("named", "harmless", "wrong", "unnamed", "dead")
+OUTCOMES = ("named", "harmless", "earlier", "wrong", "unnamed", "dead")
 
 
 def build(folder: Path) -> None:
@@ -209,7 +211,7 @@ DAMAGES: dict[str, tuple[Damage, bool]] = {
 }
 
 
-def judge(path: Path, truth: dict[str, str]) -> tuple[str, bool, str]:
+def judge(path: Path, truth: dict[str, str], earlier: list[dict[str, str]]) -> tuple[str, bool, str]:
     """Outcome, whether reading alone gave other data, and details."""
     errors: list[BaseException | str] = []
     digests: dict[str, str] | None = None
@@ -240,7 +242,7 @@ def judge(path: Path, truth: dict[str, str]) -> tuple[str, bool, str]:
         return "harmless", False, ""
     if digests is None:
         return "named", False, str(errors[0])
-    return "wrong", True, ""
+    return ("earlier" if digests in earlier else "wrong"), True, ""
 
 
 def in_child(work: Callable[[], tuple[str, bool, str]]) -> tuple[str, bool, str]:
@@ -262,6 +264,7 @@ def in_child(work: Callable[[], tuple[str, bool, str]]) -> tuple[str, bool, str]
 def run(folder: Path, num_damages: int, seed: int) -> dict[str, Any]:
     truth = read(FrameStore.open(folder / "store"))
     live_truth = read(FrameStore.open(folder / "store"), AtariFrameStorage(folder / "store"))
+    earlier = [read(FrameStore.open(folder / f"commit{commit}")) for commit in range(2)]
     counts: dict[str, Counter[str]] = {kind: Counter() for kind in DAMAGES}
     bad = []
     for number in range(num_damages):
@@ -276,7 +279,7 @@ def run(folder: Path, num_damages: int, seed: int) -> dict[str, Any]:
             rng = random.Random(f"{seed} {number}")
             if not live:
                 done = damage(rng, work / "store", folder)
-                outcome, unnoticed, detail = judge(work / "store", truth)
+                outcome, unnoticed, detail = judge(work / "store", truth, earlier)
                 return outcome, unnoticed, f"{done}: {detail}"
             store = FrameStore.open(work / "store")
             storage = AtariFrameStorage(store)
@@ -288,7 +291,7 @@ def run(folder: Path, num_damages: int, seed: int) -> dict[str, Any]:
                 unnoticed = False
                 if not isinstance(error, (ValueError, OSError)) or str(work) not in str(error):
                     return "unnamed", False, f"{done}: {error!r}"
-            outcome, _, detail = judge(work / "store", truth)
+            outcome, _, detail = judge(work / "store", truth, earlier)
             return outcome, unnoticed, f"{done}: {detail}"
 
         outcome, unnoticed, detail = in_child(attempt)
