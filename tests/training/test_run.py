@@ -40,6 +40,7 @@ from torchrl_sql.training.checkpoint import (
     wrong_content,
 )
 from torchrl_sql.training.logs import read_scalars
+from torchrl_sql.training.policy import POLICY_FILE
 from torchrl_sql.training.trainer import Trainer
 
 
@@ -416,6 +417,17 @@ def test_learning_rate_warms_up_then_falls_to_its_fraction(make_config):
     assert all(later <= earlier for earlier, later in pairwise(values[4:]))
     assert values[50] == pytest.approx(0.1 + 0.9 / 2)
     assert values[100] == pytest.approx(0.1)
+
+
+def test_variables_in_paths_are_replaced_up_to_the_policy(make_config, monkeypatch, tmp_path):
+    monkeypatch.setenv("RUNS", str(tmp_path / "elsewhere"))
+    monkeypatch.chdir(tmp_path)
+    config = make_config("run_dir=$RUNS/run")
+    for _ in range(2):  # to its end, and again when it is trained already
+        folder = train(config)
+        assert folder == tmp_path / "elsewhere" / "run" and (folder / POLICY_FILE).is_file()
+        (folder / POLICY_FILE).unlink()
+    assert [path.name for path in tmp_path.iterdir()] == ["elsewhere"]
 
 
 def test_missing_store_is_named(make_config):

@@ -277,7 +277,7 @@ class _MainRank:
 
 def _export_once(config: RunConfig, checkpoint: Path) -> None:
     """Write ``policy.safetensors`` of a trained run unless it is there."""
-    path = Path(config.run_dir) / POLICY_FILE
+    path = expand_path(config.run_dir) / POLICY_FILE
 
     def export() -> None:
         export_policy(checkpoint, path)
