@@ -215,7 +215,8 @@ class DistributionalCQLLoss(LossModule):
         """Starts the network anew, and the target with the same parameters."""
         super().reset_parameters_recursive()
         if self.delay_value:
-            self.target_value_network_params.data.update_(self.value_network_params.data)
+            # By the module's dictionary: the attribute would warn that no updater is associated yet.
+            self._modules["target_value_network_params"].data.update_(self.value_network_params.data)
 
     def make_value_estimator(self, value_type: ValueEstimators | None = None, **hyperparams: Any) -> LossModule:
         """Sets ``gamma``, as TorchRL's scripts do; targets are one-step (or n-step) ones, computed here.
