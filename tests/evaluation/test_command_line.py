@@ -86,7 +86,7 @@ def other_heads(make_run):
 
 def test_weights_of_another_list_of_games_are_refused(other_heads, capsys):
     assert main(["evaluate", str(other_heads)]) == 1
-    assert "describes (resnet_small, 2 games, 18 actions), got weights of other names" in capsys.readouterr().err
+    assert "describes (cql, 2 games, 18 actions), got weights of other names" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

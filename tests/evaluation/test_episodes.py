@@ -146,7 +146,7 @@ def test_a_table_whose_writer_has_not_written_the_header_yet_has_no_rows(tmp_pat
         (LINE.replace("true", "1"), r"line 3: terminated must be bool, got '1'"),
         (LINE.replace("true", "false"), r"line 3: an episode must be terminated or truncated"),
         (LINE.replace("0.25", "25"), r"line 3: sticky must be a probability, got 25.0"),
-        (LINE.replace("greedy", "argmax"), r"line 3: decoding must be 'greedy' or 'sampled', got 'argmax'"),
+        (LINE.replace("greedy", "argmax"), r"line 3: decoding must be one of greedy, sampled, .*, got 'argmax'"),
         (LINE.replace(",310", ""), r"line 3: expected 16 values, got 15"),
     ],
 )
