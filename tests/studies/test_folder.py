@@ -137,6 +137,22 @@ def test_files_of_others_are_never_taken_for_the_study_s(make_study, folder):
     assert (folder / "store" / "store.json").read_text() == "an imported store" and not allow.asked
 
 
+def test_tasks_and_studies_of_others_are_left_alone(make_study, folder):
+    study = make_study()
+    tasks = plan_study(study, folder)
+    (folder / "tasks").mkdir(parents=True)
+    (folder / "tasks" / "notes.txt").write_text("keep")
+    prepare_folder(study, tasks, folder, fresh=True, confirm=allow)
+    prepare_folder(study, tasks, folder, fresh=True, confirm=allow)  # over the study.yaml of before
+    assert (folder / "tasks" / "notes.txt").read_text() == "keep" and not allow.asked
+    written = "# by hand\n" + (folder / "study.yaml").read_text()
+    (folder / "study.yaml").write_text(written)
+    for fresh in (False, True):
+        with pytest.raises(ValueError, match=r"study.yaml is there, but no study wrote it"):
+            prepare_folder(study, tasks, folder, fresh=fresh, confirm=allow)
+    assert (folder / "study.yaml").read_text() == written
+
+
 def test_an_interrupted_first_task_is_known_as_the_study_s(make_study, folder):
     study = make_study()
     tasks = plan_study(study, folder)
