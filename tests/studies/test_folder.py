@@ -87,6 +87,15 @@ def test_a_task_whose_files_are_gone_is_done_again(finished, folder):
     assert not trained.is_done()
 
 
+def test_what_shares_a_table_that_is_gone_is_done_again_too(finished, folder, asked):
+    (folder / "bc" / "seed1" / "scores.csv").unlink()
+    study, tasks = finished()
+    prepare_folder(study, tasks, folder, fresh=False, confirm=allow)
+    greedy, sampled = (task for task in tasks if task.name.startswith("evaluate-bc"))
+    make(greedy)
+    assert greedy.is_done() and not sampled.is_done() and not asked
+
+
 def test_only_what_changed_is_done_again_and_it_says_why(finished, folder, asked):
     before = names(folder)
     (folder / "q" / "seed0" / "my notes.txt").write_text("keep")

@@ -111,6 +111,10 @@ def prepare_folder(
             raise ValueError("nothing was deleted")
     for path in there:
         _delete(folder, path)
+    for task in tasks:  # tasks share tables: one that makes the table anew must not do for the others
+        record = task.record()
+        if record is not None and record["seconds"] is not None and not (task.tolerant or task.is_done()):
+            task.write_record(seconds=None)
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / STUDY_FILE, study.to_yaml())
 
