@@ -270,8 +270,9 @@ def test_a_partly_submitted_study_is_completed_beside_what_runs(launched, here, 
         "report",
     ]
     assert (here / "cancelled").read_text() == f"{scripts['evaluate-bc-greedy']} {scripts['report']}\n"
-    assert main(["launch", "study", "mine.yaml", "cluster=cpu"]) == 1
-    assert "is not over: collect is RUNNING, job 1" in capsys.readouterr().err
+    for command in (["launch", "study", "mine.yaml", "cluster=cpu"], ["study", "mine.yaml"]):
+        assert main(command) == 1
+        assert "is not over: collect is RUNNING, job 1" in capsys.readouterr().err
 
 
 def test_a_study_launched_again_takes_only_what_is_left(launched, here, monkeypatch, capsys):

@@ -11,7 +11,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torchrl_sql.cli.study import add_seeds, confirm, read_study
+from torchrl_sql.cli.study import add_seeds, confirm, read_study, refuse_alive
 
 if TYPE_CHECKING:
     from torchrl_sql.config.cluster import ClusterConfig
@@ -175,8 +175,7 @@ def _launch_study(args: argparse.Namespace, words: Sequence[str], cluster: Clust
         return
     with owned(folder):
         launched = folder / "launch"
-        if launched.exists() and (alive := _alive(_groups(str(folder)))):
-            raise ValueError(f"{folder} is not over: {alive[0].task} is {alive[0].state}, job {alive[0].job}")
+        refuse_alive(folder)
         prepare_folder(study, tasks, folder, fresh=False, confirm=(lambda what: True) if args.yes else confirm)
         if launched.exists():
             number = 1 + len(list(folder.glob("launch-*")))
