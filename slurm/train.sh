@@ -1,7 +1,7 @@
 #!/bin/bash
 # A training run (or one of several: sbatch --array=0-2%2 slurm/train.sh scale=... seed=0,1,2).
 #   sbatch slurm/train.sh scale=paper data.store=/data/store
-# Give your cluster's partition, account and sizes here, or to sbatch. One task a GPU.
+# Give your cluster's partition, account and sizes here, or to sbatch. One task per GPU.
 #SBATCH --job-name=torchrl-sql
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=8

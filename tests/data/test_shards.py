@@ -4,6 +4,7 @@ import json
 import mmap
 import os
 import shutil
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from torchrl_sql.data.chunks import FrameReader
 from torchrl_sql.data.damage import verify
 from torchrl_sql.data.frames import shard_path
 from torchrl_sql.data.mapping import MappedFile, UnreadableRangeError, read_ranges
-from torchrl_sql.data.shards import DamagedFramesError
+from torchrl_sql.data.shards import DamagedFramesError, ShardFiles
 
 
 @pytest.fixture
@@ -63,6 +64,23 @@ def test_limit_of_mappings(pong, monkeypatch):
         frames = reader.read(np.zeros_like(some), some, some, some + 1, length=1)
         np.testing.assert_array_equal(frames[:, 0], stored[some])
         assert len(reader._files._shards) <= 4  # Of one batch.
+
+
+def test_a_thread_that_reaches_the_limit_does_not_make_anothers_chunks_missing(pong, monkeypatch):
+    monkeypatch.setattr(shards_module, "_MAX_SHARDS", 1)
+    reader, some = FrameReader([pong]), np.array([0, 9])
+    map_shards = ShardFiles._map
+
+    def map_while_another_thread_does(self, numbers):
+        mapped = map_shards(self, numbers)
+        other = threading.Thread(target=map_shards, args=(self, [3]))
+        other.start()
+        other.join()
+        return mapped
+
+    monkeypatch.setattr(ShardFiles, "_map", map_while_another_thread_does)
+    frames = reader.read(np.zeros_like(some), some, some, some + 1, length=1)
+    np.testing.assert_array_equal(frames[:, 0], pong.open_frames().read().result()[some])
 
 
 def test_mapped_files_are_not_kept_open(pong):

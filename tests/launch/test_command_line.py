@@ -11,10 +11,11 @@ import pytest
 
 from torchrl_sql.cli import main
 from torchrl_sql.config.cluster import compose_cluster_config
+from torchrl_sql.config.study import load_study
 from torchrl_sql.launch.group import PACKAGE, find_groups, find_launch, make_groups
 from torchrl_sql.launch.slurm import JobState
 from torchrl_sql.launch.status import follow, task_states
-from torchrl_sql.studies.plan import plan_training
+from torchrl_sql.studies.plan import plan_study, plan_training
 
 TRAIN = ["scale=cpu", "data.store=store"]
 STUDY = """
@@ -269,8 +270,9 @@ def test_a_partly_submitted_study_is_completed_beside_what_runs(launched, here, 
         "report",
     ]
     assert (here / "cancelled").read_text() == f"{scripts['evaluate-bc-greedy']} {scripts['report']}\n"
-    assert main(["launch", "study", "mine.yaml", "cluster=cpu"]) == 1
-    assert "is not over: collect is RUNNING, job 1" in capsys.readouterr().err
+    for command in (["launch", "study", "mine.yaml", "cluster=cpu"], ["study", "mine.yaml"]):
+        assert main(command) == 1
+        assert "is not over: collect is RUNNING, job 1" in capsys.readouterr().err
 
 
 def test_a_study_launched_again_takes_only_what_is_left(launched, here, monkeypatch, capsys):
@@ -286,6 +288,20 @@ def test_a_study_launched_again_takes_only_what_is_left(launched, here, monkeypa
     names = ["evaluate-q-greedy", "train-bc", "evaluate-bc-greedy", "report"]
     assert [group.name for group in find_groups(launched)] == names
     assert (launched / "launch-1" / "collect" / "launch.json").is_file()
+
+
+def test_a_task_whose_table_another_one_makes_anew_is_launched_too(here, monkeypatch, capsys):
+    put_on_path(here, "sbatch", "echo Submitted batch job 1", monkeypatch)
+    text, folder = STUDY.replace("seeds: [1]}", "seeds: [1], decode: [%s]}"), here / "runs" / "mine"
+    (here / "mine.yaml").write_text(text % "greedy, sampled, expert")
+    for task in plan_study(load_study(here / "mine.yaml"), folder):
+        task.write_record(seconds=1)
+        for path in task.makes:
+            (folder / path).mkdir(parents=True, exist_ok=True)
+    (here / "mine.yaml").write_text(text % "greedy, expert")  # expert comes after another one now
+    assert main(["launch", "study", "mine.yaml", "cluster=cpu", "--yes"]) == 0
+    names = ["evaluate-bc-greedy", "evaluate-bc-expert", "report"]
+    assert [group.name for group in find_groups(folder)] == names
 
 
 def test_logs(group, monkeypatch, capsys):

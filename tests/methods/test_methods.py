@@ -75,6 +75,13 @@ def test_the_loss_trains_the_network_and_reports_the_metrics_that_pages_draw(cho
     assert all(parameter.grad is not None for parameter in network.parameters())
 
 
+def test_the_curve_of_a_squared_error_says_what_is_drawn():
+    method, network = make("cql_mse")
+    result = method.loss(network)(transitions()[:1])
+    assert method.metrics["loss_qvalue"] == "TD loss (squared error)"
+    torch.testing.assert_close(result["loss_qvalue"], (result["q_data"] - result["q_target"]).square())
+
+
 @pytest.mark.parametrize("choice", list_choices("method"))
 def test_the_losss_state_holds_the_networks_weights(choice):
     (method, network), (_, other) = make(choice), make(choice)

@@ -87,6 +87,15 @@ def test_a_task_whose_files_are_gone_is_done_again(finished, folder):
     assert not trained.is_done()
 
 
+def test_what_shares_a_table_that_is_gone_is_done_again_too(finished, folder, asked):
+    (folder / "bc" / "seed1" / "scores.csv").unlink()
+    study, tasks = finished()
+    prepare_folder(study, tasks, folder, fresh=False, confirm=allow)
+    greedy, sampled = (task for task in tasks if task.name.startswith("evaluate-bc"))
+    make(greedy)
+    assert greedy.is_done() and not sampled.is_done() and not asked
+
+
 def test_only_what_changed_is_done_again_and_it_says_why(finished, folder, asked):
     before = names(folder)
     (folder / "q" / "seed0" / "my notes.txt").write_text("keep")
@@ -135,6 +144,22 @@ def test_files_of_others_are_never_taken_for_the_study_s(make_study, folder):
         with pytest.raises(ValueError, match="store is there, but no task of this study made it"):
             prepare_folder(study, tasks, folder, fresh=fresh, confirm=allow)
     assert (folder / "store" / "store.json").read_text() == "an imported store" and not allow.asked
+
+
+def test_tasks_and_studies_of_others_are_left_alone(make_study, folder):
+    study = make_study()
+    tasks = plan_study(study, folder)
+    (folder / "tasks").mkdir(parents=True)
+    (folder / "tasks" / "notes.txt").write_text("keep")
+    prepare_folder(study, tasks, folder, fresh=True, confirm=allow)
+    prepare_folder(study, tasks, folder, fresh=True, confirm=allow)  # over the study.yaml of before
+    assert (folder / "tasks" / "notes.txt").read_text() == "keep" and not allow.asked
+    written = "# by hand\n" + (folder / "study.yaml").read_text()
+    (folder / "study.yaml").write_text(written)
+    for fresh in (False, True):
+        with pytest.raises(ValueError, match=r"study.yaml is there, but no study wrote it"):
+            prepare_folder(study, tasks, folder, fresh=fresh, confirm=allow)
+    assert (folder / "study.yaml").read_text() == written
 
 
 def test_an_interrupted_first_task_is_known_as_the_study_s(make_study, folder):

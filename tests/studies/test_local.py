@@ -48,6 +48,11 @@ def test_jobs_run_side_by_side(start, tmp_path):
     assert run_tasks(tasks, start, num_jobs=2) == {}  # each waits for the other
 
 
+def test_no_jobs_are_refused(start):
+    with pytest.raises(ValueError, match="--jobs must be at least 1, got 0"):
+        run_tasks([task("a")], start, num_jobs=0)
+
+
 def test_what_is_done_is_not_done_again(start, tmp_path):
     tasks = [task("a", "raise SystemExit(1)"), task("b", after=["a"])]
     said = []

@@ -147,6 +147,17 @@ def test_another_version_of_the_format_says_what_to_do(tmp_path, number, when):
         load_checkpoint(path)
 
 
+@pytest.mark.parametrize("number", [2, 4])
+def test_a_checkpoint_of_another_version_is_not_taken_for_a_damaged_one(tmp_path, number):
+    save(tmp_path, 1)
+    torch.save({"format": f"torchrl_sql checkpoint {number}"}, checkpoint_path(tmp_path, 2))
+    save(tmp_path, 3).write_bytes(b"torn")
+    names = sorted(path.name for path in tmp_path.iterdir())
+    with pytest.raises(CheckpointError, match=r"step_000000002\.pt was written by .* version of torchrl_sql"):
+        load_latest_checkpoint(tmp_path, warn=lambda text: None)
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+
+
 def test_no_checkpoint(tmp_path):
     assert load_latest_checkpoint(tmp_path, warn=print) is None
     with pytest.raises(FileNotFoundError, match="no checkpoint at"):

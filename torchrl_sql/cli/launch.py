@@ -11,7 +11,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torchrl_sql.cli.study import add_seeds, confirm, read_study
+from torchrl_sql.cli.study import add_seeds, confirm, read_study, refuse_alive
 
 if TYPE_CHECKING:
     from torchrl_sql.config.cluster import ClusterConfig
@@ -165,20 +165,22 @@ def _launch_study(args: argparse.Namespace, words: Sequence[str], cluster: Clust
     study = read_study(words[0], words[1:], args.seeds)
     folder = (args.into or RUNS / Path(words[0]).stem).resolve()
     tasks = plan_study(study, folder, num_ranks=cluster.num_tasks)
-    to_do = [task for task in tasks if not task.is_done()]
-    groups = make_groups(folder, to_do, command=command, cluster=cluster)
+
+    def to_do() -> list[Group]:
+        return make_groups(folder, [task for task in tasks if not task.is_done()], command=command, cluster=cluster)
+
+    groups = to_do()
     if args.dry_run:
         _create_and_start(groups, args)
         return
     with owned(folder):
         launched = folder / "launch"
-        if launched.exists() and (alive := _alive(_groups(str(folder)))):
-            raise ValueError(f"{folder} is not over: {alive[0].task} is {alive[0].state}, job {alive[0].job}")
+        refuse_alive(folder)
         prepare_folder(study, tasks, folder, fresh=False, confirm=(lambda what: True) if args.yes else confirm)
         if launched.exists():
             number = 1 + len(list(folder.glob("launch-*")))
             launched.rename(folder / f"launch-{number}")
-        _create_and_start(groups, args)
+        _create_and_start(to_do(), args)  # again: what was deleted may have been of tasks that were done
 
 
 def _make_group_of_job(kind: str, words: Sequence[str]) -> None:

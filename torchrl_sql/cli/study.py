@@ -88,6 +88,10 @@ def _study(args: argparse.Namespace) -> None:
     if args.dry_run:
         print(format_tasks(tasks))
         return
+    try:
+        refuse_alive(folder)
+    except OSError as error:
+        print(f"Make sure yourself that no launched job of {folder} is left: {error}")
     run_study(
         study,
         tasks,
@@ -97,6 +101,21 @@ def _study(args: argparse.Namespace) -> None:
         confirm=(lambda what: True) if args.yes else confirm,
         say=lambda line: print(line, flush=True),
     )
+
+
+def refuse_alive(folder: Path) -> None:
+    """Checks that no launched job works on a study.
+
+    Raises:
+        ValueError: if one does, or will.
+        OSError: if SLURM does not answer.
+    """
+    from torchrl_sql.launch.group import find_groups
+    from torchrl_sql.launch.status import task_states
+
+    for group in find_groups(folder) if (folder / "launch").exists() else ():
+        if alive := [state for state in task_states(group) if state.is_alive]:
+            raise ValueError(f"{folder} is not over: {alive[0].task} is {alive[0].state}, job {alive[0].job}")
 
 
 def confirm(what: str) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -36,4 +37,4 @@ def _train(args: argparse.Namespace) -> None:
 
     folder = train(config)
     if os.environ.get("RANK", "0") == "0":
-        print(f"Trained: {folder}. Next: torchrl-sql evaluate {folder}")
+        print(f"Trained: {folder}. Next: torchrl-sql evaluate {shlex.quote(str(folder))}")

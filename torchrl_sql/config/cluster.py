@@ -33,7 +33,7 @@ class ClusterConfig:
     """Nodes of training (and of ``bench``); every other kind of job takes one process on one node."""
     gpus_per_node: int = MISSING
     tasks_per_node: int = MISSING
-    """Processes on each node; one a GPU where there are GPUs."""
+    """Processes on each node; one per GPU where there are GPUs."""
     cpus_per_task: int = MISSING
     memory: str | None = MISSING
     """Of each node, as SLURM writes it, e.g. ``64G``; 0 is all of it (for training and ``bench``), null the
@@ -173,7 +173,7 @@ def check(config: ClusterConfig) -> None:
     require(
         config.gpus_per_node in (0, config.tasks_per_node),
         "tasks_per_node",
-        f"cluster.gpus_per_node={config.gpus_per_node}, one process a GPU",
+        f"cluster.gpus_per_node={config.gpus_per_node}, one process per GPU",
     )
     require(
         config.memory is None or re.fullmatch(r"\d+[KMGT]?", config.memory) is not None,

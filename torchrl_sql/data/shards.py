@@ -159,8 +159,10 @@ class ShardFiles:
         """
         places = self._places[chunks]
         if not places[:, 1].all():
-            self._map(np.unique(chunks // self.chunks_per_shard).tolist())
-            places = self._places[chunks]
+            numbers, which = np.unique(chunks // self.chunks_per_shard, return_inverse=True)
+            # Of the shards themselves: another thread may have cleared the table again.
+            shards = self._map(numbers.tolist())
+            places = np.stack([shard.places for shard in shards])[which, chunks % self.chunks_per_shard]
             if not places[:, 1].all():
                 raise self.damaged(int(chunks[places[:, 1].argmin()]), "it was never written")
         return places
@@ -229,11 +231,12 @@ class ShardFiles:
         damage.file, damage.reason, damage.transitions = file, reason, transitions
         return damage
 
-    def _map(self, numbers: list[int]) -> None:
+    def _map(self, numbers: list[int]) -> list[Shard]:
         if len(self._shards) + len(numbers) > _MAX_SHARDS:
             # Access is random, so it does not matter which ones go. Other threads may be reading from these.
             self._retired, self._shards = self._shards, {}
             self._places[:] = 0
+        mapped = []
         for number in numbers:
             begin = number * self.chunks_per_shard
             try:
@@ -243,7 +246,9 @@ class ShardFiles:
                 raise self.damaged(begin, "the file is missing", whole_shard=True) from error
             except (OSError, ValueError) as error:
                 raise self.damaged(begin, str(error), whole_shard=True) from error
-            self._places[begin : begin + self.chunks_per_shard] = self._shards.setdefault(number, shard).places
+            mapped.append(self._shards.setdefault(number, shard))
+            self._places[begin : begin + self.chunks_per_shard] = mapped[-1].places
+        return mapped
 
     def _recording_of_shard(self, number: int) -> int:
         return int(np.searchsorted(self._first_shard, number, side="right")) - 1

@@ -1,6 +1,6 @@
 """CSV tables of dataclass rows: appended as results come, read back bit for bit, parts of parallel writers merged.
 
-A table ``scores.csv`` may have parts beside it, ``scores.part-2-of-8.csv``, one a writer. Readers see the union:
+A table ``scores.csv`` may have parts beside it, ``scores.part-2-of-8.csv``, one per writer. Readers see the union:
 sorted, each row once.
 """
 

@@ -15,8 +15,8 @@ PORT_RANGE = (12_000, 32_000)
 
 
 def rendezvous_port(job_id: int, restart: int) -> int:
-    """The port of a life's rendezvous: the same on every rank, another one after each restart, for a process of the
-    life before may still hold the old one.
+    """The port of an attempt's rendezvous: the same on every rank, another one after each restart, for a process of
+    the attempt before may still hold the old one.
     """
     low, high = PORT_RANGE
     return low + (job_id * 101 + restart * 7) % (high - low)

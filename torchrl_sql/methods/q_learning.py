@@ -24,7 +24,7 @@ class QLearning(Method):
     def metrics(self) -> Mapping[str, str]:
         """Losses, values and the size of the features."""
         return {
-            "loss_qvalue": f"TD loss ({'squared error / 2' if self.settings.target == 'mse' else 'nats'})",
+            "loss_qvalue": f"TD loss ({'squared error' if self.settings.target == 'mse' else 'nats'})",
             "loss_cql": "CQL penalty, weighted",
             "q_data": "Q of the data's actions",
             "q_max": "Maximum Q",

@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from torchrl_sql.config.study import STUDY_FILE, StudyConfig
+from torchrl_sql.config import ConfigError
+from torchrl_sql.config.study import STUDY_FILE, StudyConfig, load_study
 from torchrl_sql.files import write_text
 from torchrl_sql.studies.local import Start, format_seconds, run_tasks
 from torchrl_sql.studies.task import Task, read_record
@@ -94,21 +95,36 @@ def prepare_folder(
     foreign = [folder / path for task in tasks for path in task.makes if path not in owned_paths]
     if present := [path for path in foreign if path.exists()]:
         raise ValueError(f"{present[0]} is there, but no task of this study made it: move it, or choose another --out")
+    if not recorded and (folder / STUDY_FILE).exists() and not _is_resolved(folder / STUDY_FILE):
+        raise ValueError(f"{folder / STUDY_FILE} is there, but no study wrote it: move it, or choose another --out")
     if fresh:
-        why, paths = f"--fresh deletes what earlier tasks made in {folder}:", owned_paths | {STUDY_FILE, "tasks"}
+        why = f"--fresh deletes what earlier tasks made in {folder}:"
+        paths = owned_paths | {f"tasks/{name}.{suffix}" for name in recorded for suffix in ("json", "log")}
     else:
         changed = {task.name: change for task in tasks if (change := task.change()) is not None}
         why = "".join(f"{name} is to be done again: {change}\n" for name, change in changed.items())
         paths = {path for name in changed for path in [*recorded[name]["makes"], f"tasks/{name}.json"]}
     there = sorted(path for path in paths if (folder / path).exists())
-    if any(not path.startswith("tasks") and path != STUDY_FILE for path in there):
+    if any(path in owned_paths for path in there):
         listing = "".join(f"\n  {folder / path}" for path in there)
         if not confirm(f"{why.rstrip()}{listing}"):
             raise ValueError("nothing was deleted")
     for path in there:
         _delete(folder, path)
+    for task in tasks:  # tasks share tables: one that makes the table anew must not do for the others
+        record = task.record()
+        if record is not None and record["seconds"] is not None and not (task.tolerant or task.is_done()):
+            task.write_record(seconds=None)
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / STUDY_FILE, study.to_yaml())
+
+
+def _is_resolved(file: Path) -> bool:
+    """Whether this is a study as :func:`prepare_folder` writes it, not one that somebody wrote by hand."""
+    try:
+        return load_study(file).to_yaml() == file.read_text(encoding="utf-8")
+    except ConfigError:
+        return False
 
 
 def _delete(folder: Path, relative: str) -> None:

@@ -65,8 +65,11 @@ def run_tasks(
         Why tasks failed, by name; empty if all are done.
 
     Raises:
+        ValueError: if ``num_jobs`` is less than 1.
         KeyboardInterrupt: if this process or a task was told to stop; tasks that were running have ended by then.
     """
+    if num_jobs < 1:
+        raise ValueError(f"--jobs must be at least 1, got {num_jobs}")
     waiting = list(tasks)
     running: list[_Running] = []
     failed: dict[str, str] = {}

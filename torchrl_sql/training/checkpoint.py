@@ -31,6 +31,10 @@ class CheckpointError(ValueError):
     """A file that is not a usable checkpoint; the message names it and says why."""
 
 
+class OtherVersionError(CheckpointError):
+    """An intact file of another version of this package."""
+
+
 def checkpoint_path(folder: Path, step: int) -> Path:
     """Where the checkpoint of a gradient step lies."""
     return folder / f"step_{step:09d}.pt"
@@ -199,7 +203,7 @@ def check_format(path: Path, actual: object, expected: str) -> None:
     name, number = expected.rsplit(" ", 1)
     if isinstance(actual, str) and (match := re.fullmatch(rf"{name} (\d+)", actual)):
         when = "an earlier" if int(match[1]) < int(number) else "a later"
-        raise CheckpointError(
+        raise OtherVersionError(
             f"{path} was written by {when} version of torchrl_sql ({actual!r}, this one reads {expected!r}): use that "
             "version, or train anew in another run_dir"
         )
@@ -243,7 +247,8 @@ def load_latest_checkpoint(folder: Path, *, warn: Callable[[str], None]) -> tupl
         Its path and content, or ``None`` if the folder holds none.
 
     Raises:
-        CheckpointError: if there are checkpoints but none is usable; all keep their names.
+        OtherVersionError: if the newest that is intact was written by another version of this package.
+        CheckpointError: if there are checkpoints but none is usable. In both cases all keep their names.
         OSError: if one cannot be read at present.
     """
     checkpoints = list_checkpoints(folder)
@@ -251,6 +256,8 @@ def load_latest_checkpoint(folder: Path, *, warn: Callable[[str], None]) -> tupl
     for path in reversed(checkpoints):
         try:
             content = load_checkpoint(path)
+        except OtherVersionError:  # to go on from an older one would be to lose what that version trained
+            raise
         except CheckpointError as error:
             damaged.append(path)
             warn(f"{error}; it becomes {path.name}.damaged if one before it is good")

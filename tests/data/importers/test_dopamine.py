@@ -131,6 +131,21 @@ def test_time_outs_are_read_from_the_list_of_ends(dopamine, lab, newer, tmp_path
     assert summary.mean_clipped_return == sum(e.rewards.sum() for e in newer.episodes) / 5
 
 
+@pytest.mark.parametrize("change", ["others", "none"])
+def test_an_import_is_tied_to_the_list_of_ends(newer, tmp_path, small_store, change):
+    ends = newer.folder / "episode_end_indices_ckpt.0.gz"
+    ends.write_bytes(gzip.compress(pickle.dumps(newer.ends)))
+    arguments = {"games": "Pong", "checkpoints": "0"}
+    import_dqn_replay(tmp_path / "dqn", small_store.path, **arguments)
+    import_dqn_replay(tmp_path / "dqn", small_store.path, **arguments)
+    if change == "others":
+        ends.write_bytes(gzip.compress(pickle.dumps(set(sorted(newer.ends)[1:]))))
+    else:
+        ends.unlink()
+    with pytest.raises(ImportFailedError, match="part 0 had other contents"):
+        import_dqn_replay(tmp_path / "dqn", small_store.path, **arguments)
+
+
 def test_time_outs_without_a_list_are_told_by_their_length(dopamine, lab, newer, tmp_path, small_store):
     (summary,) = import_dqn_replay(
         tmp_path / "dqn", small_store.path, games="Pong", checkpoints="0", max_episode_steps=8

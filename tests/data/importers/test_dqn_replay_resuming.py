@@ -13,6 +13,7 @@ import time
 import tracemalloc
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -66,6 +67,20 @@ def test_stopped_at_any_read_or_write_it_continues_to_the_same_bytes(dopamine, l
         shutil.rmtree(part.path)
         step += 3
     assert step > 50 and num_states == {None, 1, 10, 19}
+
+
+def test_repeating_an_import_does_not_make_an_older_copy_the_state_that_is_listed(log, tmp_path, small_store):
+    arguments = {"games": "Pong", "checkpoints": "0-3"}
+    import_dqn_replay(tmp_path / "dqn", small_store.path, **arguments)
+    manifest = small_store.path / "Pong" / "1" / "manifest.json"
+    older, source = manifest.read_bytes(), small_store.recording("Pong").manifest.source
+    with small_store.writer("Pong", run="1", source=source, rewards="clipped") as writer:
+        writer.add_episode(np.zeros((2, 84, 84), np.uint8), [0, 0], [0.0, 0.0], terminated=True)
+    manifest.write_bytes(older)
+    listed = (small_store.path / "recordings.txt").read_text()
+    with pytest.raises(ImportFailedError, match=r"manifest\.json is not the one that recordings\.txt lists"):
+        import_dqn_replay(tmp_path / "dqn", small_store.path, **arguments)
+    assert (small_store.path / "recordings.txt").read_text() == listed
 
 
 DRIVER = """

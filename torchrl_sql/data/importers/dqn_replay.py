@@ -152,7 +152,8 @@ class DQNReplaySource(DopamineSource):
     def digest(self, part: str) -> str:
         """Of the checksums that end the checkpoint's files."""
         digest = hashlib.sha256()
-        for member in (*STORE_MEMBERS, *_STATE_MEMBERS):
+        has_ends = _file_name(_EPISODE_ENDS, int(part)) in self._names
+        for member in (*STORE_MEMBERS, *_STATE_MEMBERS, *[_EPISODE_ENDS] * has_ends):
             with self._folder.open(_file_name(member, int(part))) as file:
                 file.seek(-_GZIP_TRAILER_BYTES, os.SEEK_END)
                 digest.update(file.read())

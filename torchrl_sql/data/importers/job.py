@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 
 from torchrl_sql.data.catalogue import list_recording
-from torchrl_sql.data.recording import Manifest, Recording
+from torchrl_sql.data.recording import Manifest, Recording, open_recording
 from torchrl_sql.data.store import FrameStore
 from torchrl_sql.files import sync_folder
 
@@ -196,13 +196,13 @@ def run_import(job: ImportJob, report: Callable[[int, int], None]) -> ImportSumm
 
     Raises:
         FileExistsError: if the store holds another run of that name.
-        ValueError: if an unfinished import of other data is in the way, or the source is damaged.
+        ValueError: if an unfinished import of other data is in the way, the source is damaged, or the run that is there
+            is not the one that the store lists.
         OSError: if a file cannot be read or written.
     """
     source, store = job.source, FrameStore.open(job.store_path)
     target = store.path / source.game / job.run
-    if (target / "manifest.json").exists():
-        run = Recording(target)
+    if (target / "manifest.json").exists() and (run := open_recording(target)) is not None:
         if _recorded(run.manifest, "request") != source.request:
             raise FileExistsError(
                 f"{target} is there already, from {run.manifest.source}: choose another store, or delete it"
