@@ -155,7 +155,7 @@ def test_two_runs_never_share_a_folder(tmp_path, values):
 
 def test_a_label_too_long_for_a_folder_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="too long for the name"):
-        plan_training([*TRAIN, f"name={'a' * 300},b"], tmp_path)
+        plan_training([*TRAIN, f"data.store={'a' * 300},b"], tmp_path)
 
 
 def test_what_the_launcher_decides_is_refused(tmp_path):
