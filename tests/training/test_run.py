@@ -343,6 +343,7 @@ def test_a_continued_run_stays_the_same_wandb_run(make_config, monkeypatch):
             ids.append(id)
 
     monkeypatch.setattr("torchrl_sql.training.logs.WandbLogger", FakeWandb)
+    monkeypatch.setattr("torchrl_sql.training.build.find_spec", lambda name: "installed")
     config = make_config("trainer.loggers=[csv,wandb]")
     with monkeypatch.context() as patch:
         interrupt_after(patch, 5)
