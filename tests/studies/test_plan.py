@@ -153,9 +153,20 @@ def test_two_runs_never_share_a_folder(tmp_path, values):
         plan_training([*TRAIN, values], tmp_path)
 
 
-def test_a_label_too_long_for_a_folder_is_refused(tmp_path):
+@pytest.mark.parametrize(
+    "words",
+    [
+        [
+            f"name={'a' * 200},b",
+            "trainer.num_gradient_steps=1000,2000",
+            "trainer.milestone_interval_gradient_steps=1000,2000",
+        ],
+        [f"data.store={'a' * 230},b"],  # fits a folder, but not a name, which job and page would refuse
+    ],
+)
+def test_a_label_too_long_for_a_folder_is_refused(tmp_path, words):
     with pytest.raises(ConfigError, match="too long for the name"):
-        plan_training([*TRAIN, f"name={'a' * 300},b"], tmp_path)
+        plan_training([*TRAIN, *words], tmp_path)
 
 
 def test_what_the_launcher_decides_is_refused(tmp_path):

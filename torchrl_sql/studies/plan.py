@@ -17,6 +17,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import OverrideParseException
 
 from torchrl_sql.config import ConfigError, EvaluationConfig, RunConfig, check_ranks, compose_run_config
+from torchrl_sql.config.schema import folder_name as name_bound
 from torchrl_sql.config.study import StudyConfig
 from torchrl_sql.studies.task import Task
 
@@ -159,7 +160,7 @@ def plan_training(overrides: Sequence[str], root: Path, *, num_ranks: int = 1) -
             config.name = f"{config.name}-{folder_name(agent)}"
         if config.run_dir in tasks:
             raise ConfigError(f"{tasks[config.run_dir].name} and {label} would share the folder {config.run_dir}")
-        if len(os.fsencode(Path(config.run_dir).name)) > _MAX_NAME_BYTES:
+        if len(os.fsencode(Path(config.run_dir).name)) > _MAX_NAME_BYTES or not name_bound.holds(config.name):
             raise ConfigError(
                 f"{label or config.name} is too long for the name of a run's folder: change fewer settings at a time, "
                 "or give --into"
