@@ -79,6 +79,18 @@ def test_what_a_study_decides_is_refused(make_study, tmp_path, key):
         plan_study(make_study(("scale=cpu,", f"scale=cpu, {key},")), tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("bc: {", "bc: {from: q, load: all, ", "runs.bc.from: training cannot start from another run"),
+        ("{main: q,", "{main: q, x: parameters,", "report.x: a page cannot show runs along an axis yet"),
+    ],
+)
+def test_what_a_study_may_say_but_nothing_does_yet_is_refused(make_study, tmp_path, old, new, message):
+    with pytest.raises(ConfigError, match=message):
+        plan_study(make_study((old, new)), tmp_path)
+
+
 def test_the_tasks_of_every_study_of_the_project_are_commands(tmp_path):
     for name in list_studies():
         for task in plan_study(load_study(find_study(name)), tmp_path):
