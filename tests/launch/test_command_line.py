@@ -277,6 +277,16 @@ def test_a_partly_submitted_study_is_completed_beside_what_runs(launched, here, 
         assert "is not over: collect is RUNNING, job 1" in capsys.readouterr().err
 
 
+def test_one_group_s_task_is_cancelled(launched, here, monkeypatch, capsys):
+    script = 'echo "JobId=$4 ArrayTaskId=0-1 JobState=PENDING Restarts=0 NodeList="'
+    put_on_path(here, "scontrol", script, monkeypatch)
+    put_on_path(here, "scancel", f"echo $* >{here}/cancelled", monkeypatch)
+    assert main(["cancel", "runs/mine", "--group", "train-q", "--task", "1"]) == 0
+    assert (here / "cancelled").read_text() == "2_1\n"
+    assert main(["cancel", "runs/mine", "--group", "train-z"]) == 1
+    assert "nothing of runs/mine, group train-z is pending" in capsys.readouterr().err
+
+
 def test_a_study_launched_again_takes_only_what_is_left(launched, here, monkeypatch, capsys):
     put_on_path(here, "scontrol", "echo 'Invalid job id specified' >&2; exit 1", monkeypatch)
     for group in find_groups(launched):

@@ -59,6 +59,7 @@ def add_commands(commands: Any) -> None:
 
     cancel = commands.add_parser("cancel", help="cancel launched jobs", description=_cancel.__doc__)
     cancel.add_argument("run", help="folder of a launch, or a job's id")
+    cancel.add_argument("--group", help="of a study (default: all)")
     cancel.add_argument("--task", type=int, help="of an array (default: all)")
     cancel.set_defaults(run_command=_cancel)
 
@@ -297,13 +298,14 @@ def _cancel(args: argparse.Namespace) -> None:
     jobs = []
     for group in reversed(_groups(args.run)):  # those that wait for others first
         for state in task_states(group):
-            if state.is_alive and args.task in (None, state.number):
+            if state.is_alive and args.group in (None, group.name) and args.task in (None, state.number):
                 submission = group.last_submission(state.number)
                 assert submission is not None
                 group.task_folder(state.number).write("cancelled", str(group.submissions.index(submission)))
                 jobs.append(state.job)
     if not jobs:
-        raise ValueError(f"nothing of {args.run} is pending or running")
+        parts = [f"{key} {value}" for key, value in (("group", args.group), ("task", args.task)) if value is not None]
+        raise ValueError(f"nothing of {', '.join([args.run, *parts])} is pending or running")
     cancel(jobs)
     print(f"Cancelled: {' '.join(jobs)}")
 
