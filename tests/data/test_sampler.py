@@ -224,6 +224,10 @@ def test_share_too_small_without_replacement():
         ({"temperature": 0.0}, "temperature must be > 0, got 0.0"),
         ({"temperature": float("nan")}, "temperature must be > 0"),
         ({"seed": -1}, "seed must lie in"),
+        ({"seed": 1.5}, "seed must be an integer, got 1.5"),  # the generator would take it for 1
+        ({"seed": True}, "seed must be an integer, got True"),
+        ({"rank": 0.0}, "rank must be an integer, got 0.0"),
+        ({"world_size": 2.0}, "world_size must be an integer, got 2.0"),
         ({"seed": 2**64}, "seed must lie in"),
         ({"rank": 2, "world_size": 2}, "rank must lie in 0..world_size-1, got rank 2 of world_size 2"),
         ({"world_size": 0}, "rank must lie in"),

@@ -95,8 +95,10 @@ def test_help_of_a_kind(here, capsys):
             "trainer.microbatch_size must be null or a divisor of each process's batch of 2, got 4",
         ),
         (["evaluate", "cluster=cpu"], "launch evaluate needs runs"),
+        (["train", *TRAIN, "--shares", "0", "cluster=cpu"], "--shares belongs to launch evaluate"),
         (["train", *TRAIN, "--shares", "2", "cluster=cpu"], "--shares belongs to launch evaluate"),
         (["train", *TRAIN, "--seeds", "0,1", "cluster=cpu"], "--seeds belongs to launch study"),
+        (["evaluate", "runs/a", "--shares", "0", "cluster=cpu"], "--shares must be at least 1, got 0"),
         (["study", "cluster=cpu"], "launch study needs the study's name"),
         (["study", "absent", "cluster=cpu"], "a study must be FILE.yaml or one of"),
         (["train", *TRAIN, "cluster=cpu", "--into", "100%j"], "must hold no %"),
@@ -273,6 +275,16 @@ def test_a_partly_submitted_study_is_completed_beside_what_runs(launched, here, 
     for command in (["launch", "study", "mine.yaml", "cluster=cpu"], ["study", "mine.yaml"]):
         assert main(command) == 1
         assert "is not over: collect is RUNNING, job 1" in capsys.readouterr().err
+
+
+def test_one_group_s_task_is_cancelled(launched, here, monkeypatch, capsys):
+    script = 'echo "JobId=$4 ArrayTaskId=0-1 JobState=PENDING Restarts=0 NodeList="'
+    put_on_path(here, "scontrol", script, monkeypatch)
+    put_on_path(here, "scancel", f"echo $* >{here}/cancelled", monkeypatch)
+    assert main(["cancel", "runs/mine", "--group", "train-q", "--task", "1"]) == 0
+    assert (here / "cancelled").read_text() == "2_1\n"
+    assert main(["cancel", "runs/mine", "--group", "train-z"]) == 1
+    assert "nothing of runs/mine, group train-z is pending" in capsys.readouterr().err
 
 
 def test_a_study_launched_again_takes_only_what_is_left(launched, here, monkeypatch, capsys):

@@ -79,6 +79,18 @@ def test_what_a_study_decides_is_refused(make_study, tmp_path, key):
         plan_study(make_study(("scale=cpu,", f"scale=cpu, {key},")), tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("bc: {", "bc: {from: q, load: all, ", "runs.bc.from: training cannot start from another run"),
+        ("{main: q,", "{main: q, x: parameters,", "report.x: a page cannot show runs along an axis yet"),
+    ],
+)
+def test_what_a_study_may_say_but_nothing_does_yet_is_refused(make_study, tmp_path, old, new, message):
+    with pytest.raises(ConfigError, match=message):
+        plan_study(make_study((old, new)), tmp_path)
+
+
 def test_the_tasks_of_every_study_of_the_project_are_commands(tmp_path):
     for name in list_studies():
         for task in plan_study(load_study(find_study(name)), tmp_path):
@@ -153,9 +165,20 @@ def test_two_runs_never_share_a_folder(tmp_path, values):
         plan_training([*TRAIN, values], tmp_path)
 
 
-def test_a_label_too_long_for_a_folder_is_refused(tmp_path):
+@pytest.mark.parametrize(
+    "words",
+    [
+        [
+            f"name={'a' * 200},b",
+            "trainer.num_gradient_steps=1000,2000",
+            "trainer.milestone_interval_gradient_steps=1000,2000",
+        ],
+        [f"data.store={'a' * 230},b"],  # fits a folder, but not a name, which job and page would refuse
+    ],
+)
+def test_a_label_too_long_for_a_folder_is_refused(tmp_path, words):
     with pytest.raises(ConfigError, match="too long for the name"):
-        plan_training([*TRAIN, f"data.store={'a' * 300},b"], tmp_path)
+        plan_training([*TRAIN, *words], tmp_path)
 
 
 def test_what_the_launcher_decides_is_refused(tmp_path):

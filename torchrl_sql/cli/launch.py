@@ -59,6 +59,7 @@ def add_commands(commands: Any) -> None:
 
     cancel = commands.add_parser("cancel", help="cancel launched jobs", description=_cancel.__doc__)
     cancel.add_argument("run", help="folder of a launch, or a job's id")
+    cancel.add_argument("--group", help="of a study (default: all)")
     cancel.add_argument("--task", type=int, help="of an array (default: all)")
     cancel.set_defaults(run_command=_cancel)
 
@@ -102,7 +103,8 @@ def _launch(args: argparse.Namespace) -> None:
     if {"-h", "--help"} & set(words):
         parse(["launch", "--help"])
     for option, kind in (("shares", "evaluate"), ("seeds", "study"), ("yes", "study")):
-        if getattr(args, option) and args.kind != kind:
+        given = getattr(args, option)
+        if given is not None and given is not False and args.kind != kind:
             raise ValueError(f"--{option} belongs to launch {kind}, got it with launch {args.kind}")
     cluster_overrides, words = split_overrides(words)
     cluster = compose_cluster_config(cluster_overrides)
@@ -110,7 +112,7 @@ def _launch(args: argparse.Namespace) -> None:
     if args.kind == "study":
         _launch_study(args, words, cluster, command)
         return
-    root, tasks = _plan(args.kind, words, cluster.num_tasks, into=args.into, num_shares=args.shares or 1)
+    root, tasks = _plan(args.kind, words, cluster.num_tasks, into=args.into, num_shares=args.shares)
     groups = make_groups(root, tasks, command=command, cluster=cluster)
     _create_and_start(groups, args)
 
@@ -124,7 +126,7 @@ def _create_and_start(groups: Sequence[Group], args: argparse.Namespace) -> None
 
 
 def _plan(
-    kind: str, words: Sequence[str], num_ranks: int, *, into: Path | None = None, num_shares: int = 1
+    kind: str, words: Sequence[str], num_ranks: int, *, into: Path | None = None, num_shares: int | None = None
 ) -> tuple[Path, list[Task]]:
     """The folder of a new launch, and its tasks."""
     from torchrl_sql.cli import parse
@@ -140,7 +142,7 @@ def _plan(
         agents = list(takewhile(lambda word: not word.startswith("-"), words))
         if not agents:
             raise ValueError("launch evaluate needs runs or checkpoints before its options")
-        tasks = plan_evaluation(agents, words[len(agents) :], num_shares=num_shares)
+        tasks = plan_evaluation(agents, words[len(agents) :], num_shares=1 if num_shares is None else num_shares)
     else:
         tasks = [Task(name=kind, arguments=[kind, *words], group=kind)]
     for task in tasks:
@@ -296,13 +298,14 @@ def _cancel(args: argparse.Namespace) -> None:
     jobs = []
     for group in reversed(_groups(args.run)):  # those that wait for others first
         for state in task_states(group):
-            if state.is_alive and args.task in (None, state.number):
+            if state.is_alive and args.group in (None, group.name) and args.task in (None, state.number):
                 submission = group.last_submission(state.number)
                 assert submission is not None
                 group.task_folder(state.number).write("cancelled", str(group.submissions.index(submission)))
                 jobs.append(state.job)
     if not jobs:
-        raise ValueError(f"nothing of {args.run} is pending or running")
+        parts = [f"{key} {value}" for key, value in (("group", args.group), ("task", args.task)) if value is not None]
+        raise ValueError(f"nothing of {', '.join([args.run, *parts])} is pending or running")
     cancel(jobs)
     print(f"Cancelled: {' '.join(jobs)}")
 

@@ -50,7 +50,10 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _numbers(text: str) -> list[int]:
-    return [int(number) for number in text.split(",")]
+    try:
+        return [int(number) for number in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be numbers separated by commas, got {text!r}") from None
 
 
 def read_study(name: str, overrides: Sequence[str], seeds: Sequence[int] | None) -> StudyConfig:

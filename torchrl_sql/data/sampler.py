@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal
 
@@ -52,6 +53,9 @@ class GameMixtureSampler(Sampler):
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
+        for name, value in (("seed", seed), ("rank", rank), ("world_size", world_size)):
+            if isinstance(value, bool) or not isinstance(value, Integral):
+                raise ValueError(f"{name} must be an integer, got {value!r}")
         if not 0 <= seed < 2**64:
             raise ValueError(f"seed must lie in 0..2^64-1, got {seed}")
         if world_size < 1 or not 0 <= rank < world_size:
@@ -68,9 +72,9 @@ class GameMixtureSampler(Sampler):
             raise ValueError(f"temperature must be > 0, got {temperature!r}")
         self.mixture = mixture
         self.temperature = float(temperature)
-        self.seed = seed
-        self.rank = rank
-        self.world_size = world_size
+        self.seed = int(seed)
+        self.rank = int(rank)
+        self.world_size = int(world_size)
         self.step = 0
         """Number of batches drawn so far."""
         self.batch_size: int | None = None

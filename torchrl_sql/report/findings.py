@@ -9,7 +9,8 @@ from torchrl_sql.report.score_tables import MIN_PUBLISHED_GAMES, published_games
 from torchrl_sql.report.text import format_interval, format_score, name_games, plural, sentence, two_digits
 from torchrl_sql.statistics.intervals import Interval, Verdict, aggregates, verdict
 
-Kind = Literal["for", "neutral", "against"]
+Kind = Literal["for", "neutral", "against", "open"]
+"""``"open"`` is no verdict, which must not look like equality."""
 
 
 class Finding(NamedTuple):
@@ -23,7 +24,7 @@ _KINDS: dict[Verdict, Kind] = {
     "higher": "for",
     "not distinguishable": "neutral",
     "lower": "against",
-    "unknown": "neutral",
+    "unknown": "open",
 }
 _RELATIONS: dict[Verdict, str] = {
     "higher": "higher than",
@@ -57,7 +58,7 @@ def _one_seed_findings(analysis: Analysis) -> list[Finding]:
         f"One training seed of {analysis.main.label}: nothing here is a verdict about its method. Intervals are of "
         "evaluation episodes only and do not cover the variation between training runs."
     )
-    return [Finding("neutral", text)]
+    return [Finding("open", text)]
 
 
 def _aggregate_findings(analysis: Analysis) -> list[Finding]:

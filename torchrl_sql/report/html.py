@@ -181,7 +181,7 @@ def format_score_table(data: ReportData) -> str:
                 yield to_text(table, details=not brief) + "\n"
         for text in caveats(analysis):
             yield fill(f"! {text}", TERMINAL_WIDTH, subsequent_indent="  ")
-        marks = {"for": "+", "neutral": "=", "against": "-"}
+        marks = {"for": "+", "neutral": "=", "against": "-", "open": "?"}
         for kind, text in findings(analysis):
             yield fill(f"{marks[kind]} {text}", TERMINAL_WIDTH, subsequent_indent="  ")
 

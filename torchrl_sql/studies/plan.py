@@ -17,6 +17,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import OverrideParseException
 
 from torchrl_sql.config import ConfigError, EvaluationConfig, RunConfig, check_ranks, compose_run_config
+from torchrl_sql.config.schema import folder_name as name_bound
 from torchrl_sql.config.study import StudyConfig
 from torchrl_sql.studies.task import Task
 
@@ -60,6 +61,11 @@ def plan_study(study: StudyConfig, folder: Path, *, num_ranks: int = 1) -> list[
         tasks.append(task)
         return task
 
+    for name, run in study.runs.items():
+        if run.from_ is not None:
+            raise ConfigError(f"runs.{name}.from: training cannot start from another run's policy yet")
+    if study.report.x is not None:
+        raise ConfigError(f"report.x: a page cannot show runs along an axis yet, got {study.report.x!r}")
     for override in (word for words in (study.common, *(run.set for run in study.runs.values())) for word in words):
         if (key := _key(override)) in _DECIDED:
             option = "--seeds" if key == "seed" else "its file" if key == "data.store" else "--out"
@@ -85,17 +91,10 @@ def plan_study(study: StudyConfig, folder: Path, *, num_ranks: int = 1) -> list[
         for seed in study.seeds_of(name):
             place = f"{name}/seed{seed}"
             words = [*common, f"run_dir={quoted(folder / place)}", f"seed={seed}"]
-            after = list(data)
-            if run.from_ is None:
-                config = replace(compose(seed), run_dir=str(folder / place))
-            else:
-                policy = folder / run.from_ / f"seed{seed}" / "policy.safetensors"
-                words += [f"init.policy={quoted(policy)}", f"init.load={run.load}"]
-                after.append(f"train-{run.from_}-seed{seed}")
-                config = compose_run_config(words)
+            config = replace(compose(seed), run_dir=str(folder / place))
             check_ranks(config, num_ranks)
             trained = add(
-                f"train-{name}-seed{seed}", "train", words, group=f"train-{name}", after=after, run_dir=config.run_dir,
+                f"train-{name}-seed{seed}", "train", words, group=f"train-{name}", after=data, run_dir=config.run_dir,
                 config=config.to_yaml(), settings=_deciding(config) | ({} if makes_store else {"data": study.data}),
                 makes=[f"{place}/{made}" for made in _OF_TRAINING],
             )  # fmt: skip
@@ -159,7 +158,7 @@ def plan_training(overrides: Sequence[str], root: Path, *, num_ranks: int = 1) -
             config.name = f"{config.name}-{folder_name(agent)}"
         if config.run_dir in tasks:
             raise ConfigError(f"{tasks[config.run_dir].name} and {label} would share the folder {config.run_dir}")
-        if len(os.fsencode(Path(config.run_dir).name)) > _MAX_NAME_BYTES:
+        if len(os.fsencode(Path(config.run_dir).name)) > _MAX_NAME_BYTES or not name_bound.holds(config.name):
             raise ConfigError(
                 f"{label or config.name} is too long for the name of a run's folder: change fewer settings at a time, "
                 "or give --into"
