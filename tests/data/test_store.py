@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import json
 import os
 import resource
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import tempfile
@@ -289,6 +291,19 @@ def test_remains_of_a_writer_that_never_committed_make_way(store, lab):
     writer.close(commit=False)
     lab.write(store, "Pong", lab.make_episodes([(5, True, False)]))
     assert len(AtariFrameStorage(store)) == 5
+
+
+def test_the_list_is_locked_by_what_hosts_share(store, lab, monkeypatch):
+    """A lock of a folder stays on its host with NFS: two writers could lose each other's line."""
+    flock, locked = fcntl.flock, []
+
+    def watched(file, operation):
+        locked.append(stat.S_IFMT(os.fstat(file).st_mode))
+        return flock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", watched)
+    lab.write(store, "Pong", lab.make_episodes([(3, True, False)]))
+    assert len(locked) > 1 and set(locked) == {stat.S_IFREG}
 
 
 @pytest.mark.parametrize(

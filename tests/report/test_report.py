@@ -306,6 +306,12 @@ def test_a_training_metric_that_is_no_number_is_named():
     assert "TD loss of Ours, seed 3, is not finite at step 20." in caveats(Analysis(make(curves=[curve])))
 
 
+def test_a_missing_interval_is_explained():
+    rows = [dataclasses.replace(row, episode_return=7.0) if row.agent == "ours" else row for row in make().episodes]
+    why = [text for text in caveats(Analysis(make(episodes=rows))) if text.startswith("No interval of ")]
+    assert len(why) == 1 and "Ours" in why[0] and "nothing is known of their spread" in why[0]
+
+
 def test_unequal_seeds_are_stated():
     rows = [r for r in make().episodes if not (r.agent == "bc" and r.seed > 0)]
     assert any("over 1 to 3 training seeds" in note for note in caveats(Analysis(make(episodes=rows))))

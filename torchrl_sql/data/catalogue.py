@@ -21,6 +21,8 @@ RECORDINGS_FILE = "recordings.txt"
 ABSENT = "-"
 """State of a recording before its first commit."""
 
+_LOCK_FILE = ".lock"
+
 _LINE = re.compile(r"([\w.-]+/[\w.-]+) (-|[0-9a-f]{8})( [0-9a-f]{8})?")
 
 
@@ -69,15 +71,16 @@ def list_recording(recording: Path, *states: str) -> None:
     store = recording.parent.parent
     if not (store / RECORDINGS_FILE).exists():
         return
-    folder = os.open(store, os.O_RDONLY)
+    # Writers of other recordings may be at it, on other hosts too: NFS passes on locks of files, not of folders.
+    lock = os.open(store / _LOCK_FILE, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o644)
     try:
-        fcntl.flock(folder, fcntl.LOCK_EX)  # Writers of other recordings may be at it.
+        fcntl.flock(lock, fcntl.LOCK_EX)
         before = read_list(store)
         if before.get(_name(recording)) != states:
             lines = sorted((before | {_name(recording): states}).items())
             write_text(store / RECORDINGS_FILE, "".join(f"{' '.join((name, *listed))}\n" for name, listed in lines))
     finally:
-        os.close(folder)
+        os.close(lock)
 
 
 def _name(recording: Path) -> str:

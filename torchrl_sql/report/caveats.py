@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from math import isfinite
+from math import isfinite, isnan
 
 import numpy as np
 
@@ -52,6 +52,12 @@ def _of_intervals(analysis: Analysis) -> Iterator[str]:
         yield (
             f"One training seed of {', '.join(labels)}: intervals are of evaluation episodes only and do not cover the "
             "variation between training runs, so that there is no verdict."
+        )
+    unknown = [label for label, means in analysis.game_means.items() if any(isnan(mean.low) for mean in means.values())]
+    if unknown:
+        yield (
+            f"No interval of {', '.join(unknown)} where all training seeds, or all episodes of one seed, score the "
+            "same or there is one only: nothing is known of their spread."
         )
     if max(counts) > 1:
         seeds = f"{few}" if counts == {few} else f"{few} to {max(counts)}"
