@@ -8,10 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from benchmarks.readme import render
 from torchrl_sql.data import FrameStore
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_readme_is_what_its_template_and_the_recorded_results_make():
+    assert render() == README, "run: python benchmarks/readme.py"
 
 
 def test_library_example_runs(tmp_path):
