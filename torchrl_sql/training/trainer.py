@@ -337,7 +337,7 @@ class Trainer:
 
     def _laid_out(self, moments: dict[int, dict[str, Any]]) -> dict[int, dict[str, Any]]:
         """Optimizer state in the memory layout of its parameters: fused optimizers walk raw memory."""
-        keys = {key for state in moments.values() for key in state}
+        keys = dict.fromkeys(key for state in moments.values() for key in state)  # in their order, as saved again
 
         def laid_out(value: Tensor, parameter: Tensor) -> Tensor:
             if value.ndim == 0:  # a count of steps
