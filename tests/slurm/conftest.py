@@ -294,10 +294,10 @@ class Run:
         rows = read_scalars(self.folder).get("objective", [])
         return rows[-1][0] if rows else 0
 
-    def wait_for_step(self, step, seconds=90):
+    def wait_for_step(self, step, seconds=300):
         wait_for(lambda: self.step() >= step, seconds, lambda: f"{self.folder} at step {step}: {self.log()}")
 
-    def wait_for_end(self, seconds=120):
+    def wait_for_end(self, seconds=300):
         """Until nothing happens any more without anybody's doing; returns the state."""
         since = time.monotonic()
 
