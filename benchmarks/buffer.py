@@ -162,7 +162,7 @@ def tensorstore_reader(store: FrameStore, num_threads: int) -> Callable[[], np.n
 
 
 def in_memory(games: dict[str, list[Episode]], folder: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """Rates by contender and number of threads, and bytes a transition."""
+    """Rates by contender and number of threads, and bytes per transition."""
     store = write_ours(games, folder / "store")
     frames = torch.from_numpy(np.concatenate([e.frames for episodes in games.values() for e in episodes]))
     lengths = torch.tensor([len(e.frames) for episodes in games.values() for e in episodes])

@@ -51,7 +51,7 @@ PLAYED = ("Assault", "Breakout", "Freeway", "SpaceInvaders")
 
 
 def emulator_rate(seconds: float) -> float:
-    """Agent steps a second of one emulator thread, the games in equal shares."""
+    """Agent steps per second of one emulator thread, the games in equal shares."""
     vectors = [AtariVector(game, 8, num_threads=1) for game in PLAYED]
     for vector in vectors:
         vector.reset(np.arange(8))
@@ -100,7 +100,7 @@ class _Enough(Exception):
 
 
 def evaluation_rate(policy: NetworkPolicy, seconds: float) -> float:
-    """Agent steps a second, after the seconds in which the emulators are created."""
+    """Agent steps per second, after the seconds in which the emulators are created."""
     times: list[float] = []
     begin = time.perf_counter() + WARM_UP_SECONDS
 
@@ -119,7 +119,7 @@ def evaluation_rate(policy: NetworkPolicy, seconds: float) -> float:
 
 
 def gym_loop_rate(policy: NetworkPolicy, seconds: float) -> float:
-    """Agent steps a second of TorchRL's own parts, one game after the other."""
+    """Agent steps per second of TorchRL's own parts, one game after the other."""
     spent, steps = 0.0, 0
     for game_id, game in enumerate(PLAYED):
         emulator = gymnasium.make(f"ALE/{game}-v5", frameskip=1, repeat_action_probability=0.25, full_action_space=True)

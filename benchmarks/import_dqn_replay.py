@@ -142,7 +142,7 @@ def time_import(root: Path, games: Sequence[str], checkpoints: str, workers: int
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--games", default="Breakout,Seaquest", help="default: %(default)s")
-    parser.add_argument("--steps", type=int, default=20_000, help="distinct rows a game (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=20_000, help="distinct rows per game (default: %(default)s)")
     parser.add_argument("--repeat", type=int, default=10, help="times they are in each checkpoint (default: 10)")
     parser.add_argument("--checkpoints", type=int, default=2, help="a game (default: %(default)s)")
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2], help="default: 1 2")
