@@ -49,6 +49,7 @@ from torchrl_sql.modules import make_q_actor
 from torchrl_sql.objectives import DistributionalCQLLoss
 from torchrl_sql.provenance import describe_benchmark
 from torchrl_sql.training import Trainer
+from torchrl_sql.training.device import prepare_cpu
 from torchrl_sql.training.parallel import SingleProcess
 
 NUM_GAMES = {"resnet_small": 2, "resnet34": 40, "resnet50": 40, "resnet101": 40}
@@ -350,8 +351,7 @@ def main() -> None:
     torch._logging.set_logs(dynamo=logging.ERROR)  # the graph breaks of TorchRL's loss
     if args.clock == "processor" and (args.threads != 1 or device.type != "cpu"):
         parser.error("--clock processor needs --device cpu and --threads 1")
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    prepare_cpu(args.threads)
     args.batch_size = args.batch_size or (512 if device.type == "cuda" else 32)
     networks = args.networks or (list(NUM_GAMES) if device.type == "cuda" else ["resnet_small"])
 

@@ -24,7 +24,7 @@ from torchrl_sql.statistics.intervals import interquartile_mean
 from torchrl_sql.statistics.scores import human_normalised, split_by_reference
 from torchrl_sql.training.build import find_checkpoint, load_agent
 from torchrl_sql.training.checkpoint import mark_best
-from torchrl_sql.training.device import resolve_device, set_num_threads
+from torchrl_sql.training.device import prepare_cpu, resolve_device
 
 
 class Agent:
@@ -171,7 +171,7 @@ class TrainedAgent(Agent):
         if method.values == "none":
             raise ValueError(f"{path} must hold a network that acts, got one of method {config.method.name!r}")
         usual = method.decodings[0]
-        set_num_threads(config.num_threads)  # as in training: the last bits of outputs depend on it
+        prepare_cpu(config.num_threads)  # as in training: the last bits of outputs depend on it
         agent = AgentId(
             name=config.name,
             training_seed=config.seed,

@@ -18,7 +18,7 @@ from torchrl_sql.data import FrameStore, mean_frame
 from torchrl_sql.files import expand_path
 from torchrl_sql.methods import make_method
 from torchrl_sql.training.checkpoint import CheckpointError, list_checkpoints, load_checkpoint, wrong_content
-from torchrl_sql.training.device import resolve_device, set_num_threads, tune
+from torchrl_sql.training.device import prepare_cpu, resolve_device, tune
 from torchrl_sql.training.lamb import Lamb
 from torchrl_sql.training.parallel import Replicated, SingleProcess
 from torchrl_sql.training.ranks import Ranks
@@ -75,7 +75,7 @@ def build_trainer(config: RunConfig, ranks: Ranks | None = None) -> Trainer:
             among the ranks.
     """
     ranks = ranks or Ranks(0, 1, resolve_device(config.trainer.device))
-    set_num_threads(config.num_threads)
+    prepare_cpu(config.num_threads)
     tune(ranks.device)
     torch.manual_seed(config.seed)
     device = ranks.device

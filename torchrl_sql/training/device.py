@@ -1,8 +1,10 @@
-"""Which device a process works on, and how many threads."""
+"""Which device a process works on, with how many threads, and how its memory is kept."""
 
 from __future__ import annotations
 
+import ctypes
 import os
+import platform
 import re
 
 import torch
@@ -10,6 +12,12 @@ import torch
 _GPU_IDS = ("CUDA_VISIBLE_DEVICES", "SLURM_JOB_GPUS", "SLURM_STEP_GPUS")
 _GPU_COUNTS = ("SLURM_GPUS", "SLURM_GPUS_ON_NODE", "SLURM_GPUS_PER_NODE", "SLURM_GPUS_PER_TASK")
 """Set in the environment where somebody asked for GPUs."""
+
+_MALLOC_SETTINGS = {
+    -3: 2**25,  # M_MMAP_THRESHOLD: the most that every glibc takes; larger blocks are still mapped and unmapped
+    -1: 2**31 - 1,  # M_TRIM_THRESHOLD: never
+    -2: 2**26,  # M_TOP_PAD: in strides of 64 MiB
+}
 
 
 def resolve_device(name: str) -> torch.device:
@@ -52,10 +60,20 @@ def _torch_build() -> str:
     return f"torch {torch.__version__} ({f'CUDA {torch.version.cuda}' if torch.version.cuda else 'without CUDA'})"
 
 
-def set_num_threads(num_threads: int | None) -> None:
-    """Set torch's CPU threads; ``None`` leaves torch's own choice."""
+def prepare_cpu(num_threads: int | None) -> None:
+    """Set torch's CPU threads, ``None`` for torch's own choice, and keep freed memory for the next step.
+
+    By default glibc hands large blocks back to the system, which takes and clears them anew, page by page: thousands of
+    page faults per gradient step (``benchmarks/results/update_step.md``). Other C libraries (musl, macOS) have no such
+    setting: nothing changes there.
+    """
     if num_threads is not None:
         torch.set_num_threads(num_threads)
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        for parameter, value in _MALLOC_SETTINGS.items():
+            if libc.mallopt(parameter, value) != 1:
+                raise OSError(f"mallopt({parameter}, {value}) was refused by {' '.join(platform.libc_ver())}")
 
 
 def tune(device: torch.device) -> None:
