@@ -15,6 +15,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 from torchrl_sql.launch import job
 from torchrl_sql.launch.attempt import ATTEMPT_VARIABLE, Attempt, TaskFolder, newest_checkpoint
 from torchrl_sql.launch.group import make_groups
+from torchrl_sql.launch.ranks import is_first_of_node
 from torchrl_sql.studies.task import Task
 from torchrl_sql.training.checkpoint import CheckpointError
 from torchrl_sql.training.signals import Interrupted
@@ -208,7 +209,7 @@ from pathlib import Path
 from torchrl_sql.launch.attempt import Attempt, TaskFolder
 from torchrl_sql.launch.watchdog import Watchdog
 signal.signal(signal.SIGUSR2, lambda *_: None)
-with Watchdog(TaskFolder(Path(sys.argv[1])), Attempt(0, 0), stop_seconds=0.5):
+with Watchdog(TaskFolder(Path(sys.argv[1])), Attempt(0, 0), stop_seconds=0.5, look_seconds=float(sys.argv[2])):
     print("ready", flush=True)
     # A wait in C code, as in a collective: handlers written in Python do not run.
     import ctypes
@@ -217,10 +218,11 @@ with Watchdog(TaskFolder(Path(sys.argv[1])), Attempt(0, 0), stop_seconds=0.5):
 """
 
 
-@pytest.fixture
-def hanging(tmp_path):
-    """A process whose main thread hangs under a watchdog."""
-    process = subprocess.Popen([sys.executable, "-c", HANGS, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+@pytest.fixture(params=[0.2])
+def hanging(tmp_path, request):
+    """A process whose main thread hangs under a watchdog that looks for a newer attempt so often (seconds)."""
+    command = [sys.executable, "-c", HANGS, str(tmp_path), str(request.param)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "ready\n"
     yield process
     process.kill()
@@ -228,6 +230,7 @@ def hanging(tmp_path):
     process.stdout.close()
 
 
+@pytest.mark.parametrize("hanging", [0.2, 300], indirect=True)
 def test_a_process_that_hangs_is_queued_again_after_the_signal(hanging, tmp_path):
     time.sleep(0.7)
     assert hanging.poll() is None  # without a signal nothing happens
@@ -249,3 +252,27 @@ def test_an_orphan_ends_when_a_newer_attempt_starts(hanging, tmp_path):
     TaskFolder(tmp_path).write("attempt", "0.1")
     assert hanging.wait(10) == job.EXIT_SUPERSEDED
     assert TaskFolder(tmp_path).text("requeue") is None
+
+
+@pytest.mark.parametrize("hanging", [300], indirect=True)
+def test_who_seldom_looks_leaves_the_file_system_alone(hanging, tmp_path):
+    TaskFolder(tmp_path).write("attempt", "0.1")
+    time.sleep(1)
+    assert hanging.poll() is None
+
+
+@pytest.mark.parametrize(
+    ("environment", "first"),
+    [
+        ({}, True),
+        ({"SLURM_LOCALID": "0", "SLURM_PROCID": "8"}, True),
+        ({"SLURM_LOCALID": "3", "SLURM_PROCID": "11"}, False),
+        ({"LOCAL_RANK": "1", "RANK": "1"}, False),
+    ],
+)
+def test_one_process_per_node_looks_often(monkeypatch, environment, first):
+    for name in ("LOCAL_RANK", "SLURM_LOCALID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert is_first_of_node() == first

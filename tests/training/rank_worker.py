@@ -41,6 +41,8 @@ def train_jobs(phase: dict[str, Any], rank: int) -> None:
             outcome = "trained"
         except Interrupted as interruption:
             outcome = f"{interruption}, requeue={interruption.requeue}"
+        except ValueError as error:
+            outcome = str(error)
         say({"job": job["name"], "rank": rank, "outcome": outcome})
 
 

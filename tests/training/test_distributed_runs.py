@@ -128,3 +128,15 @@ def test_all_ranks_stop_at_the_step_after_the_signal_and_agree_whether_to_requeu
 
 def test_random_states_of_every_rank_are_kept(runs):
     assert [len(runs.state(name)["rng"]) for name in ("one", "two", "four")] == [1, 2, 4]
+
+
+def test_damaged_checkpoints_stop_every_rank_with_the_same_words(runs):
+    folder = runs.folder / "damaged" / "checkpoints"
+    folder.mkdir(parents=True)
+    content = bytearray(list_checkpoints(runs.folder / "two" / "checkpoints")[-1].read_bytes())
+    content[len(content) // 2] ^= 1
+    (folder / "step_000000004.pt").write_bytes(content)
+    runs.run((2, runs.job("damaged")))
+    expected = f"none of the 1 checkpoints in {folder} can be read"
+    assert [runs.outcomes["damaged", rank] for rank in range(2)] == [[expected], [expected]]
+    assert runs.codes.pop() == [0, 0]

@@ -19,8 +19,8 @@ from types import FrameType
 
 from torchrl_sql.launch.attempt import ATTEMPT_VARIABLE, Attempt, TaskFolder, newest_checkpoint
 from torchrl_sql.launch.group import Group
-from torchrl_sql.launch.ranks import rank, torchrun_environment
-from torchrl_sql.launch.watchdog import EXIT_REQUEUE, EXIT_SUPERSEDED, Watchdog
+from torchrl_sql.launch.ranks import is_first_of_node, rank, torchrun_environment
+from torchrl_sql.launch.watchdog import EXIT_REQUEUE, EXIT_SUPERSEDED, LOOK_SECONDS, OTHERS_LOOK_SECONDS, Watchdog
 from torchrl_sql.studies.local import EXIT_STOPPED
 from torchrl_sql.studies.task import Task
 
@@ -80,7 +80,8 @@ def _work(
 ) -> int:
     """One attempt; returns its exit code."""
     since = time.monotonic()
-    with Watchdog(folder, attempt, stop_seconds=stop_seconds) as watchdog:
+    look_seconds = LOOK_SECONDS if is_first_of_node() else OTHERS_LOOK_SECONDS
+    with Watchdog(folder, attempt, stop_seconds=stop_seconds, look_seconds=look_seconds) as watchdog:
         try:
             if rank() == 0:
                 task.write_record(seconds=None)

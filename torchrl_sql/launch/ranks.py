@@ -68,3 +68,8 @@ def torchrun_environment(environment: Mapping[str, str], *, restart: int) -> dic
 def rank() -> int:
     """This process's rank: torchrun's, SLURM's, or 0 for a process alone."""
     return int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
+
+
+def is_first_of_node() -> bool:
+    """Whether this process is the first on its node, or alone."""
+    return int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or 0) == 0

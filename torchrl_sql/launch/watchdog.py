@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import select
 import signal
@@ -20,7 +21,10 @@ EXIT_REQUEUE = 75
 """Exit code of an attempt that is to be continued (EX_TEMPFAIL)."""
 EXIT_SUPERSEDED = 76
 """Exit code of a process whose task has a newer attempt."""
-_POLL_SECONDS = 1.0
+LOOK_SECONDS = 10.0
+"""How often one process per node looks for a newer attempt."""
+OTHERS_LOOK_SECONDS = 300.0
+"""How often the others do, which mostly hear of it by their collectives: the shared file system serves all of them."""
 
 
 class Watchdog:
@@ -40,12 +44,14 @@ class Watchdog:
 
     Keyword Args:
         stop_seconds (float): time to react to SIGUSR2.
+        look_seconds (float): between two looks for a newer attempt.
     """
 
-    def __init__(self, task: TaskFolder, attempt: Attempt, *, stop_seconds: float) -> None:
+    def __init__(self, task: TaskFolder, attempt: Attempt, *, stop_seconds: float, look_seconds: float) -> None:
         self._task = task
         self._attempt = attempt
         self._stop_seconds = stop_seconds
+        self._look_seconds = look_seconds
         self._ended = threading.Event()
         self._received = b""
         self._reading = threading.Lock()
@@ -85,18 +91,21 @@ class Watchdog:
             return False
 
     def _watch(self) -> None:
-        deadline = None
+        deadline = math.inf
+        next_look = time.monotonic()
         while True:
-            select.select([self._read], [], [], _POLL_SECONDS)
+            select.select([self._read], [], [], max(0.0, min(deadline, next_look) - time.monotonic()))
             asked = self.asked_to_requeue
             if self._ended.is_set():
                 return
-            if asked and deadline is None:
+            if asked and deadline == math.inf:
                 deadline = time.monotonic() + self._stop_seconds
-            if self._is_superseded():
-                logger.error("attempt %s was superseded by a newer one: exiting", self._attempt)
-                os._exit(EXIT_SUPERSEDED)
-            if deadline is not None and time.monotonic() > deadline:
+            if time.monotonic() >= next_look:
+                if self._is_superseded():
+                    logger.error("attempt %s was superseded by a newer one: exiting", self._attempt)
+                    os._exit(EXIT_SUPERSEDED)
+                next_look = time.monotonic() + self._look_seconds
+            if time.monotonic() >= deadline:
                 try:
                     logger.error(
                         "not stopped %g s after SIGUSR2 (a rank hangs): exiting, to continue from the last checkpoint",

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import os
+import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, distributed
+from torch.utils import _pytree as pytree
+
+T = TypeVar("T")
 
 _SETTLE_SECONDS = 0.2
 """Milliseconds are enough on an idle machine."""
@@ -47,13 +53,64 @@ class Ranks:
         distributed.all_reduce(tensor, distributed.ReduceOp.MAX, group=self._host_group)
         return int(tensor)
 
-    def broadcast(self, value: int) -> int:
-        """Rank 0's value; waits for it."""
+    def share(self, value: Any) -> Any:
+        """Rank 0's value on each rank; waits for it.
+
+        Args:
+            value: of rank 0: what ``torch.load(weights_only=True)`` reads, with tensors in dicts, lists and tuples on
+                the host. The other ranks' are not looked at.
+
+        Returns:
+            On rank 0 ``value`` itself; elsewhere an equal one, its tensors contiguous.
+        """
         if self._host_group is None:
             return value
-        tensor = torch.tensor(value)
-        distributed.broadcast(tensor, src=0, group=self._host_group)
-        return int(tensor)
+        skeleton = io.BytesIO()
+        if self.is_main:
+            torch.save(pytree.tree_map_only(Tensor, lambda tensor: tensor.to("meta"), value), skeleton)
+        size = self._from_main(torch.tensor(skeleton.tell()))
+        content = self._from_main(
+            torch.frombuffer(skeleton.getbuffer(), dtype=torch.uint8)
+            if self.is_main
+            else torch.empty(int(size), dtype=torch.uint8)
+        )
+        if self.is_main:
+            for tensor in pytree.tree_leaves(value):
+                if isinstance(tensor, Tensor):
+                    self._from_main(tensor.contiguous())
+            return value
+        received = torch.load(io.BytesIO(content.numpy().tobytes()), weights_only=True)
+        return pytree.tree_map_only(
+            Tensor, lambda tensor: self._from_main(torch.empty(tensor.shape, dtype=tensor.dtype)), received
+        )
+
+    def _from_main(self, tensor: Tensor) -> Tensor:
+        """Fill a contiguous tensor with rank 0's, byte by byte: gloo does not know every dtype."""
+        if tensor.numel():
+            distributed.broadcast(tensor.view(-1).view(torch.uint8), src=0, group=self._host_group)
+        return tensor
+
+    def on_main(self, work: Callable[[], T]) -> T:
+        """Call ``work`` on rank 0; what it returns is :meth:`share`d, what it raises every rank raises.
+
+        Raises:
+            Exception: rank 0's; on the other ranks ``OSError``, ``MemoryError``, ``RuntimeError`` or ``ValueError`` of
+                the same text.
+        """
+        if self._host_group is None:
+            return work()
+        value: T | None = None
+        problem: Exception | None = None
+        if self.is_main:
+            try:
+                value = work()
+            except Exception as error:
+                problem = error
+        told, value = self.share((_tell(problem), value))
+        self.maximum(0)  # whoever left before the others have received it would take it away
+        if told is not None:
+            raise problem or _told(*told)
+        return cast(T, value)
 
     def mean(self, values: Tensor) -> Tensor:
         """The mean over ranks of tensors on their devices, without waiting for the device; changes ``values``."""
@@ -73,6 +130,24 @@ class Ranks:
     def agreement(self) -> Agreement:
         """A vote that is held at each step."""
         return Agreement(self._host_group)
+
+
+_KINDS = (OSError, MemoryError, RuntimeError, ValueError)
+"""Of errors, as far as who retries a job tells them apart; the last is what the others are not."""
+
+
+def _tell(error: Exception | None) -> tuple[int, list[Any]] | None:
+    """An error in plain values, for :func:`_told` on another rank."""
+    if error is None:
+        return None
+    if isinstance(error, OSError) and error.errno is not None:
+        return 0, [error.errno, error.strerror, None if error.filename is None else str(error.filename)]
+    kind = next((index for index, kind in enumerate(_KINDS) if isinstance(error, kind)), len(_KINDS) - 1)
+    return kind, [str(error)]
+
+
+def _told(kind: int, arguments: list[Any]) -> Exception:
+    return _KINDS[kind](*arguments)
 
 
 class Agreement:
@@ -122,7 +197,8 @@ def process_group(device: torch.device, *, timeout_seconds: float = 600) -> Iter
         timeout_seconds (float): how long to wait for the others, at the start and in a step.
 
     Raises:
-        ValueError: if some of the variables are there and others are not, or one is no number.
+        ValueError: if some of the variables are there and others are not, one is no number, or other nodes could not
+            reach this one, see :func:`check_address`.
     """
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -131,6 +207,7 @@ def process_group(device: torch.device, *, timeout_seconds: float = 600) -> Iter
         return
     if missing := [name for name in _VARIABLES if name not in os.environ]:
         raise ValueError(f"WORLD_SIZE is set, but {', '.join(missing)} must be too (torchrun sets them all)")
+    check_address(os.environ, socket.gethostbyname)
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     backend = "nccl" if device.type == "cuda" else "gloo"
     timeout = timedelta(seconds=timeout_seconds)
@@ -148,3 +225,32 @@ def process_group(device: torch.device, *, timeout_seconds: float = 600) -> Iter
         # waits for the lock, torch 2.13 waits for that thread with the lock held: a deadlock, or an abort at exit.
         time.sleep(_SETTLE_SECONDS)
         distributed.destroy_process_group()
+
+
+def check_address(environment: Mapping[str, str], resolve: Callable[[str], str]) -> None:
+    """Refuse to join processes of several nodes under an address that means this node on each of them.
+
+    Gloo announces the address that the host's own name resolves to. Where ``/etc/hosts`` makes that 127.0.1.1, as
+    Debian does, the other nodes would try to reach themselves, until the time is up.
+
+    Args:
+        environment (mapping): e.g. ``os.environ``.
+        resolve (callable): a host's name -> its IPv4 address, e.g. ``socket.gethostbyname``.
+
+    Raises:
+        ValueError: saying which variable mends it.
+    """
+    num_here = environment.get("LOCAL_WORLD_SIZE", environment["WORLD_SIZE"])
+    is_one_host = num_here == environment["WORLD_SIZE"] or environment["MASTER_ADDR"].startswith(("127.", "localhost"))
+    if is_one_host or "GLOO_SOCKET_IFNAME" in environment:
+        return
+    host = os.uname().nodename
+    try:
+        address = resolve(host)
+    except OSError:  # then gloo looks for an interface by itself
+        return
+    if address.startswith("127."):
+        raise ValueError(
+            f"{host} resolves to {address} here, where the other nodes cannot reach it: set GLOO_SOCKET_IFNAME to the "
+            "network interface between the nodes, e.g. cluster.environment.GLOO_SOCKET_IFNAME=ib0"
+        )

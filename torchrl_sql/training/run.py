@@ -17,15 +17,13 @@ from torchrl_sql.provenance import software_versions
 from torchrl_sql.training.build import build_trainer, check_here
 from torchrl_sql.training.checkpoint import (
     checkpoint_path,
-    checkpoint_step,
-    load_checkpoint,
     load_latest_checkpoint,
     make_room,
     write_content,
     wrong_content,
 )
 from torchrl_sql.training.device import describe_device, resolve_device
-from torchrl_sql.training.lock import RunFolderError, RunLock
+from torchrl_sql.training.lock import RunLock
 from torchrl_sql.training.logs import RunLog
 from torchrl_sql.training.policy import POLICY_FILE, export_policy
 from torchrl_sql.training.ranks import Ranks, process_group
@@ -79,14 +77,9 @@ def train(config: RunConfig, *, stop: StopSignals | None = None) -> Path:
 @contextmanager
 def _own(folder: Path, ranks: Ranks) -> Iterator[RunLock | None]:
     """Rank 0 holds the lock of the folder; if it cannot, no rank goes on."""
-    lock, problem = None, None
-    if ranks.is_main:
-        try:
-            lock = RunLock(folder)
-        except (RunFolderError, OSError) as error:
-            problem = error
-    if ranks.maximum(int(problem is not None)):
-        raise problem or RunFolderError(f"rank 0 cannot train in {folder}")
+    locks: list[RunLock] = []
+    ranks.on_main(lambda: locks.append(RunLock(folder)))
+    lock = locks[0] if locks else None
     with lock or nullcontext():
         yield lock
 
@@ -108,8 +101,8 @@ def _train(config: RunConfig, ranks: Ranks, signals: StopSignals, lock: RunLock 
             num_steps_taken = int(content["trainer"]["step"])
         _check_same_run(config, before, same_data=same_data)
         if num_steps_taken >= config.trainer.num_gradient_steps:
+            ranks.on_main(lambda: _export_once(config, path))
             if ranks.is_main:
-                _export_once(config, path)
                 logger.info("%s is trained already (%d gradient steps)", folder, num_steps_taken)
             return folder
     trainer = build_trainer(config, ranks)
@@ -178,9 +171,7 @@ class _Session:
                 trainer.rewind(error.step - 1)
                 raise NonFiniteError(f"{error}. {self._save_for_inspection()}", step=error.step) from error
             self.agreement.finish()
-            problem = None if self.main is None else self.main.finish(trainer.step)
-            if self.ranks.maximum(int(problem is not None)):  # also: nobody leaves before rank 0 has saved
-                raise problem or RuntimeError("rank 0 could not write the last checkpoint")
+            self.ranks.on_main(self._finish)  # also: nobody leaves before rank 0 has saved
         if trainer.step < self.num_steps:
             message = f"stopped at gradient step {trainer.step} of {self.num_steps}; the same command continues"
             raise Interrupted(message, requeue=self.request == _REQUEUE)
@@ -200,6 +191,10 @@ class _Session:
             self.main.writer.check()
         return stop
 
+    def _finish(self) -> None:
+        assert self.main is not None
+        self.main.finish(self.trainer.step)
+
     def _content(self) -> dict[str, Any]:
         """What a checkpoint holds; to be called by every rank."""
         return {**self.about, "trainer": self.trainer.state_dict()}
@@ -208,14 +203,14 @@ class _Session:
         """Write the present state and each rank's next batch; returns where they are and how to read them."""
         folder = expand_path(self.config.run_dir) / "nonfinite"
         content = self._content()
-        batch = {"step": self.trainer.step + 1, "batch": self.trainer.replay.sample().to_dict()}
-        problem: OSError | None = None
+        problem: Exception | None = None
         try:
             folder.mkdir(parents=True, exist_ok=True)
             if self.ranks.is_main:
                 write_content(folder / "state.pt", HostCopies().copy(content))
+            batch = {"step": self.trainer.step + 1, "batch": self.trainer.replay.sample().to_dict()}
             write_content(folder / f"batch_rank{self.ranks.rank}.pt", batch)
-        except OSError as error:  # the run's own error matters more
+        except Exception as error:  # the run's own error matters more, and the other ranks wait
             problem = error
         if self.ranks.maximum(int(problem is not None)):
             return f"The state before it could not be saved in {folder}: {problem or 'another rank failed'}"
@@ -256,14 +251,11 @@ class _MainRank:
         self.lock.check()
         self.writer.save(step, content)
 
-    def finish(self, step: int) -> Exception | None:
-        """Wait for the last checkpoint, export a trained policy, log a summary; returns what went wrong."""
-        try:
-            self.writer.finish(step)
-            if step >= self.config.trainer.num_gradient_steps:
-                _export_once(self.config, checkpoint_path(self.writer.folder, step))
-        except (OSError, ValueError) as error:
-            return error
+    def finish(self, step: int) -> None:
+        """Wait for the last checkpoint, export a trained policy, log a summary."""
+        self.writer.finish(step)
+        if step >= self.config.trainer.num_gradient_steps:
+            _export_once(self.config, checkpoint_path(self.writer.folder, step))
         summary = self.log.summary(
             step=step,
             batch_size=self.config.data.batch_size,
@@ -272,7 +264,6 @@ class _MainRank:
             run_dir=self.folder,
         )
         logger.info("%s", summary)
-        return None
 
 
 def _export_once(config: RunConfig, checkpoint: Path) -> None:
@@ -287,16 +278,14 @@ def _export_once(config: RunConfig, checkpoint: Path) -> None:
 
 
 def _load_latest(folder: Path, ranks: Ranks) -> tuple[Path, dict[str, Any]] | None:
-    """The newest usable checkpoint, the same on each rank: rank 0 chooses, each reads it."""
-    if ranks.is_main:
+    """The newest usable checkpoint, which rank 0 reads for all."""
+
+    def load() -> tuple[str, dict[str, Any]] | None:
         latest = load_latest_checkpoint(folder, warn=logger.warning)
-        ranks.broadcast(-1 if latest is None else checkpoint_step(latest[0]))
-        return latest
-    step = ranks.broadcast(0)
-    if step < 0:
-        return None
-    path = checkpoint_path(folder, step)
-    return path, load_checkpoint(path)
+        return None if latest is None else (str(latest[0]), latest[1])
+
+    latest = ranks.on_main(load)
+    return None if latest is None else (Path(latest[0]), latest[1])
 
 
 def _check_same_run(now: RunConfig, before: RunConfig, *, same_data: bool) -> None:
