@@ -6,7 +6,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -21,7 +21,20 @@ from torchrl_sql.training.ranks import Ranks
 from torchrl_sql.training.trainer import Trainer
 
 _NUM_WARM_UPS = 3
+_NUM_ROUNDS = 5
 _SECONDS_PER_DAY = 86_400
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepTimes:
+    """What :func:`time_steps` found."""
+
+    start_seconds: float
+    """Of the first 3 gradient steps together: compiling, capturing, choosing algorithms."""
+    step_seconds: float
+    """Of a gradient step on a batch that is on the device, the host running ahead as in training."""
+    peak_bytes: int | None
+    """The most device memory that was in use; None on the CPU."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,8 +43,10 @@ class Measurements:
 
     step_seconds: Mapping[int, float]
     """Samples a device gets in a step -> seconds of the step, without communication."""
+    start_seconds: Mapping[int, float] = field(default_factory=dict)
+    """The same -> seconds of the first steps, see :class:`StepTimes`."""
     read_transitions_per_second: float
-    """What one rank's readers deliver."""
+    """What one rank's readers deliver to its device."""
     read_bytes_per_transition: float
     """Compressed bytes fetched from the store for one transition."""
     num_parameters: int
@@ -65,13 +80,17 @@ class Plan:
 def measure(config: RunConfig, ranks: Ranks, *, samples_per_gpu: Sequence[int], num_repeats: int = 20) -> Measurements:
     """Times gradient steps, the readers and the links; every rank must call it, and gets the slowest rank's figures.
 
+    For each number of samples the trainer is built as a run with that batch would build it, on each rank for itself:
+    what is timed is the program that such a run trains with, compiled for that shape alone, in its microbatches.
+
     Args:
         config (RunConfig): a run that could be trained here.
         ranks (Ranks): the processes taking part; bandwidths are unknown to one alone.
 
     Keyword Args:
-        samples_per_gpu (sequence of int): batches that a device gets, each at most ``data.batch_size``.
-        num_repeats (int): of each measurement, after compiling and warming up; medians are taken.
+        samples_per_gpu (sequence of int): batches that a device gets, each at most ``data.batch_size``. The readers are
+            timed at the largest.
+        num_repeats (int): of each measurement, after compiling and warming up; in rounds, whose median is taken.
 
     Raises:
         ValueError: if a number of samples is not in ``1..data.batch_size``, or more than ``trainer.microbatch_size``
@@ -82,13 +101,17 @@ def measure(config: RunConfig, ranks: Ranks, *, samples_per_gpu: Sequence[int], 
     size = config.trainer.microbatch_size
     if size is not None and (bad := [n for n in samples_per_gpu if n > size and n % size]):
         raise ValueError(f"samples_per_gpu must be multiples of trainer.microbatch_size={size}, got {bad[0]}")
-    trainer = build_trainer(config, Ranks(0, 1, ranks.device))  # on its own: communication is timed by itself
-    try:
-        read_seconds = _median_seconds(trainer.replay.sample, ranks.device, num_repeats)
-        step_seconds = {n: _step_seconds(trainer, n, size, num_repeats) for n in sorted(set(samples_per_gpu))}
-    finally:
-        trainer.replay.shutdown()
-    num_parameters = sum(p.numel() for group in trainer.optimizer.param_groups for p in group["params"])
+    times: dict[int, StepTimes] = {}
+    for num_samples in sorted(set(samples_per_gpu)):
+        torch.compiler.reset()  # else the second size would be compiled for any size
+        trainer = build_trainer(_with_batch(config, num_samples), Ranks(0, 1, ranks.device))
+        try:
+            times[num_samples] = time_steps(trainer, num_repeats=num_repeats)
+            read_seconds = _seconds_per_call(trainer.replay.sample, ranks.device, num_repeats)
+            num_parameters = sum(p.numel() for group in trainer.optimizer.param_groups for p in group["params"])
+        finally:
+            trainer.replay.shutdown()
+        del trainer  # its memory is for the next
     gpus_per_node = int(os.environ.get("LOCAL_WORLD_SIZE", max(torch.cuda.device_count(), 1)))
     node = network = None
     if ranks.world_size > 1:
@@ -98,10 +121,13 @@ def measure(config: RunConfig, ranks: Ranks, *, samples_per_gpu: Sequence[int], 
             node = _bus_bandwidth(gradients, group, ranks, num_repeats)
         if ranks.world_size > gpus_per_node:
             network = _bus_bandwidth(gradients, None, ranks, num_repeats)
-    read_seconds, *slowest_steps = _slowest(ranks, [read_seconds, *step_seconds.values()])
+    steps = [each.step_seconds for each in times.values()]
+    starts = [each.start_seconds for each in times.values()]
+    read_seconds, *slowest = _slowest(ranks, [read_seconds, *steps, *starts])
     return Measurements(
-        step_seconds=dict(zip(step_seconds, slowest_steps, strict=True)),
-        read_transitions_per_second=config.data.batch_size / read_seconds,
+        step_seconds=dict(zip(times, slowest[: len(times)], strict=True)),
+        start_seconds=dict(zip(times, slowest[len(times) :], strict=True)),
+        read_transitions_per_second=max(times) / read_seconds,
         read_bytes_per_transition=read_bytes_per_transition(
             FrameStore.open(expand_path(config.data.store)), n_steps=config.data.n_steps
         ),
@@ -110,6 +136,39 @@ def measure(config: RunConfig, ranks: Ranks, *, samples_per_gpu: Sequence[int], 
         node_bytes_per_second=node,
         network_bytes_per_second=network,
     )
+
+
+def _with_batch(config: RunConfig, num_samples: int) -> RunConfig:
+    size = config.trainer.microbatch_size
+    trainer = replace(config.trainer, microbatch_size=None if size is None else min(size, num_samples))
+    return replace(config, data=replace(config.data, batch_size=num_samples), trainer=trainer)
+
+
+def time_steps(trainer: Trainer, *, num_repeats: int) -> StepTimes:
+    """Times a trainer's :meth:`~torchrl_sql.training.Trainer.update`; its weights move, its batches are used up.
+
+    Args:
+        trainer (Trainer): that has taken no step yet.
+
+    Keyword Args:
+        num_repeats (int): steps, in rounds, whose median is taken.
+    """
+    device = trainer.device
+    batch = trainer.replay.sample()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+    def step() -> None:
+        trainer.update(batch.copy())  # losses write into their batch
+
+    started = time.perf_counter()
+    for _ in range(_NUM_WARM_UPS):
+        step()
+    _synchronize(device)
+    start_seconds = time.perf_counter() - started
+    step_seconds = _seconds_per_call(step, device, num_repeats)
+    peak_bytes = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+    return StepTimes(start_seconds=start_seconds, step_seconds=step_seconds, peak_bytes=peak_bytes)
 
 
 def read_bytes_per_transition(store: FrameStore, *, n_steps: int) -> float:
@@ -130,35 +189,37 @@ def read_bytes_per_transition(store: FrameStore, *, n_steps: int) -> float:
     return float(frame_bytes * store.chunk_frames * num_chunks)
 
 
-def _step_seconds(trainer: Trainer, num_samples: int, microbatch_size: int | None, num_repeats: int) -> float:
-    """Of the program that a run with this batch would train with."""
-    trainer.microbatch_size = None if microbatch_size is None else min(microbatch_size, num_samples)
-    torch.compiler.reset()  # else the second size would be compiled for any size
-    device = trainer.ranks.device
-    batch = trainer.replay.sample()[:num_samples].to(device)
-    return _median_seconds(lambda: trainer.update(batch.copy()), device, num_repeats)
-
-
 def _bus_bandwidth(
     payload: torch.Tensor, group: distributed.ProcessGroup | None, ranks: Ranks, num_repeats: int
 ) -> float:
     """Bytes/s through the slowest rank's link, as a ring moves them."""
     size = distributed.get_world_size(group)
-    seconds = _median_seconds(lambda: distributed.all_reduce(payload, group=group), ranks.device, num_repeats)
+    seconds = _seconds_per_call(lambda: distributed.all_reduce(payload, group=group), ranks.device, num_repeats)
     (seconds,) = _slowest(ranks, [seconds])
     return 2 * (size - 1) / size * payload.nbytes / seconds
 
 
-def _median_seconds(work: Callable[[], object], device: torch.device, num_repeats: int) -> float:
-    """Median duration after warming up; the same number of calls on every rank, so that they may communicate."""
-    durations = []
-    for _ in range(_NUM_WARM_UPS + num_repeats):
-        started = time.perf_counter()
+def _seconds_per_call(work: Callable[[], object], device: torch.device, num_repeats: int) -> float:
+    """Median over rounds of calls back to back, after warming up; the same number of calls on every rank, so that they
+    may communicate.
+    """
+    for _ in range(_NUM_WARM_UPS):
         work()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        durations.append(time.perf_counter() - started)
-    return statistics.median(durations[_NUM_WARM_UPS:])
+    num_calls = -(-num_repeats // _NUM_ROUNDS)
+    durations = []
+    for _ in range(_NUM_ROUNDS):
+        _synchronize(device)
+        started = time.perf_counter()
+        for _ in range(num_calls):
+            work()
+        _synchronize(device)
+        durations.append((time.perf_counter() - started) / num_calls)
+    return statistics.median(durations)
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def _slowest(ranks: Ranks, seconds: Sequence[float]) -> list[float]:
@@ -226,7 +287,8 @@ def _interpolate(step_seconds: Mapping[int, float], samples: int) -> float:
 def format_measurements(measured: Measurements) -> str:
     """The measurements with their units, one per line."""
     lines = [
-        f"step of {n} samples per device: {1e3 * seconds:.3g} ms, {n / seconds:,.0f} samples/s"
+        f"step of {n} samples per device: {1e3 * seconds:.3g} ms, {n / seconds:,.0f} samples/s; "
+        f"the first {_NUM_WARM_UPS} took {measured.start_seconds[n]:.3g} s"
         for n, seconds in sorted(measured.step_seconds.items())
     ]
     lines.append(

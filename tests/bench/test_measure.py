@@ -10,6 +10,7 @@ from torchrl_sql.bench import measure, read_bytes_per_transition
 from torchrl_sql.cli import main
 from torchrl_sql.config import compose_run_config
 from torchrl_sql.data import FrameStore
+from torchrl_sql.training.build import build_trainer
 from torchrl_sql.training.ranks import Ranks
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
@@ -34,6 +35,7 @@ def test_measures_what_a_plan_needs(settings):
     measured = measure(config, ALONE, samples_per_gpu=[8, 2], num_repeats=2)
     assert list(measured.step_seconds) == [2, 8]
     assert all(0 < seconds < 60 for seconds in measured.step_seconds.values())
+    assert all(measured.start_seconds[n] > measured.step_seconds[n] for n in (2, 8))
     assert measured.read_transitions_per_second > 0
     assert measured.num_parameters > 100_000
     assert measured.node_bytes_per_second is measured.network_bytes_per_second is None
@@ -54,6 +56,24 @@ def test_a_batch_is_split_as_training_splits_it(settings, microbatch_size, sampl
             measure(config, ALONE, samples_per_gpu=[6], num_repeats=1)
 
 
+def test_each_size_is_the_program_of_a_run_with_that_batch(settings, monkeypatch):
+    built, shapes = [], []
+
+    def build(config, ranks):
+        trainer = build_trainer(config, ranks)
+        update = trainer.update
+        monkeypatch.setattr(trainer, "update", lambda batch: shapes.append(batch.shape[0]) or update(batch))
+        built.append((config.data.batch_size, config.trainer.microbatch_size, ranks.world_size))
+        return trainer
+
+    monkeypatch.setattr("torchrl_sql.bench.build_trainer", build)
+    config = compose_run_config([*settings, "trainer.microbatch_size=4"])
+    measure(config, ALONE, samples_per_gpu=[8, 2], num_repeats=5)
+    assert built == [(2, 2, 1), (8, 4, 1)]
+    # 3 first steps, 3 to warm up, 5 rounds of one.
+    assert shapes == [2] * 11 + [8] * 11
+
+
 @pytest.mark.parametrize(
     ("n_steps", "chunks"),
     [(1, 2.0), (4, 2.75), (20, 3.5)],
@@ -69,7 +89,7 @@ def test_command_prints_measurements_and_a_plan(settings, tmp_path, capsys):
     file = tmp_path / "measured.json"
     assert main(["bench", *settings, "--samples", "8,4", "--repeats", "1", "--gpus", "1,2", "--json", str(file)]) == 0
     printed = capsys.readouterr().out
-    assert "step of 8 samples per device" in printed
+    assert "step of 8 samples per device" in printed and "the first 3 took" in printed
     assert "no plan for 2 GPUs: network_bytes_per_second must be known" in printed
     assert "4,000 gradient steps of 8 transitions" in printed
     assert json.loads(file.read_text())["step_seconds"].keys() == {"4", "8"}
