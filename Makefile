@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: quickstart test test-slurm lint docs install clean
+.PHONY: quickstart test test-slurm gpu-check lint docs install clean
 
 quickstart: $(STAMP)
 	$(BIN)/torchrl-sql quickstart
@@ -16,6 +16,10 @@ test: $(STAMP)
 test-slurm: $(STAMP)
 	tests/slurm/install.sh
 	$(BIN)/python -m pytest -m slurm tests/slurm
+
+# On a machine with a GPU, ten minutes: benchmarks/results/gpu_check_NAME.md. No network is needed once .venv is there.
+gpu-check: $(STAMP)
+	$(BIN)/python benchmarks/gpu_check.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -240,9 +240,9 @@ def num_synchronising_calls(variant: Variant) -> int:
     return sum("synchroniz" in str(warning.message) for warning in caught)
 
 
-def matmul_flops(dtype: str, device: torch.device) -> float:
+def matmul_flops(dtype: str, device: torch.device, size: int | None = None) -> float:
     """FLOP/s of a large matrix product; in fp32 with TF32 where convolutions use it."""
-    size = 8192 if device.type == "cuda" else 2048
+    size = size or (8192 if device.type == "cuda" else 2048)
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32
     a, b = (

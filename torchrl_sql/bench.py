@@ -27,7 +27,7 @@ _SECONDS_PER_DAY = 86_400
 
 @dataclass(frozen=True, kw_only=True)
 class StepTimes:
-    """What :func:`time_steps` found."""
+    """What :func:`time_steps` measured."""
 
     start_seconds: float
     """Of the first 3 gradient steps together: compiling, capturing, choosing algorithms."""
@@ -145,7 +145,7 @@ def _with_batch(config: RunConfig, num_samples: int) -> RunConfig:
 
 
 def time_steps(trainer: Trainer, *, num_repeats: int) -> StepTimes:
-    """Times a trainer's :meth:`~torchrl_sql.training.Trainer.update`; its weights move, its batches are used up.
+    """Times a trainer's :meth:`~torchrl_sql.training.Trainer.update` on one batch; its weights move.
 
     Args:
         trainer (Trainer): that has taken no step yet.
@@ -153,14 +153,15 @@ def time_steps(trainer: Trainer, *, num_repeats: int) -> StepTimes:
     Keyword Args:
         num_repeats (int): steps, in rounds, whose median is taken.
     """
-    device = trainer.device
     batch = trainer.replay.sample()
+    # A copy each time, as losses write into their batch.
+    return time_calls(lambda: trainer.update(batch.copy()), trainer.device, num_repeats=num_repeats)
+
+
+def time_calls(step: Callable[[], object], device: torch.device, *, num_repeats: int) -> StepTimes:
+    """Times any step on a device; see :func:`time_steps`."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-
-    def step() -> None:
-        trainer.update(batch.copy())  # losses write into their batch
-
     started = time.perf_counter()
     for _ in range(_NUM_WARM_UPS):
         step()

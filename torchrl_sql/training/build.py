@@ -63,12 +63,17 @@ def build_optimizer(optim: OptimConfig, loss: LossModule) -> torch.optim.Optimiz
     return kinds[optim.name](trained, lr=optim.learning_rate, eps=optim.eps, weight_decay=optim.weight_decay)
 
 
-def build_trainer(config: RunConfig, ranks: Ranks | None = None) -> Trainer:
+def build_trainer(
+    config: RunConfig, ranks: Ranks | None = None, *, memory_format: torch.memory_format | None = None
+) -> Trainer:
     """Everything a run needs, from its configuration.
 
     Args:
         config (RunConfig): the run.
         ranks (Ranks, optional): the processes that train together; default this one alone.
+
+    Keyword Args:
+        memory_format (torch.memory_format, optional): layout of the convolutions; default what suits the device.
 
     Raises:
         ValueError, FileNotFoundError: if the store does not hold the games asked for, or the batch cannot be divided
@@ -79,8 +84,9 @@ def build_trainer(config: RunConfig, ranks: Ranks | None = None) -> Trainer:
     tune(ranks.device)
     torch.manual_seed(config.seed)
     device = ranks.device
-    # Channels-last suits CUDA's convolutions; on the CPU the small network is faster without.
-    memory_format = torch.channels_last if device.type == "cuda" else torch.contiguous_format
+    if memory_format is None:
+        # Channels-last suits CUDA's convolutions; on the CPU the small network is faster without.
+        memory_format = torch.channels_last if device.type == "cuda" else torch.contiguous_format
     method = make_method(config.method)
     # Before any data is opened: the network refuses names that it does not know.
     network = method.network(config.model, config.games, memory_format=memory_format)

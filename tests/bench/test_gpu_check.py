@@ -1,0 +1,116 @@
+"""``make gpu-check`` without a GPU: its plan, its table, and what it does with rows that fail or take too long."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+
+
+@pytest.fixture
+def gpu_check(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import gpu_check
+
+    return gpu_check
+
+
+@pytest.fixture
+def worker(gpu_check, tmp_path):
+    worker = gpu_check.Worker("cpu", tmp_path, tiny=True)
+    yield worker
+    worker.close()
+
+
+def test_the_plan_has_the_whole_table_with_the_most_valuable_rows_first(gpu_check):
+    plan = gpu_check.make_plan()
+    names = [gpu_check.name_of(item) for item in plan]
+    assert len(set(names)) == len(names)
+    table = {
+        (item["network"], item["batch_size"], item["precision"], item["layout"], item["mode"])
+        for item in plan
+        if item["kind"] == "step" and not item["double_q"]
+    }
+    assert len(table) == 3 * 2 * 2 * 2 * 3
+    assert names[:3] == ["tests", "device_peak", "step resnet50 512 bf16 channels_last graph"]
+    assert plan[2]["readers"] == [1, 2, 4]
+
+
+def test_a_row_that_fails_or_ends_its_process_loses_only_itself(gpu_check, worker):
+    peak = {"kind": "device_peak", "precisions": ["fp32"], "seconds": 0}
+    plan = [peak, {"kind": "no_such_kind", "seconds": 0}, peak, peak | {"precisions": 7}, peak]
+    saved = []
+    rows = gpu_check.run(plan, worker, time.monotonic() + 300, lambda rows: saved.append(len(rows)))
+    assert [row.get("failed", "")[:14] for row in rows] == ["", "AttributeError", "", "TypeError: 'in", ""]
+    assert rows[0]["fp32_tflops"] > 0 and saved == [1, 2, 3, 4, 5]
+    # As the system's killer of processes does.
+    worker._process.kill()
+    (died, again) = gpu_check.run([peak, peak], worker, time.monotonic() + 300, saved.append)
+    assert died["failed"] == "the measuring process died (exit code -9)"
+    assert again["fp32_tflops"] > 0
+
+
+def test_what_takes_too_long_is_stopped_and_the_rest_skipped(gpu_check, worker):
+    peak = {"kind": "device_peak", "precisions": ["fp32"], "seconds": 0}
+    deadline = time.monotonic() + 0.5  # shorter than a process needs to start
+    rows = gpu_check.run([peak | {"seconds": 60}, peak, peak], worker, deadline, lambda rows: None)
+    assert [row["skipped"] for row in rows] == ["0 s were left", "stopped after 0 s", "0 s were left"]
+    assert time.monotonic() < deadline + 5
+    assert worker._process is None
+
+
+def test_a_row_that_hangs_fails_while_there_is_time_for_others(gpu_check, worker, monkeypatch):
+    monkeypatch.setattr(gpu_check, "LONGEST_ROW_SECONDS", 0.3)
+    peak = {"kind": "device_peak", "precisions": ["fp32"], "seconds": 0}
+    (row,) = gpu_check.run([peak], worker, time.monotonic() + 300, lambda rows: None)
+    assert row["failed"] == "stopped after 0 s"
+
+
+def row(**changes):
+    common = {"kind": "step", "network": "resnet50", "batch_size": 512, "precision": "bf16", "mode": "graph"}
+    return common | {"double_q": False} | changes
+
+
+def test_targets_by_hand(gpu_check):
+    rows = [
+        row(samples_per_second=24_000, share_of_matmul_peak=0.26, host_blocked_milliseconds=0.02, data_wait_2=0.03),
+        row(mode="eager", samples_per_second=12_000, share_of_matmul_peak=0.13, host_blocked_milliseconds=9.0),
+        row(double_q=True, samples_per_second=21_000, share_of_matmul_peak=0.4),
+        row(network="resnet101", failed="OutOfMemoryError", samples_per_second=1e9),
+        row(kind="peer", mode="eager", side="torchrl_hooked", samples_per_second=5_000),
+        row(kind="peer", mode="kernels", side="torchrl_hooked", samples_per_second=6_000),
+        row(kind="peer", mode="eager", side="torchrl", samples_per_second=9_999),
+        {"kind": "curve", "greatest_deviation": 0.01, "deviation_eager": 0.01, "deviation_graph": 0.011},
+    ]
+    found = [(line["measured"], line["verdict"]) for line in gpu_check.targets(rows)]
+    assert found == [
+        ("0.26", "met"),
+        ("4", "met"),
+        ("3.5", "MISSED"),
+        *[("0", "not measured")] * 3,
+        ("0.02", "met"),
+        ("0.03", "MISSED"),
+        ("0.01", "met"),
+        ("0.011", "MISSED"),
+    ]
+
+
+@pytest.mark.slow
+def test_the_whole_script_in_little_without_a_gpu(tmp_path):
+    command = [sys.executable, str(BENCHMARKS / "gpu_check.py"), "--device", "cpu", "--tiny", "--minutes", "8"]
+    subprocess.run([*command, "--out", str(tmp_path / "check")], check=True, stdout=subprocess.DEVNULL)
+    rows = json.loads((tmp_path / "check.json").read_text())["rows"]
+    kinds = ["tests", "device_peak", "step", "peer", "curve", "resume", "checkpoint", "evaluation"]
+    assert list(dict.fromkeys(row["kind"] for row in rows)) == kinds
+    assert [row["network"] for row in rows if "failed" in row] == ["no_such_network"]
+    assert not any("skipped" in row for row in rows)
+    (resumed,) = (row for row in rows if row["kind"] == "resume")
+    assert resumed["is_equal_bit_for_bit"] and resumed["greatest_way_of_a_weight"] > 0
+    page = (tmp_path / "check.md").read_text()
+    assert page.startswith("# cpu (") and "## Skipped\n\nNothing." in page
