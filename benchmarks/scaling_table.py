@@ -20,12 +20,12 @@ NETWORKS: tuple[Encoder, ...] = ("resnet34", "resnet50", "resnet101")
 NUM_GPUS = (1, 8, 32, 128)
 
 # Assumed where nothing else is said.
-SUSTAINED_FLOPS = 75e12  # 30% of the 250 TFLOP/s that large bf16 matrix products reach on an A100
-LEAST_STEP_SECONDS = 0.015  # some 1,500 kernels, however small the batch
+SUSTAINED_FLOPS = 75e12  # a tenth of what large bf16 matrix products reach on an H100: the networks move much memory
+LEAST_STEP_SECONDS = 0.015  # some 1,500 kernels launched one by one, however small the batch
 NODE_BYTES_PER_SECOND = 200e9  # eight GPUs on NVLink
 NETWORKS_BYTES_PER_SECOND = {"100 Gb/s per node": 10e9, "8 x 200 Gb/s per node": 150e9}
 READ_TRANSITIONS_PER_SECOND = 31_800.0  # measured, one reader thread: benchmarks/results/buffer.md
-READ_BYTES_PER_TRANSITION = 157 * 20 * 1.2  # 157 bytes a frame, measured there; 1.2 chunks of 20 frames hold 5
+READ_BYTES_PER_TRANSITION = 157 * 20 * 1.2  # 157 bytes per frame, measured there; 1.2 chunks of 20 frames hold 5
 
 
 def count(network: Encoder) -> tuple[int, float]:
@@ -45,7 +45,7 @@ def count(network: Encoder) -> tuple[int, float]:
 def main() -> None:
     """Prints Markdown."""
     counts = {network: count(network) for network in NETWORKS}
-    print("| network | parameters | GFLOP a sample and step | TFLOP a step | gradients a step | whole run |")
+    print("| network | parameters | GFLOP per sample | TFLOP per step | gradients per step | whole run |")
     print("|---|---:|---:|---:|---:|---:|")
     for network, (num_parameters, flops) in counts.items():
         print(

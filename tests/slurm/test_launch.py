@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -129,3 +130,14 @@ def test_batch_script_of_ones_own(slurm, settings, make_run, uninterrupted, same
     assert "trained at gradient step 240 of 240" in capfd.readouterr().out
     assert run.restarts == 1 and len(list((slurm.folder / "runs").glob("cql-*"))) == 1
     same(run.result(), uninterrupted)
+
+
+def test_the_page_s_lines_of_setup_run_once_on_each_node(slurm):
+    page = (slurm.root / "docs" / "scaling.md").read_text(encoding="utf-8")
+    (line,) = set(re.findall(r"setup: \['(srun .*?) (?:rsync|tar) ", page))
+    script, output = slurm.folder / "setup.sh", slurm.folder / "setup.out"
+    script.write_text(f"#!/bin/bash\n{line} bash -c 'echo node $SLURM_NODEID'\necho end\n")
+    command = ["sbatch", "--nodes=2", "--ntasks-per-node=2", f"--output={output}", str(script)]
+    subprocess.run(command, env=slurm.environment, check=True, stdout=subprocess.DEVNULL)
+    slurm.wait_for(lambda: output.is_file() and "end" in output.read_text(), 60, "the script ends")
+    assert sorted(output.read_text().split("\n")[:-1]) == ["end", "node 0", "node 1"]

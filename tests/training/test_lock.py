@@ -5,10 +5,13 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
 
+from torchrl_sql.training import lock as lock_module
 from torchrl_sql.training import train
 from torchrl_sql.training.checkpoint import list_checkpoints
 from torchrl_sql.training.lock import LOCK_FILE, RunFolderError, RunLock
@@ -46,7 +49,7 @@ def move_owner(folder, **changes):
 
 
 def test_a_living_owner_is_named(tmp_path, owner):
-    message = f"is being trained by process {owner.pid} on {os.uname().nodename}: wait for it, or .* delete {tmp_path}/"
+    message = rf"is being trained by process {owner.pid} on {os.uname().nodename}, .*: wait for it, or .* {tmp_path}/"
     with pytest.raises(RunFolderError, match=message):
         RunLock(tmp_path)
 
@@ -72,10 +75,63 @@ def test_a_later_process_with_the_owners_number_is_not_taken_for_it(tmp_path):
 def test_an_owner_on_another_host_may_be_alive(tmp_path):
     RunLock(tmp_path)
     move_owner(tmp_path, host="elsewhere", pid=7)
-    with pytest.raises(RunFolderError, match=r"process 7 on elsewhere: .*if that process is gone, delete .*\.lock"):
+    with pytest.raises(RunFolderError, match=r"process 7 on elsewhere, .*if that process is gone, delete .*\.lock"):
         RunLock(tmp_path)
     (tmp_path / LOCK_FILE).unlink()
     RunLock(tmp_path).check()
+
+
+def be_silent(folder, seconds):
+    """As if the owner had touched its file so long ago."""
+    os.utime(folder / LOCK_FILE, (time.time() - seconds,) * 2)
+
+
+def test_an_owner_on_another_host_that_was_silent_for_ten_minutes_is_in_nobodys_way(tmp_path):
+    with RunLock(tmp_path) as before:
+        move_owner(tmp_path, host="elsewhere")
+        be_silent(tmp_path, 590)
+        with pytest.raises(RunFolderError, match=r"on elsewhere, which gave a sign of life 59\d s ago: wait"):
+            RunLock(tmp_path)
+        be_silent(tmp_path, 610)
+        RunLock(tmp_path).check()
+        move_owner(tmp_path, pid=7)  # this process is both
+        with pytest.raises(RunFolderError, match="was taken over by process 7"):
+            before.check()
+    assert [path.name for path in tmp_path.iterdir()] == [LOCK_FILE]
+
+
+def test_an_owner_on_this_host_is_asked_for_however_silent(tmp_path, owner):
+    be_silent(tmp_path, 1000)
+    with pytest.raises(RunFolderError, match=f"process {owner.pid} on"):
+        RunLock(tmp_path)
+
+
+def test_an_owner_gives_signs_of_life_until_it_is_replaced(tmp_path, monkeypatch):
+    monkeypatch.setattr(lock_module, "HEARTBEAT_SECONDS", 0.02)
+    path = tmp_path / LOCK_FILE
+    with RunLock(tmp_path):
+        be_silent(tmp_path, 1000)
+        deadline = time.monotonic() + 10
+        while time.time() - path.stat().st_mtime > 900:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        move_owner(tmp_path, host="elsewhere")
+        time.sleep(0.1)  # a touch may be under way
+        be_silent(tmp_path, 1000)
+        time.sleep(0.3)
+        assert time.time() - path.stat().st_mtime > 900
+
+
+def test_an_owner_that_is_just_writing_its_name_is_not_taken_for_what_a_crash_left(tmp_path):
+    RunLock(tmp_path)
+    path = tmp_path / LOCK_FILE
+    text = path.read_text()
+    path.write_text("")
+    writing = threading.Timer(0.1, path.write_text, [text])
+    writing.start()
+    with pytest.raises(RunFolderError, match="is being trained by"):
+        RunLock(tmp_path)
+    writing.join()
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import os
+import threading
+import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,6 +18,13 @@ logger = logging.getLogger(__name__)
 
 LOCK_FILE = ".lock"
 """In the run's folder, while it is trained."""
+
+HEARTBEAT_SECONDS = 60.0
+"""How often an owner touches the file."""
+SILENT_SECONDS = 600.0
+"""After this time without a touch an owner on another host is taken to be gone."""
+_WRITING_SECONDS = 0.5
+"""Milliseconds pass between the creation of the file and its content."""
 
 
 class RunFolderError(ValueError):
@@ -63,8 +72,9 @@ class _Owner:
 class RunLock:
     """Ownership of a run's folder, a context manager.
 
-    The owner's name lies in a file of the folder, so that it works on any file system that the hosts share. A new start
-    takes the folder over from an owner that ended on this host, and from an earlier attempt at the same task on any:
+    The owner's name lies in a file of the folder, so that it works on any file system that the hosts share; inside the
+    context it touches the file every minute. A new start takes the folder over from an owner that ended on this host,
+    from one on another host that was silent for ten minutes, and from an earlier attempt at the same task on any host:
     a node that was lost cannot say that it is gone. If that owner lives on after all, :meth:`check` stops it.
 
     Args:
@@ -77,15 +87,22 @@ class RunLock:
     def __init__(self, folder: Path) -> None:
         self.path = folder / LOCK_FILE
         self._owner = _Owner.present()
+        self._ended = threading.Event()
+        self._heart = threading.Thread(target=self._beat, name="run-lock", daemon=True)
         folder.mkdir(parents=True, exist_ok=True)
         if self._create():
             return
         owner = self._read()
+        if owner is None:
+            time.sleep(_WRITING_SECONDS)
+            owner = self._read()
         if owner is not None:
-            if not owner.is_gone and not owner.precedes(self._owner):
+            silent = self._silent_seconds()
+            is_gone = owner.is_gone or (owner.host != self._owner.host and silent >= SILENT_SECONDS)
+            if not is_gone and not owner.precedes(self._owner):
                 raise RunFolderError(
-                    f"{folder} is being trained by {owner}: wait for it, or choose another run_dir; if that process is "
-                    f"gone, delete {self.path}"
+                    f"{folder} is being trained by {owner}, which gave a sign of life {silent:.0f} s ago: wait for it, "
+                    f"or choose another run_dir; if that process is gone, delete {self.path} or wait for ten minutes"
                 )
             logger.info("%s goes over to this process from %s", folder, owner)
         self._take()
@@ -103,11 +120,31 @@ class RunLock:
             raise RunFolderError(f"{self.path.parent} was taken over by {owner}: this process stops")
 
     def __enter__(self) -> Self:
+        self._heart.start()
         return self
 
     def __exit__(self, *exception: object) -> None:
+        self._ended.set()
+        self._heart.join()
         if self._read() == self._owner:
             self.path.unlink(missing_ok=True)
+
+    def _beat(self) -> None:
+        while not self._ended.wait(HEARTBEAT_SECONDS):
+            with suppress(OSError):  # shared file systems have passing troubles
+                if self._read() == self._owner:
+                    os.utime(self.path)
+
+    def _silent_seconds(self) -> float:
+        """Since the owner's last touch, by the clock that dates files in this folder."""
+        probe = self.path.with_name(f"{LOCK_FILE}.{self._owner.host}.{self._owner.pid}.tmp")
+        try:
+            probe.touch()
+            return probe.stat().st_mtime - self.path.stat().st_mtime
+        except FileNotFoundError:  # it has just gone
+            return SILENT_SECONDS
+        finally:
+            probe.unlink(missing_ok=True)
 
     def _create(self) -> bool:
         """Make the file unless there is one."""
