@@ -69,8 +69,8 @@ EARLIER = "name: x\nobjective: {name: cql}\nmodel: {num_atoms: 51}\n"
     [
         ("a: [", "here must hold a run's configuration"),
         ("[1]", "here must hold a run's configuration"),
-        ("format: 2\nname: x", "here must hold a run's configuration"),
-        ("format: 2\nname: x\nmethod: {name: bc}", "collection must be given"),
+        ("format: 3\nname: x", "here must hold a run's configuration"),
+        ("format: 3\nname: x\nmethod: {name: bc}", "collection must be given"),
         (EARLIER, r"here was written by an earlier version of torchrl_sql .*; train it again or use that version"),
         ("format: 3\nname: x", r"here was written by a later version of torchrl_sql"),
     ],

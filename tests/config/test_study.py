@@ -24,10 +24,10 @@ report: {main: a, against: [b], constant_actions: 5}
 
 @pytest.fixture
 def read(tmp_path):
-    def read(text):
+    def read(text, **options):
         file = tmp_path / "study.yaml"
         file.write_text(text)
-        return load_study(file)
+        return load_study(file, **options)
 
     return read
 
@@ -85,7 +85,64 @@ def test_mistakes_are_named(read, old, new, message):
 def test_every_study_of_the_project_can_be_read():
     assert "quickstart" in list_studies()
     for name in list_studies():
-        assert load_study(find_study(name)).runs
+        assert load_study(find_study(name), store="store").runs
+
+
+SCALES = """
+title: T
+common: [optim=adam]
+runs:
+  a: {set: [method.cql_alpha=0]}
+  b: {set: [method=bc]}
+scales:
+  cpu: {common: [data.n_steps=10], data: collect}
+  paper:
+    common: [optim=lamb]
+    seeds: [1, 2]
+    runs:
+      a: {set: [method.cql_alpha=0.5, method.gamma=0.9], decode: [sampled]}
+      c: {}
+"""
+
+
+def test_the_first_scale_is_the_default(read):
+    study = read(SCALES)
+    assert (study.common, study.seeds, study.data) == (["scale=cpu", "optim=adam", "data.n_steps=10"], [0], "collect")
+    assert study.runs["a"].set == ["method.cql_alpha=0"] and list(study.runs) == ["a", "b"]
+
+
+def test_a_scale_adds_settings_and_replaces_the_rest(read):
+    study = read(SCALES, scale="paper", store="/data/store")
+    assert (study.common, study.seeds, study.data) == (["scale=paper", "optim=lamb"], [1, 2], "/data/store")
+    assert study.runs["a"].set == ["method.cql_alpha=0.5", "method.gamma=0.9"]
+    assert study.runs["a"].decode == ["sampled"] and study.runs["b"].set == ["method=bc"]
+    assert list(study.runs) == ["a", "b", "c"]
+    assert read(study.to_yaml()) == study  # what is written has no scales
+
+
+def test_a_scale_without_data_wants_a_store(read):
+    with pytest.raises(ConfigError, match=r"data must be given: data\.store=STORE"):
+        read(SCALES, scale="paper")
+
+
+def test_a_study_without_scales_takes_any(read):
+    assert read(STUDY, scale="gpu").common == ["scale=gpu"]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("  cpu:", "  gpu:", "scale must be one of gpu, paper, got 'cpu'"),
+        ("common: [data.n_steps=10]", "common: 5", "common must be a list of text, got 5"),
+        ("common: [data.n_steps=10]", "comon: []", "comon is not known; is it common"),
+        ("  cpu: {", "  cpu: 7\n  gpu: {", "scales.cpu must be keys with values, got 7"),
+        ("c: {}", "c: 3", "c must be keys with values, got 3"),
+    ],
+)
+def test_mistakes_in_scales_are_named(read, old, new, message):
+    assert old in SCALES
+    with pytest.raises(ConfigError, match=message):
+        read(SCALES.replace(old, new, 1), scale="paper" if "c:" in old[:2] else "cpu", store="s")
 
 
 def test_an_unknown_study_is_refused():

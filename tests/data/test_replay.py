@@ -47,6 +47,11 @@ def test_iterates(two_games, expected):
     assert [batch["index"].tolist() for batch, _ in zip(replay, range(3), strict=False)] == expected[:3]
 
 
+def test_the_last_part_reaches_the_storage(two_games):
+    replay = OfflineAtariReplay(two_games, batch_size=4, games="Pong", last_fraction=0.5)
+    assert len(replay) == len(AtariFrameStorage(two_games, "Pong", last_fraction=0.5)) == 30  # the last two episodes
+
+
 def test_options_reach_storage_and_sampler(two_games):
     options = {"n_steps": 2, "gamma": 0.5, "first_fraction": 0.5, "every_kth_episode": 2, "transitions_per_game": 9}
     mixture = {"mixture": [1.0, 2.0], "temperature": 2.0, "seed": 3}

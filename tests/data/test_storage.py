@@ -100,6 +100,7 @@ def test_parts_by_hand(store, lab):
 
     assert part() == [0, 1, 2, 3, 5, 6, 7, 10, 11, 12, 13, 100, 101, 102, 103, 104]
     assert part(first_fraction=0.5) == [0, 1, 2, 3, 5, 6, 100, 101]  # 6 of 12 steps, 2 of 5.
+    assert part(last_fraction=0.5) == [10, 11, 12, 13]  # the last 6 of 12 steps have one start, the last 2 of 5 none
     assert part(every_kth_episode=2) == [0, 1, 2, 3, 10, 11, 12, 13, 100, 101, 102, 103, 104]
     assert part(transitions_per_game=8) == [0, 1, 2, 3, 5, 6, 7, 10]
     assert part(first_fraction=0.75, every_kth_episode=2, transitions_per_game=6) == [0, 1, 2, 3, 10, 100]
@@ -339,6 +340,7 @@ def test_read_only(two_games):
         ({"gamma": 1.5}, "gamma must lie in"),
         ({"first_fraction": 0.0}, r"first_fraction must lie in \(0, 1\], got 0.0"),
         ({"first_fraction": 1.1}, "first_fraction must lie in"),
+        ({"last_fraction": 0.0}, r"last_fraction must lie in \(0, 1\], got 0.0"),
         ({"every_kth_episode": 0}, "every_kth_episode must be an integer >= 1, got 0"),
         ({"transitions_per_game": 0}, "transitions_per_game must be an integer >= 1, got 0"),
         ({"transitions_per_game": 1e3}, "transitions_per_game must be an integer >= 1, got 1000.0"),
@@ -471,9 +473,10 @@ def test_equals_the_reference(lab, data, chunk, chunks_per_shard, n_steps, gamma
     data=st.data(),
     n_steps=st.integers(1, 4),
     first_fraction=st.floats(0.01, 1.0),
+    last_fraction=st.floats(0.01, 1.0),
     every_kth_episode=st.integers(1, 3),
 )
-def test_part_equals_the_reference(lab, data, n_steps, first_fraction, every_kth_episode):
+def test_part_equals_the_reference(lab, data, n_steps, first_fraction, last_fraction, every_kth_episode):
     """For any episodes: the transitions of the whole, in the same order, without those that the conditions exclude."""
     episodes = [lab.make_episodes(data.draw(lab.shapes), 1000 * run) for run in range(2)]
     with tempfile.TemporaryDirectory() as folder:
@@ -482,14 +485,16 @@ def test_part_equals_the_reference(lab, data, n_steps, first_fraction, every_kth
             lab.write(store, "Pong", episodes[run], run=str(run))
         expected = []
         for run in range(2):
-            limit = round(first_fraction * sum(len(e.actions) for e in episodes[run]))
+            total = sum(len(episode.actions) for episode in episodes[run])
+            limit, start = round(first_fraction * total), total - round(last_fraction * total)
             before = 0
             for number, episode in enumerate(episodes[run]):
                 steps = list(lab.reference([episode], n_steps, 1.0))
-                if number % every_kth_episode == 0:
+                if number % every_kth_episode == 0 and before >= start:
                     expected += [x["observation"] for t, x in enumerate(steps) if before + t < limit]
                 before += len(episode.actions)
-        options = {"n_steps": n_steps, "first_fraction": first_fraction, "every_kth_episode": every_kth_episode}
+        options = {"n_steps": n_steps, "every_kth_episode": every_kth_episode}
+        options |= {"first_fraction": first_fraction, "last_fraction": last_fraction}
         storage = AtariFrameStorage(store, **options)
         assert len(storage) == len(expected)
         if expected:

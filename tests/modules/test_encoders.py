@@ -16,10 +16,13 @@ from torchrl_sql.modules import ENCODERS, ImpalaCNN, NatureCNN, ResNet, SmallRes
         (SmallResNet(), (32, 10, 10)),
         (ResNet((2, 2, 2, 2), bottleneck=False), (512, 3, 3)),
         (ResNet((1, 1, 1, 1), bottleneck=True), (2048, 3, 3)),
+        (ENCODERS["resnet34_11x11"].build(), (512, 11, 11)),
+        (ENCODERS["resnet_small_3x3"].build(), (32, 3, 3)),
+        (ENCODERS["resnet_medium"].build(), (64, 10, 10)),
         (NatureCNN(), (64, 7, 7)),
         (ImpalaCNN(), (32, 11, 11)),
     ],
-    ids=["resnet_small", "resnet18", "bottleneck", "nature", "impala"],
+    ids=["small", "resnet18", "bottleneck", "resnet34_11x11", "small_3x3", "resnet_medium", "nature", "impala"],
 )
 def test_feature_map(encoder, shape):
     encoder(torch.rand(2, 4, 84, 84)).sum().backward()

@@ -238,6 +238,7 @@ def test_bf16_autocast_gives_float32_log_probabilities():
         ({"mask_illegal_actions": "yes"}, "mask_illegal_actions must be one of True, False, got 'yes'"),
         ({"logit_scale": 0.0}, r"logit_scale must be in \(0, inf\), got 0.0"),
         ({"logit_scale": math.nan}, "logit_scale must be in .*got nan"),
+        ({"per_game_heads": None}, "per_game_heads must be one of True, False, got None"),
         ({"learn_logit_scale": 0}, "learn_logit_scale must be one of True, False, got 0"),
         ({"feature_dim": -1}, "feature_dim must be at least 0, got -1"),
         ({"last_norm_scale": -1.0}, r"last_norm_scale must be in \[0, inf\), got -1.0"),
@@ -262,6 +263,17 @@ def test_refuses_wrong_shapes():
         network(torch.zeros(2, 1, 4, 5), torch.zeros(2, dtype=torch.long))
     with pytest.raises(ValueError, match=r"game_id \[\*B\].*\(2, 1\)"):
         network(torch.zeros(2, 1, 4, 4), torch.zeros(2, 1, dtype=torch.long))
+
+
+def test_one_head_serves_all_games():
+    actor = make_q_actor(GAME_NAMES, encoder="resnet_small", per_game_heads=False, mask_illegal_actions=True)
+    batch = states(3, num_games=len(GAME_NAMES))
+    batch["observation"] = batch["observation"][:1].expand(3, 4, 84, 84).clone()
+    batch["game_id"] = torch.tensor([0, 1, 2])
+    out = actor(batch)
+    assert actor.module[0].module.heads.weight.shape[0] == 1
+    torch.testing.assert_close(out["action_value"][1:], out["action_value"][:1].expand(2, -1, -1))
+    assert not torch.equal(out["action_mask"][0], out["action_mask"][1])  # what is legal still depends on the game
 
 
 def test_games_by_name():

@@ -9,10 +9,9 @@ import yaml
 
 from torchrl_sql.cli import parse
 from torchrl_sql.config import ConfigError, compose_run_config
-from torchrl_sql.config.study import find_study, list_studies, load_study
+from torchrl_sql.config.study import combined, find_study, list_studies, load_study
 from torchrl_sql.studies.plan import (
     choose_root,
-    combined,
     expand,
     folder_name,
     plan_evaluation,
@@ -91,10 +90,33 @@ def test_what_a_study_may_say_but_nothing_does_yet_is_refused(make_study, tmp_pa
         plan_study(make_study((old, new)), tmp_path)
 
 
-def test_the_tasks_of_every_study_of_the_project_are_commands(tmp_path):
-    for name in list_studies():
-        for task in plan_study(load_study(find_study(name)), tmp_path):
-            parse(task.arguments)
+def scales(name):
+    return yaml.safe_load(find_study(name).read_text()).get("scales", ["cpu"])
+
+
+@pytest.mark.parametrize(("name", "scale"), [(name, scale) for name in list_studies() for scale in scales(name)])
+def test_the_tasks_of_every_study_at_every_scale_are_commands(tmp_path, name, scale):
+    tasks = plan_study(load_study(find_study(name), scale=scale, store="store"), tmp_path)
+    for task in tasks:
+        parse(task.arguments)
+    trained = [task for task in tasks if task.kind == "train"]
+    assert len(trained) == len({task.key for task in trained})
+
+
+@pytest.mark.parametrize("name", ["comparison", "data_quality", "scaling", "ablation", "multitask"])
+def test_claims_are_studied_at_three_scales_with_three_seeds(name):
+    assert list(scales(name)) == ["cpu", "gpu", "paper"]
+    assert load_study(find_study(name), store="store").seeds == [0, 1, 2]
+
+
+def test_a_run_with_another_model_leaves_out_settings_of_the_common_one(make_study, tmp_path):
+    words = '["scale=cpu", "data.games=[Breakout,Freeway]", model.encoder=nature]'
+    text = '[scale=cpu, "data.games=[Breakout,Freeway]", method.cql_alpha=0.3]'
+    other = "bc: {set: [method=bc_transformer, model=mgdt_small]"
+    study = make_study((text, words), ("bc: {set: [method=bc]", other))
+    tasks = {task.name: task for task in plan_study(study, tmp_path)}
+    assert tasks["train-q-seed1"].settings["model.encoder"] == "nature"
+    assert "model.encoder" not in tasks["train-bc-seed1"].settings
 
 
 def test_only_what_decides_results_changes_a_task(make_study, tmp_path):

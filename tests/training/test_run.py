@@ -78,7 +78,7 @@ def interrupt_after(monkeypatch, step, number=signal.SIGINT):
 
 
 def test_data_settings_reach_the_replay_buffer(make_config):
-    part = {"first_fraction": 0.9, "every_kth_episode": 2, "transitions_per_game": 50}
+    part = {"first_fraction": 0.9, "last_fraction": 0.95, "every_kth_episode": 2, "transitions_per_game": 50}
     mixture = {"mixture": [1, 3], "temperature": 2.0, "replacement": False}
     config = make_config(*(f"data.{key}={value}" for key, value in (part | mixture).items()))
     replay = build_trainer(config).replay

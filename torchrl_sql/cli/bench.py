@@ -30,12 +30,13 @@ def _bench(args: argparse.Namespace) -> None:
     import json
     from dataclasses import asdict
 
-    from torchrl_sql.bench import format_measurements, format_plans, measure, plan
     from torchrl_sql.config import compose_run_config
+
+    config = compose_run_config(args.overrides)  # before torch is imported: a mistake is named at once
+    from torchrl_sql.bench import format_measurements, format_plans, measure, plan
     from torchrl_sql.training.device import resolve_device
     from torchrl_sql.training.ranks import process_group
 
-    config = compose_run_config(args.overrides)
     samples = _numbers("--samples", args.samples)
     with process_group(resolve_device(config.trainer.device)) as ranks:
         measured = measure(config, ranks, samples_per_gpu=samples, num_repeats=args.repeats)

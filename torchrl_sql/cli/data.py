@@ -23,23 +23,24 @@ def add_commands(commands: Any) -> None:
     importer.set_defaults(run_command=_import)
 
     verify = commands.add_parser("verify", help="compare every checksum of a store", description=_verify.__doc__)
-    verify.add_argument("store", type=Path, help="folder of the store")
+    verify.add_argument("store", type=existing_path, help="folder of the store")
     verify.set_defaults(run_command=_verify)
 
     summary = commands.add_parser("inspect", help="show what a store holds", description=_inspect.__doc__)
-    summary.add_argument("store", type=Path, help="folder of the store")
+    summary.add_argument("store", type=existing_path, help="folder of the store")
     summary.add_argument("--contact-sheet", type=Path, metavar="FILE.png", help="draw frames of each game there")
     summary.set_defaults(run_command=_inspect)
 
     export = commands.add_parser(
         "export", help="write a part of a store as TorchRL transitions", description=_export.__doc__
     )
-    export.add_argument("store", type=Path, help="folder of the store")
+    export.add_argument("store", type=existing_path, help="folder of the store")
     export.add_argument("--out", type=Path, required=True, help="the new folder, for TensorDict.load_memmap")
     export.add_argument("--games", help="e.g. Breakout,Pong (default: all of the store)")
     export.add_argument("--dqn-replay", action="store_true", help="whole recordings, as DQN-Replay's files")
     part = export.add_argument_group("which transitions", argument_default=argparse.SUPPRESS)
     part.add_argument("--first-fraction", type=float, help="the first part of each run, in (0, 1] (default: 1)")
+    part.add_argument("--last-fraction", type=float, help="the last part of each run, in (0, 1] (default: 1)")
     part.add_argument("--every-kth-episode", type=int, help="the episodes 0, K, 2K, ... of each run (default: 1)")
     part.add_argument("--transitions-per-game", type=int, help="the first so many of what is left of each game")
     part.add_argument("--n-steps", type=int, help="steps of the returns (default: 1)")
@@ -47,12 +48,25 @@ def add_commands(commands: Any) -> None:
     export.set_defaults(run_command=_export)
 
 
+def existing_path(text: str) -> Path:
+    """The type of an argument that names a file or folder that is there: a mistake is named before torch is imported.
+
+    Raises:
+        argparse.ArgumentTypeError: if it is not.
+    """
+    if not (path := Path(text)).exists():
+        raise argparse.ArgumentTypeError(f"{text} does not exist")
+    return path
+
+
 def _collect(args: argparse.Namespace) -> None:
     """Fills data.store with episodes of scripted behaviour policies, as the collection settings say."""
-    from torchrl_sql.collection import collect_data
     from torchrl_sql.config import compose_run_config
 
-    store = collect_data(compose_run_config(args.overrides))
+    config = compose_run_config(args.overrides)  # before torch is imported: a mistake is named at once
+    from torchrl_sql.collection import collect_data
+
+    store = collect_data(config)
     _print_store(store.path)
 
 
@@ -145,7 +159,7 @@ def _export(args: argparse.Namespace) -> None:
     from torchrl_sql.data import AtariFrameStorage, FrameStore, export_dqn_replay, export_memmap
     from torchrl_sql.games import resolve_games
 
-    names = ("n_steps", "gamma", "first_fraction", "every_kth_episode", "transitions_per_game")
+    names = ("n_steps", "gamma", "first_fraction", "last_fraction", "every_kth_episode", "transitions_per_game")
     options = {name: getattr(args, name) for name in names if hasattr(args, name)}
     if args.dqn_replay:
         if options:

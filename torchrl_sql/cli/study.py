@@ -57,12 +57,13 @@ def _numbers(text: str) -> list[int]:
 
 
 def read_study(name: str, overrides: Sequence[str], seeds: Sequence[int] | None) -> StudyConfig:
-    """A study with settings of its runs, and seeds, from the command line."""
-    from torchrl_sql.config.study import check_study, find_study, load_study
-    from torchrl_sql.studies.plan import combined
+    """A study with its scale, its store, settings of its runs, and seeds, from the command line."""
+    from torchrl_sql.config.study import check_study, combined, find_study, load_study, setting_key
 
-    study = load_study(find_study(name))
-    changed = replace(study, common=combined(study.common, overrides), seeds=list(seeds or study.seeds))
+    given = {setting_key(word): word.partition("=")[2] for word in overrides}
+    study = load_study(find_study(name), scale=given.get("scale"), store=given.get("data.store"))
+    rest = [word for word in overrides if setting_key(word) not in ("scale", "data.store")]
+    changed = replace(study, common=combined(study.common, rest), seeds=list(seeds or study.seeds))
     check_study(changed)
     return changed
 

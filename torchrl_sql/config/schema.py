@@ -19,7 +19,7 @@ else:
     Games = Mixture = Any  # OmegaConf cannot say "a string or a list"
 
 
-CONFIG_FORMAT = 2
+CONFIG_FORMAT = 3
 """Of configurations as YAML. It grows when one that was written before would be misread."""
 
 
@@ -110,6 +110,8 @@ class DataConfig:
     """``train40``, ``heldout5``, ``all``, names separated by commas, or a list of names; here resolved to names."""
     first_fraction: float = setting(fraction)
     """The first such part of each recording, counted in steps."""
+    last_fraction: float = setting(fraction)
+    """The last such part of each recording: the episodes that begin in it."""
     every_kth_episode: int = setting(at_least(1))
     """Of these the episodes 0, k, 2k, ... of each recording."""
     transitions_per_game: int | None = setting(at_least(1))
@@ -168,6 +170,8 @@ class QNetworkConfig(ModelConfig):
     """Scale of the normalized features; null for the plain phi / ||phi||."""
     learn_logit_scale: bool = MISSING
     """Train the scale, from there."""
+    per_game_heads: bool = MISSING
+    """false: one head serves all games."""
     center_input: bool = MISSING
     """Subtract each game's mean frame (departs from the paper; helps small runs)."""
 

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from difflib import get_close_matches
+from itertools import chain
 from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
@@ -26,7 +27,8 @@ class StudyRun:
     """One agent of a study, trained once per seed."""
 
     set: list[str] = field(default_factory=list)
-    """Overrides, after those in ``common``. A run that chooses a method leaves out the ``method.KEY=...`` of there."""
+    """Overrides, after those in ``common``. A run that chooses a method leaves out the ``method.KEY=...`` of there, one
+    that chooses a model the ``model.KEY=...``."""
     from_: str | None = None
     """In YAML ``from``: an earlier run of the study, whose policy of the same seed this one starts from."""
     load: str | None = None
@@ -100,8 +102,18 @@ def find_study(name: str) -> Path:
     return path
 
 
-def load_study(path: Path) -> StudyConfig:
+def load_study(path: Path, *, scale: str | None = None, store: str | None = None) -> StudyConfig:
     """Reads and checks a study.
+
+    A file may have the key ``scales``: for each scale (``configs/scale/``) values that replace those above. Only its
+    ``common``, and the ``set`` of its runs, are added to those above.
+
+    Args:
+        path (Path): the file.
+
+    Keyword Args:
+        scale (str, optional): of ``scales``; the first by default. Without ``scales``, a choice like any other.
+        store (str, optional): path of a store, in place of the study's data.
 
     Raises:
         ConfigError: naming the file, the key, what it must be and what it is.
@@ -111,6 +123,10 @@ def load_study(path: Path) -> StudyConfig:
     except (OSError, yaml.YAMLError) as error:
         raise ConfigError(f"{path} must hold a study: {error}") from None
     try:
+        if isinstance(content, dict):
+            content = _at_scale(content, scale) | ({"data": store} if store is not None else {})
+            if "data" not in content:
+                raise ConfigError("data must be given: data.store=STORE")
         study: StudyConfig = _build(StudyConfig, content)
         check_study(study)
     except ConfigError as error:
@@ -147,6 +163,48 @@ def check_study(study: StudyConfig) -> None:
             raise ConfigError(f"report.{key} must be among the runs ({_list(study.runs)}), got {unknown[0]!r}")
     if study.report.constant_actions < 0:
         raise ConfigError(f"report.constant_actions must be at least 0, got {study.report.constant_actions}")
+
+
+def combined(*overrides: Iterable[str]) -> list[str]:
+    """Settings of which a later one replaces an earlier one of the same key."""
+    return list({setting_key(override): override for override in chain(*overrides)}.values())
+
+
+def setting_key(override: str) -> str:
+    """The key of ``key=value``."""
+    return override.split("=")[0].lstrip("+~")
+
+
+def _at_scale(content: dict[str, Any], scale: str | None) -> dict[str, Any]:
+    """A study's values at one of its ``scales``, see :func:`load_study`."""
+    above = {key: value for key, value in content.items() if key != "scales"}
+    if "scales" not in content:
+        return above if scale is None else above | {"common": _joined(above, {"common": [f"scale={scale}"]}, "common")}
+    scales = _mapping(content["scales"], "scales")
+    name = next(iter(scales), "") if scale is None else scale
+    if name not in scales:
+        raise ConfigError(f"scale must be one of {_list(scales)}, got {name!r}")
+    chosen = _mapping(scales[name], f"scales.{name}")
+    common = combined([f"scale={name}"], _joined(above, chosen, "common"))
+    runs = dict(_mapping(above.get("runs", {}), "runs"))
+    for each, changed in _mapping(chosen.get("runs", {}), f"scales.{name}.runs").items():
+        base, changed = _mapping(runs.get(each, {}), each), _mapping(changed, each)
+        runs[each] = base | changed | {"set": _joined(base, changed, "set")}
+    return above | chosen | {"common": common, "runs": runs}
+
+
+def _mapping(value: Any, where: str) -> dict[str, Any]:
+    if value is not None and not isinstance(value, dict):
+        raise ConfigError(f"{where} must be keys with values, got {value!r}")
+    return value or {}
+
+
+def _joined(above: dict[str, Any], below: dict[str, Any], key: str) -> list[str]:
+    lists = [each.get(key, []) for each in (above, below)]
+    for each in lists:
+        if not _fits(each, list[str]):
+            raise ConfigError(f"{key} must be a list of text, got {each!r}")
+    return combined(*lists)
 
 
 def _build(kind: type, content: Any, where: str = "") -> Any:

@@ -20,17 +20,20 @@ class Subset:
     Attributes:
         first_fraction (float): in (0, 1], the first such part of each recording in time order, counted in steps. 0.2 of
             a DQN-Replay run is the "sub-optimal" data of Kumar et al. (2023).
+        last_fraction (float): in (0, 1], the last such part of each recording: the episodes that begin in it.
         every_kth_episode (int): >= 1, only the episodes 0, k, 2k, ... of each recording.
         transitions_per_game (int, optional): so many of each game, the first of those left by the other conditions.
     """
 
     first_fraction: float = 1.0
+    last_fraction: float = 1.0
     every_kth_episode: int = 1
     transitions_per_game: int | None = None
 
     def __post_init__(self) -> None:
-        if not 0.0 < self.first_fraction <= 1.0:
-            raise ValueError(f"first_fraction must lie in (0, 1], got {self.first_fraction!r}")
+        for name in ("first_fraction", "last_fraction"):
+            if not 0.0 < getattr(self, name) <= 1.0:
+                raise ValueError(f"{name} must lie in (0, 1], got {getattr(self, name)!r}")
         for name in ("every_kth_episode", "transitions_per_game"):
             value: Any = getattr(self, name)
             optional = value is None and name == "transitions_per_game"
@@ -91,8 +94,10 @@ class EpisodeIndex:
 
         recording_steps = np.array([recording.num_steps for recording in recordings])
         elapsed = np.concatenate([np.cumsum(table["num_steps"]) - table["num_steps"] for table in tables])
-        last = np.rint(subset.first_fraction * recording_steps).astype(np.int64)[self.recording]
-        count = np.minimum(count, np.maximum(last - elapsed, 0))
+        stop = np.rint(subset.first_fraction * recording_steps).astype(np.int64)[self.recording]
+        count = np.minimum(count, np.maximum(stop - elapsed, 0))
+        start = recording_steps - np.rint(subset.last_fraction * recording_steps).astype(np.int64)
+        count[elapsed < start[self.recording]] = 0
         episode_in_recording = np.arange(len(count)) - (np.cumsum(num_episodes) - num_episodes)[self.recording]
         count[episode_in_recording % subset.every_kth_episode != 0] = 0
         game = self.recording_game[self.recording]

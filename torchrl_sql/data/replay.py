@@ -36,7 +36,8 @@ class OfflineAtariReplay(TensorDictReplayBuffer):
         batch_size (int): transitions of the *global* batch; this rank gets ``batch_size / world_size`` of them.
         window_steps (int, optional): in place of transitions, windows of so many steps with returns-to-go, see
             :class:`AtariSequenceStorage`.
-        games, n_steps, gamma, first_fraction, every_kth_episode, transitions_per_game: see :class:`AtariFrameStorage`.
+        games, n_steps, gamma, first_fraction, last_fraction, every_kth_episode, transitions_per_game:
+            see :class:`AtariFrameStorage`.
         mixture, temperature, seed, rank, world_size: see :class:`GameMixtureSampler`.
         replacement (bool): False for :class:`GameMixtureSamplerWithoutReplacement`.
         prefetch (int): batches read ahead, each in a thread of its own; 0 reads in the calling thread.
@@ -63,6 +64,7 @@ class OfflineAtariReplay(TensorDictReplayBuffer):
         n_steps: int = 1,
         gamma: float = 0.99,
         first_fraction: float = 1.0,
+        last_fraction: float = 1.0,
         every_kth_episode: int = 1,
         transitions_per_game: int | None = None,
         mixture: Literal["games", "transitions"] | Sequence[float] = "games",
@@ -85,6 +87,7 @@ class OfflineAtariReplay(TensorDictReplayBuffer):
         storage: AtariFrameStorage
         subset: dict[str, Any] = {
             "first_fraction": first_fraction,
+            "last_fraction": last_fraction,
             "every_kth_episode": every_kth_episode,
             "transitions_per_game": transitions_per_game,
         }

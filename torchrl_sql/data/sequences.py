@@ -33,7 +33,8 @@ class AtariSequenceStorage(AtariFrameStorage):
 
     Keyword Args:
         num_steps (int): ``K``.
-        first_fraction, every_kth_episode, transitions_per_game: show only a part of the data, see :class:`Subset`.
+        first_fraction, last_fraction, every_kth_episode, transitions_per_game:
+            show only a part of the data, see :class:`Subset`.
             Windows end where it ends; returns-to-go do not.
 
     Batch of :meth:`get`:
@@ -57,6 +58,7 @@ class AtariSequenceStorage(AtariFrameStorage):
         *,
         num_steps: int = 4,
         first_fraction: float = 1.0,
+        last_fraction: float = 1.0,
         every_kth_episode: int = 1,
         transitions_per_game: int | None = None,
     ) -> None:
@@ -67,6 +69,7 @@ class AtariSequenceStorage(AtariFrameStorage):
             store,
             games,
             first_fraction=first_fraction,
+            last_fraction=last_fraction,
             every_kth_episode=every_kth_episode,
             transitions_per_game=transitions_per_game,
         )

@@ -46,7 +46,8 @@ class AtariFrameStorage(Storage):
     Keyword Args:
         n_steps (int): steps of the return, >= 1.
         gamma (float): discount per agent step in [0, 1].
-        first_fraction, every_kth_episode, transitions_per_game: show only a part of the data, see :class:`Subset`.
+        first_fraction, last_fraction, every_kth_episode, transitions_per_game:
+            show only a part of the data, see :class:`Subset`.
 
     Batch of :meth:`get`:
         - ``observation``, ``("next", "observation")``: uint8 ``[B, 4, 84, 84]``, oldest frame first. With
@@ -75,11 +76,13 @@ class AtariFrameStorage(Storage):
         n_steps: int = 1,
         gamma: float = 0.99,
         first_fraction: float = 1.0,
+        last_fraction: float = 1.0,
         every_kth_episode: int = 1,
         transitions_per_game: int | None = None,
     ) -> None:
         subset = Subset(
             first_fraction=first_fraction,
+            last_fraction=last_fraction,
             every_kth_episode=every_kth_episode,
             transitions_per_game=transitions_per_game,
         )

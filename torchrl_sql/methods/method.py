@@ -89,6 +89,7 @@ class Method(ABC):
             n_steps=data.n_steps if options.get("window_steps") is None else 1,
             gamma=self.gamma,
             first_fraction=data.first_fraction,
+            last_fraction=data.last_fraction,
             every_kth_episode=data.every_kth_episode,
             transitions_per_game=data.transitions_per_game,
             mixture=data.mixture,
@@ -132,6 +133,7 @@ def q_network(model: ModelConfig, games: Sequence[str], **heads: Any) -> nn.Modu
         feature_norm=model.feature_norm,
         logit_scale=model.logit_scale,
         learn_logit_scale=model.learn_logit_scale,
+        per_game_heads=model.per_game_heads,
         input_mean=torch.zeros(len(games), *FRAME_SHAPE) if model.center_input else None,
         **heads,
     )

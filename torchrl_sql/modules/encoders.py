@@ -119,6 +119,7 @@ class ResNet(_ResidualTrunk):
         num_groups (int): groups of the normalization layers, at most a quarter of a layer's channels.
         last_norm_scale (float): initial scale of the last normalization of each residual branch; with 0 a block starts
             as its shortcut.
+        strides (sequence of int): of each stage's first block; ``(1, 2, 1, 1)``, PTR's, keeps a map of 11 x 11.
 
     Shape:
         - input: ``[B, K, 84, 84]`` float in [0, 1]
@@ -133,6 +134,7 @@ class ResNet(_ResidualTrunk):
         in_channels: int = 4,
         num_groups: int = 32,
         last_norm_scale: float = 1.0,
+        strides: Sequence[int] = (1, 2, 2, 2),
     ) -> None:
         block, expansion = (_bottleneck_block, 4) if bottleneck else (_basic_block, 1)
         layers: list[nn.Module] = [
@@ -142,10 +144,10 @@ class ResNet(_ResidualTrunk):
             nn.MaxPool2d(3, 2, padding=1),
         ]
         channels = 64
-        for stage, depth in enumerate(depths):
+        for stage, (depth, stride) in enumerate(zip(depths, strides, strict=True)):
             width = 64 * 2**stage
             for index in range(depth):
-                layers.append(block(channels, width, 2 if stage > 0 and index == 0 else 1, num_groups))
+                layers.append(block(channels, width, stride if index == 0 else 1, num_groups))
                 channels = width * expansion
         super().__init__(*layers, last_norm_scale=last_norm_scale)
 
@@ -157,6 +159,8 @@ class SmallResNet(_ResidualTrunk):
     paper: an early stride of 4 and few channels are what make a training step take milliseconds.
 
     Keyword Args:
+        width (int): channels of the stem; those of the blocks are once and twice as many.
+        strides (sequence of int): of the blocks; ``(2, 2, 2)`` leaves a map of 3 x 3, that of the paper's networks.
         in_channels (int): stacked frames ``K``.
         num_groups (int): groups of the normalization layers, at most a quarter of a layer's channels.
         last_norm_scale (float): initial scale of the last normalization of each residual branch; with 0 a block starts
@@ -164,17 +168,25 @@ class SmallResNet(_ResidualTrunk):
 
     Shape:
         - input: ``[B, K, 84, 84]`` float in [0, 1]
-        - output: ``[B, 32, 10, 10]``
+        - output: ``[B, 2 * width, 10, 10]``
     """
 
-    def __init__(self, *, in_channels: int = 4, num_groups: int = 32, last_norm_scale: float = 1.0) -> None:
+    def __init__(
+        self,
+        *,
+        width: int = 16,
+        strides: Sequence[int] = (1, 2, 1),
+        in_channels: int = 4,
+        num_groups: int = 32,
+        last_norm_scale: float = 1.0,
+    ) -> None:
         super().__init__(
-            nn.Conv2d(in_channels, 16, 8, 4, bias=False),
-            _group_norm(16, num_groups),
+            nn.Conv2d(in_channels, width, 8, 4, bias=False),
+            _group_norm(width, num_groups),
             nn.ReLU(),
-            _basic_block(16, 16, 1, num_groups),
-            _basic_block(16, 32, 2, num_groups),
-            _basic_block(32, 32, 1, num_groups),
+            _basic_block(width, width, strides[0], num_groups),
+            _basic_block(width, 2 * width, strides[1], num_groups),
+            _basic_block(2 * width, 2 * width, strides[2], num_groups),
             last_norm_scale=last_norm_scale,
         )
 
@@ -253,14 +265,25 @@ class Encoder:
     """Width of the hidden layer after pooling; ``None`` for no such layer."""
 
 
+_PTR_STRIDES = (1, 2, 1, 1)  # [nearest code: PTR]
+
 # feature_dim and num_embeddings [ours]: they put ResNet-34 / 50 / 101 with C51 and 40 games at 31.3M / 60.8M / 79.8M
 # parameters, against the published 31M / 60M / 79M. (1024 features would put ResNet-50 5.3% above.)
 ENCODERS: dict[str, Encoder] = {
+    "resnet_tiny": Encoder(build=partial(SmallResNet, width=8)),
     "resnet_small": Encoder(build=SmallResNet),
+    "resnet_small_3x3": Encoder(build=partial(SmallResNet, strides=(2, 2, 2))),
+    "resnet_medium": Encoder(build=partial(SmallResNet, width=32)),
     "resnet18": Encoder(build=partial(ResNet, (2, 2, 2, 2), bottleneck=False), num_embeddings=4, feature_dim=256),
     "resnet34": Encoder(build=partial(ResNet, (3, 4, 6, 3), bottleneck=False), num_embeddings=4, feature_dim=256),
     "resnet50": Encoder(build=partial(ResNet, (3, 4, 6, 3), bottleneck=True), num_embeddings=1, feature_dim=960),
     "resnet101": Encoder(build=partial(ResNet, (3, 4, 23, 3), bottleneck=True), num_embeddings=1, feature_dim=960),
+    "resnet34_11x11": Encoder(
+        build=partial(ResNet, (3, 4, 6, 3), bottleneck=False, strides=_PTR_STRIDES), num_embeddings=4, feature_dim=256
+    ),
+    "resnet50_11x11": Encoder(
+        build=partial(ResNet, (3, 4, 6, 3), bottleneck=True, strides=_PTR_STRIDES), num_embeddings=1, feature_dim=960
+    ),
     "nature": Encoder(build=lambda **_: NatureCNN(), feature_dim=512),
     "impala": Encoder(build=lambda **_: ImpalaCNN(), feature_dim=256),
 }

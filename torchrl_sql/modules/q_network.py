@@ -52,6 +52,7 @@ class MultiGameQNetwork(nn.Module):
         logit_scale (float or None): ``s``, or its initial value; ``None`` for the plain ``phi / ||phi||_2``. Used with
             ``feature_norm`` only.
         learn_logit_scale (bool): train ``s``; otherwise it stays.
+        per_game_heads (bool): False for one head that serves all games (an ablation).
         initial_bias (Tensor or None): the heads' biases at the start, ``[N]`` for all actions alike; ``None`` for 0.
         input_mean (Tensor or None): ``[G, H, W]`` float, a mean image per game in the units of the scaled input (0 to
             1), subtracted from each frame. A departure from the paper that helps where a static background makes all
@@ -89,6 +90,7 @@ class MultiGameQNetwork(nn.Module):
         feature_norm: bool = True,
         logit_scale: float | None = 30.0,
         learn_logit_scale: bool = True,
+        per_game_heads: bool = True,
         initial_bias: Tensor | None = None,
         input_mean: Tensor | None = None,
         legal_actions: Tensor | None = None,
@@ -102,6 +104,7 @@ class MultiGameQNetwork(nn.Module):
         check_choice("pooling", pooling, POOLINGS)
         check_choice("feature_norm", feature_norm, (True, False))
         check_choice("learn_logit_scale", learn_logit_scale, (True, False))
+        check_choice("per_game_heads", per_game_heads, (True, False))
         if logit_scale is not None:
             check_number("logit_scale", logit_scale, 0, above=True)
         self.input_shape = tuple(input_shape)
@@ -125,7 +128,9 @@ class MultiGameQNetwork(nn.Module):
         self.log_scale = nn.Parameter(torch.empty(1)) if learned else None
         self.output_shape = (num_actions,) if num_atoms is None else (num_atoms, num_actions)
         weight_std = _INITIAL_LOGIT_STD / self.logit_scale if feature_norm else None
-        self.heads = PerGameLinear(num_games, num_features, math.prod(self.output_shape), weight_std)
+        num_heads = num_games if per_game_heads else 1
+        self.heads = PerGameLinear(num_heads, num_features, math.prod(self.output_shape), weight_std)
+        self.num_games = num_games
         self.initial_bias = initial_bias
         self.register_buffer("input_mean", None if input_mean is None else input_mean.to(torch.get_default_dtype()))
         self.register_buffer("legal_actions", legal_actions)
@@ -144,7 +149,7 @@ class MultiGameQNetwork(nn.Module):
 
     def forward(self, observation: Tensor, game_id: Tensor | None = None) -> tuple[Tensor, ...]:
         batch_shape = observation.shape[: observation.ndim - len(self.input_shape)]
-        if game_id is None and self.heads.weight.shape[0] == 1:
+        if game_id is None and self.num_games == 1:
             game_id = torch.zeros(batch_shape, dtype=torch.int64, device=observation.device)
         shape = None if game_id is None else game_id.shape
         if observation.shape[len(batch_shape) :] != self.input_shape or shape != batch_shape:
@@ -166,8 +171,9 @@ class MultiGameQNetwork(nn.Module):
         if self.feature_norm:
             scale = self.logit_scale if self.log_scale is None else self.log_scale.exp()
             scaled = features / norm.clamp_min(1e-6) * scale
+        head = game_id if self.heads.weight.shape[0] == self.num_games else torch.zeros_like(game_id)
         out = (
-            self.heads(scaled, game_id).reshape(*batch_shape, *self.output_shape),
+            self.heads(scaled, head).reshape(*batch_shape, *self.output_shape),
             norm.detach().reshape(*batch_shape, 1),
             features.reshape(*batch_shape, -1),
         )
@@ -237,6 +243,7 @@ def make_q_actor(
     feature_norm: bool = True,
     logit_scale: float | None = 30.0,
     learn_logit_scale: bool = True,
+    per_game_heads: bool = True,
     value_prior_std: float | None = None,
     mask_illegal_actions: bool = False,
     input_mean: Tensor | None = None,
@@ -270,6 +277,7 @@ def make_q_actor(
         feature_norm (bool): divide the features by their L2 norm before the heads (the paper's).
         logit_scale (float or None): scale of normalized features, ``None`` for the plain ``phi / ||phi||``.
         learn_logit_scale (bool): train the scale, from there.
+        per_game_heads (bool): False for one head that serves all games (an ablation).
         value_prior_std (float or None): start the heads' biases at ``-z^2 / (2 * value_prior_std^2)`` over the atoms
             ``z``, a return distribution centred on 0 with this standard deviation, at least a tenth of the atoms'
             spacing. ``None`` starts uniform over the support, from where a network must first unlearn values near
@@ -329,6 +337,7 @@ def make_q_actor(
         feature_norm=feature_norm,
         logit_scale=logit_scale,
         learn_logit_scale=learn_logit_scale,
+        per_game_heads=per_game_heads,
         initial_bias=None if value_prior_std is None else _log_prior(support, value_prior_std),
         input_mean=input_mean,
         legal_actions=legal_actions,

@@ -82,6 +82,7 @@ def game_data(
 def _subset(data: DataConfig) -> Subset:
     return Subset(
         first_fraction=data.first_fraction,
+        last_fraction=data.last_fraction,
         every_kth_episode=data.every_kth_episode,
         transitions_per_game=data.transitions_per_game,
     )

@@ -18,7 +18,7 @@ from hydra.errors import OverrideParseException
 
 from torchrl_sql.config import ConfigError, EvaluationConfig, RunConfig, check_ranks, compose_run_config
 from torchrl_sql.config.schema import folder_name as name_bound
-from torchrl_sql.config.study import StudyConfig
+from torchrl_sql.config.study import StudyConfig, combined, setting_key
 from torchrl_sql.studies.task import Task
 
 RUNS = Path("runs")
@@ -67,7 +67,7 @@ def plan_study(study: StudyConfig, folder: Path, *, num_ranks: int = 1) -> list[
     if study.report.x is not None:
         raise ConfigError(f"report.x: a page cannot show runs along an axis yet, got {study.report.x!r}")
     for override in (word for words in (study.common, *(run.set for run in study.runs.values())) for word in words):
-        if (key := _key(override)) in _DECIDED:
+        if (key := setting_key(override)) in _DECIDED:
             option = "--seeds" if key == "seed" else "its file" if key == "data.store" else "--out"
             raise ConfigError(f"a study decides {key} itself, see {option}; got {override!r}")
     makes_store = study.data == "collect" or study.data.split()[:1] == ["import"]
@@ -84,8 +84,8 @@ def plan_study(study: StudyConfig, folder: Path, *, num_ranks: int = 1) -> list[
     main = study.report.main or next(iter(study.runs))
     ends: list[str] = []
     for name, run in study.runs.items():
-        other_method = any(_key(word) == "method" for word in run.set)
-        shared = [word for word in study.common if not (other_method and word.startswith("method."))]
+        chosen = tuple(f"{setting_key(word)}." for word in run.set if setting_key(word) in ("method", "model"))
+        shared = [word for word in study.common if not word.startswith(chosen)]
         common = combined(shared, run.set, [f"name={name}", f"data.store={quoted(store)}"])
         compose = _Seeded(common)
         for seed in study.seeds_of(name):
@@ -139,7 +139,7 @@ def plan_training(overrides: Sequence[str], root: Path, *, num_ranks: int = 1) -
         ConfigError: for settings that cannot be run.
     """
     for override in overrides:
-        if _key(override) == "run_dir":
+        if setting_key(override) == "run_dir":
             raise ConfigError(f"the launcher makes the run's folder: give --into instead of {override}")
     combinations = expand(overrides)
     composed: dict[tuple[str, ...], _Seeded] = {}
@@ -242,11 +242,6 @@ def quoted(path: Path) -> str:
     return f"'{text}'"
 
 
-def combined(*overrides: Sequence[str]) -> list[str]:
-    """Settings of which a later one replaces an earlier one of the same key."""
-    return list({_key(override): override for override in (word for words in overrides for word in words)}.values())
-
-
 def evaluation_options(evaluation: EvaluationConfig) -> list[str]:
     """A protocol as options of ``torchrl-sql evaluate``."""
     return [
@@ -300,7 +295,3 @@ def _deciding(config: RunConfig) -> dict[str, Any]:
     sections = {key: value for key, value in content.items() if isinstance(value, dict)}
     flat = {f"{section}.{key}": value for section, values in sections.items() for key, value in values.items()}
     return {"seed": config.seed} | flat
-
-
-def _key(override: str) -> str:
-    return override.split("=")[0].lstrip("+~")
