@@ -12,6 +12,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from torchrl_sql.config import ConfigError, compose_run_config, explain, run_config_from_yaml
+from torchrl_sql.config.schema import CONFIG_FORMAT
 
 RUN = ["scale=cpu", "data.store=store"]
 
@@ -69,10 +70,10 @@ EARLIER = "name: x\nobjective: {name: cql}\nmodel: {num_atoms: 51}\n"
     [
         ("a: [", "here must hold a run's configuration"),
         ("[1]", "here must hold a run's configuration"),
-        ("format: 3\nname: x", "here must hold a run's configuration"),
-        ("format: 3\nname: x\nmethod: {name: bc}", "collection must be given"),
+        (f"format: {CONFIG_FORMAT}\nname: x", "here must hold a run's configuration"),
+        (f"format: {CONFIG_FORMAT}\nname: x\nmethod: {{name: bc}}", "collection must be given"),
         (EARLIER, r"here was written by an earlier version of torchrl_sql .*; train it again or use that version"),
-        ("format: 3\nname: x", r"here was written by a later version of torchrl_sql"),
+        (f"format: {CONFIG_FORMAT + 1}\nname: x", r"here was written by a later version of torchrl_sql"),
     ],
 )
 def test_files_of_other_versions_and_damaged_ones_are_refused(text, message):
