@@ -7,8 +7,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+from torch.profiler import record_function
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
@@ -19,6 +22,13 @@ def gpu_check(monkeypatch):
     import gpu_check
 
     return gpu_check
+
+
+@pytest.fixture
+def blocked_seconds(gpu_check):
+    from _gpu_rows import blocked_seconds
+
+    return blocked_seconds
 
 
 @pytest.fixture
@@ -70,6 +80,32 @@ def test_a_row_that_hangs_fails_while_there_is_time_for_others(gpu_check, worker
     peak = {"kind": "device_peak", "precisions": ["fp32"], "seconds": 0}
     (row,) = gpu_check.run([peak], worker, time.monotonic() + 300, lambda rows: None)
     assert row["failed"] == "stopped after 0 s"
+
+
+def steps_that(update, device):
+    return SimpleNamespace(device=torch.device(device), replay=SimpleNamespace(sample=lambda: None), update=update)
+
+
+def test_time_in_calls_that_wait_is_added_up_per_step(blocked_seconds):
+    def update(batch):
+        for name, seconds in (("cudaStreamSynchronize", 0.01), ("cudaMemcpyAsync", 0.02), ("cudaLaunchKernel", 0.04)):
+            with record_function(name):
+                time.sleep(seconds)
+
+    assert 0.03 <= blocked_seconds(steps_that(update, "cpu"), num_steps=3) < 0.04
+    assert blocked_seconds(steps_that(lambda batch: time.sleep(0.01), "cpu")) == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("waits", [False, True])
+def test_a_step_that_waits_for_the_device_is_told_from_one_that_does_not(blocked_seconds, waits):
+    def update(batch):
+        torch.cuda._sleep(50_000_000)  # some 25 ms
+        if waits:
+            torch.cuda.synchronize()
+
+    assert (blocked_seconds(steps_that(update, "cuda")) > 0.005) == waits
 
 
 def row(**changes):
