@@ -231,7 +231,7 @@ def run(plan: list[Item], worker: Worker, deadline: float, save: Any) -> list[It
             found = {"failed": str(error)}
         rows.append({key: value for key, value in item.items() if key not in ("games", "readers", "seconds")} | found)
         rows[-1]["row_seconds"] = round(left - (deadline - time.monotonic()), 1)
-        print(f"{deadline - time.monotonic():5.0f} s left  {name_of(item)}: {_short(found)}", flush=True)
+        print(f"{max(0.0, deadline - time.monotonic()):5.0f} s left  {name_of(item)}: {_short(found)}", flush=True)
         save(rows)
     return rows
 
@@ -242,18 +242,19 @@ def _short(found: dict[str, Any]) -> str:
 
 def targets(rows: list[Item]) -> list[dict[str, str]]:
     """What was hoped for beside what was measured."""
-    measured = [row for row in rows if not {"failed", "skipped"} & row.keys()]
+    done = [row for row in rows if not {"failed", "skipped"} & row.keys()]
     table: list[dict[str, str]] = []
 
     def greatest(key: str, **wanted: Any) -> Any:
-        values = [row[key] for row in measured if key in row and all(row.get(k) == v for k, v in wanted.items())]
+        values = [row[key] for row in done if key in row and all(row.get(k) == v for k, v in wanted.items())]
         return max(values, default=None)
 
     def add(what: str, value: float | None, target: float, *, at_least: bool) -> None:
         met = value is not None and (value >= target if at_least else value <= target)
         verdict = "not measured" if value is None else "met" if met else "MISSED"
         bound = f"{'at least' if at_least else 'at most'} {target:g}"
-        table.append({"what": what, "target": bound, "measured": f"{value or 0:.3g}", "verdict": verdict})
+        measured = "" if value is None else f"{value:.3g}"
+        table.append({"what": what, "target": bound, "measured": measured, "verdict": verdict})
 
     for network in ("resnet50", "resnet101"):
         row = {"network": network, "batch_size": 512, "precision": "bf16"}
@@ -270,33 +271,22 @@ def targets(rows: list[Item]) -> list[dict[str, str]]:
     add("graph, worst row: ms per step in which the host is blocked", blocked, TARGET_BLOCKED, at_least=False)
     wait = greatest("data_wait_2", **graph)
     add("graph, worst row: share of the time waiting for data, 2 readers", wait, TARGET_WAIT, at_least=False)
-    for mode in ("eager", "graph"):
-        apart = greatest(f"deviation_{mode}", kind="curve")
-        bound = greatest("greatest_deviation", kind="curve")
-        add(f"{mode}: loss curve in bf16, relative distance from the CPU's in fp32", apart, bound or 0, at_least=False)
+    for row in (row for row in done if row["kind"] == "curve"):
+        for mode in row["modes"]:
+            what = f"{mode}: loss curve in bf16, relative distance from the CPU's in fp32"
+            add(what, row[f"deviation_{mode}"], row["greatest_deviation"], at_least=False)
     return table
 
 
 def markdown(machine: dict[str, Any], rows: list[Item]) -> str:
-    lines = [
-        f"# {machine['device']}",
-        "",
-        f"`{machine['command']}`, {machine['date']}, commit {machine['commit']}.",
-        "",
-    ]
-    lines += [f"`gpu` tests: {row.get('summary', row.get('skipped'))}" for row in rows if row["kind"] == "tests"]
-    lines += ["", *_table(targets(rows))]
-    done = [row for row in rows if not {"failed", "skipped"} & row.keys() and row["kind"] != "tests"]
-    for kinds, title in (
-        (("step", "peer"), "Gradient steps"),
-        (("device_peak", "curve", "resume", "checkpoint", "evaluation"), "Others"),
-    ):
-        lines += ["", f"## {title}", ""]
-        chosen = [row for row in done if row["kind"] in kinds]
-        if title == "Others":
-            lines += [f"- {name_of(row)}: {_short({k: v for k, v in row.items() if k not in NAMES})}" for row in chosen]
-        else:
-            lines += _table(chosen)
+    """The result as a page."""
+    made = f"`{machine['command']}`, {machine['date']}, commit {machine['commit']}."
+    done = [row for row in rows if not {"failed", "skipped"} & row.keys()]
+    steps = [row for row in done if row["kind"] in ("step", "peer")]
+    others = [row for row in done if row["kind"] not in ("step", "peer")]
+    lines = [f"# {machine['device']}", "", made, "", *_table(targets(rows))]
+    lines += ["", "## Gradient steps", "", *_table(steps), "", "## Others", ""]
+    lines += [f"- {name_of(row)}: {_short({k: v for k, v in row.items() if k not in NAMES})}" for row in others]
     for how in ("failed", "skipped"):
         lines += ["", f"## {how.capitalize()}", ""]
         lines += [f"- {name_of(row)}: {row[how]}" for row in rows if how in row] or ["Nothing."]
@@ -304,6 +294,8 @@ def markdown(machine: dict[str, Any], rows: list[Item]) -> str:
 
 
 def _table(rows: list[dict[str, Any]]) -> list[str]:
+    if not rows:
+        return ["Nothing."]
     columns = list(dict.fromkeys(key for row in rows for key in row))
     lines = [columns, ["---"] * len(columns), *([str(row.get(key, "")) for key in columns] for row in rows)]
     return [f"| {' | '.join(line)} |" for line in lines]
@@ -316,7 +308,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=10, help="in all (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="without suffix (default: benchmarks/results/gpu_check_DEVICE)")
     args = parser.parse_args()
-    deadline = time.monotonic() + 60 * args.minutes - 5  # to stop what is under way, and to write
+    deadline = time.monotonic() + 60 * args.minutes - 15  # for the imports before, and to stop and write
     try:
         device = resolve_device(args.device)
     except ValueError as error:
