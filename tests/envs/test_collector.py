@@ -141,7 +141,7 @@ def test_components_are_equally_likely():
 def test_description_states_script_reflex_and_ranges():
     text = describe("Breakout", WEAK_SKILLS)
     assert text.startswith("The script: Moves the paddle under the ball. Always: Fires when no ball is seen")
-    assert "33% of episodes (skilled): follows the script at 30% to 70% of the steps" in text
+    assert "33% of episodes (skilled): follows the script at 40% to 80% of the steps" in text
     assert "(random): plays actions from a distribution" in text
     assert "Always" not in describe("Freeway", WEAK_SKILLS)
 

@@ -119,11 +119,11 @@ class Behaviour:
 
 
 WEAK_SKILLS = (
-    Behaviour(name="skilled", skill_probability=(0.3, 0.7), noise="uniform"),
+    Behaviour(name="skilled", skill_probability=(0.4, 0.8), noise="uniform"),
     Behaviour(name="weak", skill_probability=(0.0, 0.3), noise="uniform"),
     Behaviour(name="random", skill_probability=(0.0, 0.0), noise="biased"),
 )
-"""A third of the episodes each: half skilled, hardly skilled, not skilled at all."""
+"""A third of the episodes each: some 60% skilled, hardly skilled, not skilled at all."""
 
 
 def describe(game: str, behaviours: Sequence[Behaviour]) -> str:
