@@ -46,6 +46,20 @@ def test_a_trained_run_leaves_its_policy_and_it_acts_as_the_network(make_config,
         assert action in GAMES[config.games[game_id]].minimal_actions
 
 
+@pytest.mark.parametrize("changes", [[], ["method=bc"], ["model.per_game_heads=false"]], ids=str)
+def test_a_compact_policy_is_small_and_acts_with_rounded_weights(make_config, tmp_path, changes):
+    folder = train(make_config(*changes))
+    export_policy(folder, tmp_path / "small.safetensors", compact=True)
+    assert (tmp_path / "small.safetensors").stat().st_size < 0.5 * (folder / POLICY_FILE).stat().st_size
+    small = torchrl_sql.load_policy(tmp_path / "small.safetensors")
+    network, config, _ = load_agent(folder)
+    rounded = {name: value.half().float() for name, value in network.state_dict().items()}
+    network.load_state_dict(rounded)
+    with torch.no_grad():
+        ours, theirs = small(states()), NetworkPolicy(network, config.games)(states())
+    assert torch.equal(ours["action"], theirs["action"])
+
+
 def test_any_checkpoint_can_be_exported(make_config, tmp_path):
     folder = train(make_config())
     older = list_checkpoints(folder / "checkpoints")[0]
@@ -141,7 +155,7 @@ def test_other_files_are_refused(tmp_path):
     with pytest.raises(CheckpointError, match=r"x.safetensors must be a safetensors file"):
         torchrl_sql.load_policy(path)
     save_file({"w": torch.zeros(1)}, path)
-    with pytest.raises(CheckpointError, match=r"must be of format 'torchrl_sql policy 2', got None"):
+    with pytest.raises(CheckpointError, match=r"must be of format 'torchrl_sql policy 3', got None"):
         torchrl_sql.load_policy(path)
     save_file({"w": torch.zeros(1)}, path, metadata={"format": "torchrl_sql policy 1"})
     with pytest.raises(CheckpointError, match=r"was written by an earlier version of torchrl_sql"):

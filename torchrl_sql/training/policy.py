@@ -13,8 +13,9 @@ from safetensors.torch import save
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
 
-from torchrl_sql.config import run_config_from_yaml
+from torchrl_sql.config import RunConfig, run_config_from_yaml
 from torchrl_sql.files import replacing
+from torchrl_sql.games import NUM_ACTIONS, legal_action_mask
 from torchrl_sql.methods import make_method
 from torchrl_sql.training.build import find_checkpoint, load_agent
 from torchrl_sql.training.checkpoint import CheckpointError, check_format, wrong_content
@@ -22,18 +23,23 @@ from torchrl_sql.training.checkpoint import CheckpointError, check_format, wrong
 POLICY_FILE = "policy.safetensors"
 """In the folder of a trained run."""
 
-_POLICY_FORMAT = "torchrl_sql policy 2"
+_POLICY_FORMAT = "torchrl_sql policy 3"
 
 
-def export_policy(checkpoint: Path, path: Path) -> None:
+def export_policy(checkpoint: Path, path: Path, *, compact: bool = False) -> None:
     """Write the online network of a checkpoint as one safetensors file for :func:`load_policy`.
 
     Its metadata are ``format``, ``config`` (the run's configuration as YAML), ``games`` (their names separated by
-    commas, in the order of ``game_id``), ``gradient_step`` and ``sha256`` of the others and the weights.
+    commas, in the order of ``game_id``), ``gradient_step``, ``heads`` (``all`` or ``legal``) and ``sha256`` of the others
+    and the weights.
 
     Args:
         checkpoint (Path): a checkpoint, or a run's folder (its newest checkpoint is taken).
         path (Path): the file to write, in one move.
+
+    Keyword Args:
+        compact (bool): weights in float16, and of the heads of a Q-network only the rows of legal actions, for files to
+            hand around: half of the size or less. Loaded, it acts with weights rounded to float16.
 
     Raises:
         CheckpointError: if the checkpoint is damaged.
@@ -46,8 +52,12 @@ def export_policy(checkpoint: Path, path: Path) -> None:
         "config": config.to_yaml(),
         "games": ",".join(config.games),
         "gradient_step": str(gradient_step),
+        "heads": "legal" if compact else "all",
     }
     weights = {name: value.contiguous().clone() for name, value in network.state_dict().items()}
+    if compact:
+        weights = {name: value.half() if value.is_floating_point() else value for name, value in weights.items()}
+        weights |= {name: _rows(weights[name])[_legal(config, weights[name])] for name in _heads(weights)}
     metadata["sha256"] = _digest(metadata, weights)
     with replacing(path, concurrent=True) as temporary:
         temporary.write_bytes(save(weights, metadata=metadata))
@@ -83,8 +93,30 @@ def load_policy(path: Path | str, *, device: torch.device | str = "cpu") -> Tens
         config = run_config_from_yaml(metadata["config"], source=f"the configuration in {path}")
         method = make_method(config.method)
         network = method.network(config.model, config.games)
+        if metadata["heads"] == "legal":
+            state = network.state_dict()
+            for name in _heads(weights):
+                whole = torch.zeros_like(state[name])
+                _rows(whole)[_legal(config, whole)] = weights[name].to(whole.dtype)
+                weights[name] = whole
         network.load_state_dict(weights)
     return method.policy(network.to(device), config.games).eval()
+
+
+def _heads(weights: Mapping[str, Tensor]) -> list[str]:
+    """Names of the per-game heads' weights and biases."""
+    return [name for name in weights if name.endswith((".heads.weight", ".heads.bias"))]
+
+
+def _rows(heads: Tensor) -> Tensor:
+    """A view ``[G, A, N, ...]`` of heads ``[G, N * A, ...]``."""
+    return heads.unflatten(1, (-1, NUM_ACTIONS)).transpose(1, 2)
+
+
+def _legal(config: RunConfig, heads: Tensor) -> Tensor:
+    """Bool ``[G, A]``, or ``[1, A]`` where one head serves all games: actions that some game of each head knows."""
+    legal = legal_action_mask(config.games)
+    return legal if len(legal) == len(heads) else legal.any(0, keepdim=True)
 
 
 def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
