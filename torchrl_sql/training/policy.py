@@ -30,8 +30,8 @@ def export_policy(checkpoint: Path, path: Path, *, compact: bool = False) -> Non
     """Write the online network of a checkpoint as one safetensors file for :func:`load_policy`.
 
     Its metadata are ``format``, ``config`` (the run's configuration as YAML), ``games`` (their names separated by
-    commas, in the order of ``game_id``), ``gradient_step``, ``heads`` (``all`` or ``legal``) and ``sha256`` of the others
-    and the weights.
+    commas, in the order of ``game_id``), ``gradient_step``, ``heads`` (``all`` or ``legal``), and ``sha256`` of the
+    others and the weights.
 
     Args:
         checkpoint (Path): a checkpoint, or a run's folder (its newest checkpoint is taken).
