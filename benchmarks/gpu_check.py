@@ -10,7 +10,7 @@ skipped, and named. Results are written after each row.
 
 - ``step`` rows are :meth:`torchrl_sql.training.Trainer.update` of a run of ``scale=paper``, timed as ``torchrl-sql
   bench`` does. ``share_of_matmul_peak``: its counted operations over the measured rate of a large matrix product in the
-  same precision. ``start_seconds``: of the first three steps, with compiling. ``host_milliseconds``: what the host
+  same precision. ``start_seconds``: of the first four steps, with compiling. ``host_milliseconds``: what the host
   needs to issue a step with its batch. ``host_blocked_milliseconds``: time of a step inside CUDA calls that may wait
   for the device. ``data_wait_N``: share of the time in which the loop waits for batches with N readers.
 - ``peer`` rows are the same step composed of TorchRL's parts, see ``update_step.py``: ``torchrl`` as it comes,

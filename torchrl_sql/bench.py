@@ -20,7 +20,8 @@ from torchrl_sql.training.build import build_trainer
 from torchrl_sql.training.ranks import Ranks
 from torchrl_sql.training.trainer import Trainer
 
-_NUM_WARM_UPS = 3
+_NUM_WARM_UPS = 4
+"""Of a gradient step that is captured, the fourth is."""
 _NUM_ROUNDS = 5
 _SECONDS_PER_DAY = 86_400
 
@@ -30,7 +31,7 @@ class StepTimes:
     """What :func:`time_steps` measured."""
 
     start_seconds: float
-    """Of the first 3 gradient steps together: compiling, capturing, choosing algorithms."""
+    """Of the first 4 gradient steps together: compiling, capturing, choosing algorithms."""
     step_seconds: float
     """Of a gradient step on a batch that is on the device, the host running ahead as in training."""
     peak_bytes: int | None

@@ -70,8 +70,8 @@ def test_each_size_is_the_program_of_a_run_with_that_batch(settings, monkeypatch
     config = compose_run_config([*settings, "trainer.microbatch_size=4"])
     measure(config, ALONE, samples_per_gpu=[8, 2], num_repeats=5)
     assert built == [(2, 2, 1), (8, 4, 1)]
-    # 3 first steps, 3 to warm up, 5 rounds of one.
-    assert shapes == [2] * 11 + [8] * 11
+    # 4 first steps, 4 to warm up, 5 rounds of one.
+    assert shapes == [2] * 13 + [8] * 13
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,7 @@ def test_command_prints_measurements_and_a_plan(settings, tmp_path, capsys):
     file = tmp_path / "measured.json"
     assert main(["bench", *settings, "--samples", "8,4", "--repeats", "1", "--gpus", "1,2", "--json", str(file)]) == 0
     printed = capsys.readouterr().out
-    assert "step of 8 samples per device" in printed and "the first 3 took" in printed
+    assert "step of 8 samples per device" in printed and "the first 4 took" in printed
     assert "no plan for 2 GPUs: network_bytes_per_second must be known" in printed
     assert "4,000 gradient steps of 8 transitions" in printed
     assert json.loads(file.read_text())["step_seconds"].keys() == {"4", "8"}
