@@ -1,12 +1,16 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 
-from torchrl_sql.bench import measure, read_bytes_per_transition
+from tests.training.conftest import free_port
+from torchrl_sql.bench import measure, read_bytes_per_transition, time_steps
 from torchrl_sql.cli import main
 from torchrl_sql.config import compose_run_config
 from torchrl_sql.data import FrameStore
@@ -72,6 +76,44 @@ def test_each_size_is_the_program_of_a_run_with_that_batch(settings, monkeypatch
     assert built == [(2, 2, 1), (8, 4, 1)]
     # 4 first steps, 4 to warm up, 5 rounds of one.
     assert shapes == [2] * 13 + [8] * 13
+
+
+RANKS = """
+import json, os, sys
+from dataclasses import asdict
+import torch
+from torchrl_sql.bench import measure
+from torchrl_sql.config import compose_run_config
+from torchrl_sql.training.ranks import process_group
+child = os.fork()
+os.environ.update(RANK=str(int(child == 0)), LOCAL_RANK=str(int(child == 0)))
+with process_group(torch.device("cpu")) as ranks:
+    measured = measure(compose_run_config(sys.argv[1:]), ranks, samples_per_gpu=[4], num_repeats=1)
+os.write(1, (json.dumps(asdict(measured)) + "\\n").encode())
+if child:
+    assert os.waitpid(child, 0)[1] == 0
+"""
+
+
+def test_ranks_agree_on_the_slowest_and_measure_the_link_between_them(settings):
+    where = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    command = [sys.executable, "-c", RANKS, *settings]
+    done = subprocess.run(command, env=os.environ | where, capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stderr
+    first, second = map(json.loads, done.stdout.splitlines())
+    assert first == second
+    assert first["node_bytes_per_second"] > 0 and first["network_bytes_per_second"] is None
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_steps_on_a_gpu_say_what_memory_they_take(settings):
+    config = compose_run_config([*settings, "trainer.device=cuda"])
+    trainer = build_trainer(config)
+    times = time_steps(trainer, num_repeats=5)
+    trainer.replay.shutdown()
+    parameters = sum(p.nbytes for p in trainer.loss.parameters())
+    assert times.peak_bytes > 4 * parameters  # with gradients and two moments
 
 
 @pytest.mark.parametrize(
