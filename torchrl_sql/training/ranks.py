@@ -133,7 +133,7 @@ class Ranks:
 
 
 _KINDS = (OSError, MemoryError, RuntimeError, ValueError)
-"""Of errors, as far as who retries a job tells them apart; the last is what the others are not."""
+"""The kinds of errors that decide whether a job is retried; an error of no kind is told as one of the last."""
 
 
 def _tell(error: Exception | None) -> tuple[int, list[Any]] | None:
