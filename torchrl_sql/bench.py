@@ -186,9 +186,9 @@ def read_bytes_per_transition(store: FrameStore, *, n_steps: int) -> float:
     frame_bytes = sum(s.num_bytes for s in summaries) / sum(s.num_transitions for s in summaries)
     stack = np.arange(FRAME_STACK)
     frames = np.union1d(stack, stack + n_steps)
-    phases = np.arange(store.chunk_frames)
-    num_chunks = np.mean([len(np.unique((phase + frames) // store.chunk_frames)) for phase in phases])
-    return float(frame_bytes * store.chunk_frames * num_chunks)
+    chunk_frames = store.encoding.chunk_frames
+    num_chunks = np.mean([len(np.unique((phase + frames) // chunk_frames)) for phase in range(chunk_frames)])
+    return float(frame_bytes * chunk_frames * num_chunks)
 
 
 def _bus_bandwidth(

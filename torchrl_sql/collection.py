@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import sys
 from functools import partial
+from typing import cast
 
 from tqdm import tqdm
 
 from torchrl_sql.config import ConfigError, RunConfig
 from torchrl_sql.data import FrameStore
+from torchrl_sql.data.frames import Codec
 from torchrl_sql.envs import WEAK_SKILLS, Emulator, SkillMixture, collect
 from torchrl_sql.envs.behaviours import describe
 from torchrl_sql.files import expand_path
@@ -32,7 +34,12 @@ def collect_data(config: RunConfig) -> FrameStore:
         max_env_frames=collection.max_env_frames_per_episode,
     )
     policies = {game: SkillMixture(game) for game in config.games}
-    store = FrameStore.create(expand_path(config.data.store), exist_ok=True)
+    store = FrameStore.create(expand_path(config.data.store), codec=cast(Codec, collection.codec), exist_ok=True)
+    if store.encoding.codec != collection.codec:
+        raise ConfigError(
+            f"the store {config.data.store} is in {store.encoding.codec}, wanted {collection.codec}: set "
+            f"collection.codec={store.encoding.codec}, or choose another data.store"
+        )
     for game, policy in policies.items():
         found = dict(store.recording(game).manifest.metadata) if game in store.games else how
         if found != how:

@@ -4,11 +4,13 @@ import json
 import mmap
 import os
 import shutil
+import struct
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import google_crc32c
+import lz4.block
 import numpy as np
 import pytest
 import zstandard
@@ -23,6 +25,11 @@ from torchrl_sql.data.damage import verify
 from torchrl_sql.data.frames import shard_path
 from torchrl_sql.data.mapping import MappedFile, UnreadableRangeError, read_ranges
 from torchrl_sql.data.shards import DamagedFramesError, ShardFiles
+
+
+@pytest.fixture(params=["zstd", "lz4"])
+def store(request, tmp_path):
+    return FrameStore.create(tmp_path / "store", codec=request.param, chunk_frames=4, shard_frames=8)
 
 
 @pytest.fixture
@@ -251,20 +258,27 @@ def test_chunk_of_another_kind(pong):
     path = shard_path(pong.path / "frames", 0)
     data = bytearray(path.read_bytes())
     index = np.frombuffer(data, "<u8", 4, len(data) - 36)
-    chunk = zstandard.compress(bytes(2 * 84 * 84))
+    codec = FrameStore.open(pong.path.parent.parent).encoding.codec
+    if codec == "zstd":
+        chunk = zstandard.compress(bytes(2 * 84 * 84))
+    else:
+        block = lz4.block.compress(bytes(2 * 84 * 84), store_size=False)
+        chunk = struct.pack("<4B5I", 2, 1, 32, 1, 14112, 14112, len(block) + 24, 20, len(block)) + block
     chunk += google_crc32c.value(chunk).to_bytes(4, "little")
     assert len(chunk) <= index[1]
     data[index[0] : index[0] + len(chunk)] = chunk
     index[1] = len(chunk)
     data[-4:] = google_crc32c.value(bytes(data[-36:-4])).to_bytes(4, "little")
     path.write_bytes(data)
-    message = (
-        r"chunk 0: it must hold 28224 bytes of frames, got 14112. It holds the frames of transitions 0 to 3 of Pong"
-    )
+    reason = {
+        "zstd": "zstd-compressed frames: its header says 14112",
+        "lz4": f"lz4-compressed frames: its header is {chunk[:24].hex()}",
+    }[codec]
+    message = rf"chunk 0: it must hold 28224 bytes of {reason}. It holds the frames of transitions 0 to 3 of Pong"
     with pytest.raises(DamagedFramesError, match=message):
         AtariFrameStorage(pong.path.parent.parent)[0]
     (damage,) = verify(FrameStore.open(pong.path.parent.parent))
-    assert "28224 bytes of frames, got 14112" in damage.reason
+    assert f"28224 bytes of {reason}" in damage.reason
 
 
 def test_chunks_of_black_frames_are_stored(store):
@@ -282,7 +296,12 @@ def test_chunks_of_black_frames_are_stored(store):
     [
         (("data_type",), "uint16", "must describe uint8 .* got uint16"),
         (("shape",), [29, 84, 80], r"got uint8 \[29, 84, 80\]"),
-        (("codecs", 0, "configuration", "codecs", 1, "name"), "blosc", "'blosc'"),
+        (("codecs", 0, "configuration", "codecs", 1, "name"), "gzip", "'gzip'"),
+        (
+            ("codecs", 0, "configuration", "codecs", 1),
+            {"name": "blosc", "configuration": {"cname": "zstd", "shuffle": "shuffle"}},
+            "'blosc/zstd/shuffle'",
+        ),
         (("codecs", 0, "configuration", "index_location"), "start", "the index at the start"),
         (("codecs", 0, "configuration"), {}, "does not describe an array of frames: KeyError"),
         (("codecs",), [], "does not describe an array of frames"),
@@ -302,7 +321,10 @@ def test_other_layouts_are_refused(pong, path, value, message):
 
 
 def test_runs_of_other_chunking_are_refused(tmp_path, pong, lab):
-    other = FrameStore.create(tmp_path / "other", chunk_frames=2, shard_frames=8)
-    lab.write(other, "Pong", lab.make_episodes([(5, True, False)]))
-    with pytest.raises(ValueError, match=r"must have \(chunks, shards\) of \(4, 8\) frames .* got \(2, 8\)"):
-        FrameReader([pong, other.recording("Pong")])
+    codec = FrameStore.open(pong.path.parent.parent).encoding.codec
+    for name, size, other_codec in (("a", 2, codec), ("b", 4, {"zstd": "lz4", "lz4": "zstd"}[codec])):
+        other = FrameStore.create(tmp_path / name, codec=other_codec, chunk_frames=size, shard_frames=8)
+        lab.write(other, "Pong", lab.make_episodes([(5, True, False)]))
+        message = rf"of \(4, 8\) frames in {codec} as the other .* got \({size}, 8\) in {other_codec}"
+        with pytest.raises(ValueError, match=message):
+            FrameReader([pong, other.recording("Pong")])

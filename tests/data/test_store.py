@@ -160,7 +160,7 @@ def test_bad_arguments_are_named(tmp_path, store, lab):
         FrameStore.create(tmp_path / "a", zstd_level=0)
     with pytest.raises(FileExistsError, match="is a store already"):
         FrameStore.create(store.path)
-    assert FrameStore.create(store.path, exist_ok=True).chunk_frames == 4
+    assert FrameStore.create(store.path, exist_ok=True).encoding.chunk_frames == 4
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").touch()
     with pytest.raises(FileExistsError, match="empty or new folder"):

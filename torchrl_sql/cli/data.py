@@ -1,4 +1,4 @@
-"""``torchrl-sql collect``, ``import``, ``verify``, ``inspect`` and ``export``."""
+"""``torchrl-sql collect``, ``import``, ``verify``, ``inspect``, ``convert`` and ``export``."""
 
 from __future__ import annotations
 
@@ -30,6 +30,12 @@ def add_commands(commands: Any) -> None:
     summary.add_argument("store", type=existing_path, help="folder of the store")
     summary.add_argument("--contact-sheet", type=Path, metavar="FILE.png", help="draw frames of each game there")
     summary.set_defaults(run_command=_inspect)
+
+    convert = commands.add_parser("convert", help="write a store with another codec", description=_convert.__doc__)
+    convert.add_argument("store", type=Path, help="folder of the store")
+    convert.add_argument("--codec", choices=("zstd", "lz4"), required=True, help="zstd is smaller, lz4 faster to read")
+    convert.add_argument("--out", type=Path, required=True, help="the new store")
+    convert.set_defaults(run_command=_convert)
 
     export = commands.add_parser(
         "export", help="write a part of a store as TorchRL transitions", description=_export.__doc__
@@ -79,6 +85,7 @@ def _add_formats(importer: argparse.ArgumentParser) -> None:
         parser = parsers.add_parser(format.name, help=format.summary, description=_import.__doc__)
         parser.add_argument("source", metavar="SOURCE", help=format.summary)
         parser.add_argument("--out", type=Path, required=True, help="the store; made if absent")
+        parser.add_argument("--codec", choices=("zstd", "lz4"), help="of a new store (default: zstd)")
         types, parameters = get_type_hints(format.read), inspect.signature(format.read).parameters
         for option, text in format.options.items():
             kinds = [types[option], *get_args(types[option])]  # X | None has the arguments X and None
@@ -96,8 +103,15 @@ def _add_formats(importer: argparse.ArgumentParser) -> None:
 
 def _import(args: argparse.Namespace) -> None:
     """Reads a data set of others into a store. The same command continues an import that was stopped."""
-    from torchrl_sql.data import importers
+    from torchrl_sql.data import FrameStore, importers
 
+    if args.codec is not None:
+        store = FrameStore.create(args.out, codec=args.codec, exist_ok=True)
+        if store.encoding.codec != args.codec:
+            raise ValueError(
+                f"{args.out} is in {store.encoding.codec} already, got --codec {args.codec}: leave it out, and "
+                "`torchrl-sql convert` the store when it is whole"
+            )
     failed: importers.ImportFailedError | None = None
     options = {name: getattr(args, name) for name in args.options if hasattr(args, name)}
     try:
@@ -150,6 +164,22 @@ def _inspect(args: argparse.Namespace) -> None:
         print(f"Frames: {args.contact_sheet}")
 
 
+def _convert(args: argparse.Namespace) -> None:
+    """Writes a store with another codec, the same transitions. The same command continues one that was stopped."""
+    from tqdm import tqdm
+
+    from torchrl_sql.data import FrameStore, convert
+
+    with tqdm(desc="convert", unit="frame", unit_scale=True, dynamic_ncols=True) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        convert(FrameStore.open(args.store), args.out, codec=args.codec, progress=progress)
+    _print_store(args.out)
+
+
 def _export(args: argparse.Namespace) -> None:
     """Writes a part of a store as memory-mapped transitions, 56 KB each, that plain TorchRL reads; with --dqn-replay
     whole recordings in the file format of DQN-Replay.
@@ -184,4 +214,5 @@ def _print_store(path: Path) -> None:
     from torchrl_sql.data import FrameStore, summarise
     from torchrl_sql.data.summary import format_summaries
 
-    print(format_summaries(list(summarise(FrameStore.open(path)))))
+    store = FrameStore.open(path)
+    print(format_summaries(list(summarise(store)), codec=store.encoding.codec))

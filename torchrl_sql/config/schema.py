@@ -97,6 +97,8 @@ class CollectionConfig:
     sticky_action_probability: float = setting(probability)
     max_env_frames_per_episode: int = setting(at_least(1))
     """Emulator frames (four per agent step) after which a collected episode is truncated."""
+    codec: str = setting(one_of("zstd", "lz4"))
+    """How frames are compressed: zstd is smaller, lz4 faster to read; see docs/data.md."""
     seed: int = setting(within(0, 2**63 - 1))
 
 

@@ -1,5 +1,6 @@
 """Frames on disk to TensorDict batches: store, storage, sampler, replay buffer."""
 
+from torchrl_sql.data.convert import convert
 from torchrl_sql.data.damage import verify
 from torchrl_sql.data.export import export_memmap
 from torchrl_sql.data.index import Subset
@@ -23,6 +24,7 @@ __all__ = [
     "Recording",
     "RecordingWriter",
     "Subset",
+    "convert",
     "export_dqn_replay",
     "export_memmap",
     "mean_frame",

@@ -1,11 +1,11 @@
 """Batches of frames out of the chunks of many recordings, for training.
 
-The wanted chunks are copied from the mapped shards, compared with their checksums, decoded by zstd, many in one call,
-and cut. ``benchmarks/results/buffer.md`` has the comparison with TensorStore. Two things make threads scale:
+The wanted chunks are copied from the mapped shards; ``gather.py`` compares them with their checksums, decodes and cuts
+them. ``benchmarks/results/buffer.md`` has the comparison with TensorStore. Two things make threads scale:
 
 - The GIL is let go once for many chunks, not at each system call and chunk, 1,800 times a batch: beside a busy training
   thread it must be asked back each time.
-- Decoded chunks, 141 KB each, are freed at once, into a heap that keeps its memory: see :func:`_keep_freed_memory`.
+- Batches that are freed go into a heap that keeps its memory: see :func:`_keep_freed_memory`.
 
 Legend: W windows, L frames of a window, K frames of a chunk, P pieces (of windows, each within a chunk).
 """
@@ -14,21 +14,16 @@ from __future__ import annotations
 
 import mmap
 import resource
-import threading
 from collections.abc import Sequence
-from itertools import pairwise
 
-import google_crc32c
 import numpy as np
-import zstandard
 
+from torchrl_sql.data.frames import FRAME_BYTES
+from torchrl_sql.data.gather import StoredChunks, fastest_gather
 from torchrl_sql.data.mapping import UnreadableRangeError, advise, read_ranges
 from torchrl_sql.data.recording import Recording
-from torchrl_sql.data.shards import FRAME_BYTES, ShardFiles
+from torchrl_sql.data.shards import ShardFiles
 from torchrl_sql.games import FRAME_SHAPE
-
-_WINDOWS_AT_ONCE = 16
-"""Windows decoded together: their chunks should stay in the processor's cache, and make up for the cost of a call."""
 
 _WINDOWS_COPIED_AT_ONCE = 512
 """Windows whose chunks are copied together, some 3 MB."""
@@ -54,7 +49,7 @@ class FrameReader:
     def __init__(self, recordings: Sequence[Recording]) -> None:
         self._files = ShardFiles(recordings)
         self._reads_to_announce = _READS_TO_ANNOUNCE
-        self._thread = threading.local()
+        self._gather = fastest_gather()
         _keep_freed_memory()
 
     def read(
@@ -100,75 +95,54 @@ class FrameReader:
         length, chunk_frames = out.shape[1], self._files.chunk_frames
         begin, end = np.maximum(start, first), np.minimum(start + length, stop)
         out[end - begin < length] = 0
-        target = out.data.cast("B")
 
-        # Pieces: what a window takes from one chunk.
+        # Pieces: what a window takes from one chunk, in the order of chunks.
         window, ahead = np.indices((len(recording), (length - 2) // chunk_frames + 2))
         chunk = begin[:, None] // chunk_frames + ahead
         piece_begin = np.maximum(chunk * chunk_frames, begin[:, None])
         piece_end = np.minimum((chunk + 1) * chunk_frames, end[:, None])
         used = piece_begin < piece_end
-        from_byte = (piece_begin - chunk * chunk_frames)[used] * FRAME_BYTES
-        to_byte = (window * length + piece_begin - start[:, None])[used] * FRAME_BYTES
-        num_bytes = (piece_end - piece_begin)[used] * FRAME_BYTES
-        chunk += self._files.first_chunk[recording][:, None]
-
-        # Groups of windows are decoded one after the other: `keys` lists their distinct chunks, group by group.
-        group, num_chunks = window[used] // _WINDOWS_AT_ONCE, self._files.num_chunks
-        keys, position = np.unique(group * num_chunks + chunk[used], return_inverse=True)
-        groups = np.arange(-(-len(recording) // _WINDOWS_AT_ONCE) + 1)
-        first_key = np.searchsorted(keys, groups * num_chunks)
-        first_piece = np.searchsorted(group, groups)
-        pieces = list(
-            zip(
-                (position - first_key[group]).tolist(),
-                from_byte.tolist(),
-                to_byte.tolist(),
-                num_bytes.tolist(),
-                strict=True,
-            )
+        numbers = (chunk + self._files.first_chunk[recording][:, None])[used]
+        order = np.argsort(numbers, kind="stable")
+        from_frame, to_frame = piece_begin - chunk * chunk_frames, window * length + piece_begin - start[:, None]
+        pieces = np.stack([from_frame[used], to_frame[used], (piece_end - piece_begin)[used]], axis=1)[order]
+        numbers, first_piece = np.unique(numbers[order], return_index=True)
+        stored, ends = self._copy(numbers)
+        chunks = StoredChunks(
+            codec=self._files.codec,
+            chunk_frames=chunk_frames,
+            stored=stored,
+            ends=ends,
+            expected=self._files.expected(numbers),
+            first_piece=np.append(first_piece, len(pieces)),
+            pieces=pieces * FRAME_BYTES,
         )
-        chunks = keys % num_chunks
-        stored, ends = self._copy(chunks)
-        expected = self._files.expected(chunks)
-        for (a, b), (c, d) in zip(pairwise(first_key.tolist()), pairwise(first_piece.tolist()), strict=True):
-            decoded = self._decode(chunks[a:b].tolist(), stored, ends[a : b + 1], expected[a:b])
-            for where, source_byte, target_byte, count in pieces[c:d]:
-                target[target_byte : target_byte + count] = decoded[where][source_byte : source_byte + count]
+        bad = self._gather(chunks, out, 0)
+        while bad >= 0:
+            self._check(int(numbers[bad]), chunks, bad)
+            bad = self._gather(chunks, out, bad)
 
-    def _copy(self, chunks: np.ndarray) -> tuple[memoryview, list[int]]:
+    def _copy(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The chunks as stored, one after the other, and where each begins and the last one ends."""
-        places = self._files.locate(chunks)
+        places = self._files.locate(numbers)
         if self._reads_to_announce > 0:  # The disk fetches what is not in memory, all at once.
             for address, size in places.tolist():
                 advise(address, size, mmap.MADV_WILLNEED)
         try:
             stored = read_ranges(places[:, 0], places[:, 1])
         except UnreadableRangeError as error:
-            raise self._files.damaged(int(chunks[error.index]), str(error)) from error
-        return stored.data, [0, *np.cumsum(places[:, 1]).tolist()]
+            raise self._files.damaged(int(numbers[error.index]), str(error)) from error
+        return stored, np.concatenate([[0], np.cumsum(places[:, 1])])
 
-    def _decode(self, chunks: list[int], stored: memoryview, ends: list[int], expected: list[int]) -> list[memoryview]:
-        """Bytes of the frames of each chunk."""
-        source: list[bytes | bytearray | memoryview] = []
-        for chunk, (begin, end), checksum in zip(chunks, pairwise(ends), expected, strict=True):
-            data = bytes(stored[begin : end - 4])
-            if google_crc32c.value(data) != checksum and (reason := self._files.check(chunk, bytes(stored[begin:end]))):
-                raise self._files.damaged(chunk, reason)
-            source.append(data)
-        decompressor = getattr(self._thread, "decompressor", None)
-        if decompressor is None:
-            decompressor = self._thread.decompressor = zstandard.ZstdDecompressor()
-        sizes = np.full(len(chunks), self._files.chunk_frames * FRAME_BYTES, np.uint64)
-        try:
-            decoded = decompressor.multi_decompress_to_buffer(source, decompressed_sizes=sizes.tobytes())
-        except zstandard.ZstdError:
-            for chunk, (begin, end) in zip(chunks, pairwise(ends), strict=True):
-                if reason := self._files.check(chunk, bytes(stored[begin:end])):
-                    raise self._files.damaged(chunk, reason) from None
-            raise  # Each chunk can be decoded by itself: not the data's fault.
-        # Segments are buffers, which zstandard's annotations can say from Python 3.12 on only.
-        return [memoryview(decoded[index]) for index in range(len(chunks))]  # type: ignore[arg-type]
+    def _check(self, number: int, chunks: StoredChunks, index: int) -> None:
+        """Says what is wrong with a chunk. One that is not full may be right: which it must be is learned here."""
+        stored = chunks.stored[chunks.ends[index] : chunks.ends[index + 1]].tobytes()
+        if reason := self._files.check(number, stored):
+            raise self._files.damaged(number, reason)
+        expected = self._files.expected(np.array([number]))[0]
+        if expected == chunks.expected[index]:
+            raise RuntimeError(f"{self._gather.__name__} refuses an intact chunk, {number} of {self._files.num_chunks}")
+        chunks.expected[index] = expected
 
 
 class StoredFrames:

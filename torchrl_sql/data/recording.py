@@ -197,11 +197,11 @@ class Recording:
         Raises:
             ValueError: if the table is damaged, or is not that of the manifest.
         """
-        return self._table[self._time_order]
+        return self.stored_episodes[self._time_order]
 
     def first_steps(self) -> np.ndarray:
         """int64 ``[num_episodes]``: row of each episode's first step in ``actions`` and ``rewards``."""
-        num_steps = self._table["num_steps"]
+        num_steps = self.stored_episodes["num_steps"]
         return (np.cumsum(num_steps) - num_steps)[self._time_order]
 
     def chunk_checksums(self) -> np.ndarray:
@@ -245,7 +245,7 @@ class Recording:
 
         The frame after an episode's last step counts as that step's.
         """
-        first_frame, num_steps = self._table["first_frame"], self._table["num_steps"]
+        first_frame, num_steps = self.stored_episodes["first_frame"], self.stored_episodes["num_steps"]
         first_step = np.cumsum(num_steps) - num_steps
 
         def step(frame: int) -> int:
@@ -258,12 +258,16 @@ class Recording:
         """float64 ``[num_episodes]``: undiscounted sums of the stored rewards (clipped ones if the source clipped)."""
         if not self.num_episodes:
             return np.zeros(0)
-        num_steps = self._table["num_steps"]
+        num_steps = self.stored_episodes["num_steps"]
         return np.add.reduceat(self.rewards, np.cumsum(num_steps) - num_steps, dtype=np.float64)[self._time_order]
 
     @cached_property
-    def _table(self) -> np.ndarray:
-        """:data:`EPISODE_DTYPE` ``[num_episodes]`` as stored; its frames and steps follow each other without a gap."""
+    def stored_episodes(self) -> np.ndarray:
+        """:data:`EPISODE_DTYPE` ``[num_episodes]`` as stored; frames and steps follow each other without a gap.
+
+        Raises:
+            ValueError: as :attr:`episodes`.
+        """
         table, path = self._read_member("episodes"), self.path / MEMBERS["episodes"][0]
         if zlib.crc32(table.tobytes()) != self.manifest.crc32.get("episodes"):
             raise ValueError(f"{path} is damaged: its CRC32 does not match the manifest")
@@ -282,7 +286,7 @@ class Recording:
     @cached_property
     def _time_order(self) -> np.ndarray:
         """int64 ``[num_episodes]``: rows of the table in the order in which the episodes were played."""
-        num_later = self._table["num_later"]
+        num_later = self.stored_episodes["num_later"]
         order = np.arange(len(num_later))
         for row in np.flatnonzero(num_later):
             order[row - num_later[row] : row + 1] = np.roll(order[row - num_later[row] : row + 1], 1)

@@ -17,14 +17,11 @@ from pathlib import Path
 
 import google_crc32c
 import numpy as np
-import zstandard
 
-from torchrl_sql.data.frames import FrameLayout, shard_path
+from torchrl_sql.data.frames import FRAME_BYTES, FrameLayout, shard_path
+from torchrl_sql.data.gather import decode
 from torchrl_sql.data.mapping import MappedFile, UnreadableRangeError, advise, read_ranges
 from torchrl_sql.data.recording import CHECKSUM_DTYPE, Recording
-from torchrl_sql.games import FRAME_SHAPE
-
-FRAME_BYTES = FRAME_SHAPE[0] * FRAME_SHAPE[1]
 
 _CRC32C_RESIDUE = 0x48674BC7
 """CRC32C of any bytes followed by their own CRC32C, little endian."""
@@ -99,19 +96,20 @@ class ShardFiles:
         recordings (sequence of Recording): ``R`` recordings of one store.
 
     Attributes:
+        codec (str): how chunks are compressed.
         chunk_frames (int): frames a chunk.
         chunks_per_shard (int): chunks a shard.
         first_chunk (int64 ``[R]``): number of each recording's first chunk.
 
     Raises:
         FileNotFoundError, ValueError: if a frame array is missing, malformed, shorter than its manifest says, or
-            chunked in another way than the others.
+            encoded in another way than the others.
     """
 
     def __init__(self, recordings: Sequence[Recording]) -> None:
         layouts = [FrameLayout.read(recording.path / "frames") for recording in recordings]
         self._recordings = list(recordings)
-        self.chunk_frames, shard_frames = layouts[0].chunking
+        self.codec, (self.chunk_frames, shard_frames) = layouts[0].codec, layouts[0].chunking
         self.chunks_per_shard = shard_frames // self.chunk_frames
         num_shards = [-(-recording.num_frames // shard_frames) for recording in recordings]
         self._first_shard = np.cumsum([0, *num_shards])
@@ -122,10 +120,10 @@ class ShardFiles:
             path, num_frames = recording.path / "frames", recording.num_frames
             if layout.num_frames < num_frames:
                 raise ValueError(f"{path} must hold the {num_frames} committed frames, got {layout.num_frames}")
-            if layout.chunking != layouts[0].chunking:
+            if (layout.chunking, layout.codec) != (layouts[0].chunking, self.codec):
                 raise ValueError(
-                    f"{path} must have (chunks, shards) of {layouts[0].chunking} frames as the other recordings, "
-                    f"got {layout.chunking}"
+                    f"{path} must have (chunks, shards) of {layouts[0].chunking} frames in {self.codec} as the other "
+                    f"recordings, got {layout.chunking} in {layout.codec}"
                 )
             num_chunks, rest = divmod(num_frames, self.chunk_frames)
             checksums = recording.chunk_checksums()
@@ -167,21 +165,18 @@ class ShardFiles:
                 raise self.damaged(int(chunks[places[:, 1].argmin()]), "it was never written")
         return places
 
-    def expected(self, chunks: np.ndarray) -> list[int]:
-        """CRC32C that each of ``chunks`` (int64 ``[P]``) was committed with; of one not full, any."""
-        return self._checksums[chunks].tolist()
+    def expected(self, chunks: np.ndarray) -> np.ndarray:
+        """CRC32C (uint32 ``[P]``) that each of ``chunks`` (int64 ``[P]``) was committed with; of one not full, any."""
+        return self._checksums[chunks]
 
     def check(self, chunk: int, stored: bytes) -> str:
         """What is wrong with a chunk as it is stored, its CRC32C included, or ``""``."""
         if google_crc32c.value(stored) != _CRC32C_RESIDUE:
             return "the CRC32C does not match"
-        num_bytes = self.chunk_frames * FRAME_BYTES
         try:
-            frames = zstandard.ZstdDecompressor().decompress(stored[:-4], max_output_size=num_bytes)
-        except zstandard.ZstdError as error:
-            return f"it must hold {num_bytes} bytes of zstd-compressed frames: {error}"
-        if len(frames) != num_bytes:
-            return f"it must hold {num_bytes} bytes of frames, got {len(frames)}"
+            frames = decode(stored[:-4], self.codec, self.chunk_frames)
+        except ValueError as error:
+            return str(error)
         checksum = int.from_bytes(stored[-4:], "little")
         if chunk in self._partial:
             num_frames, expected = self._partial[chunk]

@@ -2,7 +2,7 @@
 
 Layout::
 
-    STORE/store.json                    format, version, chunking: fixed when the store is created
+    STORE/store.json                    format, version, encoding: fixed when the store is created
     STORE/recordings.txt                one line per recording: what must be there, in which state
     STORE/<Game>/<run>/manifest.json    committed counts, source, checksums: the commit point
     STORE/<Game>/<run>/frames/          Zarr v3 array, uint8 [num_frames, 84, 84]: each frame once
@@ -22,10 +22,12 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
 from torchrl_sql.data.catalogue import RECORDINGS_FILE, read_list
+from torchrl_sql.data.frames import Codec, Encoding
 from torchrl_sql.data.recording import VERSION, Recording, fingerprint, open_recording
 from torchrl_sql.data.writer import RecordingWriter
 from torchrl_sql.files import json_field, read_json, write_text
@@ -53,17 +55,16 @@ class FrameStore:
         >>> folder.cleanup()
     """
 
-    def __init__(self, path: Path, *, chunk_frames: int, shard_frames: int, zstd_level: int) -> None:
+    def __init__(self, path: Path, encoding: Encoding) -> None:
         self.path = path
-        self.chunk_frames = chunk_frames
-        self.shard_frames = shard_frames
-        self.zstd_level = zstd_level
+        self.encoding = encoding
 
     @classmethod
     def create(
         cls,
         path: str | os.PathLike[str],
         *,
+        codec: Codec = "zstd",
         chunk_frames: int = 20,
         shard_frames: int = 15360,
         zstd_level: int = 8,
@@ -75,6 +76,7 @@ class FrameStore:
             path (path): its folder; made if absent.
 
         Keyword Args:
+            codec ("zstd" or "lz4"): zstd is smaller, lz4 is decoded three times as fast.
             chunk_frames (int): frames compressed together. More: smaller files, slower random reads.
             shard_frames (int): frames a file, a multiple of ``chunk_frames``; a writer holds twice that many.
             zstd_level (int): 1 (fast) to 22 (small).
@@ -82,7 +84,7 @@ class FrameStore:
 
         Raises:
             FileExistsError: if there is a store already and ``exist_ok`` is false, or other files are in the way.
-            ValueError: for chunk and shard sizes that do not fit together.
+            ValueError: for an unknown codec, or chunk and shard sizes that do not fit together.
         """
         folder = Path(path)
         if (folder / "store.json").exists():
@@ -93,13 +95,12 @@ class FrameStore:
             entry.name != RECORDINGS_FILE and not entry.name.endswith(".tmp") for entry in folder.iterdir()
         ):
             raise FileExistsError(f"{folder} must be an empty or new folder to create a store in")
-        settings = {"chunk_frames": chunk_frames, "shard_frames": shard_frames, "zstd_level": zstd_level}
-        _check_settings(**settings)
+        encoding = Encoding(codec=codec, chunk_frames=chunk_frames, shard_frames=shard_frames, zstd_level=zstd_level)
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / RECORDINGS_FILE, "")
-        text = json.dumps({"format": STORE_FORMAT, "version": VERSION, **settings}, indent=1, sort_keys=True)
+        text = json.dumps({"format": STORE_FORMAT, "version": VERSION, **asdict(encoding)}, indent=1, sort_keys=True)
         write_text(folder / "store.json", text + "\n")
-        return cls(folder, **settings)
+        return cls(folder, encoding)
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> FrameStore:
@@ -113,13 +114,14 @@ class FrameStore:
         if not file.is_file():
             raise FileNotFoundError(f"{path} is not a store: {file} is missing")
         fields = read_json(file, STORE_FORMAT, version=VERSION)
-        settings = {key: json_field(fields, key, int, file) for key in ("chunk_frames", "shard_frames", "zstd_level")}
+        counts = {key: json_field(fields, key, int, file) for key in ("chunk_frames", "shard_frames", "zstd_level")}
         try:
-            _check_settings(**settings)
+            # Stores made before there was a choice do not name the codec.
+            encoding = Encoding(codec=json_field({"codec": "zstd"} | fields, "codec", str, file), **counts)
         except ValueError as error:
             raise ValueError(f"{file}: {error}") from error
         read_list(Path(path))
-        return cls(Path(path), **settings)
+        return cls(Path(path), encoding)
 
     @property
     def recordings(self) -> tuple[Recording, ...]:
@@ -185,9 +187,7 @@ class FrameStore:
             rewards=rewards,
             behaviours=tuple(behaviours),
             metadata=metadata,
-            chunk_frames=self.chunk_frames,
-            shard_frames=self.shard_frames,
-            zstd_level=self.zstd_level,
+            encoding=self.encoding,
         )
 
     def _read(self, pattern: str) -> tuple[Recording, ...]:
@@ -207,12 +207,3 @@ def recording_folders(store: Path, pattern: str = "*/*") -> list[Path]:
     """Folders of the recordings that are listed or have a manifest, by game and name."""
     listed = {store / name for name in fnmatch.filter(read_list(store), pattern)}
     return sorted(listed | {file.parent for file in store.glob(f"{pattern}/manifest.json")})
-
-
-def _check_settings(*, chunk_frames: int, shard_frames: int, zstd_level: int) -> None:
-    if chunk_frames < 1 or shard_frames < chunk_frames or shard_frames % chunk_frames:
-        raise ValueError(
-            f"shard_frames must be a positive multiple of chunk_frames, got {shard_frames} and {chunk_frames}"
-        )
-    if not 1 <= zstd_level <= 22:
-        raise ValueError(f"zstd_level must lie in 1..22, got {zstd_level}")

@@ -126,7 +126,7 @@ def _first_rows_of_each(recording: Recording, counts: np.ndarray) -> np.ndarray:
     return np.repeat(recording.first_steps() - (np.cumsum(counts) - counts), counts) + np.arange(counts.sum())
 
 
-def format_summaries(summaries: Sequence[GameSummary]) -> str:
+def format_summaries(summaries: Sequence[GameSummary], *, codec: str) -> str:
     """The summaries as a table for a terminal, with the behaviour policies and actions of each game."""
     header = (
         f"{'game':<16} {'transitions':>12} {'episodes':>9} {'return':>16} {'length':>8} {'bytes/tr.':>9} {'of raw':>8}"
@@ -159,7 +159,11 @@ def format_summaries(summaries: Sequence[GameSummary]) -> str:
                 f"  cannot be sampled, as the frame that follows is not stored: {s.num_unsampleable:,} transitions"
             )
     total = sum(s.num_transitions for s in summaries)
-    lines.append(f"{len(summaries)} games, {total:,} transitions, {sum(s.num_bytes for s in summaries) / 1e6:,.1f} MB")
+    num_bytes = sum(s.num_bytes for s in summaries)
+    lines.append(
+        f"{len(summaries)} games, {total:,} transitions, {num_bytes / 1e6:,.1f} MB in {codec}, "
+        f"{num_bytes / max(total, 1):.1f} bytes per transition"
+    )
     return "\n".join(lines)
 
 

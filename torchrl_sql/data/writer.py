@@ -21,7 +21,7 @@ import tensorstore as ts
 
 from torchrl_sql.data.catalogue import ABSENT, list_recording
 from torchrl_sql.data.chunks import StoredFrames
-from torchrl_sql.data.frames import FrameLayout, create_frame_array, open_frame_array, shard_path
+from torchrl_sql.data.frames import Encoding, FrameLayout, create_frame_array, open_frame_array, shard_path
 from torchrl_sql.data.recording import EPISODE_DTYPE, MEMBERS, Manifest, Recording, Tail, open_recording
 from torchrl_sql.data.shards import Shard
 from torchrl_sql.files import write_text
@@ -54,17 +54,15 @@ class RecordingWriter:
         rewards: Literal["raw", "clipped"],
         behaviours: tuple[str, ...],
         metadata: Mapping[str, Any] | None,
-        chunk_frames: int,
-        shard_frames: int,
-        zstd_level: int,
+        encoding: Encoding,
     ) -> None:
         if rewards not in ("raw", "clipped"):
             raise ValueError(f"rewards must be 'raw' or 'clipped', got {rewards!r}")
         if not 1 <= len(behaviours) <= 256:
             raise ValueError(f"behaviours must be 1 to 256 names, got {len(behaviours)}")
         self._path = path
-        self._chunk_frames = chunk_frames
-        self._shard_frames = shard_frames
+        self._chunk_frames = encoding.chunk_frames
+        self._shard_frames = shard_frames = encoding.shard_frames
         self._path.mkdir(parents=True, exist_ok=True)
         metadata = None if metadata is None else _json_copy(metadata)
         with ExitStack() as stack:  # Closes what is open so far if the recording turns out not to be appendable.
@@ -76,19 +74,15 @@ class RecordingWriter:
                 if committed is not None and getattr(committed, name) != given:
                     raise ValueError(f"{name} of {file} is {getattr(committed, name)!r}, cannot append {given!r}")
             if recording is None:
-                self._array = create_frame_array(
-                    self._path / "frames",
-                    chunk_frames=chunk_frames,
-                    shard_frames=shard_frames,
-                    zstd_level=zstd_level,
-                )
+                self._array = create_frame_array(self._path / "frames", encoding)
                 tail = np.zeros((0, *FRAME_SHAPE), np.uint8)
             else:
-                chunking = FrameLayout.read(self._path / "frames").chunking
-                if chunking != (chunk_frames, shard_frames):
+                layout = FrameLayout.read(self._path / "frames")
+                chunking = (encoding.chunk_frames, encoding.shard_frames)
+                if (layout.chunking, layout.codec) != (chunking, encoding.codec):
                     raise ValueError(
-                        f"{self._path / 'frames'} must have (chunks, shards) of {(chunk_frames, shard_frames)} frames "
-                        f"as store.json says, got {chunking}"
+                        f"{self._path / 'frames'} must have (chunks, shards) of {chunking} frames in {encoding.codec} "
+                        f"as store.json says, got {layout.chunking} in {layout.codec}"
                     )
                 self._array = open_frame_array(self._path / "frames")
                 tail = self._recover_tail(recording)

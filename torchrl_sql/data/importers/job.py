@@ -214,12 +214,7 @@ def run_import(job: ImportJob, report: Callable[[int, int], None]) -> ImportSumm
         raise FileExistsError(f"{target} is in the way: it has files but no manifest; delete it")
 
     num_rows = source.count_rows()
-    staging = FrameStore(
-        store.path / STAGING_FOLDER,
-        chunk_frames=store.chunk_frames,
-        shard_frames=store.shard_frames,
-        zstd_level=store.zstd_level,
-    )
+    staging = FrameStore(store.path / STAGING_FOLDER, store.encoding)
     staged = staging.path / source.game / job.run
     if (staged / "manifest.json").exists():
         manifest = Manifest.read(staged / "manifest.json")

@@ -1,0 +1,97 @@
+"""A store with another codec."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+
+from torchrl_sql.data.chunks import StoredFrames
+from torchrl_sql.data.frames import Codec
+from torchrl_sql.data.recording import Recording
+from torchrl_sql.data.store import FrameStore
+from torchrl_sql.files import sync_folder
+
+
+def convert(
+    store: FrameStore,
+    path: str | os.PathLike[str],
+    *,
+    codec: Codec,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> FrameStore:
+    """Writes all that is committed in a store into a new one with another codec: the same transitions, in their order.
+
+    The store appears when it is whole. The same call continues a conversion that was stopped, and ends in the same
+    files. Metadata goes along, so that an import or a collection can be continued there; its fingerprint is another.
+
+    Args:
+        store (FrameStore): what to convert; it stays as it is.
+        path (path): the new folder.
+
+    Keyword Args:
+        codec (str): see :class:`~torchrl_sql.data.frames.Encoding`; chunks and shards keep their sizes.
+        progress (callable): is given the number of frames done and of all.
+
+    Raises:
+        FileExistsError: if ``path`` is there already.
+        ValueError: if the store has this codec, or a part of it is not what was committed.
+    """
+    target = Path(path)
+    if target.exists():
+        raise FileExistsError(f"{target} is there already: choose another path, or delete it")
+    if codec == store.encoding.codec:
+        raise ValueError(f"{store.path} is in {codec} already")
+    recordings, encoding = store.recordings, asdict(replace(store.encoding, codec=codec))
+    # Of this state of this store: what is left of another conversion is never taken for it.
+    unfinished = target.with_name(f".{target.name}.{codec}-{store.fingerprint()[:16]}.unfinished-conversion")
+    new = FrameStore.create(unfinished, **encoding, exist_ok=True)
+    total, done = sum(recording.num_frames for recording in recordings), 0
+    for recording in recordings:
+        for num_frames in _convert_recording(recording, new):
+            progress(done + num_frames, total)
+        done += recording.num_frames
+    os.replace(unfinished, target)
+    sync_folder(target.parent)
+    return FrameStore.open(target)
+
+
+def _convert_recording(recording: Recording, new: FrameStore) -> Iterator[int]:
+    """Yields the number of its frames done, after each episode."""
+    manifest, frames = recording.manifest, StoredFrames([recording])
+    actions, rewards = recording.actions, recording.rewards
+    with new.writer(
+        recording.game,
+        run=recording.name,
+        source=manifest.source,
+        rewards=manifest.rewards,
+        behaviours=manifest.behaviours,
+    ) as writer:
+        step, uncommitted = writer.num_steps, 0
+        for episode in recording.stored_episodes[writer.num_episodes :]:
+            first_frame, num_steps = int(episode["first_frame"]), int(episode["num_steps"])
+            num_frames = num_steps + int(episode["has_final_frame"])
+            steps = slice(step, step + num_steps)
+            writer.add_episode(
+                frames[np.arange(first_frame, first_frame + num_frames)],
+                actions[steps],
+                rewards[steps],
+                bool(episode["terminated"]),
+                behaviour=int(episode["component"]),
+                cut=bool(episode["cut"]),
+                num_later=int(episode["num_later"]),
+            )
+            step, uncommitted = step + num_steps, uncommitted + num_frames
+            if uncommitted >= new.encoding.shard_frames:
+                writer.commit()
+                uncommitted = 0
+            yield first_frame + num_frames
+        writer.commit(metadata=manifest.metadata)
+    # Rows of actions and rewards have no checksum each: what was read from them is compared as a whole.
+    converted = new.recording(recording.game, recording.name).manifest
+    for key in ("actions", "rewards", "episodes"):
+        if converted.crc32[key] != manifest.crc32[key]:
+            raise ValueError(f"{recording.member_file(key)} is damaged: its CRC32 does not match the manifest")
