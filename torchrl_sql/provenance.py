@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 _PACKAGES = ("torchrl_sql", "torch", "torchrl", "tensordict", "ale-py", "numpy", "tensorstore")
-_BENCHMARK_PACKAGES = (*_PACKAGES[1:], "zstandard", "google-crc32c", "zlib-ng")
+_BENCHMARK_PACKAGES = (*_PACKAGES[1:], "zstandard", "lz4", "google-crc32c", "zlib-ng")
 _ROOT = Path(__file__).resolve().parent.parent
 
 

@@ -169,18 +169,6 @@ def test_what_a_chunk_must_hold_is_said(codec):
         decode(encode(frames_of(1), codec), codec, 2)
 
 
-@needs_c
-@given(st.binary(max_size=300))
-def test_checksum_with_and_without_the_processors_help(data):
-    import ctypes
-
-    library = ctypes.CDLL(str(gather_module.LIBRARY))
-    for name in ("crc32c", "crc32c_by_table"):
-        function = getattr(library, name)
-        function.argtypes, function.restype = [ctypes.c_char_p, ctypes.c_size_t], ctypes.c_uint32
-        assert function(data, len(data)) == google_crc32c.value(data)
-
-
 def test_without_the_library_frames_are_decoded_in_python_and_the_log_says_so(monkeypatch, caplog, tmp_path):
     monkeypatch.setattr(gather_module, "LIBRARY", tmp_path / "_gather.so")
     with caplog.at_level(logging.WARNING):

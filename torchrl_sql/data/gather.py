@@ -2,7 +2,7 @@
 
 ``gather.c`` is built at installation, if there is a compiler (``hatch_build.py``). It decodes a batch in one call,
 without Python's global lock, each chunk only as far as it is needed, straight to where the frames belong. Both use the
-decoders of the packages lz4 and zstandard: the C code by the addresses of their functions.
+packages lz4, zstandard and google-crc32c: the C code by the addresses of their functions.
 """
 
 from __future__ import annotations
@@ -89,16 +89,16 @@ def load_gather_in_c() -> Gather:
     """The same in C.
 
     Raises:
-        OSError, AttributeError: if it was not built, or the decoders do not show their functions.
+        OSError, AttributeError: if it was not built, or a package does not show its functions.
     """
-    native, decoders = ctypes.CDLL(str(LIBRARY)), _decoders()
+    native, functions = ctypes.CDLL(str(LIBRARY)), _functions()
     pointer, integer = ctypes.c_void_p, ctypes.c_int64
     native.gather.argtypes = [pointer, ctypes.c_int, integer, *[pointer] * 5, integer, pointer, integer]
     native.gather.restype = integer
 
     def gather_in_c(chunks: StoredChunks, out: np.ndarray, begin: int) -> int:
         number = native.gather(
-            decoders,
+            functions,
             list(CODECS).index(chunks.codec),
             len(chunks.expected) - begin,
             chunks.stored.ctypes.data,
@@ -168,10 +168,12 @@ def _decode_blosc(data: bytes, num_bytes: int) -> bytes:
     raise lz4.block.LZ4BlockError(f"its header is {data[:24].hex()}")
 
 
-def _decoders() -> ctypes.Array[ctypes.c_void_p]:
-    """Addresses of the decoders' functions, in the order in which ``gather.c`` lists them."""
-    zstd, lz4_block = (ctypes.CDLL(find_spec(name).origin) for name in ("zstandard._cffi", "lz4.block._block"))  # type: ignore[union-attr]
+def _functions() -> ctypes.Array[ctypes.c_void_p]:
+    """Addresses of the functions that do the work, in the order in which ``gather.c`` lists them."""
+    names = ("google_crc32c._crc32c", "zstandard._cffi", "lz4.block._block")
+    crc32c, zstd, lz4_block = (ctypes.CDLL(find_spec(name).origin) for name in names)  # type: ignore[union-attr]
     functions = (
+        crc32c.crc32c_value,
         zstd.ZSTD_createDCtx,
         zstd.ZSTD_freeDCtx,
         zstd.ZSTD_decompressDCtx,
