@@ -381,7 +381,7 @@ def test_a_writer_does_not_go_on_from_damaged_frames(store, lab):
 def test_a_writer_refuses_other_chunks_than_those_of_the_recording(store, lab):
     lab.write(store, "Pong", lab.make_episodes([(13, True, False)]))
     edit_json(store.path / "store.json", chunk_frames=2)
-    message = r"must have \(chunks, shards\) of \(2, 8\) frames as store.json says, got \(4, 8\)"
+    message = r"must have \(chunks, shards\) of \(2, 8\) frames in zstd as store.json says, got \(4, 8\) in zstd"
     with pytest.raises(ValueError, match=message):
         FrameStore.open(store.path).writer("Pong", source="test")
 
