@@ -90,8 +90,11 @@ def test_collect_train_evaluate_report_inspect(tmp_path, capsys):
     store, run = tmp_path / "store", tmp_path / "run"
     common = ["scale=cpu", "data.store=store", *TINY, f"data.store={store}", "data.games=[Freeway]"]
     assert main(["collect", *common]) == 0
+    assert main(["collect", *common, "collection.codec=lz4"]) == 1
+    assert f"{store} is in zstd, wanted lz4: set collection.codec=zstd" in capsys.readouterr().err
     assert main(["inspect", str(store)]) == 0
     out = capsys.readouterr().out
+    assert " MB in zstd, " in out
     assert re.search(r"Freeway +\d+", out) and "skilled" in out and "rewards: raw" in out
 
     assert main(["train", *common, f"run_dir={run}", "name=small", "method.cql_alpha=0.5"]) == 0

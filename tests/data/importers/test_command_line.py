@@ -50,6 +50,17 @@ def test_import_verify_inspect(dopamine, tmp_path, capsys):
     assert "Pong, recording '1'" in captured.out and "CRC32" in captured.out and "1 damaged" in captured.err
 
 
+def test_import_in_another_codec(dopamine, tmp_path, capsys):
+    source, store = tmp_path / "dqn", tmp_path / "store"
+    play(dopamine, source, "Pong")
+    arguments = ["import", "dqn-replay", str(source), "--games", "Pong", "--checkpoints", "0-1", "--out", str(store)]
+    assert main([*arguments, "--codec", "lz4"]) == 0
+    assert FrameStore.open(store).encoding.codec == "lz4"
+    assert main(arguments) == 0
+    assert main([*arguments, "--codec", "zstd"]) == 1
+    assert f"{store} is in lz4 already, got --codec zstd" in capsys.readouterr().err
+
+
 def test_verify_names_illegal_actions(store, lab, capsys):
     e = lab.make_episode(0, 4)
     with store.writer("Breakout", source="test") as writer:
