@@ -19,7 +19,7 @@ SIZES = {"scaled_ql_resnet101": 79_456_000, "scaled_ql_resnet50": 60_123_000, "s
 def paper_agents():
     return [
         *(
-            Agent(agent=name, label=f"Scaled QL {size // 10**6}M", num_parameters=size, group="cql")
+            Agent(agent=name, label=f"Scaled QL {size // 10**6}M", num_parameters=size, x=size, family="Scaled QL")
             for name, size in SIZES.items()
         ),
         Agent(agent="bc_resnet101", label="BC greedy", num_parameters=76_000_000),
@@ -114,6 +114,7 @@ def paper_report(*, num_episodes, num_checkpoint_episodes, num_logged, num_steps
         title="Scaled Q-learning on 40 games (made up)",
         introduction=["Every number on this page is made up, to see what a page of this size looks like."],
         games=TRAIN_40,
+        x="parameters",
         agents=paper_agents(),
         episodes=paper_episodes(generator, num_episodes, num_checkpoint_episodes, steps),
         calibration=paper_calibration(generator, steps[-1]),

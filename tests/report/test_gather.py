@@ -82,16 +82,49 @@ def test_runs_of_one_name_are_seeds_and_the_rest_is_told_apart(tmp_path):
     assert data.caveats == ["The store /nowhere/store was not found: the data's returns and statistics are missing."]
 
 
-def test_sizes_are_told_apart_by_parameters_and_the_first_is_the_method(tmp_path):
+def test_sizes_are_a_family_where_asked_for(tmp_path):
     for name in ("resnet34", "resnet50", "resnet18"):
         folder = run_folder(tmp_path / name, f"model.encoder={name}", name=name)
         write(folder / "scores.csv", episodes(name))
-    agents = gather([tmp_path / "resnet34", tmp_path / "resnet18", tmp_path / "resnet50"]).agents
-    assert [(agent.agent, agent.group) for agent in agents] == [
-        (name, "cql") for name in ("resnet34", "resnet50", "resnet18")
-    ]
-    assert agents[1].num_parameters > agents[0].num_parameters > agents[2].num_parameters > 10_000
-    assert agents[0].label == f"Scaled QL {agents[0].num_parameters / 1e6:.0f}M"
+    bc = run_folder(tmp_path / "bc", "method=bc", name="bc")
+    write(bc / "scores.csv", episodes("bc"))
+    paths = [tmp_path / name for name in ("resnet34", "resnet18", "bc", "resnet50")]
+    data = gather(paths, x="parameters")
+    agents = {agent.agent: agent for agent in data.agents}
+    assert [*agents] == ["resnet34", "resnet18", "resnet50", "bc"] and data.x == "parameters"
+    assert {name: agent.family for name, agent in agents.items()} == {
+        "resnet34": "Scaled QL", "resnet18": "Scaled QL", "resnet50": "Scaled QL", "bc": "BC",
+    }  # fmt: skip
+    assert agents["resnet50"].x > agents["resnet34"].x > agents["resnet18"].x > 10_000
+    assert agents["resnet34"].label == f"Scaled QL {agents['resnet34'].num_parameters / 1e6:.0f}M"
+    assert agents["bc"].label == "BC"
+    assert [agent.label for agent in gather(paths).agents] == ["Scaled QL", "resnet18", "BC", "resnet50"]
+
+
+def test_a_setting_is_an_axis_and_other_differences_are_other_families(tmp_path, capsys):
+    runs = {
+        "first": ["data.first_fraction=0.1"],
+        "whole": [],
+        "mse_first": ["method=cql_mse", "data.first_fraction=0.1"],
+        "mse_whole": ["method=cql_mse"],
+    }
+    for name, overrides in runs.items():
+        folder = run_folder(tmp_path / name, *overrides, name=name)
+        write(folder / "scores.csv", episodes(name))
+    paths = [tmp_path / name for name in runs]
+    agents = gather(paths, x="data.first_fraction").agents
+    found = {agent.agent: (agent.family, agent.x, agent.label) for agent in agents}
+    assert found == {
+        "first": ("Scaled QL", 0.1, "Scaled QL first_fraction=0.1"),
+        "whole": ("Scaled QL", 1.0, "Scaled QL first_fraction=1"),
+        "mse_first": ("mse_first", 0.1, "mse_first first_fraction=0.1"),
+        "mse_whole": ("mse_first", 1.0, "mse_first first_fraction=1"),
+    }
+    for key, value in (("data.first", "None"), ("method.target", "c51"), ("method.double_q", "False")):
+        out = ["--out", str(tmp_path / "page.html"), "--x", key]
+        assert main(["report", *map(str, paths), *out]) == 1
+        message = f"x must be parameters or a setting that is a number, got {key}, which is {value} of first"
+        assert message in capsys.readouterr().err
 
 
 def test_an_ablation_is_called_by_its_name_and_is_no_size(tmp_path):
@@ -106,8 +139,8 @@ def test_an_ablation_is_called_by_its_name_and_is_no_size(tmp_path):
         folder = run_folder(tmp_path / name, *overrides.split(), name=name)
         write(folder / "scores.csv", episodes(name))
     data = gather([tmp_path / name for name in changes])
-    assert {(a.agent, a.label, a.group) for a in data.agents} == {
-        ("ours", "Scaled QL", "cql"), *((name, name, None) for name in changes if name != "ours")
+    assert {(a.agent, a.label, a.family) for a in data.agents} == {
+        ("ours", "Scaled QL", None), *((name, name, None) for name in changes if name != "ours")
     }  # fmt: skip
     assert data.agents[0].agent == "ours" and set(data.settings) == {a.label for a in data.agents}
 
@@ -137,8 +170,7 @@ def test_seeds_that_differ_in_more_and_unlike_games_are_refused(tmp_path):
         gather([first, twice])
     third = run_folder(tmp_path / "c", name="other", games=("Freeway", "Pong"))
     write(third / "scores.csv", episodes("other", games=("Freeway", "Pong")))
-    with pytest.raises(ValueError, match=r"must have the games .* choose with --games"):
-        gather([first, third])
+    assert gather([first, third]).games == GAMES and gather([first, third], main="other").games == ("Freeway", "Pong")
     assert gather([first, third], games=["Freeway"]).games == ("Freeway",)
 
 
@@ -191,10 +223,10 @@ def test_pieces_whose_end_was_not_recorded_are_no_returns(tmp_path):
     whole, pieces = data.game_data
     assert (whole.behaviour.mean, whole.num_episodes, whole.num_transitions) == (10.0, 1, 7)
     assert (pieces.behaviour, pieces.num_episodes, pieces.num_transitions) == (None, 0, 4)
-    assert set(Analysis(data).policies(pieces.game)) == set(Analysis(data).policies(whole.game)) - {BEHAVIOUR}
+    assert set(Analysis(data).policies[pieces.game]) == set(Analysis(data).policies[whole.game]) - {BEHAVIOUR}
     cells = {row["game"]: row for row in data_table(Analysis(data)).records}
     assert (cells[whole.game]["behaviour_mean"], cells[pieces.game]["behaviour_mean"]) == (10.0, None)
-    write_report(data, tmp_path / "report.html")
+    write_report(Analysis(data), tmp_path / "report.html")
 
 
 # Tables without runs
@@ -261,10 +293,6 @@ def test_only_random_play_can_be_reported(tmp_path):
     [
         (episodes()[:0], "must hold episodes, found none"),
         (episodes("constant_UP"), "must hold episodes of an agent beside constant actions"),
-        (
-            episodes(games=["Breakout"]) + episodes("other", games=["Freeway"]),
-            "an agent must have been evaluated in each of Breakout, Freeway at one gradient step",
-        ),
     ],
 )
 def test_bad_tables_end_in_one_line(tmp_path, capsys, rows, message):
@@ -295,19 +323,19 @@ def test_bad_tables_end_in_one_line(tmp_path, capsys, rows, message):
             [*episodes(), *episodes(seed=1, games=["Freeway"])],
             100,
             (0,),
-            "scaled_ql is shown without seed 1, not evaluated in every game at 100 gradient steps.",
+            "scaled_ql is shown without seed 1, not evaluated in each of its games at 100 gradient steps.",
         ),
         (
             [*episodes(), *episodes(seed=1, step=50)],
             100,
             (0,),
-            "scaled_ql is shown without seed 1, not evaluated in every game at 100 gradient steps.",
+            "scaled_ql is shown without seed 1, not evaluated in each of its games at 100 gradient steps.",
         ),
         (
             [*episodes(), *episodes("other", games=["Freeway"])],
             100,
             (0,),
-            "other is not on this page: it has no episode in Breakout.",
+            "other has no episode that counts in Breakout.",
         ),
     ],
 )
@@ -318,7 +346,7 @@ def test_what_is_unfinished_is_said_and_the_rest_is_shown(tmp_path, rows, step, 
     assert caveat in page
     with (tmp_path / "report_files" / "protocol.csv").open(newline="") as file:
         shown = [(row["agent"], int(row["gradient_step"]), int(row["seed"])) for row in csv.DictReader(file)]
-    assert shown == [("scaled_ql", step, seed) for seed in seeds]
+    assert [row for row in shown if row[0] != "other"] == [("scaled_ql", step, seed) for seed in seeds]
 
 
 @pytest.mark.parametrize("num_seeds", [1, 3])
@@ -351,7 +379,7 @@ def test_a_page_is_replaced_only_by_one_about_the_same(tmp_path, capsys):
     assert "--out must be given with several folders" in capsys.readouterr().err
     assert main(["report", a]) == main(["report", a]) == main(["report", f"{a}/scores.csv", "--title", "Again"]) == 0
     page = tmp_path / "a" / "report.html"
-    assert "<title>Again</title>" in page.read_text() and "Written by torchrl-sql report" in page.read_text()
+    assert "<title>Again</title>" in page.read_text() and "Written by <code>torchrl-sql report" in page.read_text()
     before = {path: path.read_bytes() for path in page.parent.rglob("*") if path.is_file()}
     assert main(["report", b, "--out", str(page)]) == 1
     assert "is a report about ., now wanted about ../b; choose another --out" in capsys.readouterr().err
@@ -364,13 +392,13 @@ def test_a_page_is_replaced_only_by_one_about_the_same(tmp_path, capsys):
 
 
 def test_files_of_the_page_before_go_and_others_stay(tmp_path):
-    write(tmp_path / "scores.csv", episodes())
+    write(tmp_path / "scores.csv", episodes() + episodes("other"))
     assert main(["report", str(tmp_path)]) == 0
     files = tmp_path / "report_files"
-    assert (files / "scores_Breakout.png").is_file()
+    assert (files / "comparison.csv").is_file()
     (files / "mine.csv").write_text("1")
-    assert main(["report", str(tmp_path), "--games", "Freeway"]) == 0
-    assert not (files / "scores_Breakout.png").exists() and (files / "scores_Freeway.png").is_file()
+    assert main(["report", str(tmp_path), "--agents", "other"]) == 0
+    assert not (files / "comparison.csv").exists() and (files / "scores.png").is_file()
     assert (files / "mine.csv").is_file()
 
 
@@ -389,7 +417,7 @@ def test_main_and_against_can_be_chosen_and_must_be_there(tmp_path, capsys):
 def test_a_study_gives_its_title_and_who_is_compared(tmp_path):
     (tmp_path / "study.yaml").write_text(
         "title: A study\nintroduction: [Why.]\nseeds: [0, 1]\ndata: collect\nruns: {bc: {set: [method=bc]}, ours: {}}\n"
-        "report: {main: ours, against: [bc]}\n"
+        "report: {main: ours, against: [bc], x: parameters}\n"
     )
     for name, seed in (("bc", 0), ("bc", 1), ("ours", 0)):
         folder = run_folder(tmp_path / name / f"seed{seed}", *["method=bc"] * (name == "bc"), name=name, seed=seed)
@@ -402,6 +430,7 @@ def test_a_study_gives_its_title_and_who_is_compared(tmp_path):
         ["BC"],
     )
     assert "Not evaluated yet: ours/seed1." in data.caveats
+    assert (data.x, data.agents[0].x) == ("parameters", data.agents[0].num_parameters)
 
 
 def test_a_score_that_is_no_number_is_named_by_line(tmp_path, capsys):
@@ -430,3 +459,34 @@ def test_unequal_numbers_of_episodes_are_stated(tmp_path, capsys):
     page = (tmp_path / "report.html").read_text()
     assert "Runs have between 2 and 5 episodes per game and seed" in page
     assert "2 of 14 episodes were cut at the frame limit" in page
+
+
+def test_only_the_agents_asked_for(tmp_path, capsys):
+    write(tmp_path / "scores.csv", [*episodes("bc"), *episodes("ours"), *episodes("third")])
+    data = gather([tmp_path], agents=["third", "bc"])
+    assert [agent.agent for agent in data.agents] == ["bc", "third"] and {row.agent for row in data.episodes} == {
+        "bc", "third"
+    }  # fmt: skip
+    assert main(["report", str(tmp_path), "--agents", "bc,fourth"]) == 1
+    assert "--agents must name agents with scores (bc, ours, third), got 'fourth'" in capsys.readouterr().err
+    assert main(["report", str(tmp_path), "--agents", "bc", "--main", "ours"]) == 1
+    assert "--main must name agents with scores (bc), got 'ours'" in capsys.readouterr().err
+
+
+def test_the_step_is_chosen_on_the_command_line(tmp_path, capsys):
+    write(tmp_path / "scores.csv", [*episodes(step=50), *episodes(step=100, value=9.0)])
+    assert main(["report", str(tmp_path), "--step", "50"]) == 0
+    with (tmp_path / "report_files" / "score_table.csv").open(newline="") as file:
+        assert next(csv.DictReader(file))["mean_return"] == "5.5"
+    assert main(["report", str(tmp_path), "--step", "70"]) == 1
+    assert "--step must be one at which scaled_ql was evaluated (50, 100), got 70" in capsys.readouterr().err
+
+
+def test_json_is_all_that_is_printed(tmp_path, capsys):
+    write(tmp_path / "scores.csv", episodes() + episodes("other"))
+    assert main(["report", str(tmp_path), "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert data["page"] == str(tmp_path / "report.html") and data["agents"] == ["other", "scaled_ql"]
+    assert data["made"]["command"] == f"torchrl-sql report {tmp_path} --json"
+    assert {*data["made"]} == {"command", "date", "commit", "machine"}
+    assert {"score_table", "protocol", "comparison"} <= {*data["tables"]}

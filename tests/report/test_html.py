@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from tests.builders import calibration_point, episode, returns
-from torchrl_sql.report import Agent, Clip, Curve, GameData, ReportData, write_report
+from torchrl_sql.report import Agent, Analysis, Clip, Curve, GameData, ReportData, write_report
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = [
@@ -175,12 +175,12 @@ def page(tmp_path_factory):
         settings={"Model": {"encoder": "resnet_small", "a.rather.long.setting.name": "/and/a/long/value" * 4}},
         versions={"torch": "2.13.0"},
     )  # fmt: skip
-    return write_report(data, tmp_path_factory.mktemp("run") / "report.html")
+    return write_report(Analysis(data), tmp_path_factory.mktemp("run") / "report.html")
 
 
 @pytest.fixture(scope="module")
 def page_of_many_games(paper_scale_report, tmp_path_factory):
-    return write_report(paper_scale_report, tmp_path_factory.mktemp("run") / "report.html")
+    return write_report(Analysis(paper_scale_report), tmp_path_factory.mktemp("run") / "report.html")
 
 
 @pytest.mark.parametrize(
@@ -223,3 +223,28 @@ def test_page_in_chromium(browser, name, width, theme, request):
     assert background > 245 if theme == "light" else background < 40
     assert pixels.shape[1] == width
     assert (abs(pixels - pixels[0, 0]).max(-1) > 60).mean() > 0.01  # there is ink on it
+
+
+@pytest.mark.parametrize("name", ["page", "page_of_many_games"])
+@pytest.mark.parametrize(("width", "height"), [(1280, 800), (390, 844)])
+def test_the_first_screen_has_a_picture_and_a_table(browser, name, width, height, request):
+    browser.open(request.getfixturevalue(name), width=width, theme="light")
+    assert browser.evaluate("document.querySelector('.lead svg').getBoundingClientRect().bottom") < height
+    assert browser.evaluate("document.querySelector('.lead tbody tr').getBoundingClientRect().bottom") < height
+    assert browser.evaluate("document.querySelector('h3').textContent") == "Caveats"
+
+
+def test_a_click_on_a_heading_sorts_the_table(browser, page):
+    browser.open(page, width=1280, theme="light")
+    column = "[...document.querySelectorAll('.lead tbody tr')].map(row => row.cells[%d].innerText.split(/[ \\n]/)[0])"
+    click = "document.querySelectorAll('.lead thead button')[%d].click(); 0"
+    browser.evaluate(click % 1)
+    values = browser.evaluate(column % 1)
+    known = [float(value.replace(",", "")) for value in values if value != "–"]
+    assert known == sorted(known, reverse=True) and len(known) > 3
+    assert browser.evaluate("document.querySelector('.lead thead th[aria-sort]').ariaSort") == "descending"
+    browser.evaluate(click % 1)
+    assert [float(v.replace(",", "")) for v in browser.evaluate(column % 1) if v != "–"] == known[::-1]
+    browser.evaluate(click % 0)
+    names = browser.evaluate("[...document.querySelectorAll('.lead tbody th')].map(head => head.innerText)")
+    assert names == sorted(names, key=str.casefold)

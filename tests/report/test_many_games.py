@@ -8,11 +8,10 @@ import dataclasses
 import pytest
 
 from torchrl_sql.games import TRAIN_40
-from torchrl_sql.report import Clip, format_score_table, write_report
+from torchrl_sql.report import Analysis, Clip, summary_text, write_report
 from torchrl_sql.report import html as page_module
-from torchrl_sql.report.analysis import Analysis
 from torchrl_sql.report.findings import findings
-from torchrl_sql.report.score_tables import aggregate_table, published_games, seed_table
+from torchrl_sql.report.score_tables import aggregate_table, seed_table
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +21,7 @@ def analysis(paper_scale_report):
 
 @pytest.fixture(scope="module")
 def page(paper_scale_report, tmp_path_factory):
-    return write_report(paper_scale_report, tmp_path_factory.mktemp("paper") / "report.html")
+    return write_report(Analysis(paper_scale_report), tmp_path_factory.mktemp("paper") / "report.html")
 
 
 def read(page, name):
@@ -33,9 +32,9 @@ def read(page, name):
 def test_every_kind_of_plot_is_there_and_games_share_them(page):
     files = {path.stem for path in (page.parent / "report_files").glob("*.svg")}
     assert {name for name in files if not name.startswith("curve_")} == {
-        "aggregates", "aggregates_dqn", "performance_profile", "scaling", "scores_by_game_1", "scores_by_game_2",
-        "learning_curve", *(f"learning_curves_by_game_{number}" for number in range(1, 5)), "calibration",
-        "published_agents",
+        "aggregates", "performance_profile", "scores_by_game_1", "scores_by_game_2", "calibration", "published_agents",
+        "scores_along_axis", *(f"scores_along_axis_by_game_{number}" for number in range(1, 5)),
+        "learning_curve", *(f"learning_curve_by_game_{number}" for number in range(1, 5)),
     }  # fmt: skip
     assert files == {path.stem for path in (page.parent / "report_files").glob("*.png")}
 
@@ -51,8 +50,8 @@ def test_which_games_are_in_which_aggregate(page, analysis):
     assert set(rows) == set(TRAIN_40)
     assert [game for game, within in rows.items() if within != ("true", "true")] == ["Carnival", "Pooyan"]
     assert rows["Carnival"] == ("false", "true")
-    assert "over 38 of the 40 games" in aggregate_table(analysis, "human").caption
-    assert "over 40 games" in aggregate_table(analysis, "dqn").caption
+    assert "on 38 of 40 games" in aggregate_table(analysis, "human").caption
+    assert "on 40 of 40 games" in aggregate_table(analysis, "dqn").caption
     assert "Carnival and Pooyan have no published human score" in page.read_text()
     records = {(r["policy"], r["aggregate"]): r for r in read(page, "aggregate_human_normalised")}
     assert records["Scaled QL 31M", "IQM"]["num_parameters"] == "31210000"
@@ -71,24 +70,23 @@ def test_tables_hold_every_game_agent_checkpoint_and_seed(page, analysis):
     assert [row[0].text for row in seed_table(analysis).rows] == ["IQM, seed 0", "IQM, seed 1", "IQM, seed 2"]
 
 
-def test_findings_speak_of_sizes_once_and_of_published_agents(analysis):
+def test_findings_speak_of_the_family_once_and_of_published_agents(analysis):
     found = [text for _, text in findings(analysis)]
-    (sizes,) = (text for text in found if "by size" in text)
+    (sizes,) = (text for text in found if "by parameters" in text)
     assert sizes.index("31M") < sizes.index("60M") < sizes.index("79M")
-    assert sizes.endswith("the largest is higher than the smallest.")
+    assert sizes.endswith("the last is higher than the first.")
     assert not any("IQM" in text and "than Scaled QL" in text for text in found)
     assert len([text for text in found if text.startswith("Human-normalised IQM")]) == 3  # two of cloning, one of sizes
-    games = [game for game in published_games(analysis) if game != "Carnival"]
-    (published,) = (text for text in found if "JOWA's run" in text)
+    games = [game for game in analysis.published_games if game != "Carnival"]
+    (published,) = (text for text in found if "JOWA's rerun" in text)
     assert published.startswith(f"Over the {len(games)} games shared with published agents, Scaled QL 79M has")
-    assert "protocols differ" in published
+    assert "data and protocols differ" in published
 
 
 def test_terminal_table_has_one_line_a_game_and_fits(paper_scale_report):
-    lines = format_score_table(paper_scale_report).splitlines()
+    lines = summary_text(Analysis(paper_scale_report)).splitlines()
     assert max(len(line) for line in lines) <= 110
     assert len([line for line in lines if line.split()[:1] == ["Breakout"]]) == 1
-    assert "12 of each agent" in " ".join(lines)
 
 
 def test_clips_beyond_the_budget_are_named(paper_scale_report, tmp_path, monkeypatch):
@@ -100,6 +98,6 @@ def test_clips_beyond_the_budget_are_named(paper_scale_report, tmp_path, monkeyp
         ],
         curves=(),
     )
-    text = write_report(data, tmp_path / "report.html").read_text()
+    text = write_report(Analysis(data), tmp_path / "report.html").read_text()
     assert text.count("<video ") == 2
     assert "Clips of Krull are not in this page" in text

@@ -66,6 +66,21 @@ def test_probability_of_improvement_by_hand():
     assert I.probability_of_improvement(x, x).point == 0.5
 
 
+def test_a_policy_without_training_is_compared_by_the_methods_seeds_alone():
+    x = runs_of([[[4.0]], [[5.0]], [[9.0]]])  # mean 6, SD sqrt(7)
+    play = RunReturns(
+        games=("Amidar",), seeds=(0,), values=np.array([[[1.0, 1.0]]]), counts=np.array([[2]]), trained=False
+    )
+    reach = 4.30265 * np.sqrt(7 / 3)  # two degrees of freedom: play has no spread
+    assert I.game_differences(x, play)["Amidar"] == pytest.approx((5.0, 5 - reach, 5 + reach, "seeds"), abs=1e-4)
+    assert I.game_differences(play, x)["Amidar"] == pytest.approx((-5.0, -5 - reach, -5 + reach, "seeds"), abs=1e-4)
+    assert I.aggregate_differences(x, play)["mean"] == pytest.approx((5.0, 5 - reach, 5 + reach, "seeds"), abs=1e-4)
+    assert I.verdict(I.game_differences(runs_of([[[4.0, 5.0]]]), play)["Amidar"]) == "unknown"  # one seed of the method
+    close = RunReturns(games=("Amidar",), seeds=(0,), values=np.array([[[5.0]]]), counts=np.array([[1]]), trained=False)
+    chance = I.probability_of_improvement(x, close)  # 0, 1/2 and 1: mean 1/2, SD 1/2
+    assert chance == pytest.approx((0.5, 0.0, 1.0, "seeds"))
+
+
 def test_performance_profile_by_hand():
     share, low, high = I.performance_profile(runs_of([[[0.2], [0.6]], [[0.5], [2.0]]]), np.array([0.0, 0.5, 1.0, 2.0]))
     np.testing.assert_allclose(share, [1, 0.5, 0.25, 0])  # strictly above

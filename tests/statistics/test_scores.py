@@ -47,8 +47,10 @@ def test_returns_that_are_no_numbers_or_missing_are_refused():
 
 
 def test_published_scores_are_complete_and_shipped():
-    published = S.published_scores()
+    published = {agent.label: agent for agent in S.published_agents()}
     assert len(published) == 9
-    assert {len(games) for games in published.values()} == {15}
-    assert all(game in GAMES for games in published.values() for game in games)
-    assert published["Scaled_QL_80M"]["Assault"] == 2292.0
+    assert {len(agent.scores) for agent in published.values()} == {15}
+    assert all(game in GAMES for agent in published.values() for game in agent.scores)
+    assert published["Scaled QL 80M (JOWA's rerun)"].scores["Assault"] == 2292.0
+    assert published["MGDT 200M (JOWA's rerun)"].scores["Atlantis"] == 2565750.0
+    assert all("10% of DQN-Replay" in agent.source for agent in published.values())

@@ -82,7 +82,6 @@ def test_what_a_study_decides_is_refused(make_study, tmp_path, key):
     ("old", "new", "message"),
     [
         ("bc: {", "bc: {from: q, load: all, ", "runs.bc.from: training cannot start from another run"),
-        ("{main: q,", "{main: q, x: parameters,", "report.x: a page cannot show runs along an axis yet"),
     ],
 )
 def test_what_a_study_may_say_but_nothing_does_yet_is_refused(make_study, tmp_path, old, new, message):
@@ -249,3 +248,13 @@ def test_later_settings_replace_earlier_ones():
 )
 def test_quoted_paths_are_read_as_they_are(path):
     assert compose_run_config([*TRAIN, f"run_dir={quoted(path)}"]).run_dir == path
+
+
+@pytest.mark.parametrize(
+    ("x", "value"), [("data.first", "None"), ("method.double_q", "False"), ("method.target", "c51")]
+)
+def test_an_axis_that_is_no_number_is_refused_before_anything_runs(make_study, tmp_path, x, value):
+    with pytest.raises(ConfigError, match=f"report.x must be .* a number, got '{x}', {value} in q"):
+        plan_study(make_study(("{main: q,", f"{{main: q, x: {x},")), tmp_path)
+    assert plan_study(make_study(("{main: q,", "{main: q, x: data.first_fraction,")), tmp_path)
+    assert plan_study(make_study(("{main: q,", "{main: q, x: parameters,")), tmp_path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import shlex
 from dataclasses import replace
 from pathlib import Path
@@ -16,21 +17,35 @@ def add_commands(commands: Any) -> None:
         "runs", nargs="+", type=Path, metavar="RUN_OR_SCORES",
         help="folders of runs or studies, or tables of scores; same-named runs are seeds of one agent",
     )  # fmt: skip
-    report.add_argument("--games", help="some of the games, separated by commas (default: the runs' games)")
+    report.add_argument("--games", help="some of the games, separated by commas (default: those of the main agent)")
+    report.add_argument("--agents", metavar="A,B", help="only these agents (default: all)")
     report.add_argument("--main", metavar="NAME", help="the agent that the page is about (default: the first run)")
     report.add_argument("--against", metavar="A,B", help="agents that it is compared with (default: all others)")
+    report.add_argument(
+        "--x", metavar="KEY",
+        help="draw scores along an axis: parameters, or a setting that runs differ in, e.g. data.first_fraction",
+    )  # fmt: skip
+    report.add_argument(
+        "--step", type=int, metavar="N",
+        help="compare trained agents at N gradient steps (default: the last at which all seeds were evaluated)",
+    )  # fmt: skip
+    report.add_argument("--aggregate", action="store_true", help="aggregates over games even of fewer than five")
     report.add_argument("--title", help="of the page (default: the names of the agents, or a study's title)")
     report.add_argument("--out", type=Path, help="the page (default: report.html in the folder, if it is only one)")
+    report.add_argument(
+        "--json", action="store_true", help="print all tables, caveats and findings as JSON instead of the summary"
+    )
     report.set_defaults(run_command=_report)
 
 
 def _report(args: argparse.Namespace) -> None:
-    """Writes a self-contained page: aggregates with intervals, scores by game, learning curves, value calibration, data
-    statistics, clips and settings. Plots (PNG, SVG) and tables (CSV) can be saved from the page and lie beside it.
+    """Writes a self-contained page: scores and aggregates with intervals, learning curves, value calibration, data
+    statistics, clips and settings. Plots (PNG, SVG) and tables (CSV, LaTeX) can be saved from the page and lie beside
+    it.
     """
     from torchrl_sql.games import resolve_games
     from torchrl_sql.provenance import describe_benchmark
-    from torchrl_sql.report import format_score_table, write_report
+    from torchrl_sql.report import Analysis, summary_data, summary_text, write_report
     from torchrl_sql.report.gather import gather
 
     first = args.runs[0]
@@ -39,13 +54,28 @@ def _report(args: argparse.Namespace) -> None:
     data = gather(
         args.runs,
         games=None if args.games is None else resolve_games(args.games),
+        agents=_names(args.agents),
         main=args.main,
-        against=[] if args.against is None else args.against.split(","),
+        against=_names(args.against),
+        x=args.x,
+        step=args.step,
+        aggregate=args.aggregate,
         title=args.title,
     )
-    made = describe_benchmark()
-    command = shlex.join(["torchrl-sql", *args.words])
-    data = replace(data, provenance=f"Written by {command} on {made['date']}, commit {made['commit']}.")
-    page = write_report(data, args.out or (first if first.is_dir() else first.parent) / "report.html")
-    print(format_score_table(data))
-    print(f"\nReport: {page.resolve()}")
+    machine = describe_benchmark()
+    made = {
+        "command": shlex.join(["torchrl-sql", *args.words]),
+        "date": machine["date"],
+        "commit": machine["commit"],
+        "machine": f"{machine['processor']}, {machine['num_cores']} cores, {machine['memory_gigabytes']:g} GB",
+    }
+    analysis = Analysis(replace(data, made=made))
+    page = write_report(analysis, args.out or (first if first.is_dir() else first.parent) / "report.html")
+    if args.json:
+        print(json.dumps(summary_data(analysis) | {"page": str(page.resolve())}, indent=1, allow_nan=False))
+    else:
+        print(f"{summary_text(analysis)}\n\nReport: {page.resolve()}")
+
+
+def _names(text: str | None) -> list[str]:
+    return [] if text is None else text.split(",")

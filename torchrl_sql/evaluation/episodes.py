@@ -232,7 +232,8 @@ def returns_of(
         for g, game in enumerate(games):
             run = returns[seed, game]
             values[s, g, : len(run)] = [run[episode] for episode in sorted(run)]
-    return RunReturns(games=tuple(games), seeds=tuple(seeds), values=values, counts=counts)
+    trained = any(row.gradient_step or row.checkpoint for row in rows)
+    return RunReturns(games=tuple(games), seeds=tuple(seeds), values=values, counts=counts, trained=trained)
 
 
 def _check_alike(rows: Sequence[EpisodeResult], who: str) -> None:

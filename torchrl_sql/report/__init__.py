@@ -1,18 +1,23 @@
-"""Reports: one self-contained HTML page, with every plot as PNG and SVG and every table as CSV beside it.
+"""Reports: one self-contained HTML page, with every plot as PNG and SVG and every table as CSV and LaTeX beside it.
 
-The composition layer fills a :class:`ReportData`; :func:`write_report` computes every statistic from its episodes.
+The composition layer fills a :class:`ReportData`; its :class:`Analysis` computes every statistic from the episodes,
+once for page, terminal and JSON.
 """
 
-from torchrl_sql.report.html import format_score_table, write_report
+from torchrl_sql.report.analysis import Analysis
+from torchrl_sql.report.html import write_report
 from torchrl_sql.report.model import Agent, Clip, Curve, GameData, ReportData, Returns
+from torchrl_sql.report.terminal import summary_data, summary_text
 
 __all__ = [
     "Agent",
+    "Analysis",
     "Clip",
     "Curve",
     "GameData",
     "ReportData",
     "Returns",
-    "format_score_table",
+    "summary_data",
+    "summary_text",
     "write_report",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -11,25 +12,26 @@ from torchrl_sql.evaluation.agents import ConstantAgent
 from torchrl_sql.evaluation.episodes import EpisodeResult
 from torchrl_sql.evaluation.protocol import Decoding
 from torchrl_sql.methods import METHODS, make_method
-from torchrl_sql.report import Agent
-from torchrl_sql.report.text import format_size
+from torchrl_sql.report.model import Agent
+from torchrl_sql.report.text import format_x
 
-_SIZES = ("resnet18", "resnet34", "resnet50", "resnet101")
-"""Encoders that are one architecture in several sizes; any other one is another method."""
+PARAMETERS = "parameters"
+"""The axis along which networks grow: every setting of the section ``model`` may change with it."""
 
 
-def find_agents(runs: Sequence[RunConfig], episodes: Sequence[EpisodeResult]) -> list[Agent]:
+def find_agents(runs: Sequence[RunConfig], episodes: Sequence[EpisodeResult], x: str | None = None) -> list[Agent]:
     """Every agent of the tables but constant actions, the runs first, in the order given.
 
-    A run that differs from the first one of its method in nothing but the size of the encoder is called by the method,
-    and such runs are a group; every other run, an ablation say, is called by its name.
+    The first run of a method is called by the method, every other run, an ablation say, by its name. With ``x``, runs
+    that differ in nothing else are a family; its members are called by the family and their place on the axis.
 
     Args:
         runs (sequence of RunConfig): evaluated runs.
         episodes (sequence of EpisodeResult): of all agents.
+        x (str, optional): ``"parameters"``, or a key of the runs' settings such as ``"data.first_fraction"``.
 
     Raises:
-        ValueError: if there are constant actions only.
+        ValueError: if there are constant actions only, or ``x`` is no number of a run.
     """
     configs: dict[str, RunConfig] = {}
     for config in runs:
@@ -40,19 +42,21 @@ def find_agents(runs: Sequence[RunConfig], episodes: Sequence[EpisodeResult]) ->
         if ConstantAgent.action_of(row.agent) is None and row.decoding not in of_agent:
             of_agent.append(row.decoding)
     parameters = {name: _num_parameters(config) for name, config in configs.items()}
-    labels: dict[str, str] = {}
-    groups: dict[str, str] = {}
-    for method, names in _size_series(configs).items():
-        for name in names:
-            size = f" {format_size(parameters[name])}" if len(names) > 1 else ""
-            labels[name], groups[name] = METHODS[method].label + size, method
+    places = {name: _place(config, x, parameters[name]) for name, config in configs.items()} if x else {}
+    families = _families(configs, x)
+    sizes = Counter(families.values())
+    labels = {
+        name: f"{family} {format_x(places[name], x)}" if x and sizes[family] > 1 else family
+        for name, family in families.items()
+    }
     agents = [
         Agent(
             agent=name,
             decoding=decoding,
             label=labels.get(name, name) + (f" {decoding}" if len(of_agent) > 1 else ""),
             num_parameters=parameters.get(name),
-            group=groups.get(name),
+            x=places.get(name),
+            family=families[name] + (f" {decoding}" if len(of_agent) > 1 else "") if name in places else None,
         )
         for name, of_agent in decodings.items()
         for decoding in sorted(of_agent)
@@ -60,6 +64,32 @@ def find_agents(runs: Sequence[RunConfig], episodes: Sequence[EpisodeResult]) ->
     if not agents:
         raise ValueError("the tables must hold episodes of an agent beside constant actions, found none")
     return agents
+
+
+def _families(configs: Mapping[str, RunConfig], x: str | None) -> dict[str, str]:
+    """By a run's name, what it and those that differ from it in ``x`` only are called."""
+    settings: dict[str, list[dict[str, Any]]] = {}
+    families: dict[str, str] = {}
+    for name, config in configs.items():
+        apart = {
+            key: value
+            for key, value in deciding_settings(config).items()
+            if x is None or (key != x and not (x == PARAMETERS and key.startswith("model.")))
+        }
+        label = METHODS[config.method.name].label
+        known = next((family for family, others in settings.items() if x and apart in others), None)
+        families[name] = known or (name if label in settings else label)
+        settings.setdefault(families[name], []).append(apart)
+    return families
+
+
+def _place(config: RunConfig, x: str, num_parameters: int) -> float:
+    value = num_parameters if x == PARAMETERS else deciding_settings(config).get(x)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(
+            f"x must be {PARAMETERS} or a setting that is a number, got {x}, which is {value} of {config.name}"
+        )
+    return value
 
 
 def arrange(agents: Sequence[Agent], main: str | None, against: Sequence[str]) -> tuple[list[Agent], list[str] | None]:
@@ -73,21 +103,34 @@ def arrange(agents: Sequence[Agent], main: str | None, against: Sequence[str]) -
     Raises:
         ValueError: for a name that no agent has.
     """
-
-    def named(name: str, option: str) -> list[Agent]:
-        found = [agent for agent in agents if name in (agent.agent, agent.label)]
-        if not found:
-            known = ", ".join(dict.fromkeys(agent.agent for agent in agents))
-            raise ValueError(f"{option} must name agents with scores ({known}), got {name!r}")
-        return found
-
-    first = agents[0] if main is None else named(main, "--main")[0]
-    compared = [agent for name in against for agent in named(name, "--against") if agent != first]
+    first = agents[0] if main is None else named(agents, main, "--main")[0]
+    compared = [agent for name in against for agent in named(agents, name, "--against") if agent != first]
     rest = [agent for agent in agents if agent != first and agent not in compared]
-    sizes = [agent for agent in rest if agent.group is not None and agent.group == first.group]
-    sizes = sorted(sizes, key=lambda agent: (agent.decoding != first.decoding, -(agent.num_parameters or 0)))
-    others = [agent for agent in rest if agent not in sizes]
-    return [first, *sizes, *compared, *others], [agent.label for agent in compared] or None
+    rest.sort(key=lambda agent: agent.family is None or agent.family != first.family)
+    return [first, *compared, *rest], [agent.label for agent in compared] or None
+
+
+def restrict(agents: Sequence[Agent], names: Sequence[str]) -> list[Agent]:
+    """The agents of these names or labels.
+
+    Raises:
+        ValueError: for a name that no agent has.
+    """
+    kept = [agent for name in names for agent in named(agents, name, "--agents")]
+    return [agent for agent in agents if agent in kept]
+
+
+def named(agents: Sequence[Agent], name: str, option: str) -> list[Agent]:
+    """The agents of a name or label.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    found = [agent for agent in agents if name in (agent.agent, agent.label)]
+    if not found:
+        known = ", ".join(dict.fromkeys(agent.agent for agent in agents))
+        raise ValueError(f"{option} must name agents with scores ({known}), got {name!r}")
+    return found
 
 
 def deciding_settings(config: RunConfig) -> dict[str, Any]:
@@ -101,30 +144,6 @@ def deciding_settings(config: RunConfig) -> dict[str, Any]:
         for key, value in values[section].items()
         if (section != "trainer" or key in trainer) and f"{section}.{key}" not in ("data.store", "data.prefetch")
     }
-
-
-def _size_series(configs: Mapping[str, RunConfig]) -> dict[str, list[str]]:
-    """By method: the first run's name and those that differ from it in the size of the encoder only."""
-    series: dict[str, list[str]] = {}
-    for name, config in configs.items():
-        names = series.setdefault(config.method.name, [name])
-        encoder, others = _encoder(config), [configs[other] for other in names]
-        if (
-            name != names[0]
-            and {encoder, _encoder(others[0])} <= {*_SIZES}
-            and encoder not in [_encoder(other) for other in others]
-            and _apart_from_size(config) == _apart_from_size(others[0])
-        ):
-            names.append(name)
-    return series
-
-
-def _encoder(config: RunConfig) -> str | None:
-    return getattr(config.model, "encoder", None)
-
-
-def _apart_from_size(config: RunConfig) -> dict[str, Any]:
-    return {key: value for key, value in deciding_settings(config).items() if key != "model.encoder"}
 
 
 def _num_parameters(config: RunConfig) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -25,10 +26,17 @@ from torchrl_sql.statistics.intervals import (
     probability_of_improvement,
     verdict,
 )
-from torchrl_sql.statistics.scores import Array, Reference, RunReturns, split_by_reference
+from torchrl_sql.statistics.scores import (
+    Array,
+    PublishedAgent,
+    Reference,
+    RunReturns,
+    published_agents,
+    split_by_reference,
+)
 
-MANY_GAMES = 7
-"""From so many games on, a report shows them together instead of one by one."""
+MANY_GAMES = 5
+"""From so many games on, a report aggregates them and shows them together; fewer are shown one by one."""
 
 BEHAVIOUR = "Behaviour mean"
 BEST_BEHAVIOUR = "Best behaviour"
@@ -51,37 +59,139 @@ class Score(NamedTuple):
     returns: Array | None = None
 
 
-class LearningCurve(NamedTuple):
-    """One agent's returns at each checkpoint where every seed played every game, and the other checkpoints.
+class Line(NamedTuple):
+    """Returns along an axis, of one agent at each of its complete checkpoints or of a family of agents."""
 
-    ``num_episodes`` has the fewest and the most episodes that a seed played of a game, by those checkpoints.
-    """
+    label: str
+    agent: Agent
+    """Whose look it has."""
+    runs: Mapping[float, RunReturns]
 
-    runs: dict[int, RunReturns]
-    incomplete_steps: tuple[int, ...]
-    num_episodes: dict[int, tuple[int, int]]
+
+class _Shown(NamedTuple):
+    """Which of an agent's episodes count: those at ``step`` of ``seeds`` in ``games``."""
+
+    step: int
+    seeds: set[int]
+    games: tuple[str, ...]
+    complete: tuple[int, ...]
+    """All steps at which these seeds were evaluated in these games."""
 
 
 @dataclass(frozen=True)
 class Analysis:
-    """What a report shows of its data."""
+    """What a report shows of its data.
+
+    Raises:
+        ValueError: if the main agent has no episode that counts, or no agent has.
+    """
 
     data: ReportData
 
+    def __post_init__(self) -> None:
+        if not self._shown or self.data.main not in ("", *self._shown):
+            raise ValueError(
+                f"{self.data.main or 'an agent'} must have a training seed that was evaluated in each of its games at "
+                f"one gradient step, among {', '.join(self.data.games)}; evaluate it there, or choose with --games"
+            )
+
+    # Which episodes count
+
+    @cached_property
+    def counts(self) -> dict[str, dict[int, Counter[tuple[int, str]]]]:
+        """Numbers of episodes in the report's games, ``{label: {gradient step: {(seed, game): episodes}}}``, steps
+        ascending.
+        """
+        counts: dict[str, dict[int, Counter[tuple[int, str]]]] = {}
+        for label, rows in self._rows.items():
+            steps: dict[int, Counter[tuple[int, str]]] = defaultdict(Counter)
+            for row in rows:
+                steps[row.gradient_step][row.seed, row.game] += 1
+            counts[label] = dict(sorted(steps.items()))
+        return counts
+
+    @cached_property
+    def _rows(self) -> dict[str, list[EpisodeResult]]:
+        games = set(self.data.games)
+        rows: dict[tuple[str, str], list[EpisodeResult]] = defaultdict(list)
+        for row in self.data.episodes:
+            if row.game in games:
+                rows[row.agent, row.decoding].append(row)
+        return {agent.label: rows[agent.agent, agent.decoding] for agent in self.data.agents}
+
+    @cached_property
+    def _shown(self) -> dict[str, _Shown]:
+        """By agent label: of all seeds as many as were evaluated in every game of the agent's at one gradient step, at
+        the last such step. Agents without such a seed are missing.
+        """
+        shown = {}
+        for label, counts in self.counts.items():
+            steps = [*counts]
+            if self.data.step is not None and any(steps):  # random play has not been trained for any
+                if self.data.step not in steps:
+                    raise ValueError(
+                        f"--step must be one at which {label} was evaluated ({', '.join(map(str, steps))}), got "
+                        f"{self.data.step}; evaluate it there, or leave the agent out with --agents"
+                    )
+                steps = [self.data.step]
+            played = {game for step in steps for _, game in counts[step]}
+            games = tuple(game for game in self.data.games if game in played)
+            seeds = {
+                step: {seed for seed, _ in counts[step] if all((seed, game) in counts[step] for game in games)}
+                for step in steps
+            }
+            step = max(steps, key=lambda step: (len(seeds[step]), step), default=0)
+            if seeds.get(step):
+                pairs = [(seed, game) for seed in seeds[step] for game in games]
+                complete = tuple(other for other in counts if all(pair in counts[other] for pair in pairs))
+                shown[label] = _Shown(step, seeds[step], games, complete)
+        return shown
+
     @cached_property
     def agents(self) -> list[Agent]:
-        """The agents shown: those of which a seed was evaluated in every game at some gradient step.
+        """Those with a training seed that was evaluated in each of the agent's games at one gradient step."""
+        return [agent for agent in self.data.agents if agent.label in self._shown]
+
+    def step(self, label: str) -> int:
+        """The gradient steps at which an agent is compared."""
+        return self._shown[label].step
+
+    def complete_steps(self, label: str) -> tuple[int, ...]:
+        """Where the seeds that count were evaluated in all of the agent's games."""
+        return self._shown[label].complete
+
+    def seeds_left_out(self, label: str) -> list[int]:
+        """Seeds that were not evaluated in all of the agent's games where it is compared."""
+        return sorted({row.seed for row in self._rows[label]} - self._shown[label].seeds)
+
+    @cached_property
+    def episodes(self) -> dict[str, list[EpisodeResult]]:
+        """The episodes that count, by agent label."""
+        return {
+            label: [row for row in self._rows[label] if row.gradient_step == shown.step and row.seed in shown.seeds]
+            for label, shown in self._shown.items()
+        }
+
+    @cached_property
+    def runs(self) -> dict[str, RunReturns]:
+        """Raw returns by agent label, each with those of the report's games that the agent has.
 
         Raises:
-            ValueError: if the main agent is none of them, or there is none.
+            ValueError: if an agent's episodes are ambiguous.
         """
-        shown = [agent for agent in self.data.agents if self._seeds[agent.label]]
-        if not shown or self.data.main not in ("", *(agent.label for agent in shown)):
-            raise ValueError(
-                f"{self.data.main or 'an agent'} must have been evaluated in each of {', '.join(self.data.games)} at "
-                "one gradient step; evaluate it there, or choose the games with --games"
-            )
-        return shown
+        return {agent.label: self._returns(agent, self.step(agent.label)) for agent in self.agents}
+
+    def _returns(self, agent: Agent, gradient_step: int) -> RunReturns:
+        shown = self._shown[agent.label]
+        return returns_of(
+            [row for row in self._rows[agent.label] if row.seed in shown.seeds],
+            agent=agent.agent,
+            decoding=agent.decoding,
+            games=shown.games,
+            gradient_step=gradient_step,
+        )
+
+    # Who is compared with whom
 
     @cached_property
     def main(self) -> Agent:
@@ -94,141 +204,53 @@ class Analysis:
         others = [agent for agent in self.agents if agent != self.main]
         if self.data.against is not None:
             return [agent for label in self.data.against for agent in others if agent.label == label]
-        return [agent for agent in others if agent not in self.sizes]
+        return [agent for agent in others if agent not in self.family and agent.x in (None, self.main.x)]
+
+    @property
+    def family(self) -> list[Agent]:
+        """The main agent's family, itself included, by place on the axis; empty if it has none."""
+        return self.families.get(self.main.family or "", [])
 
     @cached_property
-    def sizes(self) -> list[Agent]:
-        """The sizes of the main agent, itself included, smallest first; empty with fewer than two."""
-        return next((group for group in self.size_groups if self.main in group), [])
-
-    @cached_property
-    def size_groups(self) -> list[list[Agent]]:
-        """Agents that differ in the size of their network only, smallest first."""
-        groups: dict[tuple[str, str], list[Agent]] = defaultdict(list)
-        for agent in self.agents:
-            if agent.group is not None and agent.num_parameters is not None:
-                groups[agent.group, agent.decoding].append(agent)
-        return [
-            sorted(group, key=lambda agent: agent.num_parameters or 0)
-            for group in groups.values()
-            if len({agent.num_parameters for agent in group}) > 1
-        ]
+    def families(self) -> dict[str, list[Agent]]:
+        """Agents that differ in :attr:`Agent.x` only, ascending; of two and more."""
+        families: dict[str, list[Agent]] = defaultdict(list)
+        for agent in sorted(self.agents, key=lambda agent: agent.x or 0.0):
+            if agent.family is not None:
+                families[agent.family].append(agent)
+        return {name: agents for name, agents in families.items() if len(agents) > 1}
 
     @property
     def many_games(self) -> bool:
         """Whether the games are shown together instead of one by one."""
         return len(self.data.games) >= MANY_GAMES
 
-    @cached_property
-    def _rows(self) -> dict[str, list[EpisodeResult]]:
-        """All episodes in the report's games, by agent label."""
-        games = set(self.data.games)
-        rows: dict[tuple[str, str], list[EpisodeResult]] = defaultdict(list)
-        for row in self.data.episodes:
-            if row.game in games:
-                rows[row.agent, row.decoding].append(row)
-        return {agent.label: rows[agent.agent, agent.decoding] for agent in self.data.agents}
-
-    @cached_property
-    def _seeds(self) -> dict[str, set[int]]:
-        """The seeds that count, by agent label: as many as were evaluated in every game at one gradient step."""
-        seeds = {}
-        for label, rows in self._rows.items():
-            games: dict[int, dict[int, set[str]]] = defaultdict(lambda: defaultdict(set))
-            for row in rows:
-                games[row.gradient_step][row.seed].add(row.game)
-            complete = [
-                {seed for seed, played in by_seed.items() if len(played) == len(self.data.games)}
-                for _, by_seed in sorted(games.items())
-            ]
-            seeds[label] = max(reversed(complete), key=len, default=set())
-        return seeds
-
-    @cached_property
-    def left_out(self) -> dict[str, tuple[list[str], list[int]]]:
-        """What the page cannot show, by agent label: games without an episode, and seeds that are behind the others."""
-        left_out = {}
-        for label, rows in self._rows.items():
-            played, seeds = {row.game for row in rows}, {row.seed for row in rows}
-            games = [game for game in self.data.games if game not in played]
-            if games or not self._seeds[label] or seeds != self._seeds[label]:
-                left_out[label] = (games, sorted(seeds - self._seeds[label]))
-        return left_out
-
-    @cached_property
-    def _by_agent(self) -> dict[str, list[EpisodeResult]]:
-        """The episodes of the seeds that count, by agent label."""
-        return {label: [row for row in rows if row.seed in self._seeds[label]] for label, rows in self._rows.items()}
-
-    @cached_property
-    def _counts(self) -> dict[str, dict[int, Counter[tuple[int, str]]]]:
-        """Numbers of episodes, ``{label: {gradient step: {(seed, game): episodes}}}``, steps ascending."""
-        counts: dict[str, dict[int, Counter[tuple[int, str]]]] = {}
-        for label, rows in self._by_agent.items():
-            steps: dict[int, Counter[tuple[int, str]]] = defaultdict(Counter)
-            for row in sorted(rows, key=lambda row: row.gradient_step):
-                steps[row.gradient_step][row.seed, row.game] += 1
-            counts[label] = dict(steps)
-        return counts
-
-    @cached_property
-    def _complete_steps(self) -> dict[str, list[int]]:
-        """Where each agent was evaluated with every seed that counts in every game, by label."""
-        return {
-            label: [
-                step for step, counts in steps.items() if len(counts) == len(self._seeds[label]) * len(self.data.games)
-            ]
-            for label, steps in self._counts.items()
-        }
-
-    def step(self, label: str) -> int:
-        """The gradient step at which an agent is compared: its last one that was evaluated in full."""
-        return self._complete_steps[label][-1]
-
-    @cached_property
-    def episodes(self) -> dict[str, list[EpisodeResult]]:
-        """The episodes that count, by agent label: those of the report's games at :meth:`step`."""
-        return {
-            agent.label: [row for row in self._by_agent[agent.label] if row.gradient_step == self.step(agent.label)]
-            for agent in self.agents
-        }
-
-    @cached_property
-    def runs(self) -> dict[str, RunReturns]:
-        """Raw returns by agent label, all with the report's games.
-
-        Raises:
-            ValueError: if an agent's episodes are ambiguous.
-        """
-        return {agent.label: self._returns(agent, self.step(agent.label)) for agent in self.agents}
-
-    def _returns(self, agent: Agent, gradient_step: int) -> RunReturns:
-        return returns_of(
-            self._by_agent[agent.label],
-            agent=agent.agent,
-            decoding=agent.decoding,
-            games=self.data.games,
-            gradient_step=gradient_step,
-        )
-
-    @cached_property
+    @property
     def one_seed(self) -> bool:
         """Whether the main agent has one training seed, so that nothing can be said of its method."""
-        return len(self.runs[self.main.label].seeds) == 1
+        runs = self.runs[self.main.label]
+        return runs.trained and len(runs.seeds) == 1
+
+    # Lines along an axis
 
     @cached_property
-    def learning_curves(self) -> dict[str, LearningCurve]:
-        """Returns against gradient steps, by the label of agents that were evaluated at two checkpoints or more."""
-        curves = {}
-        for agent in self.agents:
-            counts, complete = self._counts[agent.label], self._complete_steps[agent.label]
-            if len(counts) > 1:
-                curves[agent.label] = LearningCurve(
-                    {step: self._returns(agent, step) for step in complete},
-                    tuple(step for step in counts if step not in complete),
-                    {step: (min(counts[step].values()), max(counts[step].values())) for step in complete},
-                )
-        return curves
+    def learning_curves(self) -> list[Line]:
+        """Returns against gradient steps, of agents that were evaluated in full at two checkpoints or more."""
+        return [
+            Line(agent.label, agent, {step: self._returns(agent, step) for step in self.complete_steps(agent.label)})
+            for agent in self.agents
+            if len(self.complete_steps(agent.label)) > 1
+        ]
+
+    @cached_property
+    def lines(self) -> list[Line]:
+        """Returns of each family along the page's axis."""
+        return [
+            Line(name, agents[-1], {agent.x or 0.0: self.runs[agent.label] for agent in agents})
+            for name, agents in self.families.items()
+        ]
+
+    # Statistics
 
     @cached_property
     def calibration(self) -> dict[str, dict[str, Calibration]]:
@@ -241,7 +263,7 @@ class Analysis:
             of_agent = [
                 point
                 for point in self.data.calibration
-                if (point.agent, point.gradient_step) == key and point.seed in self._seeds[agent.label]
+                if (point.agent, point.gradient_step) == key and point.seed in self._shown[agent.label].seeds
             ]
             for game in self.data.games:
                 if points := [point for point in of_agent if point.game == game]:
@@ -259,56 +281,46 @@ class Analysis:
         """``{label: {game: mean raw return with interval}}``."""
         return {label: game_means(runs) for label, runs in self.runs.items()}
 
-    @cached_property
-    def game_data(self) -> dict[str, GameData]:
-        """The data by game."""
-        return {data.game: data for data in self.data.game_data}
-
-    def split(self, reference: Reference) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """The report's games with and without such a reference score."""
-        return split_by_reference(self.data.games, reference)
+    def aggregate_games(self, reference: Reference) -> tuple[str, ...]:
+        """The games that are aggregated: of the main agent's, those with such a reference score; none if they are few
+        and nobody asked for aggregates.
+        """
+        games, _ = split_by_reference(self.runs[self.main.label].games, reference)
+        return games if len(games) >= MANY_GAMES or self.data.aggregate else ()
 
     def normalised(self, reference: Reference) -> dict[str, RunReturns]:
-        """Normalised returns over the games with such a reference score, by label; empty if there are none."""
-        games, _ = self.split(reference)
-        if not games:
-            return {}
-        return {label: runs.select(games).normalised(reference) for label, runs in self.runs.items()}
+        """Normalised returns over the games that are aggregated, by label of the agents that have all of them."""
+        games = self.aggregate_games(reference)
+        return {
+            label: runs.select(games).normalised(reference)
+            for label, runs in self.runs.items()
+            if games and {*games} <= {*runs.games}
+        }
 
     def aggregates(self, reference: Reference) -> dict[str, dict[str, Interval]]:
-        """``{label: {aggregate: interval}}`` over the games with such a reference score; empty if there are none."""
-        if reference not in self._aggregates:
-            self._aggregates[reference] = {
-                label: aggregates(runs) for label, runs in self.normalised(reference).items()
-            }
-        return self._aggregates[reference]
-
-    @cached_property
-    def _aggregates(self) -> dict[Reference, dict[str, dict[str, Interval]]]:
-        return {}
+        """``{label: {aggregate: interval}}``; empty if nothing is aggregated."""
+        return {label: aggregates(runs) for label, runs in self.normalised(reference).items()}
 
     def iqm_difference(self, label: str, other: str) -> Interval:
-        """An agent's human-normalised interquartile mean minus another's."""
+        """An agent's human-normalised interquartile mean minus another's; both have aggregates."""
         normalised = self.normalised("human")
         return aggregate_differences(normalised[label], normalised[other])["IQM"]
 
-    def policies(self, game: str) -> dict[str, Score]:
-        """All that is known of one game's scores by policy, in column order.
+    @cached_property
+    def policies(self) -> dict[str, dict[str, Score]]:
+        """All that is known of each game's scores, ``{game: {policy: score}}``, policies in column order.
 
         Agents come first, then the data and simple policies, then published scores. What is unknown is left out. The
         published score of DQN, which wrote DQN-Replay, stands in where the data's own returns are unknown.
         """
-        return self._policies[game]
+        return {game: self._policies_of(game) for game in self.data.games}
 
-    @cached_property
-    def _policies(self) -> dict[str, dict[str, Score]]:
-        return {game: self._find_policies(game) for game in self.data.games}
-
-    def _find_policies(self, game: str) -> dict[str, Score]:
-        policies = {}
-        for label, runs in self.runs.items():
-            num_episodes = int(runs.counts[:, runs.games.index(game)].sum())
-            policies[label] = Score(self.game_means[label][game], num_episodes)
+    def _policies_of(self, game: str) -> dict[str, Score]:
+        policies = {
+            label: Score(self.game_means[label][game], int(runs.counts[:, runs.games.index(game)].sum()))
+            for label, runs in self.runs.items()
+            if game in runs.games
+        }
 
         def add(policy: str, returns: Returns, detail: str = "") -> None:
             policies[policy] = Score(returns.interval, returns.num_episodes, detail, returns.values)
@@ -333,25 +345,51 @@ class Analysis:
 
     @cached_property
     def policy_columns(self) -> list[str]:
-        """Every policy that :meth:`policies` knows in at least one game, in column order."""
-        known = {policy for game in self.data.games for policy in self.policies(game)}
-        agents = [agent.label for agent in self.agents]
-        order = [*agents, BEHAVIOUR, BEST_BEHAVIOUR, BEST_CONSTANT, RANDOM, HUMAN, DQN]
+        """Every policy that is known of at least one game, in column order."""
+        known = {policy for policies in self.policies.values() for policy in policies}
+        order = [*self.runs, BEHAVIOUR, BEST_BEHAVIOUR, BEST_CONSTANT, RANDOM, HUMAN, DQN]
         return [policy for policy in order if policy in known]
 
-    def probability_of_improvement(self, other: str) -> Interval:
+    @cached_property
+    def game_data(self) -> dict[str, GameData]:
+        """The data by game."""
+        return {data.game: data for data in self.data.game_data}
+
+    @cached_property
+    def published(self) -> dict[str, PublishedAgent]:
+        """Published agents by label; empty if they have no game in common with the main agent."""
+        return {agent.label: agent for agent in published_agents()} if self.published_games else {}
+
+    @cached_property
+    def published_games(self) -> list[str]:
+        """The main agent's games in which every published agent has a score."""
+        return [
+            game
+            for game in self.runs[self.main.label].games
+            if all(game in agent.scores for agent in published_agents())
+        ]
+
+    def _in_common(self, other: str) -> tuple[RunReturns, RunReturns] | None:
+        """The main agent's returns and another's, in the games of both."""
+        ours, theirs = self.runs[self.main.label], self.runs[other]
+        games = [game for game in ours.games if game in theirs.games]
+        return (ours.select(games), theirs.select(games)) if games else None
+
+    def probability_of_improvement(self, other: str) -> Interval | None:
         """Chance that a run of the main agent beats a run of another agent in the same game, by raw returns."""
-        return probability_of_improvement(self.runs[self.main.label], self.runs[other])
+        pair = self._in_common(other)
+        return None if pair is None else probability_of_improvement(*pair)
 
     def verdicts(self, other: str) -> dict[str, Verdict]:
-        """How the main agent compares with another policy in each game that it is known of, by their difference."""
+        """How the main agent compares with another policy in each game known of both, by their difference."""
         runs = self.runs[self.main.label]
         if other in self.runs:
-            differences = game_differences(runs, self.runs[other])
+            pair = self._in_common(other)
+            differences = {} if pair is None else game_differences(*pair)
         else:
             differences = {
                 game: difference_to(runs, game, score.returns)
-                for game in self.data.games
-                if (score := self.policies(game).get(other)) is not None and score.returns is not None
+                for game in runs.games
+                if (score := self.policies[game].get(other)) is not None and score.returns is not None
             }
         return {game: verdict(difference) for game, difference in differences.items()}

@@ -8,8 +8,8 @@ from math import isfinite, isnan
 import numpy as np
 
 from torchrl_sql.report.analysis import Analysis
-from torchrl_sql.report.score_tables import published_games
-from torchrl_sql.report.text import REFERENCE_LABELS, name_games, sentence
+from torchrl_sql.report.text import REFERENCE_LABELS, name_games, plural, sentence
+from torchrl_sql.statistics.scores import split_by_reference
 
 
 def caveats(analysis: Analysis) -> list[str]:
@@ -29,29 +29,35 @@ def caveats(analysis: Analysis) -> list[str]:
 
 
 def _of_agents(analysis: Analysis) -> Iterator[str]:
-    shown = {agent.label for agent in analysis.agents}
-    for label, (games, seeds) in analysis.left_out.items():
-        if games:
-            where = name_games(games, len(analysis.data.games))
-            yield f"{label} is not on this page: it has no episode in {where}."
-        elif label not in shown:
-            yield f"{label} is not on this page: at no gradient step was a seed evaluated in every game."
-        else:
-            listed = ", ".join(map(str, seeds))
+    games = analysis.data.games
+    for agent in analysis.data.agents:
+        label = agent.label
+        if agent not in analysis.agents:
+            yield f"{label} is not on this page: at no gradient step was a seed evaluated in each of its games."
+            continue
+        missing = [game for game in games if game not in analysis.runs[label].games]
+        if missing:
+            aggregated = analysis.aggregates("human")
+            consequence = ", and is left out of the aggregates" if aggregated and label not in aggregated else ""
+            yield f"{label} has no episode that counts in {name_games(missing, len(games))}{consequence}."
+        if seeds := analysis.seeds_left_out(label):
             yield (
-                f"{label} is shown without seed {listed}, not evaluated in every game at "
+                f"{label} is shown without seed {', '.join(map(str, seeds))}, not evaluated in each of its games at "
                 f"{analysis.step(label):,} gradient steps."
             )
 
 
 def _of_intervals(analysis: Analysis) -> Iterator[str]:
-    counts = {len(runs.seeds) for runs in analysis.runs.values()}
-    few = min(counts)
-    if few == 1:
-        labels = [label for label, runs in analysis.runs.items() if len(runs.seeds) == 1]
+    counts = {label: len(runs.seeds) for label, runs in analysis.runs.items() if runs.trained}
+    if single := [label for label, count in counts.items() if count == 1]:
         yield (
-            f"One training seed of {', '.join(labels)}: intervals are of evaluation episodes only and do not cover the "
-            "variation between training runs, so that there is no verdict."
+            f"One training seed of {', '.join(single)}: nothing here is a verdict about a method of one seed. Its "
+            "intervals are of evaluation episodes only and do not cover the variation between training runs."
+        )
+    if untrained := [label for label in analysis.runs if label not in counts]:
+        yield (
+            f"{' and '.join(untrained)}: no training, so no training seeds. Intervals are over episodes; differences "
+            "to an agent have the spread of that agent's seeds."
         )
     unknown = [label for label, means in analysis.game_means.items() if any(isnan(mean.low) for mean in means.values())]
     if unknown:
@@ -59,11 +65,12 @@ def _of_intervals(analysis: Analysis) -> Iterator[str]:
             f"No interval of {', '.join(unknown)} where all training seeds, or all episodes of one seed, score the "
             "same or there is one only: nothing is known of their spread."
         )
-    if max(counts) > 1:
-        seeds = f"{few}" if counts == {few} else f"{few} to {max(counts)}"
+    few, most = min(counts.values(), default=1), max(counts.values(), default=1)
+    if most > 1:
         yield (
-            f"Intervals are Student's 95% intervals over {seeds} training seeds of per-seed means and aggregates: the "
-            "games of one seed share a network. An aggregate is the mean of the seeds' own aggregates."
+            f"Intervals are Student's 95% intervals over {few if few == most else f'{few} to {most}'} training seeds "
+            "of per-seed means and aggregates: the games of one seed share a network. An aggregate is the mean of the "
+            "seeds' own aggregates."
         )
         if analysis.many_games:
             yield (
@@ -74,23 +81,21 @@ def _of_intervals(analysis: Analysis) -> Iterator[str]:
 
 def _of_references(analysis: Analysis) -> Iterator[str]:
     num_games = len(analysis.data.games)
+    if not analysis.many_games and not analysis.data.aggregate:
+        yield f"{sentence(plural(num_games, 'game'))}, too few for aggregates over games (--aggregate shows them)."
+        return
     for reference, name in REFERENCE_LABELS.items():
-        included, excluded = analysis.split(reference)
-        covered = f"{sentence(name)}-normalised aggregates cover"
-        if excluded:
-            have = "has" if len(excluded) == 1 else "have"
-            yield (
-                f"{covered} {len(included)} of the {num_games} games shown: {name_games(excluded, num_games)} {have} "
-                f"no published {name} score."
-            )
-        elif num_games > 2:
-            yield f"{covered} all {num_games} games shown."
-        else:
-            yield f"{covered} {name_games(included, num_games)}."
-    if 0 < (count := len(analysis.split("human")[0])) < 4:
-        yield f"With {count} games the IQM drops nothing and equals the mean; it becomes robust from four games on."
-    if not published_games(analysis):
-        yield "None of the games shown is among the 15 for which scores of published multi-game agents are at hand."
+        included = analysis.aggregate_games(reference)
+        _, without = split_by_reference(analysis.data.games, reference)
+        if len(included) == num_games:
+            continue
+        text = f"{sentence(name)}-normalised aggregates cover {len(included)} of the {num_games} games shown"
+        if without:
+            have = "has" if len(without) == 1 else "have"
+            text += f": {name_games(without, num_games)} {have} no published {name} score"
+        yield f"{text}."
+    if 0 < (count := len(analysis.aggregate_games("human"))) < 4:
+        yield f"With {plural(count, 'game')} the IQM drops nothing and equals the mean; it becomes robust from 4 on."
 
 
 def _of_episodes(analysis: Analysis) -> Iterator[str]:
@@ -116,32 +121,33 @@ def _of_protocols(analysis: Analysis) -> Iterator[str]:
         if len(values) > 1:
             listed = ", ".join(f"{value:,g}" if value < 1 else f"{value:,}" for value in values)
             yield f"The agents were not evaluated alike: {name} {listed}. Compare with care."
-    steps = sorted({analysis.step(agent.label) for agent in analysis.agents})
+    steps = sorted({analysis.step(label) for label, runs in analysis.runs.items() if runs.trained})
     if len(steps) > 1:
         yield f"The agents were trained for different numbers of gradient steps: {', '.join(f'{s:,}' for s in steps)}."
 
 
 def _of_checkpoints(analysis: Analysis) -> Iterator[str]:
     texts: list[tuple[str, str]] = []
-    for label, curve in analysis.learning_curves.items():
-        later = [step for step in curve.incomplete_steps if step > analysis.step(label)]
-        if later:
-            listed = ", ".join(f"{step:,}" for step in later)
+    for label in analysis.runs:
+        complete, counts = analysis.complete_steps(label), analysis.counts[label]
+        others = [step for step in counts if step not in complete]
+        if later := [f"{step:,}" for step in others if step > analysis.step(label) and analysis.data.step is None]:
             text = f"scores are those at {analysis.step(label):,} gradient steps, the last checkpoint that was"
-            texts.append((label, f"{text} evaluated with every seed in every game; later ones: {listed}"))
-        earlier = [step for step in curve.incomplete_steps if step not in later]
-        if earlier:
-            listed = ", ".join(f"{step:,}" for step in earlier)
+            texts.append((label, f"{text} evaluated with every seed in every game; later ones: {', '.join(later)}"))
+        if others and len(complete) > 1:
+            listed = ", ".join(f"{step:,}" for step in others)
             text = f"the learning curve leaves out the checkpoints at {listed} gradient steps, where not every seed was"
             texts.append((label, f"{text} evaluated in every game"))
-        uneven = [f"{step:,} ({low} to {high})" for step, (low, high) in curve.num_episodes.items() if low < high]
-        if uneven:
-            text = f"unequal numbers of episodes per game and seed at the checkpoints {', '.join(uneven)}; if their"
-            why = "evaluation was interrupted, the missing episodes are the long ones and the curve is biased there"
-            texts.append((label, f"{text} {why}"))
-        elif len(set(curve.num_episodes.values())) > 1:
-            listed = ", ".join(f"{low} at {step:,}" for step, (low, _) in curve.num_episodes.items())
-            texts.append((label, f"episodes per game and seed differ between checkpoints: {listed}"))
+        if len(complete) > 1:
+            ends = {step: (min(counts[step].values()), max(counts[step].values())) for step in complete}
+            uneven = [f"{step:,} ({low} to {high})" for step, (low, high) in ends.items() if low < high]
+            if uneven:
+                text = f"unequal numbers of episodes per game and seed at the checkpoints {', '.join(uneven)}; if their"
+                why = "evaluation was interrupted, the missing episodes are the long ones and the curve is biased there"
+                texts.append((label, f"{text} {why}"))
+            elif len({*ends.values()}) > 1:
+                listed = ", ".join(f"{low} at {step:,}" for step, (low, _) in ends.items())
+                texts.append((label, f"episodes per game and seed differ between checkpoints: {listed}"))
     yield from _together(texts)
 
 

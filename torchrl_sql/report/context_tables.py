@@ -3,221 +3,200 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torchrl_sql.games import ACTION_NAMES
-from torchrl_sql.report.analysis import Analysis
+from torchrl_sql.report.analysis import Analysis, Line
+from torchrl_sql.report.score_tables import ALL, ends, interval_of
 from torchrl_sql.report.table import Cell, Record, Table
-from torchrl_sql.report.text import format_interval, format_score, two_digits
+from torchrl_sql.report.text import format_score, two_digits
 from torchrl_sql.statistics.intervals import aggregates, game_means
 
 
+def _number(name: str, pattern: str = ",") -> Any:
+    """The cell of a field that is a number, or unknown."""
+
+    def cell(record: Record) -> str | None:
+        value = record[name]
+        return None if value is None or (isinstance(value, float) and math.isnan(value)) else format(value, pattern)
+
+    return cell
+
+
 def protocol_table(analysis: Analysis) -> Table:
-    """One row per agent: how its episodes were played. The records have one per seed, with its checkpoint."""
-    rows: list[list[Cell]] = []
-    records: list[Record] = []
+    """How the episodes of each agent and seed were played, and their checkpoint."""
+    records = []
     for agent in analysis.agents:
-        episodes = analysis.episodes[agent.label]
-        episode = episodes[0]
-        runs = analysis.runs[agent.label]
-        counts = runs.counts
+        episodes, runs = analysis.episodes[agent.label], analysis.runs[agent.label]
         checkpoints = {row.seed: row.checkpoint for row in episodes}
-        evaluation_seeds = sorted({row.evaluation_seed for row in episodes})
         for s, seed in enumerate(runs.seeds):
             records.append(
                 {
                     "agent": agent.label,
                     "name": agent.agent,
                     "num_parameters": agent.num_parameters,
-                    "seed": seed,
+                    "seed": seed if runs.trained else None,
                     "checkpoint": checkpoints[seed],
-                    "gradient_step": episode.gradient_step,
+                    "gradient_step": episodes[0].gradient_step,
                     "decoding": agent.decoding,
-                    "epsilon": episode.epsilon,
-                    "sticky": episode.sticky,
-                    "max_env_frames": episode.max_env_frames,
-                    "evaluation_seeds": " ".join(str(seed) for seed in evaluation_seeds),
-                    "min_episodes_per_game": int(counts[s].min()),
-                    "max_episodes_per_game": int(counts[s].max()),
+                    "epsilon": episodes[0].epsilon,
+                    "sticky": episodes[0].sticky,
+                    "max_env_frames": episodes[0].max_env_frames,
+                    "evaluation_seeds": " ".join(map(str, sorted({row.evaluation_seed for row in episodes}))),
+                    "num_games": len(runs.games),
+                    "min_episodes_per_game": int(runs.counts[s].min()),
+                    "max_episodes_per_game": int(runs.counts[s].max()),
                 }
             )
-        rows.append(
-            [
-                Cell(agent.label),
-                Cell("–" if agent.num_parameters is None else f"{agent.num_parameters:,}"),
-                Cell(f"{episode.gradient_step:,}"),
-                Cell(f"{len(counts)}"),
-                Cell(f"{counts.min()}" if counts.min() == counts.max() else f"{counts.min()}–{counts.max()}"),
-                Cell(agent.decoding),
-                Cell(f"{episode.epsilon:g}"),
-                Cell(f"{episode.sticky:g}"),
-                Cell(f"{episode.max_env_frames:,}"),
-                Cell(", ".join(str(seed) for seed in evaluation_seeds)),
-            ]
-        )
-    return Table(
-        name="protocol",
-        caption="How each agent's episodes were played. The file protocol.csv names each seed's checkpoint.",
-        header=(
-            "Agent",
-            "Parameters",
-            "Gradient steps",
-            "Seeds",
-            "Episodes per game and seed",
-            "Decoding",
-            "Epsilon",
-            "Sticky",
-            "Frame limit",
-            "Evaluation seed",
-        ),
-        rows=rows,
-        records=records,
+
+    def num_episodes(record: Record) -> str:
+        low, high = record["min_episodes_per_game"], record["max_episodes_per_game"]
+        return f"{low}" if low == high else f"{low}–{high}"
+
+    return Table.wide(
+        "protocol", "How the episodes of each agent and training seed were played.", records,
+        {
+            "Agent": lambda record: record["agent"],
+            "Seed": _number("seed"),
+            "Parameters": _number("num_parameters"),
+            "Gradient steps": _number("gradient_step"),
+            "Episodes per game": num_episodes,
+            "Decoding": lambda record: record["decoding"],
+            "Epsilon": _number("epsilon", "g"),
+            "Sticky": _number("sticky", "g"),
+            "Frame limit": _number("max_env_frames"),
+            "Evaluation seed": lambda record: record["evaluation_seeds"],
+        },
+    )  # fmt: skip
+
+
+def curve_table(analysis: Analysis, lines: Sequence[Line], *, name: str, axis: str) -> Table:
+    """Every line's mean score in each game, and its IQM, along an axis; of many games, only the latter is shown."""
+    games = analysis.aggregate_games("human")
+    estimates = {(line.label, x): game_means(runs) for line in lines for x, runs in line.runs.items()}
+    for label, _, points in lines:
+        for x, runs in points.items():
+            if games and {*games} <= {*runs.games}:
+                estimates[label, x][ALL] = aggregates(runs.select(games).normalised("human"))["IQM"]
+    records = [
+        {"policy": label, "x": x, "game": game, "point": means[game].point, **ends(means[game])}
+        for game in (*analysis.data.games, ALL)
+        for (label, x), means in estimates.items()
+        if game in means
+    ]
+    brief = analysis.many_games and games
+
+    def cell(record: Record) -> Cell:
+        number = two_digits if record["game"] == ALL else format_score
+        return Cell(number(record["point"]), interval_of(record, number))
+
+    return Table.crossed(
+        name, f"Mean raw return, or human-normalised IQM, against {axis}, with 95% intervals.", records, cell,
+        by=lambda record: ("" if brief else f"{record['game']}, ") + f"{record['x']:,.15g}", across="policy",
+        heading=axis if brief else f"Game, {axis}", shown=lambda record: record["game"] == ALL or not brief,
+    )  # fmt: skip
+
+
+def calibration_table(analysis: Analysis) -> Table:
+    """What agents predicted in each game, and what followed."""
+    records = [
+        {
+            "policy": label,
+            "game": game,
+            "num_states": len(values.predicted),
+            "num_episodes": values.num_episodes,
+            "num_cut_episodes_left_out": values.num_cut,
+            "predicted": float(values.predicted.mean()) if values.num_episodes else math.nan,
+            "realised": float(values.realised.mean()) if values.num_episodes else math.nan,
+            "bias": values.bias.point,
+            **ends(values.bias),
+            "root_mean_square_error": values.root_mean_square_error,
+            "correlation": values.correlation,
+        }
+        for label, games in analysis.calibration.items()
+        for game, values in games.items()
+    ]
+
+    def bias(record: Record) -> Cell | None:
+        return Cell(two_digits(record["bias"]), interval_of(record, two_digits)) if record["num_episodes"] else None
+
+    return Table.wide(
+        "calibration",
+        "Value of the action taken, and the discounted sum of clipped rewards that followed, at recorded states. Bias: "
+        "mean of predicted minus realised, with a 95% interval over training seeds, or over the episodes of one seed.",
+        records,
+        {
+            "Agent": lambda record: record["policy"],
+            "Game": lambda record: record["game"],
+            "States": _number("num_states"),
+            "Episodes": _number("num_episodes"),
+            "Cut, left out": _number("num_cut_episodes_left_out"),
+            "Predicted": _number("predicted", "z.2f"),
+            "Realised": _number("realised", "z.2f"),
+            "Bias": bias,
+            "RMSE": _number("root_mean_square_error", "z.2f"),
+            "Correlation": _number("correlation", "z.2f"),
+        },
     )
 
 
-def learning_curve_table(analysis: Analysis) -> Table | None:
-    """One row per checkpoint, one column per agent: human-normalised IQM. The records have every game's mean too."""
-    human_games, _ = analysis.split("human")
-    cells: dict[int, dict[str, Cell]] = defaultdict(dict)
-    records: list[Record] = []
-    for label, curve in analysis.learning_curves.items():
-        for step, runs in curve.runs.items():
-            record: Record = {"policy": label, "gradient_step": step}
-            for game, mean in game_means(runs).items():
-                fields = {"point": mean.point, "low_95": mean.low, "high_95": mean.high}
-                records.append({**record, "game": game, "statistic": "mean raw return", **fields})
-            if not human_games:
-                continue
-            iqm = aggregates(runs.select(human_games).normalised("human"))["IQM"]
-            fields = {"point": iqm.point, "low_95": iqm.low, "high_95": iqm.high}
-            records.append({**record, "game": "all", "statistic": "human-normalised IQM", **fields})
-            cells[step][label] = Cell(two_digits(iqm.point), (format_interval(iqm, two_digits),))
-    if not records:
-        return None
-    return Table(
-        name="learning_curves",
-        caption=f"Human-normalised IQM over {len(human_games)} games at each evaluated checkpoint.",
-        header=("Gradient steps", *analysis.learning_curves),
-        rows=[
-            [Cell(f"{step:,}"), *(cells[step].get(label, Cell("–")) for label in analysis.learning_curves)]
-            for step in sorted(cells)
-        ],
-        records=records,
-    )
-
-
-def calibration_table(analysis: Analysis) -> Table | None:
-    """One row per game: what the first agent with recorded values predicted, and what followed. Records: all agents."""
-    rows: list[list[Cell]] = []
-    records: list[Record] = []
-    shown = next(iter(analysis.calibration), None)
-    if shown is None:
-        return None
-    for label, games in analysis.calibration.items():
-        for game, values in games.items():
-            used = values.num_episodes > 0
-            predicted = float(values.predicted.mean()) if used else math.nan
-            realised = float(values.realised.mean()) if used else math.nan
-            records.append(
-                {
-                    "policy": label,
-                    "game": game,
-                    "num_states": len(values.predicted),
-                    "num_episodes": values.num_episodes,
-                    "num_cut_episodes_left_out": values.num_cut,
-                    "predicted": predicted,
-                    "realised": realised,
-                    "bias": values.bias.point,
-                    "bias_low_95": values.bias.low,
-                    "bias_high_95": values.bias.high,
-                    "root_mean_square_error": values.root_mean_square_error,
-                    "correlation": values.correlation,
-                }
-            )
-            if label != shown:
-                continue
-            cut = (f"{values.num_cut:,} cut, left out",) if values.num_cut else ()
-            numbers = (predicted, realised, values.bias.point, values.root_mean_square_error, values.correlation)
-            cells = [Cell("–" if math.isnan(value) else two_digits(value)) for value in numbers]
-            cells[2] = Cell(cells[2].text, (format_interval(values.bias, two_digits),) if used else ())
-            rows.append([Cell(game), Cell(f"{len(values.predicted):,}"), Cell(f"{values.num_episodes:,}", cut), *cells])
-    return Table(
-        name="calibration",
-        caption=f"Value of the action that {shown} took, and the discounted sum of clipped rewards that followed, at "
-        "recorded states. Bias: mean of predicted minus realised, with a 95% interval over training seeds, or over the "
-        "episodes of one seed.",
-        header=("Game", "States", "Episodes", "Predicted", "Realised", "Bias", "RMSE", "Correlation"),
-        rows=rows,
-        records=records,
-    )
-
-
-def data_table(analysis: Analysis) -> Table | None:
-    """One row per game: how much data, how good, how large."""
-    rows: list[list[Cell]] = []
-    records: list[Record] = []
-    for data in analysis.data.game_data:
-        whole, clipped = data.behaviour, ("clipped rewards",) if data.rewards == "clipped" else ()
-        row = [
-            Cell(data.game),
-            Cell(f"{data.num_transitions:,}"),
-            Cell(f"{data.num_episodes:,}"),
-            Cell("–" if whole is None else f"{format_score(whole.mean)} ± {format_score(whole.std)}", clipped),
-            Cell(f"{data.bytes_per_transition:,.0f}"),
-        ]
-        record: dict[str, str | int | float | None] = {
+def data_table(analysis: Analysis) -> Table:
+    """How much data there is of each game, how good, how large."""
+    records = [
+        {
             "game": data.game,
             "num_transitions": data.num_transitions,
             "num_episodes": data.num_episodes,
             "bytes_per_transition": data.bytes_per_transition,
             "rewards": data.rewards,
-            "behaviour_mean": None if whole is None else whole.mean,
-            "behaviour_std": None if whole is None else whole.std,
+            "behaviour_mean": None if data.behaviour is None else data.behaviour.mean,
+            "behaviour_std": None if data.behaviour is None else data.behaviour.std,
+            "by_behaviour": "; ".join(
+                f"{name}: {format_score(returns.mean)} ± {format_score(returns.std)}, n = {returns.num_episodes:,}"
+                for name, returns in data.behaviours.items()
+            ),
         }
-        shares = [
-            f"{name}: {format_score(summary.mean)} ± {format_score(summary.std)}, n = {summary.num_episodes:,}"
-            for name, summary in data.behaviours.items()
-        ]
-        row.append(Cell(shares[0] if shares else "–", tuple(shares[1:])))
-        record |= {f"action_{name}": int(n) for name, n in zip(ACTION_NAMES, data.action_counts, strict=True)}
-        rows.append(row)
-        records.append(record)
-    if not rows:
-        return None
-    return Table(
-        name="data",
-        caption="The training data. Returns are mean ± standard deviation over episodes; bytes are on disk.",
-        header=("Game", "Transitions", "Episodes", "Behaviour return", "Bytes per transition", "By behaviour"),
-        rows=rows,
-        records=records,
-    )
+        | {f"action_{name}": int(n) for name, n in zip(ACTION_NAMES, data.action_counts, strict=True)}
+        for data in analysis.data.game_data
+    ]
+
+    def behaviour(record: Record) -> Cell | None:
+        if record["behaviour_mean"] is None:
+            return None
+        text = f"{format_score(record['behaviour_mean'])} ± {format_score(record['behaviour_std'])}"
+        return Cell(text, "clipped rewards" if record["rewards"] == "clipped" else "")
+
+    return Table.wide(
+        "data", "The training data. Returns are mean ± standard deviation over episodes; bytes are on disk.", records,
+        {
+            "Game": lambda record: record["game"],
+            "Transitions": _number("num_transitions"),
+            "Episodes": _number("num_episodes"),
+            "Behaviour return": behaviour,
+            "Bytes per transition": _number("bytes_per_transition", ",.0f"),
+            "By behaviour": lambda record: record["by_behaviour"],
+        },
+    )  # fmt: skip
 
 
 def settings_tables(analysis: Analysis) -> list[Table]:
     """The resolved settings, one table per group, nested names joined with dots; and the versions."""
-    groups = dict(analysis.data.settings) | ({"Versions": analysis.data.versions} if analysis.data.versions else {})
-    tables = []
-    for title, values in groups.items():
-        items = _flatten(values)
-        tables.append(
-            Table(
-                name="settings_" + "".join(c if c.isalnum() else "_" for c in title.lower()),
-                caption=title,
-                header=("Setting", "Value"),
-                rows=[[Cell(key), Cell(value)] for key, value in items],
-                records=[{"setting": key, "value": value} for key, value in items],
-            )
+    columns = {"Setting": lambda record: record["setting"], "Value": lambda record: Cell(record["value"])}
+    return [
+        Table.wide(
+            "settings_" + "".join(c if c.isalnum() else "_" for c in title.lower()), title, _flatten(values), columns
         )
-    return [table for table in tables if table.records]
+        for title, values in (*analysis.data.settings.items(), ("Versions", analysis.data.versions))
+        if values
+    ]
 
 
-def _flatten(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    items: list[tuple[str, str]] = []
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> list[dict[str, str]]:
+    records = []
     for key, value in values.items():
         if isinstance(value, Mapping):
-            items += _flatten(value, f"{prefix}{key}.")
+            records += _flatten(value, f"{prefix}{key}.")
         else:
-            items.append((f"{prefix}{key}", str(value)))
-    return items
+            records.append({"setting": f"{prefix}{key}", "value": str(value)})
+    return records

@@ -14,7 +14,7 @@ from torchrl_sql.data.summary import GameSummary
 from torchrl_sql.evaluation.agents import ConstantAgent
 from torchrl_sql.evaluation.episodes import EpisodeResult
 from torchrl_sql.games import ACTION_NAMES
-from torchrl_sql.report import GameData, Returns
+from torchrl_sql.report.model import GameData, Returns
 
 
 def game_data(

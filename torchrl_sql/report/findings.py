@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
-from torchrl_sql.report.analysis import BEHAVIOUR, BEST_CONSTANT, HUMAN, Analysis
-from torchrl_sql.report.score_tables import MIN_PUBLISHED_GAMES, published_games, published_iqm, published_name
-from torchrl_sql.report.text import format_interval, format_score, name_games, plural, sentence, two_digits
+from torchrl_sql.report.analysis import BEHAVIOUR, BEST_CONSTANT, HUMAN, MANY_GAMES, Analysis
+from torchrl_sql.report.score_tables import published_iqm
+from torchrl_sql.report.text import format_interval, format_score, format_x, name_games, plural, sentence, two_digits
 from torchrl_sql.statistics.intervals import Interval, Verdict, aggregates, verdict
+from torchrl_sql.statistics.scores import split_by_reference
 
-Kind = Literal["for", "neutral", "against", "open"]
-"""``"open"`` is no verdict, which must not look like equality."""
+Kind = Literal["for", "equal", "against", "open", "note"]
+"""``"open"`` is no verdict, which must not look like equality; a note is no comparison."""
 
 
 class Finding(NamedTuple):
@@ -22,7 +23,7 @@ class Finding(NamedTuple):
 
 _KINDS: dict[Verdict, Kind] = {
     "higher": "for",
-    "not distinguishable": "neutral",
+    "not distinguishable": "equal",
     "lower": "against",
     "unknown": "open",
 }
@@ -42,7 +43,6 @@ def findings(analysis: Analysis) -> list[Finding]:
     well, on seeds and humans.
     """
     return [
-        *_one_seed_findings(analysis),
         *_aggregate_findings(analysis),
         *_game_findings(analysis),
         *_seed_findings(analysis),
@@ -51,33 +51,23 @@ def findings(analysis: Analysis) -> list[Finding]:
     ]
 
 
-def _one_seed_findings(analysis: Analysis) -> list[Finding]:
-    if not analysis.one_seed:
-        return []
-    text = (
-        f"One training seed of {analysis.main.label}: nothing here is a verdict about its method. Intervals are of "
-        "evaluation episodes only and do not cover the variation between training runs."
-    )
-    return [Finding("open", text)]
-
-
 def _aggregate_findings(analysis: Analysis) -> list[Finding]:
     estimates = analysis.aggregates("human")
-    if not estimates:
-        return []
     main = analysis.main.label
-    over = f"Human-normalised IQM over {plural(len(analysis.split('human')[0]), 'game')}"
+    over = f"Human-normalised IQM over {plural(len(analysis.aggregate_games('human')), 'game')}"
     found = []
-    for other in analysis.against:
-        relation = verdict(analysis.iqm_difference(main, other.label))
-        ours, theirs = (_iqm(estimates[label]["IQM"]) for label in (main, other.label))
-        found.append(
-            Finding(_KINDS[relation], f"{over}: {main} {ours} is {_RELATIONS[relation]} {other.label} {theirs}.")
+    for other in (agent.label for agent in analysis.against if {main, agent.label} <= {*estimates}):
+        relation = verdict(analysis.iqm_difference(main, other))
+        ours, theirs = (_iqm(estimates[label]["IQM"]) for label in (main, other))
+        found.append(Finding(_KINDS[relation], f"{over}: {main} {ours} is {_RELATIONS[relation]} {other} {theirs}."))
+    family = [agent for agent in analysis.family if agent.label in estimates]
+    if len(family) > 1:
+        relation = verdict(analysis.iqm_difference(family[-1].label, family[0].label))
+        axis = analysis.data.x or ""
+        places = ", ".join(
+            f"{_iqm(estimates[agent.label]['IQM'])} at {format_x(agent.x or 0.0, axis)}" for agent in family
         )
-    if sizes := analysis.sizes:
-        relation = verdict(analysis.iqm_difference(sizes[-1].label, sizes[0].label))
-        listed = ", ".join(f"{agent.label} {_iqm(estimates[agent.label]['IQM'])}" for agent in sizes)
-        text = f"{over}, by size: {listed}; the largest is {_RELATIONS[relation]} the smallest."
+        text = f"{over}, by {axis}: {analysis.main.family} {places}; the last is {_RELATIONS[relation]} the first."
         found.append(Finding(_KINDS[relation], text))
     return found
 
@@ -110,7 +100,7 @@ def _seed_findings(analysis: Analysis) -> list[Finding]:
     behaviours = {
         game: policies[BEHAVIOUR].mean.point
         for game in runs.games
-        if BEHAVIOUR in (policies := analysis.policies(game))
+        if BEHAVIOUR in (policies := analysis.policies[game])
     }
     if len(runs.seeds) < 2 or not behaviours:
         return []
@@ -128,27 +118,28 @@ def _seed_findings(analysis: Analysis) -> list[Finding]:
 
 
 def _human_findings(analysis: Analysis) -> list[Finding]:
-    games, _ = analysis.split("human")
+    means = analysis.game_means[analysis.main.label]
+    games = [game for game in means if HUMAN in analysis.policies[game]]
     if not games:
         return []
-    means = analysis.game_means[analysis.main.label]
-    reached = [game for game in games if means[game].point >= analysis.policies(game)[HUMAN].mean.point]
+    reached = [game for game in games if means[game].point >= analysis.policies[game][HUMAN].mean.point]
     where = name_games(reached, len(games)) if reached else "none of the games"
-    return [Finding("neutral", f"{analysis.main.label} reaches the published human score on {where}.")]
+    return [Finding("note", f"{analysis.main.label} reaches the published human score on {where}.")]
 
 
 def _published_findings(analysis: Analysis) -> list[Finding]:
-    human_games, _ = analysis.split("human")
-    games = [game for game in published_games(analysis) if game in human_games]
-    if len(games) < MIN_PUBLISHED_GAMES:
+    human_games, _ = split_by_reference(analysis.published_games, "human")
+    if len(human_games) < MANY_GAMES:
         return []
-    label = analysis.main.label
-    ours = aggregates(analysis.normalised("human")[label].select(games))["IQM"]
-    theirs = " and ".join(
-        f"{published_name(name)} {two_digits(published_iqm(name, games))}" for name in ("Scaled_QL_80M", "MGDT_200M")
+    runs, label = analysis.runs[analysis.main.label], analysis.main.label
+    ours = aggregates(runs.select(human_games).normalised("human"))["IQM"]
+    theirs = ", ".join(
+        f"{agent.label} {two_digits(published_iqm(agent.scores, human_games))}"
+        for agent in analysis.published.values()
+        if agent.mark is not None
     )
     text = (
-        f"Over the {len(games)} games shared with published agents, {label} has a human-normalised IQM of "
-        f"{_iqm(ours)} beside {theirs}, trained on 10% of DQN-Replay; protocols differ."
+        f"Over the {len(human_games)} games shared with published agents, {label} has a human-normalised IQM of "
+        f"{_iqm(ours)} beside {theirs}; data and protocols differ."
     )
-    return [Finding("neutral", text)]
+    return [Finding("note", text)]

@@ -24,9 +24,9 @@ from torchrl_sql.evaluation.protocol import AgentId
 from torchrl_sql.evaluation.tables import files_of
 from torchrl_sql.games import GAMES
 from torchrl_sql.methods import make_method
-from torchrl_sql.report import Agent, Clip, Curve, ReportData
-from torchrl_sql.report.agents import arrange, deciding_settings, find_agents
+from torchrl_sql.report.agents import arrange, deciding_settings, find_agents, restrict
 from torchrl_sql.report.dataset import game_data, other_data
+from torchrl_sql.report.model import Agent, Clip, Curve, ReportData
 from torchrl_sql.report.text import name_games
 from torchrl_sql.training.logs import read_scalars
 
@@ -42,10 +42,13 @@ def gather(
     paths: Sequence[Path],
     *,
     games: Sequence[str] | None = None,
+    agents: Sequence[str] = (),
     main: str | None = None,
     against: Sequence[str] = (),
+    x: str | None = None,
+    step: int | None = None,
+    aggregate: bool = False,
     title: str | None = None,
-    introduction: Sequence[str] = (),
 ) -> ReportData:
     """Reads evaluated runs into the data of a report.
 
@@ -53,43 +56,54 @@ def gather(
         paths (sequence of Path): tables of scores (``scores.csv``), or folders that hold one. A run (``config.yaml``,
             ``logs/``) in the same folder, or folders of runs in it, tell what the agents of the table are; runs of the
             same name are seeds of one agent. Without, the page has the scores alone. The folder of a study stands for
-            those of its runs, and gives title, introduction, main and against unless they are given here.
+            those of its runs, and gives introduction, and title, main, against and x unless they are given here.
 
     Keyword Args:
-        games (sequence of str, optional): those to report; by default the games of the runs.
+        games (sequence of str, optional): those to report; by default the games of the main agent's run.
+        agents (sequence of str): those to report, by name or label; by default all.
         main (str, optional): the agent that the page is about; by default the first run.
         against (sequence of str): agents that it is compared with; by default all others.
+        x (str, optional): what runs differ in along an axis, see :func:`find_agents`.
+        step (int, optional): gradient steps at which trained agents are compared, see :class:`ReportData`.
+        aggregate (bool): whether there are aggregates of few games too.
         title (str, optional): of the page; by default the names of the agents.
-        introduction (sequence of str): paragraphs on what was run and why.
 
     Raises:
         FileNotFoundError: if a path is or holds no table of scores.
         ValueError: if a table is empty or malformed, two hold different results of one episode, runs of one name
-            differ in more than their seeds, the runs do not have the same games, or no agent has a name given.
+            differ in more than their seeds, or no agent has a name given.
     """
     studies = {path: load_study(path / STUDY_FILE) for path in paths if (path / STUDY_FILE).is_file()}
     tables, caveats = _find_tables(paths, studies)
     episodes, calibration = _read_tables(tables)
     runs = _find_runs(tables)
     _check_seeds_alike(runs)
-    shown, of_games = _choose_games(runs, episodes, games)
-    caveats += of_games + _unevaluated(runs, episodes)
+    caveats += _unevaluated(runs, episodes)
     evaluated = {row.agent for row in episodes}
     runs = [run for run in runs if run.config.name in evaluated]
+    introduction: Sequence[str] = ()
     if len(paths) == len(studies) == 1:
         (study,) = studies.values()
-        title, introduction = title or study.title, introduction or study.introduction
+        title, introduction, x = title or study.title, study.introduction, x or study.report.x
         main = main or next((name for name in (study.report.main, *study.runs) if name in evaluated), None)
         against = against or [name for name in study.report.against if name in evaluated]
-    agents, compared = arrange(find_agents([run.config for run in runs], episodes), main, against)
-    labels = {agent.agent: agent.label.removesuffix(f" {agent.decoding}") for agent in agents}
+    found = find_agents([run.config for run in runs], episodes, x)
+    if agents:
+        found = restrict(found, agents)
+    ordered, compared = arrange(found, main, against)
+    labels: dict[str, str] = {}
+    for agent in ordered:
+        labels.setdefault(agent.agent, agent.label.removesuffix(f" {agent.decoding}"))
+    runs = [run for run in runs if run.config.name in labels]
+    main_runs = [run for run in runs if run.config.name == ordered[0].agent]
+    shown, of_games = _choose_games(main_runs, episodes, games)
+    caveats += of_games
     unknown = [name for name in labels if name not in {run.config.name for run in runs}]
     if unknown:
         caveats.append(
             f"No run was found of {', '.join(unknown)}: what it is, its settings, parameters, data and training curves "
             "are unknown here."
         )
-    main_runs = [run for run in runs if run.config.name == agents[0].agent]
     statistics, missing = game_data([(run.folder, run.config.data) for run in main_runs], shown, episodes)
     if main_runs:
         others = {labels[run.config.name]: run.config.data for run in runs if run not in main_runs}
@@ -98,15 +112,18 @@ def gather(
         title=title or ", ".join(labels),
         introduction=introduction,
         games=shown,
-        agents=agents,
+        agents=ordered,
         episodes=[row for row in episodes if row.agent in labels],
-        main=agents[0].label if main else "",
+        main=ordered[0].label if main else "",
         against=compared,
+        x=x,
+        step=step,
+        aggregate=aggregate,
         calibration=calibration,
         game_data=statistics,
         caveats=[*caveats, *missing],
         curves=[curve for run in runs for curve in _curves(run, labels[run.config.name])],
-        clips=_clips(runs, shown, agents[0], episodes),
+        clips=_clips(main_runs, shown, ordered[0], episodes),
         settings=_settings(runs, labels),
         versions=_versions(runs, [*dict.fromkeys(table.parent for table in tables)]),
         sources=[path.parent if path.name == SCORES else path for path in paths],
@@ -167,14 +184,11 @@ def _read(tables: Sequence[Path], read: Callable[[Path], list[Row]]) -> list[Row
 
 
 def _choose_games(
-    runs: Sequence[_Run], episodes: Sequence[EpisodeResult], games: Sequence[str] | None
+    main_runs: Sequence[_Run], episodes: Sequence[EpisodeResult], games: Sequence[str] | None
 ) -> tuple[tuple[str, ...], list[str]]:
     """The games of the page, and what is to be said of others."""
     evaluated = {episode.game for episode in episodes}
-    wanted = tuple(games) if games else runs[0].config.games if runs else tuple(g for g in GAMES if g in evaluated)
-    for folder, config in runs:
-        if not games and config.games != wanted:
-            raise ValueError(f"all runs must have the games {wanted}, {folder} has {config.games}; choose with --games")
+    wanted = tuple(games or (main_runs[0].config.games if main_runs else (g for g in GAMES if g in evaluated)))
     shown = tuple(game for game in wanted if game in evaluated)
     if not shown or (games and shown != wanted):
         raise ValueError(f"games must have been evaluated, got {wanted}, and episodes of {tuple(sorted(evaluated))}")
@@ -267,18 +281,20 @@ def _curves(run: _Run, label: str) -> list[Curve]:
     ]
 
 
-def _clips(runs: Sequence[_Run], games: Sequence[str], main: Agent, episodes: Sequence[EpisodeResult]) -> list[Clip]:
+def _clips(
+    main_runs: Sequence[_Run], games: Sequence[str], main: Agent, episodes: Sequence[EpisodeResult]
+) -> list[Clip]:
     """The main agent's first episode in each game at its last checkpoint, in the first folder with a clip."""
     first = [row for row in episodes if (row.agent, row.decoding, row.episode) == (main.agent, main.decoding, 0)]
     last_step = max((row.gradient_step for row in first), default=0)
     returns = {(row.seed, row.game): row.episode_return for row in first if row.gradient_step == last_step}
     clips = []
     for game in games:
-        for folder, config in runs:
+        for folder, config in main_runs:
             agent = AgentId(name=main.agent, training_seed=config.seed, gradient_step=last_step, decoding=main.decoding)
             places = (folder, folder.parent)  # a run's clips lie in its folder or beside it
             files = [file for place in places if (file := find_clip(place / "clips", game, agent))]
-            if config.name == main.agent and files:
+            if files:
                 caption = f"First evaluation episode of seed {config.seed}"
                 if (config.seed, game) in returns:
                     caption += f" (final score {returns[config.seed, game]:g})"

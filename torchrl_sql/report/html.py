@@ -7,9 +7,8 @@ import io
 import logging
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from textwrap import fill
 from urllib.parse import quote
 
 import jinja2
@@ -19,52 +18,38 @@ from PIL import Image
 from torchrl_sql.files import replacing, write_text
 from torchrl_sql.report.analysis import Analysis
 from torchrl_sql.report.caveats import caveats
-from torchrl_sql.report.context_tables import (
-    calibration_table,
-    data_table,
-    learning_curve_table,
-    protocol_table,
-    settings_tables,
-)
-from torchrl_sql.report.figures.aggregates import aggregate_plot, profile_plot, published_plot, scaling_plot
-from torchrl_sql.report.figures.curves import game_learning_curve_plots, learning_curve_plot, training_plots
-from torchrl_sql.report.figures.games import action_plot, all_games_plots, game_plot
+from torchrl_sql.report.figures.aggregates import aggregate_plot, profile_plot, published_plot
+from torchrl_sql.report.figures.curves import STEPS_AXIS, line_plots, training_plots
+from torchrl_sql.report.figures.games import action_plot, few_games_plot, many_games_plots
 from torchrl_sql.report.figures.values import calibration_plots
 from torchrl_sql.report.findings import findings
 from torchrl_sql.report.model import Clip, ReportData
-from torchrl_sql.report.score_tables import (
-    aggregate_table,
-    comparison_table,
-    published_table,
-    reference_table,
-    score_table,
-    seed_table,
-)
 from torchrl_sql.report.style import COLOURS, Plot, draw
-from torchrl_sql.report.table import Table, to_text
-from torchrl_sql.report.text import name_games, sentence
+from torchrl_sql.report.table import Table
+from torchrl_sql.report.tables import all_tables
+from torchrl_sql.report.text import name_games, plural, sentence
 
 logger = logging.getLogger(__name__)
 
 MAX_OPEN_SETTINGS = 40
 """Up to so many settings are shown at once; more are folded by group."""
 
-TERMINAL_WIDTH = 110
-"""Where sentences are broken in the terminal."""
+LEADING_TABLES = ("scores_along_axis", "aggregate_human_normalised", "score_table")
+"""The first of these that there is stands on the first screen."""
 
 MAX_CLIP_BYTES = 6_000_000
 """Of gameplay inside the page; clips of further games stay in their folder, and the page says so."""
 
 
-def write_report(data: ReportData, out: str | os.PathLike[str]) -> Path:
-    """Writes the page ``out`` and, in ``<stem>_files/`` beside it, its plots (PNG, SVG) and tables (CSV).
+def write_report(analysis: Analysis, out: str | os.PathLike[str]) -> Path:
+    """Writes the page ``out`` and, in ``<stem>_files/`` beside it, its plots (PNG, SVG) and tables (CSV, LaTeX).
 
     The page loads nothing: styles, drawings, clips and the same plots and tables as downloads are inside, so that it
     can be sent and opened alone. It is published in one step, after its files. A page about the same sources is
     replaced, with its files.
 
     Args:
-        data (ReportData): what to show.
+        analysis (Analysis): what to show.
         out (path): the HTML file, e.g. ``runs/quickstart/report.html``; its folder is created.
 
     Returns:
@@ -72,15 +57,13 @@ def write_report(data: ReportData, out: str | os.PathLike[str]) -> Path:
 
     Raises:
         FileExistsError: if ``out`` is something else than a page about the same sources.
-        ValueError: if the episodes of the main agent are incomplete, or those of an agent ambiguous.
+        ValueError: if the episodes of an agent are ambiguous.
     """
     out = Path(out)
-    sources = " ".join(quote(os.path.relpath(path, out.parent)) for path in data.sources)
+    sources = " ".join(quote(os.path.relpath(path, out.parent)) for path in analysis.data.sources)
     earlier = _earlier_files(out, sources)
-    analysis = Analysis(data)
     plots = _plots(analysis)
-    tables = _tables(analysis)
-    settings = settings_tables(analysis)
+    tables = all_tables(analysis)
     downloads: dict[str, list[tuple[str, bytes, str]]] = {
         plot.name: [
             (f"{plot.name}.png", plot.png(), "image/png"),
@@ -90,13 +73,13 @@ def write_report(data: ReportData, out: str | os.PathLike[str]) -> Path:
         for plot in group
     }
     downloads |= {
-        f"{table.name}.csv": [(f"{table.name}.csv", table.to_csv().encode(), "text/csv")]
-        for table in (*tables.values(), *settings)
-        if table is not None
+        f"{name}.csv": [
+            (f"{name}.csv", table.to_csv().encode(), "text/csv"),
+            (f"{name}.tex", table.to_latex().encode(), "application/x-tex"),
+        ]
+        for name, table in tables.items()
     }
-    page = _render(
-        analysis, plots=plots, tables=tables, settings=settings, downloads=downloads, sources=sources, out=out
-    )
+    page = _render(analysis, plots=plots, tables=tables, downloads=downloads, sources=sources, out=out)
     folder = _folder(out)
     folder.mkdir(parents=True, exist_ok=True)
     contents = {name: content for files in downloads.values() for name, content, _ in files}
@@ -136,25 +119,27 @@ def _render(
     analysis: Analysis,
     *,
     plots: Mapping[str, list[Plot]],
-    tables: Mapping[str, Table | None],
-    settings: Sequence[Table],
+    tables: Mapping[str, Table],
     downloads: Mapping[str, list[tuple[str, bytes, str]]],
     sources: str,
     out: Path,
 ) -> str:
     data = analysis.data
     clips, clip_note = _clips(data)
+    settings = [table for name, table in tables.items() if name.startswith("settings_")]
     return (
         _environment()
         .get_template("report.html.j2")
         .render(
             data=data,
+            summary=_summary(analysis),
             sources=sources,
             colours=COLOURS,
             findings=findings(analysis),
             caveats=[*caveats(analysis), *clip_note],
             plots=plots,
             tables=tables,
+            lead=next(tables[name] for name in LEADING_TABLES if name in tables),
             settings=settings,
             downloads={
                 key: [(name, name.rsplit(".", 1)[1].upper(), _data_uri(content, mime)) for name, content, mime in files]
@@ -164,60 +149,43 @@ def _render(
             many_games=analysis.many_games,
             behaviours=_behaviours(data),
             clips=[(clip, _data_uri(clip.data, clip.mime), _still(clip)) for clip in clips],
+            published_sources=dict.fromkeys(agent.source for agent in analysis.published.values()),
             files=_folder(out).name,
         )
     )
 
 
-def format_score_table(data: ReportData) -> str:
-    """The tables of scores, what limits them and the findings as plain text for a terminal."""
-    analysis = Analysis(data)
+def _summary(analysis: Analysis) -> str:
+    """The page in a sentence: who, against whom, on what."""
+    others = " and ".join(agent.label for agent in analysis.against)
+    runs = analysis.runs[analysis.main.label]
+    parts = [analysis.main.label + (f" against {others}" if others else "")]
+    parts += [name_games(runs.games, 0) if len(runs.games) <= 3 else plural(len(runs.games), "game")]
+    parts += [plural(len(runs.seeds), "training seed")] * runs.trained
+    return ", ".join([*parts, f"{_span(runs.counts.min(), runs.counts.max())} episodes per game and seed"]) + "."
 
-    def lines() -> Iterator[str]:
-        for table in (score_table(analysis), seed_table(analysis), aggregate_table(analysis, "human")):
-            if table is not None:
-                yield fill(table.caption.replace("in bold", "marked *"), TERMINAL_WIDTH) + "\n"
-                brief = analysis.many_games and table.name == "score_table"
-                yield to_text(table, details=not brief) + "\n"
-        for text in caveats(analysis):
-            yield fill(f"! {text}", TERMINAL_WIDTH, subsequent_indent="  ")
-        marks = {"for": "+", "neutral": "=", "against": "-", "open": "?"}
-        for kind, text in findings(analysis):
-            yield fill(f"{marks[kind]} {text}", TERMINAL_WIDTH, subsequent_indent="  ")
 
-    return "\n".join(lines())
+def _span(low: int, high: int) -> str:
+    return f"{low}" if low == high else f"{low} to {high}"
 
 
 def _plots(analysis: Analysis) -> dict[str, list[Plot]]:
-    games = list(analysis.data.games)
-    many = analysis.many_games
-    return {
-        "aggregates": draw(lambda: [aggregate_plot(analysis, "human"), aggregate_plot(analysis, "dqn")]),
-        "profiles": draw(lambda: [profile_plot(analysis), scaling_plot(analysis)]),
-        "games": draw(lambda: all_games_plots(analysis) if many else [game_plot(analysis, g) for g in games]),
-        "learning": draw(lambda: [learning_curve_plot(analysis)]),
-        "learning_games": draw(lambda: game_learning_curve_plots(analysis)),
+    """By section; ``lead`` is what a reader sees first."""
+    many, axis = analysis.many_games, analysis.data.x or ""
+    groups = {
+        "axis": draw(lambda: line_plots(analysis, analysis.lines, name="scores_along_axis", axis=axis)),
+        "aggregates": draw(lambda: [aggregate_plot(analysis), profile_plot(analysis)]),
+        "games": draw(lambda: many_games_plots(analysis) if many else [few_games_plot(analysis)]),
+        "learning": draw(
+            lambda: line_plots(analysis, analysis.learning_curves, name="learning_curve", axis=STEPS_AXIS)
+        ),
         "calibration": draw(lambda: calibration_plots(analysis)),
         "actions": draw(lambda: [] if many else [action_plot(data) for data in analysis.data.game_data]),
         "training": draw(lambda: training_plots(analysis)),
         "published": draw(lambda: [published_plot(analysis)]),
     }
-
-
-def _tables(analysis: Analysis) -> dict[str, Table | None]:
-    return {
-        "scores": score_table(analysis),
-        "comparison": comparison_table(analysis),
-        "human": aggregate_table(analysis, "human"),
-        "dqn": aggregate_table(analysis, "dqn"),
-        "references": reference_table(analysis),
-        "seeds": seed_table(analysis),
-        "learning": learning_curve_table(analysis),
-        "calibration": calibration_table(analysis),
-        "data": data_table(analysis),
-        "published": published_table(analysis),
-        "protocol": protocol_table(analysis),
-    }
+    first = groups["axis"] or groups["aggregates"] or groups["games"]
+    return groups | {"lead": [first.pop(0)] if first else []}
 
 
 def _clips(data: ReportData) -> tuple[list[Clip], list[str]]:

@@ -24,15 +24,17 @@ class Agent:
         label (str): short name on the page, e.g. ``"Scaled QL"``.
         decoding ("greedy" or "sampled"): with the name, selects its rows.
         num_parameters (int, optional): of its network.
-        group (str, optional): what agents that differ in the size of their network only have in common: a line joins
-            their scores, and they are not compared with one another.
+        x (float, optional): its place on the page's axis, see :attr:`ReportData.x`.
+        family (str, optional): what agents that differ in ``x`` only have in common, e.g. ``"BC"``: a line joins their
+            scores, and they are not compared with one another.
     """
 
     agent: str
     label: str
     decoding: Decoding = "greedy"
     num_parameters: int | None = None
-    group: str | None = None
+    x: float | None = None
+    family: str | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,13 +155,17 @@ class ReportData:
     Attributes:
         title (str): of the page.
         introduction (sequence of str): paragraphs on what was run and why.
-        games (sequence of str): the games, in the order shown; every agent needs episodes of each.
+        games (sequence of str): the games, in the order shown. An agent that lacks some is left out of aggregates.
         agents (sequence of Agent): at least one.
         main (str): label of the agent that the page is about; by default the first.
         against (sequence of str, optional): labels of the agents that findings compare it with; by default all others
-            that are no other size of it.
-        episodes (sequence of EpisodeResult): of all agents. Those at an agent's last gradient step are its scores;
-            earlier ones make its learning curve.
+            outside its family that stand at its place on the axis, if there is one.
+        x (str, optional): what agents of a family differ in along an axis, e.g. ``"parameters"``.
+        step (int, optional): gradient steps at which trained agents are compared; by default the last of each at which
+            all its seeds were evaluated in all its games.
+        aggregate (bool): whether there are aggregates of fewer than five games too.
+        episodes (sequence of EpisodeResult): of all agents. Those at the step compared are an agent's scores; all make
+            its learning curve.
         calibration (sequence of CalibrationPoint): predicted values and what followed; may be empty.
         game_data (sequence of GameData): at most one per game; a game without is shown without.
         curves, clips: may be empty.
@@ -167,7 +173,7 @@ class ReportData:
         caveats (sequence of str): what a careful reader must know, beside what the report finds out by itself.
         versions (mapping): software and machine, name -> version.
         sources (sequence of Path): what the page is made of; a page made of something else is not overwritten.
-        provenance (str): what made the page, and when.
+        made (mapping): what made the page: command, date, commit, machine.
     """
 
     title: str
@@ -177,6 +183,9 @@ class ReportData:
     episodes: Sequence[EpisodeResult]
     main: str = ""
     against: Sequence[str] | None = None
+    x: str | None = None
+    step: int | None = None
+    aggregate: bool = False
     calibration: Sequence[CalibrationPoint] = ()
     game_data: Sequence[GameData] = ()
     curves: Sequence[Curve] = ()
@@ -185,7 +194,7 @@ class ReportData:
     caveats: Sequence[str] = ()
     versions: Mapping[str, str] = field(default_factory=dict)
     sources: Sequence[Path] = ()
-    provenance: str = ""
+    made: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         resolve_games(self.games)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -20,273 +21,217 @@ from torchrl_sql.report.text import (
     two_digits,
 )
 from torchrl_sql.statistics.intervals import AGGREGATES, Interval, Verdict, interquartile_mean
-from torchrl_sql.statistics.scores import Reference, normalised_score, published_scores, split_by_reference
+from torchrl_sql.statistics.scores import Reference, normalised_score, split_by_reference
 
-MIN_PUBLISHED_GAMES = 5
-"""With fewer games that published agents share with a report, their IQM stands beside ours in the table only."""
+ALL = "IQM"
+"""Stands in the column of games for the human-normalised interquartile mean over them."""
+
+
+def ends(interval: Interval) -> dict[str, float | str]:
+    """An interval as fields of a record."""
+    return {"low_95": interval.low, "high_95": interval.high, "interval_over": interval.unit}
+
+
+def interval_of(record: Record, number: Any = format_score) -> str:
+    """The interval that a record has, as text."""
+    return format_interval(Interval(math.nan, record["low_95"], record["high_95"]), number)
+
+
+def over_units(analysis: Analysis) -> str:
+    """What the intervals of the main agent are over."""
+    runs = analysis.runs[analysis.main.label]
+    if not runs.trained:
+        return "over episodes"
+    return "over the episodes of one seed" if analysis.one_seed else f"over {len(runs.seeds)} training seeds"
 
 
 def score_table(analysis: Analysis) -> Table:
-    """One row per game, one column per policy."""
-    columns = analysis.policy_columns
-    counts = {label: sorted({int(n) for n in runs.counts.sum(0)}) for label, runs in analysis.runs.items()}
-    count_once = analysis.many_games and all(len(numbers) == 1 for numbers in counts.values())
-    rows: list[list[Cell]] = []
-    records: list[Record] = []
-    for game in analysis.data.games:
-        policies = analysis.policies(game)
-        best = max(policies[agent.label].mean.point for agent in analysis.agents)
-        row = [Cell(game)]
-        for policy in columns:
-            if policy not in policies:
-                row.append(Cell("–"))
-                continue
-            mean, num_episodes, detail, _ = policies[policy]
-            is_agent = policy in analysis.runs
-            lines = [] if num_episodes is None else [format_interval(mean)]
-            lines += [] if num_episodes is None or (is_agent and count_once) else [f"n = {num_episodes:,}"]
-            lines += [detail] if detail else []
-            row.append(Cell(format_score(mean.point), tuple(lines), is_agent and mean.point == best))
-            records.append(
-                {
-                    "game": game,
-                    "policy": policy,
-                    "detail": detail,
-                    "mean_return": mean.point,
-                    "low_95": mean.low,
-                    "high_95": mean.high,
-                    "interval_over": None if num_episodes is None else mean.unit,
-                    "num_episodes": num_episodes,
-                    "num_seeds": len(analysis.runs[policy].seeds) if is_agent else None,
-                    "human_normalised": _normalised_or_none(mean.point, game),
-                }
-            )
-        rows.append(row)
-    return Table(
-        name="score_table",
-        caption=_score_caption(analysis, counts if count_once else None),
-        header=("Game", *columns),
-        rows=rows,
-        records=records,
-    )
+    """Games by policies; a few games stand side by side, many below one another."""
+    records = [
+        {
+            "game": game,
+            "policy": policy,
+            "detail": score.detail,
+            "mean_return": score.mean.point,
+            **(ends(score.mean) if score.num_episodes else dict.fromkeys(ends(score.mean))),
+            "num_episodes": score.num_episodes,
+            "num_seeds": len(analysis.runs[policy].seeds) if policy in analysis.runs else None,
+            "human_normalised": _normalised_or_none(score.mean.point, game),
+        }
+        for game in analysis.data.games
+        for policy, score in sorted(
+            analysis.policies[game].items(), key=lambda item: analysis.policy_columns.index(item[0])
+        )
+    ]
+    best = {game: max((means[game].point for means in analysis.game_means.values() if game in means), default=math.inf)
+            for game in analysis.data.games}  # fmt: skip
 
+    def cell(record: Record) -> Cell:
+        interval = "" if record["low_95"] is None else interval_of(record)
+        strong = record["policy"] in analysis.runs and record["mean_return"] == best[record["game"]]
+        return Cell(format_score(record["mean_return"]), f"{interval} {record['detail']}".strip(), strong)
 
-def _score_caption(analysis: Analysis, counts: Mapping[str, Sequence[int]] | None) -> str:
-    """``counts``: episodes of each agent, where they are the same in every game."""
-    caption = "Mean raw return per episode and its 95% interval"
-    if counts is None:
-        caption += ", number of episodes"
-    elif len({numbers[0] for numbers in counts.values()}) == 1:
-        caption += f"; episodes per game: {counts[analysis.main.label][0]:,} of each agent"
-    else:
-        listed = ", ".join(f"{numbers[0]:,} of {label}" for label, numbers in counts.items())
-        caption += f"; episodes per game: {listed}"
     published = [name for name in (RANDOM, HUMAN, DQN) if name in analysis.policy_columns]
-    if published:
-        caption += f"; published scores: {', '.join(published)}"
-    return f"{caption}. The agent with the highest mean is in bold."
+    caption = f"Mean raw return per episode with 95% intervals {over_units(analysis)}"
+    caption += f"; published scores: {', '.join(published)}" if published else ""
+    many = analysis.many_games
+    return Table.crossed(
+        "score_table", f"{caption}. The agent with the highest mean is in bold.", records, cell,
+        by="game" if many else "policy", across="policy" if many else "game", heading="Game" if many else "Policy",
+    )  # fmt: skip
 
 
 def _normalised_or_none(score: float, game: str) -> float | None:
     return normalised_score(score, game, "human") if split_by_reference([game], "human")[0] else None
 
 
-def aggregate_table(analysis: Analysis, reference: Reference) -> Table | None:
-    """One row per agent (and the data's behaviour), one column per aggregate; None if no game can be normalised."""
-    games, _ = analysis.split(reference)
+def aggregate_table(analysis: Analysis, reference: Reference) -> Table:
+    """Agents, and the data's behaviour, by aggregates."""
+    games, label = analysis.aggregate_games(reference), REFERENCE_LABELS[reference]
     estimates = dict(analysis.aggregates(reference))
-    if not estimates:
-        return None
-    behaviours = [analysis.policies(game).get(BEHAVIOUR) for game in games]
+    behaviours = [analysis.policies[game].get(BEHAVIOUR) for game in games]
     means = [behaviour.mean.point for behaviour in behaviours if behaviour is not None]
-    if len(means) == len(games):
+    if games and len(means) == len(games):
         scores = np.array([normalised_score(mean, game, reference) for mean, game in zip(means, games, strict=True)])
         estimates[BEHAVIOUR] = {
             name: Interval(float(function(scores)), math.nan, math.nan) for name, function in AGGREGATES.items()
         }
     num_parameters = {agent.label: agent.num_parameters for agent in analysis.agents}
-    rows: list[list[Cell]] = []
-    records: list[Record] = []
-    for label, intervals in estimates.items():
-        row = [Cell(label)]
-        for name, interval in intervals.items():
-            row.append(Cell(two_digits(interval.point), (format_interval(interval, two_digits),)))
-            records.append(
-                {
-                    "policy": label,
-                    "aggregate": name,
-                    "point": interval.point,
-                    "low_95": interval.low,
-                    "high_95": interval.high,
-                    "interval_over": interval.unit,
-                    "num_games": len(games),
-                    "num_seeds": len(analysis.runs[label].seeds) if label in analysis.runs else None,
-                    "num_parameters": num_parameters.get(label),
-                }
-            )
-        rows.append(row)
-    label = REFERENCE_LABELS[reference]
-    return Table(
-        name=f"aggregate_{reference}_normalised",
-        caption=f"{sentence(label)}-normalised score with 95% intervals over "
-        f"{f'{len(games)} of the ' if len(games) < len(analysis.data.games) else ''}"
+    records = [
+        {
+            "policy": policy,
+            "aggregate": sentence(name),
+            "point": interval.point,
+            **ends(interval),
+            "num_games": len(games),
+            "num_seeds": len(analysis.runs[policy].seeds) if policy in analysis.runs else None,
+            "num_parameters": num_parameters.get(policy),
+        }
+        for policy, intervals in estimates.items()
+        for name, interval in intervals.items()
+    ]
+    return Table.crossed(
+        f"aggregate_{reference}_normalised",
+        f"{sentence(label)}-normalised score with 95% intervals {over_units(analysis)} on {len(games)} of "
         f"{plural(len(analysis.data.games), 'game')}: 0 is the published random score, 1 the published {label} score. "
         "Higher is better, except for the optimality gap.",
-        header=("Policy", "IQM", "Median", "Mean", "Optimality gap"),
-        rows=rows,
-        records=records,
-    )
+        records, lambda record: Cell(two_digits(record["point"]), interval_of(record, two_digits)),
+        by="policy", across="aggregate", heading="Policy",
+    )  # fmt: skip
 
 
 def reference_table(analysis: Analysis) -> Table:
-    """One row per game: the published scores that normalise it, and so the aggregates that it is part of."""
-    included = {reference: analysis.split(reference)[0] for reference in REFERENCE_LABELS}
-    rows: list[list[Cell]] = []
-    records: list[Record] = []
-    for game in analysis.data.games:
-        known = GAMES[game]
-        scores = (known.random_score, known.human_score, known.dqn_score)
-        within = [game in games for games in included.values()]
-        rows.append(
-            [
-                Cell(game),
-                *(Cell("–" if score is None else format_score(score)) for score in scores),
-                *(Cell("yes" if inside else "no") for inside in within),
-            ]
-        )
-        record: dict[str, str | int | float | None] = {"game": game}
-        record |= dict(zip(("random_score", "human_score", "dqn_score"), scores, strict=True))
-        record |= {f"in_{reference}_normalised": str(game in games).lower() for reference, games in included.items()}
-        records.append(record)
-    return Table(
-        name="games_in_aggregates",
-        caption="Published scores that normalise each game, and the aggregates that it is part of.",
-        header=("Game", "Random", "Human", "DQN", "In human-normalised", "In DQN-normalised"),
-        rows=rows,
-        records=records,
+    """The published scores that normalise each game, and so the aggregates that it is part of."""
+    included = {reference: analysis.aggregate_games(reference) for reference in REFERENCE_LABELS}
+    records = [
+        {"game": game}
+        | {f"{name}_score": getattr(GAMES[game], f"{name}_score") for name in ("random", "human", "dqn")}
+        | {f"in_{reference}_normalised": str(game in games).lower() for reference, games in included.items()}
+        for game in analysis.data.games
+        if any(included.values())
+    ]
+
+    def score(name: str) -> Any:
+        return lambda record: None if record[name] is None else format_score(record[name])
+
+    return Table.wide(
+        "games_in_aggregates",
+        "Published scores that normalise each game, and the aggregates that it is part of.",
+        records,
+        {
+            "Game": lambda record: record["game"],
+            "Random": score("random_score"),
+            "Human": score("human_score"),
+            "DQN": score("dqn_score"),
+            "In human-normalised": lambda record: record["in_human_normalised"],
+            "In DQN-normalised": lambda record: record["in_dqn_normalised"],
+        },
     )
 
 
-def comparison_table(analysis: Analysis) -> Table | None:
-    """One row per policy the main agent is compared with: in which games it scores higher, lower, or neither.
-
-    None if there is nothing to compare with.
-    """
+def comparison_table(analysis: Analysis) -> Table:
+    """Per policy that the main agent is compared with: in which games it scores higher, lower, or neither."""
     main = analysis.main.label
     kinds: tuple[Verdict, ...] = ("higher", "not distinguishable", "lower", "unknown")
-    rows: list[list[Cell]] = []
-    records: list[Record] = []
+    records = []
     for policy in analysis.policy_columns:
         if policy in (main, RANDOM, HUMAN, DQN):
             continue
         verdicts = analysis.verdicts(policy)
-        games = {kind: [game for game, verdict in verdicts.items() if verdict == kind] for kind in kinds}
         chance = analysis.probability_of_improvement(policy) if policy in analysis.runs else None
-        cell = Cell("–")
-        if chance is not None:
-            cell = Cell(two_digits(chance.point), (format_interval(chance, two_digits),))
-        rows.append([Cell(policy), *(Cell(_games_cell(names, len(verdicts))) for names in games.values()), cell])
-        record: dict[str, str | int | float | None] = {"policy": policy}
-        record |= {kind.replace(" ", "_"): " ".join(names) for kind, names in games.items()}
-        improvement = (None, None, None) if chance is None else chance[:3]
-        names = ("improvement", "improvement_low_95", "improvement_high_95")
-        records.append(record | dict(zip(names, improvement, strict=True)))
-    if not rows:
-        return None
-    return Table(
-        name="comparison",
-        caption=f"{main} against each policy, game by game. A verdict needs a 95% interval of the difference over "
-        f"training seeds that leaves out 0; of one seed there is none. P(improvement): the chance that a run of {main} "
-        "beats a run of the other agent in the same game.",
-        header=("Compared with", f"{main} higher", "Not distinguishable", f"{main} lower", "No verdict",
-                "P(improvement)"),
-        rows=rows,
-        records=records,
-    )  # fmt: skip
+        point, low, high = (None, None, None) if chance is None else chance[:3]
+        records.append(
+            {"policy": policy}
+            | {kind: " ".join(game for game, verdict in verdicts.items() if verdict == kind) for kind in kinds}
+            | {"improvement": point, "low_95": low, "high_95": high}
+        )
 
+    def games(kind: Verdict) -> Any:
+        return lambda record: _games_cell(record[kind].split(), sum(len(record[other].split()) for other in kinds))
 
-def _games_cell(games: Sequence[str], total: int) -> str:
-    if not games:
-        return "–"
-    return f"all {total}" if len(games) == total > 3 else ", ".join(games) if total <= 6 else f"{len(games)} of {total}"
-
-
-def seed_table(analysis: Analysis) -> Table | None:
-    """One row per seed and game, and one per seed over all games; None if no agent has more than one seed.
-
-    Of many games, only the rows over all games are shown.
-    """
-    seeds = sorted({seed for runs in analysis.runs.values() for seed in runs.seeds})
-    if len(seeds) < 2:
-        return None
-    human_games, _ = analysis.split("human")
-    rows: list[list[Cell]] = []
-    records: list[Record] = []
-    normalised = analysis.normalised("human")
-    for game in (*analysis.data.games, *(["IQM"] if human_games else [])):
-        for seed in seeds:
-            row = [Cell(f"{game}, seed {seed}")]
-            for label, runs in analysis.runs.items():
-                if seed not in runs.seeds:
-                    row.append(Cell("–"))
-                    continue
-                s = runs.seeds.index(seed)
-                if game in runs.games:
-                    g = runs.games.index(game)
-                    value, count = float(runs.run_scores()[s, g]), int(runs.counts[s, g])
-                    row.append(Cell(format_score(value)))
-                else:
-                    value, count = float(interquartile_mean(normalised[label].run_scores()[s])), None
-                    row.append(Cell(two_digits(value)))
-                records.append({"game": game, "seed": seed, "policy": label, "mean": value, "num_episodes": count})
-            if not (analysis.many_games and human_games and game != "IQM"):
-                rows.append(row)
-    shown = "human-normalised IQM over games"
-    if not (analysis.many_games and human_games):
-        shown = f"mean raw return by game, and {shown}" if human_games else "mean raw return by game"
-    return Table(
-        name="seeds",
-        caption=f"Each training seed by itself: {shown}.",
-        header=("Game and seed", *analysis.runs),
-        rows=rows,
-        records=records,
+    return Table.wide(
+        "comparison",
+        f"{main} against each policy, game by game. A verdict needs a 95% interval of the difference over training "
+        f"seeds that leaves out 0; of one seed there is none. P(improvement): the chance that a run of {main} beats a "
+        "run of the other agent in the same game.",
+        records,
+        {
+            "Compared with": lambda record: record["policy"],
+            f"{main} higher": games("higher"),
+            "Not distinguishable": games("not distinguishable"),
+            f"{main} lower": games("lower"),
+            "No verdict": games("unknown"),
+            "P(improvement)": lambda record: (
+                None
+                if record["improvement"] is None
+                else Cell(two_digits(record["improvement"]), interval_of(record, two_digits))
+            ),
+        },
     )
 
 
-def published_games(analysis: Analysis) -> list[str]:
-    """The report's games in which every published agent has a score."""
-    agents = published_scores().values()
-    return [game for game in analysis.data.games if all(game in scores for scores in agents)]
+def _games_cell(games: Sequence[str], total: int) -> str:
+    return f"all {total}" if len(games) == total > 3 else ", ".join(games) if total <= 6 else f"{len(games)} of {total}"
 
 
-def published_iqm(agent: str, games: Sequence[str]) -> float:
-    """Human-normalised IQM of a published agent over ``games``, one score each."""
-    return _human_iqm(published_scores()[agent], games)
+def seed_table(analysis: Analysis) -> Table:
+    """Every seed by itself, if there are several, in each game and over all; of many games only the latter is shown."""
+    normalised = analysis.normalised("human")
+    several = any(len(runs.seeds) > 1 for runs in analysis.runs.values())
+    records = [
+        {"game": game, "seed": seed, "policy": label, "mean": float(scores[s]), "num_episodes": count}
+        for label, runs in analysis.runs.items()
+        for game, scores, counts in (
+            *zip(runs.games, runs.run_scores().T, runs.counts.T.tolist(), strict=True),
+            *([(ALL, interquartile_mean(normalised[label].run_scores()), [None] * len(runs.seeds))]
+              if label in normalised else []),
+        )
+        for s, (seed, count) in enumerate(zip(runs.seeds, counts, strict=True))
+        if several and runs.trained
+    ]  # fmt: skip
+    brief = analysis.many_games and normalised
+    return Table.crossed(
+        "seeds",
+        "Each training seed by itself: " + ("" if brief else "mean raw return by game")
+        + (" and " if normalised and not brief else "") + ("human-normalised IQM over games." if normalised else "."),
+        records, lambda record: (two_digits if record["game"] == ALL else format_score)(record["mean"]),
+        by=lambda record: f"{record['game']}, seed {record['seed']}", across="policy", heading="Game and seed",
+        shown=lambda record: record["game"] == ALL or not brief,
+    )  # fmt: skip
 
 
-def _human_iqm(scores: Mapping[str, float], games: Sequence[str]) -> float:
+def published_iqm(scores: Mapping[str, float], games: Sequence[str]) -> float:
+    """Human-normalised IQM of one score per game."""
     return float(interquartile_mean(np.array([normalised_score(scores[game], game, "human") for game in games])))
 
 
-def published_name(agent: str) -> str:
-    """``Scaled QL 80M (JOWA's run)`` for ``Scaled_QL_80M``: its authors are not those who trained it."""
-    return f"{agent.replace('_', ' ')} (JOWA's run)"
-
-
-def published_table(analysis: Analysis) -> Table | None:
-    """Published agents beside the main one on the games both have; None if there are no such games."""
-    agents = published_scores()
-    games = published_games(analysis)
-    if not games:
-        return None
-    label = analysis.main.label
+def published_table(analysis: Analysis) -> Table:
+    """Published agents beside the main one on the games that both have."""
+    label, games = analysis.main.label, analysis.published_games
+    human_games, _ = split_by_reference(games, "human")
     ours = {game: analysis.game_means[label][game].point for game in games}
-    columns = {label: ours} | {published_name(name): scores for name, scores in agents.items()}
-    rows = [
-        [Cell(game), *(Cell(format_score(scores[game]), strong=name == label) for name, scores in columns.items())]
-        for game in games
-    ]
-    records: list[Record] = [
+    agents = {label: ours} | {agent.label: agent.scores for agent in analysis.published.values()}
+    records = [
         {
             "game": game,
             "agent": name,
@@ -294,21 +239,23 @@ def published_table(analysis: Analysis) -> Table | None:
             "human_normalised": _normalised_or_none(scores[game], game),
         }
         for game in games
-        for name, scores in columns.items()
+        for name, scores in agents.items()
     ]
-    human_games, _ = split_by_reference(games, "human")
+    total = f"Human-normalised IQM ({len(human_games)})"
     if human_games:
-        row = [Cell(f"Human-normalised IQM ({len(human_games)})")]
-        for name, scores in columns.items():
-            value = _human_iqm(scores, human_games)
-            row.append(Cell(two_digits(value), strong=name == label))
-            records.append({"game": "human-normalised IQM", "agent": name, "score": None, "human_normalised": value})
-        rows.append(row)
-    return Table(
-        name="published_agents",
-        caption=f"Mean raw return on {name_games(games, len(analysis.data.games))}, which published multi-game agents "
-        "share with this report.",
-        header=("Game", *columns),
-        rows=rows,
-        records=records,
-    )
+        records += [
+            {"game": total, "agent": name, "score": None, "human_normalised": published_iqm(scores, human_games)}
+            for name, scores in agents.items()
+        ]
+
+    def cell(record: Record) -> Cell:
+        known = record["score"]
+        text = two_digits(record["human_normalised"]) if known is None else format_score(known)
+        return Cell(text, strong=record["agent"] == label)
+
+    return Table.crossed(
+        "published_agents",
+        f"Mean raw return on {name_games(games, len(analysis.data.games))}, which published multi-game agents share "
+        "with this report.",
+        records, cell, by="game", across="agent", heading="Game",
+    )  # fmt: skip

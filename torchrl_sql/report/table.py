@@ -1,72 +1,112 @@
-"""A table as plain data, which the page, a CSV file and the terminal show in their own ways."""
+"""A table is made once, of records; the page, CSV, LaTeX, JSON and the terminal each show it in their own way."""
 
 from __future__ import annotations
 
 import csv
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from textwrap import wrap
-from typing import NamedTuple
+from operator import itemgetter
+from typing import Any, NamedTuple
 
-MAX_TEXT_WIDTH = 110
-"""Of a table in the terminal whose headers stay on one line."""
+from tabulate import tabulate
 
-Record = Mapping[str, str | int | float | None]
+Record = Mapping[str, Any]
+
+MAX_HEADING = 10
+"""Characters of a heading in the terminal, where longer ones are broken."""
 
 
 class Cell(NamedTuple):
-    """A table cell: its text, smaller lines below it, and whether it stands out."""
+    """A table cell: its text, a smaller addition, and whether it stands out."""
 
     text: str
-    detail: tuple[str, ...] = ()
+    detail: str = ""
     strong: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.text}{'*' * self.strong} {self.detail}".rstrip()
+
+
+NOTHING = Cell("–")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """A table as shown (``header``, ``rows``; the first cell of a row heads it) and as data (``records``, for CSV)."""
+    """Records, and how they are shown: ``header`` and ``rows``, the first cell of which heads it."""
 
     name: str
     caption: str
+    records: Sequence[Record]
     header: Sequence[str]
     rows: Sequence[Sequence[Cell]]
-    records: Sequence[Record]
+
+    @classmethod
+    def wide(cls, name: str, caption: str, records: Sequence[Record], columns: Mapping[str, Callable[[Any], Any]]):
+        """One row per record; ``columns``: heading -> its cell, or text."""
+        rows = [[_cell(make(record)) for make in columns.values()] for record in records]
+        return cls(name=name, caption=caption, records=records, header=[*columns], rows=rows)
+
+    @classmethod
+    def crossed(
+        cls,
+        name: str,
+        caption: str,
+        records: Sequence[Record],
+        cell: Callable[[Any], Any],
+        *,
+        by: str | Callable[[Any], Any],
+        across: str,
+        heading: str,
+        shown: Callable[[Any], Any] = lambda record: True,
+    ):
+        """One row per value of ``by`` (a field, or made of a record), one column per value of ``across``; both in the
+        order of the records that are ``shown``.
+        """
+        row_of = itemgetter(by) if isinstance(by, str) else by
+        cells = {(row_of(record), record[across]): _cell(cell(record)) for record in records if shown(record)}
+        rows, columns = (list(dict.fromkeys(key[place] for key in cells)) for place in (0, 1))
+        return cls(
+            name=name, caption=caption, records=records, header=[heading, *columns],
+            rows=[[Cell(str(row)), *(cells.get((row, column), NOTHING) for column in columns)] for row in rows],
+        )  # fmt: skip
+
+    @property
+    def plain_caption(self) -> str:
+        """Where nothing can be bold."""
+        return self.caption.replace("in bold", "marked *")
+
+    def data(self) -> list[dict[str, Any]]:
+        """The records, unknown values as None."""
+        return [{k: None if isinstance(v, float) and math.isnan(v) else v for k, v in r.items()} for r in self.records]
 
     def to_csv(self) -> str:
-        """The records as CSV text; unknown values are empty."""
+        """The records as CSV; unknown values are empty."""
         file = io.StringIO()
         writer = csv.DictWriter(file, fieldnames=list(self.records[0]), lineterminator="\n")
         writer.writeheader()
-        for record in self.records:
-            writer.writerow({k: "" if isinstance(v, float) and math.isnan(v) else v for k, v in record.items()})
+        writer.writerows(self.data())
         return file.getvalue()
 
+    def to_latex(self) -> str:
+        """What is shown as a ``tabular`` for the package booktabs, its caption as a comment."""
+        body = tabulate(self._texts(), self.header, tablefmt="latex_booktabs", disable_numparse=True)
+        return f"% {self.plain_caption}\n{body}\n"
 
-def to_text(table: Table, *, details: bool = True) -> str:
-    """A table for the terminal: columns aligned, details on lines below their cell; headers of wide ones are broken."""
-    rows = [
-        [[cell.text + ("*" if cell.strong else ""), *(cell.detail if details else ())] for cell in row]
-        for row in table.rows
-    ]
-    bodies = [
-        max((len(line) for row in rows for line in row[column]), default=0) for column in range(len(table.header))
-    ]
-    header = [[name] for name in table.header]
-    if sum(max(len(name), width) + 2 for name, width in zip(table.header, bodies, strict=True)) > MAX_TEXT_WIDTH:
-        header = [wrap(name, max(width, 8)) for name, width in zip(table.header, bodies, strict=True)]
-    deepest = max(len(lines) for lines in header)
-    header = [[""] * (deepest - len(lines)) + lines for lines in header]
-    widths = [max(body, *(len(line) for line in lines)) for body, lines in zip(bodies, header, strict=True)]
-    lines = []
-    for number, row in enumerate([header, *rows]):
-        for level in range(max(len(cell) for cell in row)):
-            texts = [cell[level] if level < len(cell) else "" for cell in row]
-            first, *rest = (
-                f"{t:{'<' if i == 0 else '>'}{w}}" for i, (t, w) in enumerate(zip(texts, widths, strict=True))
-            )
-            lines.append("  ".join([first, *rest]).rstrip())
-        if number == 0:
-            lines.append("  ".join("-" * width for width in widths))
-    return "\n".join(lines)
+    def to_text(self, *, details: bool = True) -> str:
+        """What is shown, for a terminal."""
+        return tabulate(
+            self._texts(details), self.header, tablefmt="simple", disable_numparse=True,
+            colalign=["left", *["right"] * (len(self.header) - 1)], maxheadercolwidths=MAX_HEADING,
+        )  # fmt: skip
+
+    def _texts(self, details: bool = True) -> list[list[str]]:
+        return [[str(cell if details else cell._replace(detail="")) for cell in row] for row in self.rows]
+
+
+def _cell(value: Any) -> Cell:
+    """A cell of a cell, a text or a count; unknown is a dash."""
+    if value is None or value == "":
+        return NOTHING
+    return value if isinstance(value, Cell) else Cell(f"{value:,}" if isinstance(value, int) else str(value))

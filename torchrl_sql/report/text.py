@@ -13,7 +13,7 @@ REFERENCE_LABELS: dict[Reference, str] = {"human": "human", "dqn": "DQN"}
 
 def format_score(value: float) -> str:
     """A raw score with the digits that matter: ``9.4``, ``312``, ``49,100``."""
-    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.1f}"
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:z.1f}"
 
 
 def format_interval(interval: Interval, number: Callable[[float], str] = format_score) -> str:
@@ -24,8 +24,8 @@ def format_interval(interval: Interval, number: Callable[[float], str] = format_
 
 
 def two_digits(value: float) -> str:
-    """A normalised score: ``0.67``."""
-    return f"{value:.2f}"
+    """A normalised score: ``0.67``; zero has no sign."""
+    return f"{value:z.2f}"
 
 
 def plural(count: int, noun: str) -> str:
@@ -38,6 +38,11 @@ def format_size(num_parameters: int) -> str:
     unit, name = (1e6, "M") if num_parameters >= 1e6 else (1e3, "k")
     value = num_parameters / unit
     return f"{value:.0f}{name}" if value >= 10 else f"{value:.1f}{name}"
+
+
+def format_x(x: float, axis: str) -> str:
+    """A place on an axis: ``79M``, or ``first_fraction=0.05``."""
+    return format_size(int(x)) if axis == "parameters" else f"{axis.rpartition('.')[2]}={x:g}"
 
 
 def sentence(text: str) -> str:

@@ -8,8 +8,10 @@ computes.
 
 A verdict about two agents comes from the interval of their *difference* (Welch's). With one seed there is none: its
 intervals are of the evaluation's episodes only, and say so in ``unit``. Where all units agree exactly (one episode,
-ties, deterministic play) nothing is known of the spread, and an interval's ends are NaN. ``benchmarks/coverage.py``
-measures coverage, false verdicts and power; docs/evaluation.md says why this differs from rliable.
+ties, deterministic play) nothing is known of the spread, and an interval's ends are NaN. A policy that is not trained,
+random play say, has no seeds: its difference to a method varies with the method's seeds alone.
+``benchmarks/coverage.py`` measures coverage, false verdicts and power; docs/evaluation.md says why this differs from
+rliable.
 
     runs = returns_of(read_episodes("scores.csv"), agent="scaled_ql", decoding="greedy")
     print(aggregates(runs.normalised("human"))["IQM"])
@@ -131,12 +133,17 @@ def performance_profile(runs: RunReturns, thresholds: Array) -> tuple[Array, Arr
 def game_differences(x: RunReturns, y: RunReturns) -> dict[str, Interval]:
     """Expected return of ``x`` minus that of ``y`` in each game, ``{game: interval}``.
 
-    With one seed each, over episodes, paired where both played the same number.
+    With one seed each, over episodes, paired where both played the same number. Of a policy that is not trained, see
+    :func:`difference_to`.
 
     Raises:
         ValueError: if the two have different games.
     """
     _check_same_games(x, y)
+    if y.trained < x.trained:
+        return {game: difference_to(x, game, y.episodes(0, g)) for g, game in enumerate(y.games)}
+    if x.trained < y.trained:
+        return {game: Interval(-i.point, -i.high, -i.low, i.unit) for game, i in game_differences(y, x).items()}
     if len(x.seeds) == len(y.seeds) == 1:
         episodes = [(x.episodes(0, g), y.episodes(0, g)) for g in range(len(x.games))]
         ends = [student(a - b) if len(a) == len(b) else welch(a, b) for a, b in episodes]
@@ -173,7 +180,7 @@ def probability_of_improvement(x: RunReturns, y: RunReturns) -> Interval:
     """Chance that a run of ``x`` beats a run of ``y`` in the same game (a tie counts half), averaged over games.
 
     The interval is that of a two-sample U statistic (Hoeffding's projections on the seeds of either side), within
-    [0, 1]; NaN with fewer than two seeds on a side.
+    [0, 1]; NaN with fewer than two seeds on a side. Against a policy that is not trained: Student's, over the seeds.
 
     Raises:
         ValueError: if the two have different games.
@@ -182,7 +189,8 @@ def probability_of_improvement(x: RunReturns, y: RunReturns) -> Interval:
     beats = np.sign(x.run_scores()[:, None] - y.run_scores()[None])  # [S of x, S of y, G]
     chances = (0.5 * (1.0 + beats)).mean(-1)
     half = chances.mean() / 2  # the two projections then differ by the mean: half + half
-    point, low, high = (float(v) for v in welch(chances.mean(1) - half, half - chances.mean(0)))
+    ends = welch(chances.mean(1) - half, half - chances.mean(0)) if x.trained == y.trained else student(chances.ravel())
+    point, low, high = (float(value) for value in ends)
     return Interval(point, max(low, 0.0), min(high, 1.0))
 
 
@@ -231,8 +239,8 @@ def _over_seeds(runs: RunReturns, statistic: Callable[[Array], Array]) -> Interv
 
 
 def _difference(x: RunReturns, y: RunReturns, of_x: Array, of_y: Array) -> tuple[Array, Array, Array]:
-    """Of per-seed values ``[S, ...]``."""
-    if x.seeds == y.seeds and len(x.seeds) >= NUM_SEEDS_TO_PAIR:
+    """Of per-seed values ``[S, ...]``; those of a policy that is not trained are exact."""
+    if x.trained != y.trained or (x.seeds == y.seeds and len(x.seeds) >= NUM_SEEDS_TO_PAIR):
         return student(of_x - of_y)
     return welch(of_x, of_y)
 

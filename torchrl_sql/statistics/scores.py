@@ -5,15 +5,14 @@ Shape suffixes: S training seeds, G games, E episodes.
 
 from __future__ import annotations
 
-import csv
-from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib import resources
-from typing import Literal, TypeVar
+from typing import Literal, NamedTuple, TypeVar
 
 import numpy as np
+import yaml
 from numpy.typing import NDArray
 
 from torchrl_sql.games import GAMES
@@ -76,6 +75,7 @@ class RunReturns:
         seeds (tuple of int): ``S`` training seeds, ascending.
         values (array): ``[S, G, E]`` float64, finite; entries past a run's count are NaN.
         counts (array): ``[S, G]`` int64, episodes of each run, at least 1.
+        trained (bool): whether there are training seeds. Random play, say, has none: its one row is no seed.
 
     Raises:
         ValueError: if shapes, counts and values do not fit together, or a run is empty or has a return that is NaN.
@@ -85,6 +85,7 @@ class RunReturns:
     seeds: tuple[int, ...]
     values: Array
     counts: NDArray[np.int64]
+    trained: bool = True
 
     def __post_init__(self) -> None:
         shape = (len(self.seeds), len(self.games))
@@ -124,14 +125,20 @@ class RunReturns:
         return np.nanmean(self.values, axis=-1)
 
 
-@cache
-def published_scores() -> dict[str, dict[str, float]]:
-    """Published multi-game agents' raw scores, ``{agent: {game: score}}`` (``reference/published_scores.csv``).
+class PublishedAgent(NamedTuple):
+    """An agent of the literature: a landmark, for data, sticky actions and protocol differ from ours."""
 
-    They are a landmark and no like-for-like baseline: data, sticky actions and protocol differ from ours.
-    """
-    table: dict[str, dict[str, float]] = defaultdict(dict)
-    path = resources.files("torchrl_sql") / "reference" / "published_scores.csv"
-    for row in csv.DictReader(path.read_text(encoding="utf-8").splitlines()):
-        table[row["agent"]][row["game"]] = float(row["score"])
-    return dict(table)
+    label: str
+    source: str
+    """Who trained and evaluated it, on what."""
+    scores: dict[str, float]
+    """Raw, by game."""
+    mark: str | None = None
+    """matplotlib's marker where plots of games show it."""
+
+
+@cache
+def published_agents() -> tuple[PublishedAgent, ...]:
+    """Those of ``reference/published_agents.yaml``."""
+    path = resources.files("torchrl_sql") / "reference" / "published_agents.yaml"
+    return tuple(PublishedAgent(**entry) for entry in yaml.safe_load(path.read_text(encoding="utf-8")))

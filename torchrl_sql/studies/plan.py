@@ -64,8 +64,6 @@ def plan_study(study: StudyConfig, folder: Path, *, num_ranks: int = 1) -> list[
     for name, run in study.runs.items():
         if run.from_ is not None:
             raise ConfigError(f"runs.{name}.from: training cannot start from another run's policy yet")
-    if study.report.x is not None:
-        raise ConfigError(f"report.x: a page cannot show runs along an axis yet, got {study.report.x!r}")
     for override in (word for words in (study.common, *(run.set for run in study.runs.values())) for word in words):
         if (key := setting_key(override)) in _DECIDED:
             option = "--seeds" if key == "seed" else "its file" if key == "data.store" else "--out"
@@ -93,6 +91,7 @@ def plan_study(study: StudyConfig, folder: Path, *, num_ranks: int = 1) -> list[
             words = [*common, f"run_dir={quoted(folder / place)}", f"seed={seed}"]
             config = replace(compose(seed), run_dir=str(folder / place))
             check_ranks(config, num_ranks)
+            _check_axis(study.report.x, name, config)
             trained = add(
                 f"train-{name}-seed{seed}", "train", words, group=f"train-{name}", after=data, run_dir=config.run_dir,
                 config=config.to_yaml(), settings=_deciding(config) | ({} if makes_store else {"data": study.data}),
@@ -295,3 +294,10 @@ def _deciding(config: RunConfig) -> dict[str, Any]:
     sections = {key: value for key, value in content.items() if isinstance(value, dict)}
     flat = {f"{section}.{key}": value for section, values in sections.items() for key, value in values.items()}
     return {"seed": config.seed} | flat
+
+
+def _check_axis(x: str | None, run: str, config: RunConfig) -> None:
+    """Before anything is trained, checks that the page can place a run on its axis."""
+    value = 0 if x in (None, "parameters") else _deciding(config).get(str(x))
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ConfigError(f"report.x must be parameters or a setting that is a number, got {x!r}, {value} in {run}")

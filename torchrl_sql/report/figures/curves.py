@@ -1,125 +1,132 @@
-"""Plots against gradient steps: scores of evaluated checkpoints, and what training logged."""
+"""Plots along an axis: scores of a family of agents, scores of evaluated checkpoints, and what training logged."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, MaxNLocator
+from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator, NullLocator
 
-from torchrl_sql.report.analysis import Analysis
-from torchrl_sql.report.figures.look import STEPS, colour, point_style
-from torchrl_sql.report.model import Agent, Curve
+from torchrl_sql.report.analysis import Analysis, Line
+from torchrl_sql.report.figures.look import CAP_SIZE, STEPS, colour, point_style
+from torchrl_sql.report.model import Curve
 from torchrl_sql.report.style import COLOURS, SMALL_WIDTH, WIDTH, Plot, new_figure
+from torchrl_sql.report.text import plural, two_digits
 from torchrl_sql.statistics.intervals import Interval, aggregates, game_means
-from torchrl_sql.statistics.scores import Array, RunReturns, split_by_reference
+from torchrl_sql.statistics.scores import Array
 
+STEPS_AXIS = "gradient steps"
 PANELS_IN_ONE_PLOT = 10
 MAX_POINTS = 150
 """Of a training curve; longer ones are shown as means of so many blocks."""
+WIDE_AXIS = 8
+"""Where the ends of an axis are so many times apart, it is logarithmic."""
 
 
-def learning_curve_plot(analysis: Analysis) -> Plot | None:
-    """Human-normalised IQM at each checkpoint that was evaluated in full."""
-    games, _ = analysis.split("human")
-    if not analysis.learning_curves or not games:
-        return None
-    figure, axes = new_figure(2.9)
-    values = []
-    for agent in _agents_with_curves(analysis):
-        curve = _estimates(analysis, agent, games)
-        _draw_curve(axes, agent, analysis, curve)
-        points = ", ".join(f"{step:,} steps {interval.point:.2f}" for step, interval in curve.items())
-        values.append(f"{agent.label}: {points}")
-    _set_step_axis(axes)
-    axes.set_ylabel("human-normalised IQM")
-    figure.legend(loc="outside upper left", ncols=3)
-    return Plot(
-        name="learning_curve",
-        caption=f"Human-normalised IQM over {len(games)} game{'s' * (len(games) > 1)} against gradient steps, with 95% "
-        "intervals: the checkpoints at which every seed was evaluated in every game.",
-        description="IQM against gradient steps. " + "; ".join(values),
-        figure=figure,
+def line_plots(analysis: Analysis, lines: Sequence[Line], *, name: str, axis: str) -> list[Plot]:
+    """Scores along an axis with intervals: the IQM over the games that are aggregated, then each game."""
+    plots = []
+    games = analysis.aggregate_games("human")
+    over_all = [line for line in lines if games and all({*games} <= {*runs.games} for runs in line.runs.values())]
+    if over_all:
+        figure, axes = new_figure(2.9)
+        curves = {
+            line.label: {x: aggregates(r.select(games).normalised("human"))["IQM"] for x, r in line.runs.items()}
+            for line in over_all
+        }
+        for line in over_all:
+            _draw_line(axes, line, analysis, curves[line.label])
+        _set_axis(axes, axis, lines)
+        axes.set_ylabel("human-normalised IQM")
+        figure.legend(loc="outside upper left", ncols=3)
+        points = [
+            f"{label}: " + ", ".join(f"{x:,.15g} {two_digits(interval.point)}" for x, interval in curve.items())
+            for label, curve in curves.items()
+        ]
+        plots.append(
+            Plot(
+                name=name,
+                caption=f"Human-normalised IQM over {plural(len(games), 'game')} against {axis}, with 95% intervals.",
+                description=f"IQM against {axis}. {'; '.join(points)}",
+                figure=figure,
+            )
+        )
+    games = tuple(
+        game for game in analysis.data.games if any(game in runs.games for line in lines for runs in line.runs.values())
     )
-
-
-def game_learning_curve_plots(analysis: Analysis) -> list[Plot]:
-    """A panel per game: the mean score at each checkpoint that was evaluated in full."""
-    if not analysis.learning_curves:
-        return []
-    games = list(analysis.data.games)
     num_plots = -(-len(games) // PANELS_IN_ONE_PLOT)
-    size = -(-len(games) // num_plots)
-    parts = [games[index * size : (index + 1) * size] for index in range(num_plots)]
-    return [_game_panels(analysis, index, part) for index, part in enumerate(parts)]
+    size = -(-len(games) // max(num_plots, 1))
+    return plots + [
+        _game_panels(analysis, lines, games[index * size : (index + 1) * size], f"{name}_by_game_{index + 1}", axis)
+        for index in range(num_plots)
+    ]
 
 
-def _game_panels(analysis: Analysis, index: int, games: Sequence[str]) -> Plot:
-    agents = _agents_with_curves(analysis)
+def _game_panels(analysis: Analysis, lines: Sequence[Line], games: Sequence[str], name: str, axis: str) -> Plot:
     rows = -(-len(games) // 2)
-    legend_height = 0.17 * -(-len(agents) // 3) + 0.1
-    height = 1.25 * rows + 0.4 + legend_height
+    legend_height = 0.17 * -(-len(lines) // 3) + 0.1
+    height = (1.25 if analysis.many_games else 1.7) * rows + 0.4 + legend_height
     figure = Figure(figsize=(WIDTH, height))
     grid = figure.subplots(rows, 2, squeeze=False)
     # Fixed margins: a constrained layout of many panels takes seconds.
     figure.subplots_adjust(
-        left=0.08, right=0.98, top=1 - (legend_height + 0.2) / height, bottom=0.42 / height, wspace=0.22, hspace=0.62
+        left=0.1, right=0.97, top=1 - (legend_height + 0.2) / height, bottom=0.45 / height, wspace=0.26, hspace=0.62
     )
+    drawn: dict[str, Any] = {}
     for axes, game in zip(grid.flat, games, strict=False):
-        for agent in agents:
-            _draw_curve(axes, agent, analysis, _estimates(analysis, agent, [game]))
-        axes.set_title(game if split_by_reference([game], "human")[0] else f"{game} (raw)", fontsize=8.5)
-        _set_step_axis(axes, label=False)
+        for line in lines:
+            points = {x: game_means(runs.select([game]))[game] for x, runs in line.runs.items() if game in runs.games}
+            _draw_line(axes, line, analysis, points)
+        drawn |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+        axes.set_title(game, fontsize=8.5)
+        _set_axis(axes, axis, lines, label=False)
         axes.tick_params(axis="both", labelsize=7, labelcolor=COLOURS["muted"][0])
         axes.yaxis.set_major_locator(MaxNLocator(3, steps=STEPS))
-        axes.xaxis.set_major_locator(MaxNLocator(4, steps=STEPS))
     for axes in list(grid.flat)[len(games) :]:
         axes.set_visible(False)
-    handles, labels = grid.flat[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="upper left", ncols=3, fontsize=8)
-    figure.supxlabel("gradient steps", fontsize=9, color=COLOURS["muted"][0], y=0.05 / height)
+    figure.legend([*drawn.values()], [*drawn], loc="upper left", ncols=3, fontsize=8)
+    figure.supxlabel(axis, fontsize=9, color=COLOURS["muted"][0], y=0.05 / height)
+    span = games[0] if len(games) == 1 else f"{games[0]} to {games[-1]}"
     return Plot(
-        name=f"learning_curves_by_game_{index + 1}",
-        caption=f"Human-normalised score against gradient steps with 95% intervals, {games[0]} to {games[-1]}.",
-        description=f"Scores against gradient steps in {', '.join(games)}; the numbers are in learning_curves.csv.",
+        name=name,
+        caption=f"Mean raw return against {axis} with 95% intervals, {span}.",
+        description=f"Scores against {axis} in {', '.join(games)}; the numbers are in the table.",
         figure=figure,
     )
 
 
-def _agents_with_curves(analysis: Analysis) -> list[Agent]:
-    return [agent for agent in analysis.agents if agent.label in analysis.learning_curves]
-
-
-def _estimates(analysis: Analysis, agent: Agent, games: Sequence[str]) -> dict[int, Interval]:
-    """By gradient step, the IQM over several games or the mean score of one."""
-    runs = analysis.learning_curves[agent.label].runs
-    return {step: _iqm_or_mean(returns.select(games)) for step, returns in runs.items()}
-
-
-def _iqm_or_mean(runs: RunReturns) -> Interval:
-    if split_by_reference(runs.games, "human")[0]:
-        runs = runs.normalised("human")
-    return aggregates(runs)["IQM"] if len(runs.games) > 1 else game_means(runs)[runs.games[0]]
-
-
-def _draw_curve(axes: Axes, agent: Agent, analysis: Analysis, curve: Mapping[int, Interval]) -> None:
-    ink = colour(agent, analysis)
-    style = point_style(agent, analysis) | {"markersize": 3.5}
-    low, high = ([interval[end] for interval in curve.values()] for end in (1, 2))
-    axes.fill_between([*curve], low, high, color=ink, alpha=0.15, linewidth=0)
-    axes.plot(
-        [*curve], [interval.point for interval in curve.values()],
-        linestyle="--" if agent.decoding == "sampled" else "-", linewidth=1.4, label=agent.label, **style,
+def _draw_line(axes: Axes, line: Line, analysis: Analysis, points: Mapping[float, Interval]) -> None:
+    if not points:
+        return
+    reach = [
+        [interval.point - interval.low for interval in points.values()],
+        [interval.high - interval.point for interval in points.values()],
+    ]
+    style = point_style(line.agent, analysis) | {"markersize": 3.5}
+    axes.errorbar(
+        [*points], [interval.point for interval in points.values()], yerr=reach, label=line.label, capsize=CAP_SIZE - 1,
+        linestyle="--" if line.agent.decoding == "sampled" else "-", linewidth=1.3, elinewidth=1.1, **style,
     )  # fmt: skip
 
 
-def _set_step_axis(axes: Axes, *, label: bool = True) -> None:
-    axes.set_xlabel("gradient steps" if label else "")
-    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    axes.xaxis.set_major_locator(MaxNLocator(5, steps=STEPS))
+def _set_axis(axes: Axes, axis: str, lines: Sequence[Line] = (), *, label: bool = True) -> None:
+    axes.set_xlabel(axis if label else "")
     axes.grid()
+    places = sorted({x for line in lines for x in line.runs})
+    if axis != STEPS_AXIS and places and places[0] > 0 and places[-1] / places[0] >= WIDE_AXIS:
+        axes.set_xscale("log")
+    if axis == STEPS_AXIS:
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axes.xaxis.set_major_locator(MaxNLocator(5 if label else 4, steps=STEPS))
+    else:
+        number = EngFormatter(places=0, sep="") if axis == "parameters" else FuncFormatter(lambda x, _: f"{x:g}")
+        axes.xaxis.set_major_formatter(number)
+        axes.set_xticks(places)
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.margins(x=0.1)
 
 
 def training_plots(analysis: Analysis) -> list[Plot]:
@@ -142,7 +149,7 @@ def _metric_plot(analysis: Analysis, index: int, metric: str) -> Plot:
         )  # fmt: skip
         labelled.add(curve.label)
     axes.set_title(metric)
-    _set_step_axis(axes)
+    _set_axis(axes, STEPS_AXIS)
     axes.yaxis.set_major_locator(MaxNLocator(5, steps=STEPS))
     axes.tick_params(axis="y", labelsize=8.5, labelcolor=COLOURS["muted"][0])
     if len(labelled) > 1:

@@ -2,154 +2,128 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from torchrl_sql.games import ACTION_NAMES, GAMES
 from torchrl_sql.report.analysis import BEHAVIOUR, BEST_BEHAVIOUR, BEST_CONSTANT, DQN, Analysis
-from torchrl_sql.report.figures.look import DQN_MARK, PUBLISHED_MARKS, STEPS, bar_style
+from torchrl_sql.report.figures.look import DQN_MARK, STEPS, bar_style, draw_bar, published_style
 from torchrl_sql.report.model import GameData
-from torchrl_sql.report.score_tables import published_name
-from torchrl_sql.report.style import COLOURS, SMALL_WIDTH, Plot, new_figure
+from torchrl_sql.report.style import COLOURS, SMALL_WIDTH, WIDTH, Plot, new_figure
 from torchrl_sql.report.text import format_score, name_games
-from torchrl_sql.statistics.scores import normalised_score, published_scores
+from torchrl_sql.statistics.intervals import Interval
+from torchrl_sql.statistics.scores import normalised_score, published_agents, split_by_reference
 
 GAMES_IN_ONE_PLOT = 20
 
 
-def game_plot(analysis: Analysis, game: str) -> Plot:
-    """One game: every policy's score as a bar with its interval, on the human-normalised scale where there is one."""
-    bars = _bars(analysis, game)
-    to_x = _scale(game)
-    normalised = GAMES[game].human_score is not None
-    figure, axes = new_figure(0.27 * len(bars) + 0.75)
-    reach = [0.0]
-    for row, (policy, (point, low, high)) in enumerate(bars.items()):
-        x, low, high = to_x(point), to_x(low), to_x(high)
-        alone = np.isnan(low)
-        style = bar_style(policy, analysis)
-        if policy not in analysis.policy_columns or policy == DQN:
-            style |= {"facecolor": COLOURS["paper"][0], "linestyle": (0, (2, 1.5))}
-        axes.barh(row, x, height=0.62, **style)
-        for colour, width in (("paper", 2.6), ("ink", 1.1)):  # a light rim keeps the line visible on a dark bar
-            axes.plot([low, high], [row, row], color=COLOURS[colour][0], linewidth=width, solid_capstyle="butt")
-        reach += [x] if alone else [x, low, high]
-        axes.annotate(
-            format_score(point),
-            (max(x, 0) if alone else max(x, high, 0), row),
-            xytext=(4, 0),
-            textcoords="offset points",
-            va="center",
-            fontsize=8.5,
-        )
-    span = max(reach) - min(reach) or 1.0
-    axes.set_xlim(min(reach) - 0.02 * span, max(reach) + 0.16 * span)
-    axes.set_yticks(range(len(bars)), list(bars))
-    axes.invert_yaxis()
-    axes.axvline(0, color=COLOURS["muted"][0], linewidth=0.8)
-    if normalised and axes.get_xlim()[1] > 1:
-        axes.axvline(1, color=COLOURS["muted"][0], linewidth=0.8, dashes=(3, 2))
-    axes.grid(axis="x")
-    axes.spines["left"].set_visible(False)
-    axes.xaxis.set_major_locator(MaxNLocator(5, steps=STEPS))
-    axes.set_xlabel("human-normalised score (numbers: raw)" if normalised else "raw score")
-    axes.set_title(game, fontweight="bold")
-    published_too = any(policy not in analysis.policy_columns or policy == DQN for policy in bars)
+def few_games_plot(analysis: Analysis) -> Plot:
+    """A panel per game: every policy's mean score as a bar with its interval."""
+    games, known = analysis.data.games, analysis.policies
+    policies = [
+        policy
+        for policy in (*analysis.runs, BEHAVIOUR, BEST_BEHAVIOUR, BEST_CONSTANT)
+        if policy in analysis.policy_columns
+    ]
+    num_columns = min(2, len(games))
+    num_rows = -(-len(games) // 2)
+    figure = Figure(figsize=(WIDTH, num_rows * (0.21 * len(policies) + 0.55)), layout="constrained")
+    grid = figure.subplots(num_rows, num_columns, sharey=True, squeeze=False)
+    for axes, game in zip(grid.flat, games, strict=False):
+        for row, policy in enumerate(policies):
+            if policy in known[game]:
+                draw_bar(axes, row, known[game][policy].mean, 0.62, **bar_style(policy, analysis))
+        human = GAMES[game].human_score
+        if human is not None and axes.get_xlim()[0] < human < 1.2 * axes.get_xlim()[1]:
+            axes.axvline(human, color=COLOURS["muted"][0], linewidth=0.8, dashes=(3, 2))
+        axes.set_yticks(range(len(policies)), policies)
+        axes.set_ylim(len(policies) - 0.4, -0.6)
+        axes.axvline(0, color=COLOURS["muted"][0], linewidth=0.8)
+        axes.grid(axis="x")
+        axes.spines["left"].set_visible(False)
+        axes.xaxis.set_major_locator(MaxNLocator(4, steps=STEPS))
+        axes.set_title(game)
+    for axes in list(grid.flat)[len(games) :]:
+        axes.set_visible(False)
     return Plot(
-        name=f"scores_{game}",
-        caption=f"{game}: mean score of each policy with its 95% interval."
-        + (" Dashed: published scores, of other protocols and without intervals." if published_too else ""),
-        description=f"Bar chart for {game}. "
-        + "; ".join(f"{policy} {format_score(interval[0])}" for policy, interval in bars.items()),
+        name="scores",
+        caption="Mean raw return per episode with 95% intervals. Dashed: the published human score, where it is near.",
+        description="; ".join(
+            f"{game}: " + ", ".join(f"{policy} {format_score(known[game][policy].mean.point)}"
+                                    for policy in policies if policy in known[game])
+            for game in games
+        ),
         figure=figure,
-    )
+    )  # fmt: skip
 
 
-def _bars(analysis: Analysis, game: str) -> dict[str, tuple[float, float, float]]:
-    """Policy -> (score, low, high); NaN where there is no interval."""
-    known = analysis.policies(game)
-    agents = (agent.label for agent in analysis.agents)
-    bars: dict[str, tuple[float, float, float]] = {
-        policy: known[policy].mean[:3]
-        for policy in (*agents, BEHAVIOUR, BEST_BEHAVIOUR, BEST_CONSTANT, DQN)
-        if policy in known
-    }
-    scores = published_scores()
-    return bars | {
-        published_name(agent): (scores[agent][game], np.nan, np.nan)
-        for agent in PUBLISHED_MARKS
-        if game in scores[agent]
-    }
-
-
-def _scale(game: str) -> Callable[[float], float]:
-    if GAMES[game].human_score is None:
-        return lambda score: score
-    return lambda score: float(normalised_score(score, game, "human"))
-
-
-def all_games_plots(analysis: Analysis) -> list[Plot]:
+def many_games_plots(analysis: Analysis) -> list[Plot]:
     """Many games, a row each, best first: the main agent, the first it is compared with and the behaviour as bars,
     published scores as marks; one scale for all.
     """
-    included, excluded = analysis.split("human")
-    labels = [agent.label for agent in (analysis.main, *analysis.against[:1])]
+    included, excluded = split_by_reference(analysis.data.games, "human")
+    main = analysis.main.label
+    policies = [main, *(agent.label for agent in analysis.against[:1]), BEHAVIOUR]
     bars = {
         game: {
-            policy: [float(normalised_score(value, game, "human")) for value in known[policy].mean[:3]]
-            for policy in (*labels, BEHAVIOUR)
-            if policy in (known := analysis.policies(game))
+            policy: _normalised(analysis.policies[game][policy].mean, game)
+            for policy in policies
+            if policy in analysis.policies[game]
         }
         for game in included
     }
+    published = {DQN: {game: score for game in included if (score := _dqn_score(analysis, game)) is not None}}
+    published |= {agent.label: agent.scores for agent in published_agents() if agent.mark is not None}
     marks = {
         game: {
-            agent: float(normalised_score(published_scores()[agent][game], game, "human"))
-            for agent in PUBLISHED_MARKS
-            if game in published_scores()[agent]
+            name: normalised_score(scores[game], game, "human") for name, scores in published.items() if game in scores
         }
-        | (
-            {DQN: float(normalised_score(analysis.policies(game)[DQN].mean.point, game, "human"))}
-            if DQN in analysis.policies(game)
-            else {}
-        )
         for game in included
     }
-    games = sorted(included, key=lambda game: -bars[game][labels[0]][0])
+    games = sorted(included, key=lambda game: -bars[game][main].point if main in bars[game] else np.inf)
     num_plots = -(-len(games) // GAMES_IN_ONE_PLOT)
     size = -(-len(games) // max(num_plots, 1))
     parts = [games[index * size : (index + 1) * size] for index in range(num_plots)]
     return [_games_plot(analysis, index, part, bars, marks, excluded) for index, part in enumerate(parts)]
 
 
+def _normalised(interval: Interval, game: str) -> Interval:
+    point, low, high = (normalised_score(value, game, "human") for value in interval[:3])
+    return Interval(point, low, high, interval.unit)
+
+
+def _dqn_score(analysis: Analysis, game: str) -> float | None:
+    return analysis.policies[game][DQN].mean.point if DQN in analysis.policies[game] else None
+
+
 def _games_plot(
     analysis: Analysis,
     index: int,
     games: Sequence[str],
-    bars: Mapping[str, Mapping[str, Sequence[float]]],
+    bars: Mapping[str, Mapping[str, Interval]],
     marks: Mapping[str, Mapping[str, float]],
     excluded: Sequence[str],
 ) -> Plot:
-    policies = list(dict.fromkeys(policy for values in bars.values() for policy in values))
+    policies = list(dict.fromkeys(policy for of_game in bars.values() for policy in of_game))
+    styles = {agent.label: published_style(agent.mark) for agent in published_agents()} | {DQN: DQN_MARK}
     figure, axes = new_figure(0.082 * len(games) * (len(policies) + 1.3) + 1.35)
-    height = 0.8 / len(policies)
+    height = 0.8 / max(len(policies), 1)
     for row, game in enumerate(games):
         for place, policy in enumerate(policies):
             if policy in bars[game]:
                 y = row - 0.4 + (place + 0.5) * height
-                x, low, high = bars[game][policy]
-                axes.barh(y, x, height=height * 0.86, **(bar_style(policy, analysis) | {"linewidth": 0.8}))
-                for colour, width in (("paper", 2.0), ("ink", 0.9)):
-                    axes.plot([low, high], [y, y], color=COLOURS[colour][0], linewidth=width, solid_capstyle="butt")
+                style = bar_style(policy, analysis) | {"linewidth": 0.8}
+                draw_bar(axes, y, bars[game][policy], height * 0.86, **style)
         for name, x in marks[game].items():
-            axes.plot(x, row, **(DQN_MARK if name == DQN else PUBLISHED_MARKS[name]))
-    values = [x for of_game in bars.values() for interval in of_game.values() for x in interval if not np.isnan(x)]
+            axes.plot(x, row, **styles[name])
+    values = [x for of_game in bars.values() for interval in of_game.values() for x in interval[:3] if not np.isnan(x)]
     _set_scale(axes, values + [x for of_game in marks.values() for x in of_game.values()])
     axes.set_yticks(range(len(games)), games)
     axes.set_ylim(len(games) - 0.45, -0.55)
@@ -158,11 +132,9 @@ def _games_plot(
     axes.grid(axis="x")
     axes.spines["left"].set_visible(False)
     handles: list[Artist] = [Patch(label=policy, **bar_style(policy, analysis)) for policy in policies]
-    shown = {name for of_game in marks.values() for name in of_game}
-    if DQN in shown:
-        handles.append(Line2D([], [], label="DQN (wrote DQN-Replay)", **DQN_MARK))
+    shown = dict.fromkeys(name for of_game in marks.values() for name in of_game)
     handles += [
-        Line2D([], [], label=published_name(name), **style) for name, style in PUBLISHED_MARKS.items() if name in shown
+        Line2D([], [], label="DQN (wrote DQN-Replay)" if name == DQN else name, **styles[name]) for name in shown
     ]
     figure.legend(handles=handles, loc="outside upper left", ncols=2)
     missing = f" {name_games(excluded, len(excluded) + len(bars))}: no human score, see the table." if excluded else ""

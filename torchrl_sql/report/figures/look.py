@@ -4,26 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
+from matplotlib.axes import Axes
+
 from torchrl_sql.report.analysis import BEST_BEHAVIOUR, BEST_CONSTANT, Analysis
 from torchrl_sql.report.model import Agent
 from torchrl_sql.report.style import COLOURS
+from torchrl_sql.statistics.intervals import Interval
 
 STEPS = [1, 2, 2.5, 5, 10]
 """Distances of ticks."""
 
-REFERENCE_AXIS = {"human": "human-normalised", "dqn": "DQN-normalised"}
-
-PUBLISHED_MARKS: dict[str, dict[str, Any]] = {
-    name: {
-        "marker": marker,
-        "markersize": size,
-        "markerfacecolor": COLOURS["paper"][0],
-        "markeredgecolor": COLOURS["ink"][0],
-        "linestyle": "none",
-    }
-    for name, marker, size in (("Scaled_QL_80M", "D", 4.2), ("MGDT_200M", "o", 4.4), ("MTBC_120M", "v", 4.6))
-}
-"""Published agents that stand beside ours in plots of games: the method, a return-conditioned one, cloning."""
+MARKER_SIZE = 5
+CAP_SIZE = 4.5
+"""Half the width of an interval's ends, in points: they stand out beside the marker of the narrowest interval."""
 
 DQN_MARK: dict[str, Any] = {
     "marker": "|",
@@ -34,8 +27,15 @@ DQN_MARK: dict[str, Any] = {
 }
 
 
+def published_style(mark: str | None) -> dict[str, Any]:
+    """Of a published agent's score."""
+    ink, paper = COLOURS["ink"][0], COLOURS["paper"][0]
+    style = {"marker": mark or "D", "markersize": 4.4, "markerfacecolor": paper, "markeredgecolor": ink}
+    return style | {"linestyle": "none"}
+
+
 def colour(agent: Agent | None, analysis: Analysis) -> str:
-    """One colour for the main agent and its sizes, one for those it is compared with, paler for later ones."""
+    """One colour for the main agent and its family, one for those it is compared with, paler for later ones."""
     for names, agents in _palettes(analysis):
         if agent in agents:
             return COLOURS[names[min(agents.index(agent), len(names) - 1)]][0]
@@ -43,9 +43,15 @@ def colour(agent: Agent | None, analysis: Analysis) -> str:
 
 
 def _palettes(analysis: Analysis) -> list[tuple[tuple[str, ...], list[Agent]]]:
-    ours = [analysis.main, *(agent for agent in reversed(analysis.sizes) if agent != analysis.main)]
-    first = {agent.agent for agent in analysis.against[:1]}
-    theirs = [agent for agent in analysis.against if agent.agent in first and agent not in ours]
+    ours = [analysis.main, *(agent for agent in reversed(analysis.family) if agent != analysis.main)]
+    theirs = analysis.against[:1]
+    theirs += [
+        agent
+        for agent in analysis.agents
+        for first in theirs[:1]
+        if agent not in [first, *ours]
+        and (agent.agent == first.agent or (agent.family is not None and agent.family == first.family))
+    ]
     return [(("method", "method2", "method3"), ours), (("bc", "bc2"), theirs)]
 
 
@@ -62,7 +68,14 @@ def point_style(agent: Agent, analysis: Analysis) -> dict[str, Any]:
     """Of a point with colour and marker; hollow for sampled decoding."""
     own = colour(agent, analysis)
     face = COLOURS["paper"][0] if agent.decoding == "sampled" else own
-    return {"marker": marker(agent, analysis), "markersize": 5, "color": own, "markerfacecolor": face}
+    return {"marker": marker(agent, analysis), "markersize": MARKER_SIZE, "color": own, "markerfacecolor": face}
+
+
+def draw_row(axes: Axes, row: float, interval: Interval, **style: Any) -> None:
+    """A point and its interval, lying; ``style`` is that of a point."""
+    axes.plot(interval.point, row, **style)
+    reach = [[interval.point - interval.low], [interval.high - interval.point]]
+    axes.errorbar(interval.point, row, xerr=reach, color=style["color"], capsize=CAP_SIZE, linewidth=1.6, zorder=1.9)
 
 
 def bar_style(policy: str, analysis: Analysis) -> dict[str, Any]:
@@ -71,3 +84,14 @@ def bar_style(policy: str, analysis: Analysis) -> dict[str, Any]:
     own = colour(agents[policy], analysis) if policy in agents else COLOURS["data"][0]
     outlined = policy in (BEST_BEHAVIOUR, BEST_CONSTANT) or (policy in agents and agents[policy].decoding == "sampled")
     return {"facecolor": COLOURS["paper"][0] if outlined else own, "edgecolor": own, "linewidth": 1.2}
+
+
+def draw_bar(axes: Axes, row: float, interval: Interval, height: float, **style: Any) -> None:
+    """A bar and its interval, lying."""
+    axes.barh(row, interval.point, height=height, **style)
+    for name, width, cap in (("paper", 2.6, 3.0), ("ink", 1.1, 2.4)):  # a rim keeps the line visible on a dark bar
+        reach = [[interval.point - interval.low], [interval.high - interval.point]]
+        axes.errorbar(
+            interval.point, row, xerr=reach, fmt="none", color=COLOURS[name][0], linewidth=width, capsize=cap,
+            capthick=width,
+        )  # fmt: skip
