@@ -33,7 +33,6 @@ from torchrl_sql.report.score_tables import (
     aggregate_table,
     comparison_table,
     published_table,
-    reference_table,
     score_table,
     seed_table,
 )
@@ -362,14 +361,6 @@ def test_captions_of_games_without_published_scores(monkeypatch):
     monkeypatch.setitem(GAMES, "Carnival", bare)
     caption = score_table(Analysis(single_seed(["Carnival"]))).caption
     assert caption.startswith("Mean raw return per episode with 95% intervals over the episodes of one seed. The agent")
-
-
-def test_games_in_aggregates():
-    table = reference_table(Analysis(single_seed(["Carnival", "Pong"], aggregate=True)))
-    assert [[cell.text for cell in row] for row in table.rows] == [
-        ["Carnival", "701", "–", "4,785", "false", "true"],
-        ["Pong", "-20.7", "14.6", "16.6", "true", "true"],
-    ]
 
 
 def test_protocol_names_every_seeds_checkpoint():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from itertools import takewhile
 from typing import Any
 
 from torchrl_sql.config import RunConfig
@@ -67,19 +68,28 @@ def find_agents(runs: Sequence[RunConfig], episodes: Sequence[EpisodeResult], x:
 
 
 def _families(configs: Mapping[str, RunConfig], x: str | None) -> dict[str, str]:
-    """By a run's name, what it and those that differ from it in ``x`` only are called."""
-    settings: dict[str, list[dict[str, Any]]] = {}
-    families: dict[str, str] = {}
+    """By a run's name, what it and those that differ from it in ``x`` only are called: the method's label, or the words
+    that their names begin with where another family has it.
+    """
+    groups: list[tuple[dict[str, Any], list[str]]] = []
     for name, config in configs.items():
         apart = {
             key: value
             for key, value in deciding_settings(config).items()
             if x is None or (key != x and not (x == PARAMETERS and key.startswith("model.")))
         }
-        label = METHODS[config.method.name].label
-        known = next((family for family, others in settings.items() if x and apart in others), None)
-        families[name] = known or (name if label in settings else label)
-        settings.setdefault(families[name], []).append(apart)
+        group = next((names for settings, names in groups if x and settings == apart), None)
+        if group is None:
+            groups.append((apart, [name]))
+        else:
+            group.append(name)
+    families: dict[str, str] = {}
+    for _, names in groups:
+        label = METHODS[configs[names[0]].method.name].label
+        if label in families.values():
+            words = zip(*(name.split("_") for name in names), strict=False)
+            label = "_".join(each[0] for each in takewhile(lambda each: len({*each}) == 1, words)) or names[0]
+        families |= dict.fromkeys(names, label)
     return families
 
 
@@ -108,16 +118,6 @@ def arrange(agents: Sequence[Agent], main: str | None, against: Sequence[str]) -
     rest = [agent for agent in agents if agent != first and agent not in compared]
     rest.sort(key=lambda agent: agent.family is None or agent.family != first.family)
     return [first, *compared, *rest], [agent.label for agent in compared] or None
-
-
-def restrict(agents: Sequence[Agent], names: Sequence[str]) -> list[Agent]:
-    """The agents of these names or labels.
-
-    Raises:
-        ValueError: for a name that no agent has.
-    """
-    kept = [agent for name in names for agent in named(agents, name, "--agents")]
-    return [agent for agent in agents if agent in kept]
 
 
 def named(agents: Sequence[Agent], name: str, option: str) -> list[Agent]:

@@ -24,7 +24,7 @@ from torchrl_sql.evaluation.protocol import AgentId
 from torchrl_sql.evaluation.tables import files_of
 from torchrl_sql.games import GAMES
 from torchrl_sql.methods import make_method
-from torchrl_sql.report.agents import arrange, deciding_settings, find_agents, restrict
+from torchrl_sql.report.agents import arrange, deciding_settings, find_agents, named
 from torchrl_sql.report.dataset import game_data, other_data
 from torchrl_sql.report.model import Agent, Clip, Curve, ReportData
 from torchrl_sql.report.text import name_games
@@ -88,9 +88,8 @@ def gather(
         main = main or next((name for name in (study.report.main, *study.runs) if name in evaluated), None)
         against = against or [name for name in study.report.against if name in evaluated]
     found = find_agents([run.config for run in runs], episodes, x)
-    if agents:
-        found = restrict(found, agents)
-    ordered, compared = arrange(found, main, against)
+    kept = [agent for name in agents for agent in named(found, name, "--agents")] or found
+    ordered, compared = arrange([agent for agent in found if agent in kept], main, against)
     labels: dict[str, str] = {}
     for agent in ordered:
         labels.setdefault(agent.agent, agent.label.removesuffix(f" {agent.decoding}"))

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from torchrl_sql.games import GAMES
 from torchrl_sql.report.analysis import BEHAVIOUR, DQN, HUMAN, RANDOM, Analysis
 from torchrl_sql.report.table import Cell, Record, Table
 from torchrl_sql.report.text import (
@@ -118,35 +117,6 @@ def aggregate_table(analysis: Analysis, reference: Reference) -> Table:
         records, lambda record: Cell(two_digits(record["point"]), interval_of(record, two_digits)),
         by="policy", across="aggregate", heading="Policy",
     )  # fmt: skip
-
-
-def reference_table(analysis: Analysis) -> Table:
-    """The published scores that normalise each game, and so the aggregates that it is part of."""
-    included = {reference: analysis.aggregate_games(reference) for reference in REFERENCE_LABELS}
-    records = [
-        {"game": game}
-        | {f"{name}_score": getattr(GAMES[game], f"{name}_score") for name in ("random", "human", "dqn")}
-        | {f"in_{reference}_normalised": str(game in games).lower() for reference, games in included.items()}
-        for game in analysis.data.games
-        if any(included.values())
-    ]
-
-    def score(name: str) -> Any:
-        return lambda record: None if record[name] is None else format_score(record[name])
-
-    return Table.wide(
-        "games_in_aggregates",
-        "Published scores that normalise each game, and the aggregates that it is part of.",
-        records,
-        {
-            "Game": lambda record: record["game"],
-            "Random": score("random_score"),
-            "Human": score("human_score"),
-            "DQN": score("dqn_score"),
-            "In human-normalised": lambda record: record["in_human_normalised"],
-            "In DQN-normalised": lambda record: record["in_dqn_normalised"],
-        },
-    )
 
 
 def comparison_table(analysis: Analysis) -> Table:

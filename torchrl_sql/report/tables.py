@@ -14,7 +14,6 @@ from torchrl_sql.report.score_tables import (
     aggregate_table,
     comparison_table,
     published_table,
-    reference_table,
     score_table,
     seed_table,
 )
@@ -28,7 +27,6 @@ def all_tables(analysis: Analysis) -> dict[str, Table]:
         aggregate_table(analysis, "human"),
         aggregate_table(analysis, "dqn"),
         comparison_table(analysis),
-        reference_table(analysis),
         seed_table(analysis),
         curve_table(analysis, analysis.lines, name="scores_along_axis", axis=analysis.data.x or ""),
         curve_table(analysis, analysis.learning_curves, name="learning_curves", axis="gradient steps"),
