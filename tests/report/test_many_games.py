@@ -32,7 +32,7 @@ def read(page, name):
 def test_every_kind_of_plot_is_there_and_games_share_them(page):
     files = {path.stem for path in (page.parent / "report_files").glob("*.svg")}
     assert {name for name in files if not name.startswith("curve_")} == {
-        "aggregates", "performance_profile", "scores_by_game_1", "scores_by_game_2", "calibration", "published_agents",
+        "aggregates", "performance_profile", "scores_by_game_1", "scores_by_game_2", "calibration",
         "scores_along_axis", *(f"scores_along_axis_by_game_{number}" for number in range(1, 5)),
         "learning_curve", *(f"learning_curve_by_game_{number}" for number in range(1, 5)),
     }  # fmt: skip

@@ -45,6 +45,9 @@ def find_agents(runs: Sequence[RunConfig], episodes: Sequence[EpisodeResult], x:
     parameters = {name: _num_parameters(config) for name, config in configs.items()}
     places = {name: _place(config, x, parameters[name]) for name, config in configs.items()} if x else {}
     families = _families(configs, x)
+    places_of = Counter((families[name], place) for name, place in places.items())
+    if crowded := [family for (family, _), count in places_of.items() if count > 1]:
+        raise ValueError(f"runs of {crowded[0]} must differ in {x}; leave some out, or choose another --x")
     sizes = Counter(families.values())
     labels = {
         name: f"{family} {format_x(places[name], x)}" if x and sizes[family] > 1 else family

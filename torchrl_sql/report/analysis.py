@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -14,6 +14,7 @@ import numpy as np
 from torchrl_sql.evaluation.episodes import EpisodeResult, returns_of
 from torchrl_sql.games import GAMES
 from torchrl_sql.report.model import Agent, GameData, ReportData, Returns
+from torchrl_sql.report.selection import Selection, select
 from torchrl_sql.statistics.calibration import Calibration, calibrate
 from torchrl_sql.statistics.intervals import (
     Interval,
@@ -38,6 +39,8 @@ from torchrl_sql.statistics.scores import (
 MANY_GAMES = 5
 """From so many games on, a report aggregates them and shows them together; fewer are shown one by one."""
 
+ALL = "IQM"
+"""Stands in the place of a game for the human-normalised interquartile mean over games."""
 BEHAVIOUR = "Behaviour mean"
 BEST_BEHAVIOUR = "Best behaviour"
 BEST_CONSTANT = "Best constant"
@@ -68,16 +71,6 @@ class Line(NamedTuple):
     runs: Mapping[float, RunReturns]
 
 
-class _Shown(NamedTuple):
-    """Which of an agent's episodes count: those at ``step`` of ``seeds`` in ``games``."""
-
-    step: int
-    seeds: set[int]
-    games: tuple[str, ...]
-    complete: tuple[int, ...]
-    """All steps at which these seeds were evaluated in these games."""
-
-
 @dataclass(frozen=True)
 class Analysis:
     """What a report shows of its data.
@@ -89,7 +82,7 @@ class Analysis:
     data: ReportData
 
     def __post_init__(self) -> None:
-        if not self._shown or self.data.main not in ("", *self._shown):
+        if not self.selection or self.data.main not in ("", *self.selection):
             raise ValueError(
                 f"{self.data.main or 'an agent'} must have a training seed that was evaluated in each of its games at "
                 f"one gradient step, among {', '.join(self.data.games)}; evaluate it there, or choose with --games"
@@ -98,78 +91,21 @@ class Analysis:
     # Which episodes count
 
     @cached_property
-    def counts(self) -> dict[str, dict[int, Counter[tuple[int, str]]]]:
-        """Numbers of episodes in the report's games, ``{label: {gradient step: {(seed, game): episodes}}}``, steps
-        ascending.
-        """
-        counts: dict[str, dict[int, Counter[tuple[int, str]]]] = {}
-        for label, rows in self._rows.items():
-            steps: dict[int, Counter[tuple[int, str]]] = defaultdict(Counter)
-            for row in rows:
-                steps[row.gradient_step][row.seed, row.game] += 1
-            counts[label] = dict(sorted(steps.items()))
-        return counts
-
-    @cached_property
-    def _rows(self) -> dict[str, list[EpisodeResult]]:
-        games = set(self.data.games)
-        rows: dict[tuple[str, str], list[EpisodeResult]] = defaultdict(list)
-        for row in self.data.episodes:
-            if row.game in games:
-                rows[row.agent, row.decoding].append(row)
-        return {agent.label: rows[agent.agent, agent.decoding] for agent in self.data.agents}
-
-    @cached_property
-    def _shown(self) -> dict[str, _Shown]:
-        """By agent label: of all seeds as many as were evaluated in every game of the agent's at one gradient step, at
-        the last such step. Agents without such a seed are missing.
-        """
-        shown = {}
-        for label, counts in self.counts.items():
-            steps = [*counts]
-            if self.data.step is not None and any(steps):  # random play has not been trained for any
-                if self.data.step not in steps:
-                    raise ValueError(
-                        f"--step must be one at which {label} was evaluated ({', '.join(map(str, steps))}), got "
-                        f"{self.data.step}; evaluate it there, or leave the agent out with --agents"
-                    )
-                steps = [self.data.step]
-            played = {game for step in steps for _, game in counts[step]}
-            games = tuple(game for game in self.data.games if game in played)
-            seeds = {
-                step: {seed for seed, _ in counts[step] if all((seed, game) in counts[step] for game in games)}
-                for step in steps
-            }
-            step = max(steps, key=lambda step: (len(seeds[step]), step), default=0)
-            if seeds.get(step):
-                pairs = [(seed, game) for seed in seeds[step] for game in games]
-                complete = tuple(other for other in counts if all(pair in counts[other] for pair in pairs))
-                shown[label] = _Shown(step, seeds[step], games, complete)
-        return shown
+    def selection(self) -> dict[str, Selection]:
+        """By the label of agents that have some."""
+        return select(self.data)
 
     @cached_property
     def agents(self) -> list[Agent]:
-        """Those with a training seed that was evaluated in each of the agent's games at one gradient step."""
-        return [agent for agent in self.data.agents if agent.label in self._shown]
-
-    def step(self, label: str) -> int:
-        """The gradient steps at which an agent is compared."""
-        return self._shown[label].step
-
-    def complete_steps(self, label: str) -> tuple[int, ...]:
-        """Where the seeds that count were evaluated in all of the agent's games."""
-        return self._shown[label].complete
-
-    def seeds_left_out(self, label: str) -> list[int]:
-        """Seeds that were not evaluated in all of the agent's games where it is compared."""
-        return sorted({row.seed for row in self._rows[label]} - self._shown[label].seeds)
+        """Those with episodes that count."""
+        return [agent for agent in self.data.agents if agent.label in self.selection]
 
     @cached_property
     def episodes(self) -> dict[str, list[EpisodeResult]]:
         """The episodes that count, by agent label."""
         return {
-            label: [row for row in self._rows[label] if row.gradient_step == shown.step and row.seed in shown.seeds]
-            for label, shown in self._shown.items()
+            label: [row for row in which.rows if row.gradient_step == which.step and row.seed in which.seeds]
+            for label, which in self.selection.items()
         }
 
     @cached_property
@@ -179,15 +115,15 @@ class Analysis:
         Raises:
             ValueError: if an agent's episodes are ambiguous.
         """
-        return {agent.label: self._returns(agent, self.step(agent.label)) for agent in self.agents}
+        return {agent.label: self._returns(agent, self.selection[agent.label].step) for agent in self.agents}
 
     def _returns(self, agent: Agent, gradient_step: int) -> RunReturns:
-        shown = self._shown[agent.label]
+        which = self.selection[agent.label]
         return returns_of(
-            [row for row in self._rows[agent.label] if row.seed in shown.seeds],
+            [row for row in which.rows if row.seed in which.seeds],
             agent=agent.agent,
             decoding=agent.decoding,
-            games=shown.games,
+            games=which.games,
             gradient_step=gradient_step,
         )
 
@@ -236,10 +172,11 @@ class Analysis:
     @cached_property
     def learning_curves(self) -> list[Line]:
         """Returns against gradient steps, of agents that were evaluated in full at two checkpoints or more."""
+        steps = {agent.label: self.selection[agent.label].complete for agent in self.agents}
         return [
-            Line(agent.label, agent, {step: self._returns(agent, step) for step in self.complete_steps(agent.label)})
+            Line(agent.label, agent, {step: self._returns(agent, step) for step in steps[agent.label]})
             for agent in self.agents
-            if len(self.complete_steps(agent.label)) > 1
+            if len(steps[agent.label]) > 1
         ]
 
     @cached_property
@@ -250,6 +187,19 @@ class Analysis:
             for name, agents in self.families.items()
         ]
 
+    def along(self, lines: Sequence[Line]) -> dict[str, dict[str, dict[float, Interval]]]:
+        """Scores of lines, ``{game: {line: {x: mean raw return}}}``; those of :data:`ALL` are human-normalised IQMs."""
+        whole = self.aggregate_games("human")
+        scores: dict[str, dict[str, dict[float, Interval]]] = {game: {} for game in (ALL, *self.data.games)}
+        for line in lines:
+            for x, runs in line.runs.items():
+                means = game_means(runs)
+                if whole and {*whole} <= {*runs.games}:
+                    means[ALL] = aggregates(runs.select(whole).normalised("human"))["IQM"]
+                for game, mean in means.items():
+                    scores[game].setdefault(line.label, {})[x] = mean
+        return {game: of_game for game, of_game in scores.items() if of_game}
+
     # Statistics
 
     @cached_property
@@ -259,11 +209,11 @@ class Analysis:
         for agent in self.agents:
             if agent.decoding != "greedy":
                 continue
-            key = (agent.agent, self.step(agent.label))
+            key = (agent.agent, self.selection[agent.label].step)
             of_agent = [
                 point
                 for point in self.data.calibration
-                if (point.agent, point.gradient_step) == key and point.seed in self._shown[agent.label].seeds
+                if (point.agent, point.gradient_step) == key and point.seed in self.selection[agent.label].seeds
             ]
             for game in self.data.games:
                 if points := [point for point in of_agent if point.game == game]:

@@ -8,7 +8,7 @@ from math import isfinite, isnan
 import numpy as np
 
 from torchrl_sql.report.analysis import Analysis
-from torchrl_sql.report.text import REFERENCE_LABELS, name_games, plural, sentence
+from torchrl_sql.report.text import REFERENCE_LABELS, name_games, plural, sentence, span
 from torchrl_sql.statistics.scores import split_by_reference
 
 
@@ -40,10 +40,10 @@ def _of_agents(analysis: Analysis) -> Iterator[str]:
             aggregated = analysis.aggregates("human")
             consequence = ", and is left out of the aggregates" if aggregated and label not in aggregated else ""
             yield f"{label} has no episode that counts in {name_games(missing, len(games))}{consequence}."
-        if seeds := analysis.seeds_left_out(label):
+        if seeds := analysis.selection[label].seeds_left_out:
             yield (
                 f"{label} is shown without seed {', '.join(map(str, seeds))}, not evaluated in each of its games at "
-                f"{analysis.step(label):,} gradient steps."
+                f"{analysis.selection[label].step:,} gradient steps."
             )
 
 
@@ -68,7 +68,7 @@ def _of_intervals(analysis: Analysis) -> Iterator[str]:
     few, most = min(counts.values(), default=1), max(counts.values(), default=1)
     if most > 1:
         yield (
-            f"Intervals are Student's 95% intervals over {few if few == most else f'{few} to {most}'} training seeds "
+            f"Intervals are Student's 95% intervals over {span(few, most)} training seeds "
             "of per-seed means and aggregates: the games of one seed share a network. An aggregate is the mean of the "
             "seeds' own aggregates."
         )
@@ -121,18 +121,18 @@ def _of_protocols(analysis: Analysis) -> Iterator[str]:
         if len(values) > 1:
             listed = ", ".join(f"{value:,g}" if value < 1 else f"{value:,}" for value in values)
             yield f"The agents were not evaluated alike: {name} {listed}. Compare with care."
-    steps = sorted({analysis.step(label) for label, runs in analysis.runs.items() if runs.trained})
+    steps = sorted({analysis.selection[label].step for label, runs in analysis.runs.items() if runs.trained})
     if len(steps) > 1:
         yield f"The agents were trained for different numbers of gradient steps: {', '.join(f'{s:,}' for s in steps)}."
 
 
 def _of_checkpoints(analysis: Analysis) -> Iterator[str]:
     texts: list[tuple[str, str]] = []
-    for label in analysis.runs:
-        complete, counts = analysis.complete_steps(label), analysis.counts[label]
+    for label, which in analysis.selection.items():
+        complete, counts = which.complete, which.counts
         others = [step for step in counts if step not in complete]
-        if later := [f"{step:,}" for step in others if step > analysis.step(label) and analysis.data.step is None]:
-            text = f"scores are those at {analysis.step(label):,} gradient steps, the last checkpoint that was"
+        if later := [f"{step:,}" for step in others if step > which.step and analysis.data.step is None]:
+            text = f"scores are those at {which.step:,} gradient steps, the last checkpoint that was"
             texts.append((label, f"{text} evaluated with every seed in every game; later ones: {', '.join(later)}"))
         if others and len(complete) > 1:
             listed = ", ".join(f"{step:,}" for step in others)

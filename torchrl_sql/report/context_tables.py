@@ -7,11 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torchrl_sql.games import ACTION_NAMES
-from torchrl_sql.report.analysis import Analysis, Line
-from torchrl_sql.report.score_tables import ALL, ends, interval_of
+from torchrl_sql.report.analysis import ALL, Analysis, Line
+from torchrl_sql.report.score_tables import ends, interval_of
 from torchrl_sql.report.table import Cell, Record, Table
-from torchrl_sql.report.text import format_score, two_digits
-from torchrl_sql.statistics.intervals import aggregates, game_means
+from torchrl_sql.report.text import format_score, span, two_digits
 
 
 def _number(name: str, pattern: str = ",") -> Any:
@@ -50,10 +49,6 @@ def protocol_table(analysis: Analysis) -> Table:
                 }
             )
 
-    def num_episodes(record: Record) -> str:
-        low, high = record["min_episodes_per_game"], record["max_episodes_per_game"]
-        return f"{low}" if low == high else f"{low}–{high}"
-
     return Table.wide(
         "protocol", "How the episodes of each agent and training seed were played.", records,
         {
@@ -61,7 +56,7 @@ def protocol_table(analysis: Analysis) -> Table:
             "Seed": _number("seed"),
             "Parameters": _number("num_parameters"),
             "Gradient steps": _number("gradient_step"),
-            "Episodes per game": num_episodes,
+            "Episodes per game": lambda each: span(each["min_episodes_per_game"], each["max_episodes_per_game"]),
             "Decoding": lambda record: record["decoding"],
             "Epsilon": _number("epsilon", "g"),
             "Sticky": _number("sticky", "g"),
@@ -73,19 +68,14 @@ def protocol_table(analysis: Analysis) -> Table:
 
 def curve_table(analysis: Analysis, lines: Sequence[Line], *, name: str, axis: str) -> Table:
     """Every line's mean score in each game, and its IQM, along an axis; of many games, only the latter is shown."""
-    games = analysis.aggregate_games("human")
-    estimates = {(line.label, x): game_means(runs) for line in lines for x, runs in line.runs.items()}
-    for label, _, points in lines:
-        for x, runs in points.items():
-            if games and {*games} <= {*runs.games}:
-                estimates[label, x][ALL] = aggregates(runs.select(games).normalised("human"))["IQM"]
+    scores = analysis.along(lines)
     records = [
-        {"policy": label, "x": x, "game": game, "point": means[game].point, **ends(means[game])}
-        for game in (*analysis.data.games, ALL)
-        for (label, x), means in estimates.items()
-        if game in means
+        {"policy": label, "x": x, "game": game, "point": interval.point, **ends(interval)}
+        for game, of_game in scores.items()
+        for label, points in of_game.items()
+        for x, interval in sorted(points.items())
     ]
-    brief = analysis.many_games and games
+    brief = analysis.many_games and ALL in scores
 
     def cell(record: Record) -> Cell:
         number = two_digits if record["game"] == ALL else format_score
@@ -167,6 +157,11 @@ def data_table(analysis: Analysis) -> Table:
         text = f"{format_score(record['behaviour_mean'])} ± {format_score(record['behaviour_std'])}"
         return Cell(text, "clipped rewards" if record["rewards"] == "clipped" else "")
 
+    def actions(record: Record) -> str:
+        counts = {name: record[f"action_{name}"] for name in ACTION_NAMES}
+        most = sorted(counts, key=lambda name: -counts[name])[:3]
+        return ", ".join(f"{name} {counts[name] / max(sum(counts.values()), 1):.0%}" for name in most if counts[name])
+
     return Table.wide(
         "data", "The training data. Returns are mean ± standard deviation over episodes; bytes are on disk.", records,
         {
@@ -176,6 +171,7 @@ def data_table(analysis: Analysis) -> Table:
             "Behaviour return": behaviour,
             "Bytes per transition": _number("bytes_per_transition", ",.0f"),
             "By behaviour": lambda record: record["by_behaviour"],
+            "Most frequent actions": actions,
         },
     )  # fmt: skip
 

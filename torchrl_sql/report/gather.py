@@ -81,14 +81,14 @@ def gather(
     caveats += _unevaluated(runs, episodes)
     evaluated = {row.agent for row in episodes}
     runs = [run for run in runs if run.config.name in evaluated]
-    introduction: Sequence[str] = ()
-    if len(paths) == len(studies) == 1:
-        (study,) = studies.values()
-        title, introduction, x = title or study.title, study.introduction, x or study.report.x
-        main = main or next((name for name in (study.report.main, *study.runs) if name in evaluated), None)
-        against = against or [name for name in study.report.against if name in evaluated]
+    study = next(iter(studies.values())) if len(paths) == len(studies) == 1 else None
+    x = x or (study.report.x if study else None)
     found = find_agents([run.config for run in runs], episodes, x)
     kept = [agent for name in agents for agent in named(found, name, "--agents")] or found
+    if study is not None:
+        names = {agent.agent for agent in kept}
+        main = main or next((name for name in (study.report.main, *study.runs) if name in names), None)
+        against = against or [name for name in study.report.against if name in names]
     ordered, compared = arrange([agent for agent in found if agent in kept], main, against)
     labels: dict[str, str] = {}
     for agent in ordered:
@@ -108,8 +108,8 @@ def gather(
         others = {labels[run.config.name]: run.config.data for run in runs if run not in main_runs}
         caveats += other_data(main_runs[0].config.data, others)
     return ReportData(
-        title=title or ", ".join(labels),
-        introduction=introduction,
+        title=title or (study.title if study else ", ".join(labels)),
+        introduction=study.introduction if study else (),
         games=shown,
         agents=ordered,
         episodes=[row for row in episodes if row.agent in labels],

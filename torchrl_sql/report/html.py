@@ -18,16 +18,16 @@ from PIL import Image
 from torchrl_sql.files import replacing, write_text
 from torchrl_sql.report.analysis import Analysis
 from torchrl_sql.report.caveats import caveats
-from torchrl_sql.report.figures.aggregates import aggregate_plot, profile_plot, published_plot
+from torchrl_sql.report.figures.aggregates import aggregate_plot, profile_plot
 from torchrl_sql.report.figures.curves import STEPS_AXIS, line_plots, training_plots
-from torchrl_sql.report.figures.games import action_plot, few_games_plot, many_games_plots
+from torchrl_sql.report.figures.games import few_games_plot, many_games_plots
 from torchrl_sql.report.figures.values import calibration_plots
 from torchrl_sql.report.findings import findings
 from torchrl_sql.report.model import Clip, ReportData
 from torchrl_sql.report.style import COLOURS, Plot, draw
 from torchrl_sql.report.table import Table
 from torchrl_sql.report.tables import all_tables
-from torchrl_sql.report.text import name_games, plural, sentence
+from torchrl_sql.report.text import name_games, plural, sentence, span
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +67,7 @@ def write_report(analysis: Analysis, out: str | os.PathLike[str]) -> Path:
     downloads: dict[str, list[tuple[str, bytes, str]]] = {
         plot.name: [
             (f"{plot.name}.png", plot.png(), "image/png"),
-            (f"{plot.name}.svg", plot.svg(), "image/svg+xml"),
+            (f"{plot.name}.svg", plot.svg, "image/svg+xml"),
         ]
         for group in plots.values()
         for plot in group
@@ -162,11 +162,7 @@ def _summary(analysis: Analysis) -> str:
     parts = [analysis.main.label + (f" against {others}" if others else "")]
     parts += [name_games(runs.games, 0) if len(runs.games) <= 3 else plural(len(runs.games), "game")]
     parts += [plural(len(runs.seeds), "training seed")] * runs.trained
-    return ", ".join([*parts, f"{_span(runs.counts.min(), runs.counts.max())} episodes per game and seed"]) + "."
-
-
-def _span(low: int, high: int) -> str:
-    return f"{low}" if low == high else f"{low} to {high}"
+    return ", ".join([*parts, f"{span(runs.counts.min(), runs.counts.max())} episodes per game and seed"]) + "."
 
 
 def _plots(analysis: Analysis) -> dict[str, list[Plot]]:
@@ -180,9 +176,7 @@ def _plots(analysis: Analysis) -> dict[str, list[Plot]]:
             lambda: line_plots(analysis, analysis.learning_curves, name="learning_curve", axis=STEPS_AXIS)
         ),
         "calibration": draw(lambda: calibration_plots(analysis)),
-        "actions": draw(lambda: [] if many else [action_plot(data) for data in analysis.data.game_data]),
         "training": draw(lambda: training_plots(analysis)),
-        "published": draw(lambda: [published_plot(analysis)]),
     }
     first = groups["axis"] or groups["aggregates"] or groups["games"]
     return groups | {"lead": [first.pop(0)] if first else []}
@@ -223,10 +217,7 @@ def _environment() -> jinja2.Environment:
 
 def _typographic(text: str) -> str:
     """Minus signs for the hyphens that stand before a digit and after no word."""
-    return "".join(
-        "−" if c == "-" and text[i + 1 : i + 2].isdigit() and not text[i - 1 : i].isalnum() else c
-        for i, c in enumerate(text)
-    )
+    return re.sub(r"(?<![^\W_])-(?=\d)", "−", text)
 
 
 def _data_uri(data: bytes, mime: str) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from torchrl_sql.report.analysis import BEHAVIOUR, DQN, HUMAN, RANDOM, Analysis
+from torchrl_sql.report.analysis import ALL, BEHAVIOUR, DQN, HUMAN, RANDOM, Analysis
 from torchrl_sql.report.table import Cell, Record, Table
 from torchrl_sql.report.text import (
     REFERENCE_LABELS,
@@ -21,9 +21,6 @@ from torchrl_sql.report.text import (
 )
 from torchrl_sql.statistics.intervals import AGGREGATES, Interval, Verdict, interquartile_mean
 from torchrl_sql.statistics.scores import Reference, normalised_score, split_by_reference
-
-ALL = "IQM"
-"""Stands in the column of games for the human-normalised interquartile mean over them."""
 
 
 def ends(interval: Interval) -> dict[str, float | str]:
@@ -58,9 +55,7 @@ def score_table(analysis: Analysis) -> Table:
             "human_normalised": _normalised_or_none(score.mean.point, game),
         }
         for game in analysis.data.games
-        for policy, score in sorted(
-            analysis.policies[game].items(), key=lambda item: analysis.policy_columns.index(item[0])
-        )
+        for policy, score in analysis.policies[game].items()
     ]
     best = {game: max((means[game].point for means in analysis.game_means.values() if game in means), default=math.inf)
             for game in analysis.data.games}  # fmt: skip
@@ -77,6 +72,7 @@ def score_table(analysis: Analysis) -> Table:
     return Table.crossed(
         "score_table", f"{caption}. The agent with the highest mean is in bold.", records, cell,
         by="game" if many else "policy", across="policy" if many else "game", heading="Game" if many else "Policy",
+        order=[*analysis.data.games, *analysis.policy_columns],
     )  # fmt: skip
 
 

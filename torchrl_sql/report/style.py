@@ -82,12 +82,9 @@ class Plot:
         """The light theme's picture."""
         return self._save("png")
 
+    @cached_property
     def svg(self) -> bytes:
         """The light theme's drawing, a file that stands by itself."""
-        return self._svg
-
-    @cached_property
-    def _svg(self) -> bytes:
         return self._save("svg")
 
     def _save(self, file_format: str) -> bytes:
@@ -99,7 +96,7 @@ class Plot:
 
     def inline(self) -> str:
         """SVG for inside a page: theme colours as CSS variables, ids that no other plot has, nothing loaded."""
-        text = self.svg().decode()
+        text = self.svg.decode()
         view_box = re.search(r'viewBox="[^"]*"', text)
         body = text[text.index("</metadata>") + len("</metadata>") :] if "</metadata>" in text else text
         assert view_box is not None, "matplotlib writes a viewBox"

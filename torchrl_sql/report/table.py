@@ -59,14 +59,19 @@ class Table:
         by: str | Callable[[Any], Any],
         across: str,
         heading: str,
+        order: Sequence[str] = (),
         shown: Callable[[Any], Any] = lambda record: True,
     ):
-        """One row per value of ``by`` (a field, or made of a record), one column per value of ``across``; both in the
-        order of the records that are ``shown``.
+        """One row per value of ``by`` (a field, or made of a record) and one column per value of ``across``, of records
+        that are ``shown``; both as in ``order``, and then in that of the records.
         """
         row_of = itemgetter(by) if isinstance(by, str) else by
         cells = {(row_of(record), record[across]): _cell(cell(record)) for record in records if shown(record)}
-        rows, columns = (list(dict.fromkeys(key[place] for key in cells)) for place in (0, 1))
+        rank = {value: place for place, value in enumerate(order)}
+        rows, columns = (
+            sorted(dict.fromkeys(key[place] for key in cells), key=lambda value: rank.get(value, len(rank)))
+            for place in (0, 1)
+        )
         return cls(
             name=name, caption=caption, records=records, header=[heading, *columns],
             rows=[[Cell(str(row)), *(cells.get((row, column), NOTHING) for column in columns)] for row in rows],

@@ -45,6 +45,11 @@ def format_x(x: float, axis: str) -> str:
     return format_size(int(x)) if axis == "parameters" else f"{axis.rpartition('.')[2]}={x:g}"
 
 
+def span(low: int, high: int) -> str:
+    """``3``, or ``3 to 5``."""
+    return f"{low}" if low == high else f"{low} to {high}"
+
+
 def sentence(text: str) -> str:
     """With a capital letter first."""
     return text[0].upper() + text[1:]

@@ -1,4 +1,4 @@
-"""Plots over all games: intervals of aggregates, performance profiles, published agents."""
+"""Plots over all games: intervals of aggregates, performance profiles."""
 
 from __future__ import annotations
 
@@ -7,12 +7,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from torchrl_sql.report.analysis import MANY_GAMES, Analysis
-from torchrl_sql.report.figures.look import STEPS, colour, draw_row, point_style, published_style
-from torchrl_sql.report.score_tables import published_iqm
-from torchrl_sql.report.style import COLOURS, WIDTH, Plot, new_figure
+from torchrl_sql.report.figures.look import STEPS, colour, draw_row, point_style
+from torchrl_sql.report.style import WIDTH, Plot, new_figure
 from torchrl_sql.report.text import format_interval, plural, sentence, two_digits
-from torchrl_sql.statistics.intervals import AGGREGATES, aggregates, performance_profile
-from torchrl_sql.statistics.scores import split_by_reference
+from torchrl_sql.statistics.intervals import AGGREGATES, performance_profile
 
 
 def aggregate_plot(analysis: Analysis) -> Plot | None:
@@ -74,40 +72,5 @@ def profile_plot(analysis: Analysis) -> Plot | None:
         "Higher is better; bands are 95% intervals.",
         description="Performance profiles. Share of runs above the human score: "
         + "; ".join(f"{label} {(runs.run_scores() > 1).mean():.2f}" for label, runs in scores.items()),
-        figure=figure,
-    )
-
-
-def published_plot(analysis: Analysis) -> Plot | None:
-    """IQM of our agents and of published ones over the games that all have and that have a human score."""
-    games, _ = split_by_reference(analysis.published_games, "human")
-    if len(games) < MANY_GAMES:
-        return None
-    ours = {
-        agent.label: (agent, aggregates(analysis.runs[agent.label].select(games).normalised("human"))["IQM"])
-        for agent in analysis.agents
-        if {*games} <= {*analysis.runs[agent.label].games}
-    }
-    theirs = {agent.label: published_iqm(agent.scores, games) for agent in analysis.published.values()}
-    theirs = dict(sorted(theirs.items(), key=lambda item: -item[1]))
-    rows = [*ours, *theirs]
-    figure, axes = new_figure(0.22 * len(rows) + 0.7)
-    for row, (agent, interval) in enumerate(ours.values()):
-        draw_row(axes, row, interval, **point_style(agent, analysis))
-    for row, (label, value) in enumerate(theirs.items(), start=len(ours)):
-        axes.plot(value, row, **published_style(analysis.published[label].mark))
-    axes.axhline(len(ours) - 0.5, color=COLOURS["muted"][0], linewidth=0.8)
-    axes.set_yticks(range(len(rows)), rows)
-    axes.set_ylim(len(rows) - 0.4, -0.6)
-    axes.set_xlim(left=min(0.0, axes.get_xlim()[0]))
-    axes.grid(axis="x")
-    axes.spines["left"].set_visible(False)
-    axes.set_xlabel("human-normalised IQM")
-    values = {label: interval.point for label, (_, interval) in ours.items()} | theirs
-    return Plot(
-        name="published_agents",
-        caption=f"Human-normalised IQM over the {len(games)} games that published agents share with this report; "
-        "data and protocols differ, and published scores come without intervals.",
-        description="; ".join(f"{label} {two_digits(value)}" for label, value in values.items()),
         figure=figure,
     )

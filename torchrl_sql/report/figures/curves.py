@@ -10,12 +10,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator, NullLocator
 
-from torchrl_sql.report.analysis import Analysis, Line
+from torchrl_sql.report.analysis import ALL, Analysis, Line
 from torchrl_sql.report.figures.look import CAP_SIZE, STEPS, colour, point_style
 from torchrl_sql.report.model import Curve
 from torchrl_sql.report.style import COLOURS, SMALL_WIDTH, WIDTH, Plot, new_figure
-from torchrl_sql.report.text import plural, two_digits
-from torchrl_sql.statistics.intervals import Interval, aggregates, game_means
+from torchrl_sql.statistics.intervals import Interval
 from torchrl_sql.statistics.scores import Array
 
 STEPS_AXIS = "gradient steps"
@@ -28,74 +27,56 @@ WIDE_AXIS = 8
 
 def line_plots(analysis: Analysis, lines: Sequence[Line], *, name: str, axis: str) -> list[Plot]:
     """Scores along an axis with intervals: the IQM over the games that are aggregated, then each game."""
-    plots = []
-    games = analysis.aggregate_games("human")
-    over_all = [line for line in lines if games and all({*games} <= {*runs.games} for runs in line.runs.values())]
-    if over_all:
-        figure, axes = new_figure(2.9)
-        curves = {
-            line.label: {x: aggregates(r.select(games).normalised("human"))["IQM"] for x, r in line.runs.items()}
-            for line in over_all
-        }
-        for line in over_all:
-            _draw_line(axes, line, analysis, curves[line.label])
-        _set_axis(axes, axis, lines)
-        axes.set_ylabel("human-normalised IQM")
-        figure.legend(loc="outside upper left", ncols=3)
-        points = [
-            f"{label}: " + ", ".join(f"{x:,.15g} {two_digits(interval.point)}" for x, interval in curve.items())
-            for label, curve in curves.items()
-        ]
-        plots.append(
-            Plot(
-                name=name,
-                caption=f"Human-normalised IQM over {plural(len(games), 'game')} against {axis}, with 95% intervals.",
-                description=f"IQM against {axis}. {'; '.join(points)}",
-                figure=figure,
-            )
-        )
-    games = tuple(
-        game for game in analysis.data.games if any(game in runs.games for line in lines for runs in line.runs.values())
-    )
+    if not lines:
+        return []
+    points = analysis.along(lines)
+    games = [game for game in analysis.data.games if game in points]
     num_plots = -(-len(games) // PANELS_IN_ONE_PLOT)
-    size = -(-len(games) // max(num_plots, 1))
-    return plots + [
-        _game_panels(analysis, lines, games[index * size : (index + 1) * size], f"{name}_by_game_{index + 1}", axis)
-        for index in range(num_plots)
-    ]
+    size = -(-len(games) // num_plots)
+    parts = {f"{name}_by_game_{index + 1}": games[index * size : (index + 1) * size] for index in range(num_plots)}
+    parts = ({name: [ALL]} if ALL in points else {}) | parts
+
+    def plot(name: str, panels: Sequence[str]) -> Plot:
+        span = panels[0] if len(panels) == 1 else f"{panels[0]} to {panels[-1]}"
+        what = "Human-normalised IQM over games" if panels == [ALL] else f"Mean raw return in {span}"
+        return Plot(
+            name=name,
+            caption=f"{what} against {axis}, with 95% intervals.",
+            description=f"{what} of {', '.join(line.label for line in lines)} against {axis}; see the table.",
+            figure=_panels(analysis, lines, {panel: points[panel] for panel in panels}, axis),
+        )
+
+    return [plot(name, panels) for name, panels in parts.items()]
 
 
-def _game_panels(analysis: Analysis, lines: Sequence[Line], games: Sequence[str], name: str, axis: str) -> Plot:
-    rows = -(-len(games) // 2)
+def _panels(
+    analysis: Analysis, lines: Sequence[Line], panels: Mapping[str, Mapping[str, Mapping[float, Interval]]], axis: str
+) -> Figure:
+    """A panel per name: each line's intervals by place on the axis."""
+    columns = min(2, len(panels))
+    rows = -(-len(panels) // columns)
     legend_height = 0.17 * -(-len(lines) // 3) + 0.1
-    height = (1.25 if analysis.many_games else 1.7) * rows + 0.4 + legend_height
+    height = (2.2 if columns == 1 else 1.3) * rows + 0.4 + legend_height
     figure = Figure(figsize=(WIDTH, height))
-    grid = figure.subplots(rows, 2, squeeze=False)
+    grid = figure.subplots(rows, columns, squeeze=False)
     # Fixed margins: a constrained layout of many panels takes seconds.
     figure.subplots_adjust(
         left=0.1, right=0.97, top=1 - (legend_height + 0.2) / height, bottom=0.45 / height, wspace=0.26, hspace=0.62
     )
     drawn: dict[str, Any] = {}
-    for axes, game in zip(grid.flat, games, strict=False):
+    for axes, (name, curves) in zip(grid.flat, panels.items(), strict=False):
         for line in lines:
-            points = {x: game_means(runs.select([game]))[game] for x, runs in line.runs.items() if game in runs.games}
-            _draw_line(axes, line, analysis, points)
+            _draw_line(axes, line, analysis, curves.get(line.label, {}))
         drawn |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
-        axes.set_title(game, fontsize=8.5)
+        axes.set_title("Human-normalised IQM" if name == ALL else name, fontsize=8.5)
         _set_axis(axes, axis, lines, label=False)
         axes.tick_params(axis="both", labelsize=7, labelcolor=COLOURS["muted"][0])
-        axes.yaxis.set_major_locator(MaxNLocator(3, steps=STEPS))
-    for axes in list(grid.flat)[len(games) :]:
+        axes.yaxis.set_major_locator(MaxNLocator(3 if columns > 1 else 5, steps=STEPS))
+    for axes in list(grid.flat)[len(panels) :]:
         axes.set_visible(False)
     figure.legend([*drawn.values()], [*drawn], loc="upper left", ncols=3, fontsize=8)
     figure.supxlabel(axis, fontsize=9, color=COLOURS["muted"][0], y=0.05 / height)
-    span = games[0] if len(games) == 1 else f"{games[0]} to {games[-1]}"
-    return Plot(
-        name=name,
-        caption=f"Mean raw return against {axis} with 95% intervals, {span}.",
-        description=f"Scores against {axis} in {', '.join(games)}; the numbers are in the table.",
-        figure=figure,
-    )
+    return figure
 
 
 def _draw_line(axes: Axes, line: Line, analysis: Analysis, points: Mapping[float, Interval]) -> None:

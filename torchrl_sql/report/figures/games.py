@@ -12,11 +12,10 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from torchrl_sql.games import ACTION_NAMES, GAMES
+from torchrl_sql.games import GAMES
 from torchrl_sql.report.analysis import BEHAVIOUR, BEST_BEHAVIOUR, BEST_CONSTANT, DQN, Analysis
 from torchrl_sql.report.figures.look import DQN_MARK, STEPS, bar_style, draw_bar, published_style
-from torchrl_sql.report.model import GameData
-from torchrl_sql.report.style import COLOURS, SMALL_WIDTH, WIDTH, Plot, new_figure
+from torchrl_sql.report.style import COLOURS, WIDTH, Plot, new_figure
 from torchrl_sql.report.text import format_score, name_games
 from torchrl_sql.statistics.intervals import Interval
 from torchrl_sql.statistics.scores import normalised_score, published_agents, split_by_reference
@@ -160,27 +159,3 @@ def _set_scale(axes: Axes, values: Sequence[float]) -> None:
     else:
         axes.set_xlim(min(0.0, 1.1 * lowest), 1.05 * max(highest, 1.0))
     axes.set_xlabel("human-normalised score" + (", logarithmic beyond 1" if highest > 3 else ""))
-
-
-def action_plot(data: GameData) -> Plot:
-    """How often each of the 18 actions occurs in one game's data."""
-    counts = np.asarray(data.action_counts, dtype=np.float64)
-    shares = counts / max(counts.sum(), 1.0)
-    legal = set(GAMES[data.game].minimal_actions)
-    figure, axes = new_figure(3.1, width=SMALL_WIDTH)
-    colours = [COLOURS["method" if action in legal else "data"][0] for action in range(len(ACTION_NAMES))]
-    axes.barh(range(len(ACTION_NAMES)), shares, color=colours, height=0.7)
-    axes.set_yticks(range(len(ACTION_NAMES)), ACTION_NAMES, fontsize=7.5)
-    axes.set_ylim(len(ACTION_NAMES) - 0.4, -0.6)
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.0f}%"))
-    axes.xaxis.set_major_locator(MaxNLocator(4, steps=STEPS))
-    axes.grid(axis="x")
-    axes.spines["left"].set_visible(False)
-    axes.set_title(data.game, fontweight="bold")
-    return Plot(
-        name=f"actions_{data.game}",
-        caption=f"{data.game}: share of each action in the data. Blue actions are legal; grey ones act as NOOP.",
-        description=f"Share of actions in the data of {data.game}: "
-        + ", ".join(f"{name} {share:.0%}" for name, share in zip(ACTION_NAMES, shares, strict=True) if share >= 0.01),
-        figure=figure,
-    )
