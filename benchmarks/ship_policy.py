@@ -1,11 +1,12 @@
-"""Makes examples/quickstart_policy.safetensors and its card of a finished quickstart.
+r"""Makes examples/quickstart_policy.safetensors and its card of a finished quickstart.
 
     torchrl-sql study quickstart --seeds 0,1,2
     python benchmarks/ship_policy.py runs/quickstart
-    torchrl-sql enjoy examples/quickstart_policy.safetensors --game Breakout,Enduro,Freeway --seconds 20 --fps 5 \\
+    torchrl-sql enjoy examples/quickstart_policy.safetensors --game Breakout,Enduro,Freeway --seconds 20 --fps 5 \
         --out docs/quickstart.gif
 
-The card's scores are those of the shipped file, whose weights are rounded to float16: 20 episodes per game, played here.
+The card's scores are those of the shipped file, whose weights are rounded to float16: 20 episodes per
+game, played here.
 """
 
 from __future__ import annotations
@@ -30,9 +31,9 @@ POLICY = ROOT / "examples" / "quickstart_policy.safetensors"
 CARD = """\
 # The quickstart's policy
 
-`quickstart_policy.safetensors` ({kilobytes:.0f} kB) is the network of `{run}` of `torchrl-sql study quickstart`: {games}
-with one network, by distributional conservative Q-learning. It was trained on weak scripted play and never acted while it
-learned. Weights are float16, and of the heads only the rows of legal actions (`export_policy(compact=True)`).
+`quickstart_policy.safetensors` ({kilobytes:.0f} kB) is the network of `{run}` of `torchrl-sql study quickstart`:
+{games} with one network, by distributional conservative Q-learning. It was trained on weak scripted play and never acted
+while it learned. Weights are float16, and of the heads only the rows of legal actions (`export_policy(compact=True)`).
 
 ```bash
 torchrl-sql enjoy examples/quickstart_policy.safetensors --game Breakout --out breakout.gif
@@ -49,11 +50,11 @@ One training seed; what three say of the method is in `benchmarks/results/quicks
 
 {sources}
 
-**Settings.** `configs/study/quickstart.yaml`: {steps:,} gradient steps of {batch} transitions, {encoder}, C51, CQL alpha
-{alpha}. Protocol: epsilon {epsilon}, sticky actions {sticky}, at most {frames:,} emulator frames per episode.
+**Settings.** `configs/study/quickstart.yaml`: {steps:,} gradient steps of {batch} transitions, {encoder}, C51, CQL
+alpha {alpha}. Protocol: epsilon {epsilon}, sticky actions {sticky}, at most {frames:,} emulator frames per episode.
 
-**Limits.** It plays these games as the emulator of ale-py 0.12 starts them, from 84 x 84 grey frames, and nothing else. A
-small network trained for minutes: an example, not a baseline to compare with.
+**Limits.** It plays these games as the emulator of ale-py 0.12 starts them, from 84 x 84 grey frames, and nothing else.
+A small network trained for minutes: an example, not a baseline to compare with.
 
 **Licence.** MIT, as the repository. Made by `python benchmarks/ship_policy.py`, commit {commit}, {date}.
 """
