@@ -32,8 +32,9 @@ CARD = """\
 # The quickstart's policy
 
 `quickstart_policy.safetensors` ({kilobytes:.0f} kB) is the network of `{run}` of `torchrl-sql study quickstart`:
-{games} with one network, by distributional conservative Q-learning. It was trained on weak scripted play and never acted
-while it learned. Weights are float16, and of the heads only the rows of legal actions (`export_policy(compact=True)`).
+{games} with one network, by distributional conservative Q-learning. It was trained on weak scripted play and never
+acted while it learned. Weights are float16, and of the heads only the rows of legal actions
+(`export_policy(compact=True)`).
 
 ```bash
 torchrl-sql enjoy examples/quickstart_policy.safetensors --game Breakout --out breakout.gif
