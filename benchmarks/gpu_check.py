@@ -42,6 +42,7 @@ from typing import Any
 import torch
 from _gpu_rows import Item, Measurements, make_store
 
+from torchrl_sql.data.gather import fastest_gather
 from torchrl_sql.games import TRAIN_40
 from torchrl_sql.provenance import describe_benchmark
 from torchrl_sql.training.device import describe_device, resolve_device
@@ -280,7 +281,7 @@ def targets(rows: list[Item]) -> list[dict[str, str]]:
 
 def markdown(machine: dict[str, Any], rows: list[Item]) -> str:
     """The result as a page."""
-    made = f"`{machine['command']}`, {machine['date']}, commit {machine['commit']}."
+    made = f"`{machine['command']}`, {machine['date']}, commit {machine['commit']}, frames by `{machine['frames']}`."
     done = [row for row in rows if not {"failed", "skipped"} & row.keys()]
     steps = [row for row in done if row["kind"] in ("step", "peer")]
     others = [row for row in done if row["kind"] not in ("step", "peer")]
@@ -315,7 +316,7 @@ def main() -> None:
         parser.error(str(error))
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     out = args.out or ROOT / "benchmarks" / "results" / f"gpu_check_{re.sub(r'[^A-Za-z0-9]+', '_', name).lower()}"
-    machine = {"device": describe_device(device), **describe_benchmark()}
+    machine = {"device": describe_device(device), "frames": fastest_gather().__name__, **describe_benchmark()}
 
     def save(rows: list[Item]) -> None:
         out.with_suffix(".json").write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
