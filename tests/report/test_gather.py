@@ -488,3 +488,16 @@ def test_json_is_all_that_is_printed(tmp_path, capsys):
     assert data["made"]["command"] == f"torchrl-sql report {tmp_path} --json"
     assert {*data["made"]} == {"command", "date", "commit", "machine"}
     assert {"score_table", "protocol", "comparison"} <= {*data["tables"]}
+
+
+def test_constant_actions_are_shown_without_the_data_too(tmp_path):
+    ours = run_folder(tmp_path / "ours")
+    write(ours / "scores.csv", episodes())
+    rows = [
+        episode(f"constant_{name}", "Freeway", value, episode=index, episode_seed=index, gradient_step=0)
+        for name, value in (("UP", 20.0), ("DOWN", 0.0))
+        for index in range(2)
+    ]
+    write(tmp_path / "constant" / "scores.csv", rows)
+    best = Analysis(gather([ours, tmp_path / "constant"])).policies["Freeway"]["Best constant"]
+    assert (best.mean.point, best.num_episodes, best.detail) == (20.0, 2, "always UP")

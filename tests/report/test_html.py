@@ -163,10 +163,11 @@ def page(tmp_path_factory):
             GameData(
                 game=game, behaviour_text="A third of the episodes follow a script.", num_transitions=100_000,
                 num_episodes=500, bytes_per_transition=180.0, behaviour=good, action_counts=list(range(18)),
-                behaviours={"skilled": good, "lazy": good}, constant_actions={"DOWNRIGHTFIRE": good},
+                behaviours={"skilled": good, "lazy": good},
             )
             for game in games
         ],
+        constant_actions={game: {"DOWNRIGHTFIRE": good} for game in games},
         curves=[
             Curve(agent="bc", label="BC", metric=metric, seed=0, gradient_steps=[0, 1, 2], values=[3, 2, 1])
             for metric in ("Cross-entropy (nats)", "Gradient norm")

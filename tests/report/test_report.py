@@ -73,8 +73,9 @@ def make(**changes):
         "episodes": rows,
         "game_data": [
             game_data("Breakout", returns(4.0, 2.0), behaviours={"good": returns(7.0), "lazy": returns(1.0)}),
-            game_data("Freeway", returns(7.0), constant_actions={"UP": returns(24.0), "DOWN": returns(0.0)}),
+            game_data("Freeway", returns(7.0)),
         ],
+        "constant_actions": {"Freeway": {"UP": returns(24.0), "DOWN": returns(0.0)}},
         "curves": [
             Curve(agent=a, label=a, metric="TD loss (nats)", seed=0, gradient_steps=[0, 50, 100], values=[3, 2, 1.5])
             for a in ("ours", "bc")

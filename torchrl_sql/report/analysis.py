@@ -282,8 +282,8 @@ class Analysis:
             if data.best_behaviour is not None:
                 name, returns = data.best_behaviour
                 add(BEST_BEHAVIOUR, returns, name)
-        if data is not None and data.best_constant_action is not None:
-            name, returns = data.best_constant_action
+        if constants := self.data.constant_actions.get(game):
+            name, returns = max(constants.items(), key=lambda item: item[1].mean)
             add(BEST_CONSTANT, returns, f"always {name}")
         published = {RANDOM: GAMES[game].random_score, HUMAN: GAMES[game].human_score}
         if data is None or data.rewards == "clipped":

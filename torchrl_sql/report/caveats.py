@@ -7,7 +7,7 @@ from math import isfinite, isnan
 
 import numpy as np
 
-from torchrl_sql.report.analysis import Analysis
+from torchrl_sql.report.analysis import BEST_BEHAVIOUR, BEST_CONSTANT, Analysis
 from torchrl_sql.report.text import REFERENCE_LABELS, name_games, plural, sentence, span
 from torchrl_sql.statistics.scores import split_by_reference
 
@@ -174,7 +174,7 @@ def _together(texts: list[tuple[str, str]]) -> Iterator[str]:
 
 
 def _of_data(analysis: Analysis) -> Iterator[str]:
-    if any(data.best_constant_action or data.best_behaviour for data in analysis.data.game_data):
+    if {BEST_BEHAVIOUR, BEST_CONSTANT} & {*analysis.policy_columns}:
         yield (
             "The best behaviour and the best constant action were picked by the very episodes that score them, which "
             "favours them slightly."

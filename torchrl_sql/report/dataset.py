@@ -17,16 +17,13 @@ from torchrl_sql.games import ACTION_NAMES
 from torchrl_sql.report.model import GameData, Returns
 
 
-def game_data(
-    runs: Sequence[tuple[Path, DataConfig]], games: Sequence[str], episodes: Sequence[EpisodeResult]
-) -> tuple[list[GameData], list[str]]:
+def game_data(runs: Sequence[tuple[Path, DataConfig]], games: Sequence[str]) -> tuple[list[GameData], list[str]]:
     """Statistics of the data of each game, and what could not be read.
 
     Args:
         runs (sequence of (Path, DataConfig)): folder and data of each run of one agent, which differ in the stores at
             most: only the part of the stores that was trained on is summarised.
         games (sequence of str): whose data.
-        episodes (sequence of EpisodeResult): those of constant actions are summarised beside the data.
 
     Raises:
         ValueError: if the stores do not have the same behaviours.
@@ -49,11 +46,6 @@ def game_data(
             raise ValueError(f"the stores {stores} must have the same behaviours of {game}")
         returns = np.concatenate([part.returns for part in parts])
         behaviours = np.concatenate([part.behaviours for part in parts])
-        constants: dict[str, dict[int, float]] = {}  # by emulator seed: the same episode counts once
-        for episode in episodes:
-            action = ConstantAgent.action_of(episode.agent)
-            if episode.game == game and action is not None:
-                constants.setdefault(ACTION_NAMES[action], {})[episode.episode_seed] = episode.episode_return
         num_transitions = sum(part.num_transitions for part in parts)
         result.append(
             GameData(
@@ -69,14 +61,23 @@ def game_data(
                     if (behaviours == index).any()
                 },
                 action_counts=np.sum([part.action_counts for part in parts], axis=0).tolist(),
-                constant_actions={
-                    action: Returns(np.array([*returns_by_seed.values()]))
-                    for action, returns_by_seed in constants.items()
-                },
                 rewards="raw" if all(part.rewards == "raw" for part in parts) else "clipped",
             )
         )
     return result, caveats
+
+
+def constant_actions(episodes: Sequence[EpisodeResult]) -> dict[str, dict[str, Returns]]:
+    """What constant actions returned, by game and action; an emulator seed's episode counts once."""
+    returns: dict[str, dict[str, dict[int, float]]] = {}
+    for episode in episodes:
+        if (action := ConstantAgent.action_of(episode.agent)) is not None:
+            by_seed = returns.setdefault(episode.game, {}).setdefault(ACTION_NAMES[action], {})
+            by_seed[episode.episode_seed] = episode.episode_return
+    return {
+        game: {name: Returns(np.array([*by_seed.values()])) for name, by_seed in actions.items()}
+        for game, actions in returns.items()
+    }
 
 
 def _subset(data: DataConfig) -> Subset:

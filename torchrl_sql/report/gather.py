@@ -25,7 +25,7 @@ from torchrl_sql.evaluation.tables import files_of
 from torchrl_sql.games import GAMES
 from torchrl_sql.methods import make_method
 from torchrl_sql.report.agents import arrange, deciding_settings, find_agents, named
-from torchrl_sql.report.dataset import game_data, other_data
+from torchrl_sql.report.dataset import constant_actions, game_data, other_data
 from torchrl_sql.report.model import Agent, Clip, Curve, ReportData
 from torchrl_sql.report.text import name_games
 from torchrl_sql.training.logs import read_scalars
@@ -103,7 +103,7 @@ def gather(
             f"No run was found of {', '.join(unknown)}: what it is, its settings, parameters, data and training curves "
             "are unknown here."
         )
-    statistics, missing = game_data([(run.folder, run.config.data) for run in main_runs], shown, episodes)
+    statistics, missing = game_data([(run.folder, run.config.data) for run in main_runs], shown)
     if main_runs:
         others = {labels[run.config.name]: run.config.data for run in runs if run not in main_runs}
         caveats += other_data(main_runs[0].config.data, others)
@@ -120,6 +120,7 @@ def gather(
         aggregate=aggregate,
         calibration=calibration,
         game_data=statistics,
+        constant_actions=constant_actions(episodes),
         caveats=[*caveats, *missing],
         curves=[curve for run in runs for curve in _curves(run, labels[run.config.name])],
         clips=_clips(main_runs, shown, ordered[0], episodes),

@@ -75,7 +75,7 @@ class Returns:
 
 @dataclass(frozen=True, kw_only=True)
 class GameData:
-    """The data of one game and what simple policies score in it.
+    """The data of one game.
 
     Attributes:
         game (str): name of the game.
@@ -87,7 +87,6 @@ class GameData:
             be compared with game scores, and the report says so instead of comparing.
         behaviour (Returns, optional): returns of these episodes; None if there is none.
         behaviours (mapping): behaviour -> returns of its episodes.
-        constant_actions (mapping): action name -> returns of always taking it; may be empty.
         action_counts (sequence of int): how often each of the 18 actions occurs.
     """
 
@@ -99,7 +98,6 @@ class GameData:
     behaviour: Returns | None
     behaviours: Mapping[str, Returns]
     action_counts: Sequence[int]
-    constant_actions: Mapping[str, Returns] = field(default_factory=dict)
     rewards: Literal["raw", "clipped"] = "raw"
 
     def __post_init__(self) -> None:
@@ -112,11 +110,6 @@ class GameData:
     def best_behaviour(self) -> tuple[str, Returns] | None:
         """The behaviour with the highest mean return, None with fewer than two behaviours."""
         return max(self.behaviours.items(), key=lambda item: item[1].mean) if len(self.behaviours) > 1 else None
-
-    @property
-    def best_constant_action(self) -> tuple[str, Returns] | None:
-        """The constant action with the highest mean return, None if none was tried."""
-        return max(self.constant_actions.items(), key=lambda item: item[1].mean) if self.constant_actions else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,6 +161,7 @@ class ReportData:
             its learning curve.
         calibration (sequence of CalibrationPoint): predicted values and what followed; may be empty.
         game_data (sequence of GameData): at most one per game; a game without is shown without.
+        constant_actions (mapping): game -> action name -> returns of always taking it; may be empty.
         curves, clips: may be empty.
         settings (mapping): title -> resolved settings (nested mappings are flattened).
         caveats (sequence of str): what a careful reader must know, beside what the report finds out by itself.
@@ -188,6 +182,7 @@ class ReportData:
     aggregate: bool = False
     calibration: Sequence[CalibrationPoint] = ()
     game_data: Sequence[GameData] = ()
+    constant_actions: Mapping[str, Mapping[str, Returns]] = field(default_factory=dict)
     curves: Sequence[Curve] = ()
     clips: Sequence[Clip] = ()
     settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
