@@ -33,7 +33,7 @@ from torchrl_sql.training.device import resolve_device
 from torchrl_sql.training.logs import read_scalars
 from torchrl_sql.training.writer import CheckpointWriter
 
-COMPILE = {"eager": "false", "kernels": "true", "graph": "graph"}
+COMPILE = {"eager": "off", "kernels": "kernels", "graph": "graph"}
 """Modes of this table -> ``trainer.compile``."""
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 WAITING_CALLS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "cudaMemcpy", "cudaMalloc",

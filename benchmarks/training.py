@@ -54,7 +54,7 @@ def large_run(folder: Path, batch_size: int, device: str) -> list[str]:
                 writer.add_episode(frames, [0] * 100, [0.0] * 100, terminated=True)
     changes = [f"data.batch_size={batch_size}", f"trainer.device={device}", "trainer.log_interval_gradient_steps=1"]
     if device == "cpu":
-        changes += ["trainer.precision=fp32", "trainer.compile=false"]
+        changes += ["trainer.precision=fp32", "trainer.compile=off"]
     return ["scale=paper", "model.encoder=resnet50", f"data.store={store.path}", f"run_dir={folder / 'run'}", *changes]
 
 

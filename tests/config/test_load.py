@@ -157,12 +157,18 @@ def test_a_switch_is_true_or_false(key, value):
         "trainer.device=cuda:abc",
         "trainer.loggers=[csv,csv]",
         "trainer.stall_warning_seconds=1e11",
+        "trainer.compile=true",
     ],
 )
 def test_values_that_cannot_run_are_refused(override):
     key, _, _ = override.partition("=")
     with pytest.raises(ConfigError, match=f"^{key}"):
         compose_run_config([*RUN, "data.games=[Pong,Freeway]", override])
+
+
+@pytest.mark.parametrize("value", ["off", "false"])
+def test_yamls_word_for_false_is_off(value):
+    assert compose_run_config([*RUN, f"trainer.compile={value}"]).trainer.compile == "off"
 
 
 def test_settings_are_checked_without_loading_torch():

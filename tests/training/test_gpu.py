@@ -10,7 +10,9 @@ from torchrl.objectives import HardUpdate
 from torchrl_sql.modules import make_q_actor
 from torchrl_sql.objectives import DistributionalCQLLoss
 from torchrl_sql.training import Trainer
+from torchrl_sql.training.parallel import SingleProcess
 from torchrl_sql.training.ranks import process_group
+from torchrl_sql.training.trainer import NonFiniteError
 from torchrl_sql.training.writer import HostCopies
 
 pytestmark = [
@@ -122,3 +124,58 @@ def test_a_checkpoint_of_a_gpu_continues_on_the_cpu_and_back():
     for one, two, three in zip(*(trainer.loss.parameters() for trainer in (gpu, cpu, again)), strict=True):
         torch.testing.assert_close(one, three)
         torch.testing.assert_close(one.cpu(), two, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_recorded_step_is_the_step_also_after_a_checkpoint_and_never_waits(precision, compile):
+    def make(**graph):
+        torch.manual_seed(0)
+        loss = DistributionalCQLLoss(make_q_actor(8, encoder="resnet_small", memory_format=torch.channels_last))
+        loss = loss.to("cuda")
+        updater = HardUpdate(loss, value_network_update_interval=0)
+        return updater, Trainer(
+            loss,
+            NoReplay(),
+            torch.optim.Adam(loss.parameters(), lr=1e-3, fused=True),
+            schedule=lambda step: 1 / (1 + step),
+            max_grad_norm=1.0,
+            precision=precision,
+            call=SingleProcess(loss, compile=compile),
+            **graph,
+        )
+
+    batches = [make_batch(16, num_games=8) for _ in range(9)]
+    norms = []
+    for graph in (False, True):
+        updater, trainer = make(graph=graph)
+        norms.append([])
+        for index, batch in enumerate(batches):
+            if index == 6 and graph:  # two recorded steps behind
+                state = HostCopies().copy(trainer.state_dict())
+                updater, trainer = make(graph=True)
+                trainer.load_state_dict(state)
+            torch.cuda.set_sync_debug_mode("error" if index == 5 else "default")
+            norms[-1].append(trainer.update(batch)["grad_norm"])
+            torch.cuda.set_sync_debug_mode("default")
+            if index == 4:
+                updater.step()
+    torch.testing.assert_close(
+        *(torch.stack(each) for each in norms), rtol=0.1 if precision == "bf16" else 0.02, atol=0
+    )
+
+
+def test_a_recorded_step_leaves_out_a_broken_gradient():
+    torch.manual_seed(0)
+    loss = DistributionalCQLLoss(make_q_actor(8, encoder="resnet_small")).to("cuda")
+    HardUpdate(loss, value_network_update_interval=0)
+    trainer = Trainer(loss, NoReplay(), torch.optim.Adam(loss.parameters(), fused=True), graph=True)
+    batch = make_batch(16, num_games=8)
+    for _ in range(5):
+        trainer.update(batch)
+    before = [parameter.clone() for parameter in loss.parameters()]
+    batch["next", "reward"][0] = torch.nan
+    trainer.update(batch)
+    with pytest.raises(NonFiniteError, match="the gradient of step 6 is not finite"):
+        trainer.check_gradients()
+    assert all(torch.equal(parameter, old) for parameter, old in zip(loss.parameters(), before, strict=True))

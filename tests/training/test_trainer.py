@@ -272,3 +272,76 @@ def test_bf16_stays_close_to_fp32():
     losses = [trainer.update(make_batch(0))["loss_qvalue"] for trainer in (full, half)]
     assert losses[1].dtype == torch.float32
     torch.testing.assert_close(losses[0], losses[1], rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("settings", [{}, {"microbatch_size": 2, "max_grad_norm": 0.05}])
+def test_a_recorded_step_is_the_step_also_after_resuming(settings):
+    def make(**graph):
+        return make_trainer(
+            lr=0.01,
+            optimizer=partial(torch.optim.Adam, fused=True),
+            target_update_interval=3,
+            schedule=lambda step: 1 / (1 + step),
+            **settings,
+            **graph,
+        )
+
+    plain, recorded, resumed = make(), make(graph=True), make(graph=True)
+    expected = list(plain.train(8, log_interval=2))
+    results = list(recorded.train(8, log_interval=2, stop=lambda: recorded.step == 5))
+    state = recorded.state_dict()
+    (group,) = state["optimizer"]["param_groups"]
+    assert (group["lr"], group["capturable"]) == (0.01 * (1 / 6), False)  # a trainer without recorded steps reads it
+    resumed.load_state_dict(state)
+    results += list(resumed.train(8, log_interval=2))
+    for result, other in zip(results, expected, strict=True):
+        for key in ("objective", "grad_norm", "learning_rate", "q_target"):
+            assert result[key] == pytest.approx(other[key], rel=1e-5)
+    for which in ("value_network_params", "target_value_network_params"):
+        ours, theirs = weights(resumed, which), weights(plain, which)
+        for key, value in theirs.items():
+            torch.testing.assert_close(ours[key], value, rtol=1e-5, atol=1e-7)
+
+
+def test_a_recorded_step_keeps_the_tensors_that_it_reads_and_writes():
+    trainer = make_trainer(optimizer=partial(torch.optim.Adam, fused=True), max_grad_norm=0.1, graph=True)
+    list(trainer.train(3, log_interval=1))
+    (group,) = trainer.optimizer.param_groups
+
+    def places():
+        tensors = [*weights(trainer).values(), *weights(trainer, "target_value_network_params").values(), group["lr"]]
+        tensors += [value for state in trainer.optimizer.state.values() for value in state.values()]
+        return [value.data_ptr() for value in [*tensors, trainer._broken, trainer._num_broken_steps]]
+
+    before = places()
+    first = trainer.update(make_batch(3))
+    objective = first["objective"].item()
+    trainer.update(make_batch(4))
+    assert places() == before and first["objective"].item() == objective
+
+
+def test_recorded_steps_take_one_size_of_batch():
+    trainer = make_trainer(graph=True)
+    trainer.update(make_batch(0))
+    for batch in (make_batch(0)[:5], make_batch(0).exclude("action")):
+        with pytest.raises(ValueError, match=r"batches must have the size and entries of the first, \(\[6\], .*, got"):
+            trainer.update(batch)
+
+
+def test_a_recorded_step_with_a_gradient_that_is_not_finite_is_left_out():
+    batches = [*(make_batch(s) for s in range(4)), make_batch(0, reward=float("nan")), make_batch(5)]
+    adam = partial(torch.optim.Adam, fused=True)
+    trainer, healthy = (make_trainer(batches, optimizer=adam, target_update_interval=10, graph=True) for _ in range(2))
+    with pytest.raises(NonFiniteError, match=r"the gradient of step 5 is not finite; means of gradient steps 4 to 6"):
+        list(trainer.train(10, log_interval=3))
+    list(healthy.train(4, log_interval=1))
+    ours, theirs = weights(trainer), weights(healthy)
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+def test_the_state_of_other_parameters_is_refused():
+    trainer = make_trainer()
+    state = trainer.state_dict()
+    state["optimizer"]["param_groups"][0]["params"] = [0, 1]
+    with pytest.raises(ValueError, match=r"expected the state of 4 parameters, got groups of \[\[0, 1\]\]"):
+        make_trainer().load_state_dict(state)

@@ -296,7 +296,12 @@ class TrainerConfig:
     """After this time without a gradient step, the log says what each thread does."""
     precision: str = setting(one_of("fp32", "bf16"))
     """bf16 is autocast; distribution arithmetic stays float32."""
-    compile: bool = MISSING
+    compile: str = setting(one_of("off", "kernels", "graph"))
+    """kernels: the loss, forward and backward, is compiled. graph: also the whole step is recorded as a CUDA graph."""
+
+    def __post_init__(self) -> None:
+        if self.compile.lower() == "false":
+            self.compile = "off"  # YAML has one value for both words
 
 
 @dataclass(kw_only=True)

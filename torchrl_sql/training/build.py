@@ -20,7 +20,7 @@ from torchrl_sql.methods import make_method
 from torchrl_sql.training.checkpoint import CheckpointError, list_checkpoints, load_checkpoint, wrong_content
 from torchrl_sql.training.device import prepare_cpu, resolve_device, tune
 from torchrl_sql.training.lamb import Lamb
-from torchrl_sql.training.parallel import Replicated, SingleProcess
+from torchrl_sql.training.parallel import AveragedAfterwards, LossCall, Replicated, SingleProcess
 from torchrl_sql.training.ranks import Ranks
 from torchrl_sql.training.trainer import Trainer
 
@@ -105,8 +105,12 @@ def build_trainer(
         if name.endswith("input_mean"):
             buffer.copy_(torch.stack([torch.from_numpy(mean_frame(store, game)) / 255 for game in config.games]))
     loss = loss.to(device)
-    compile = config.trainer.compile
-    call = Replicated(loss, ranks, compile=compile) if ranks.world_size > 1 else SingleProcess(loss, compile=compile)
+    compile, graph = config.trainer.compile != "off", config.trainer.compile == "graph"
+    call: LossCall
+    if ranks.world_size == 1:
+        call = SingleProcess(loss, compile=compile)
+    else:
+        call = (AveragedAfterwards if graph else Replicated)(loss, ranks, compile=compile)
     return Trainer(
         loss,
         replay,
@@ -119,6 +123,7 @@ def build_trainer(
         call=call,
         microbatch_size=config.trainer.microbatch_size,
         precision=config.trainer.precision,  # type: ignore[arg-type]
+        graph=graph,
     )
 
 

@@ -1,13 +1,14 @@
-"""How the loss is called when one process trains a network, or several."""
+"""How the loss is called, and gradients are averaged, when one process trains a network, or several."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from typing import Protocol
 
 import torch
 from tensordict import TensorDict, TensorDictBase
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 from torchrl.objectives import LossModule
 
@@ -15,7 +16,7 @@ from torchrl_sql.training.ranks import Ranks
 
 
 class LossCall(Protocol):
-    """Calls a loss so that the backward pass leaves the mean gradient over ranks in its parameters."""
+    """Calls a loss so that :meth:`average_gradients` leaves the mean gradient over ranks in its parameters."""
 
     def __call__(self, batch: TensorDictBase, *, exchange: bool = True) -> TensorDict:
         """The loss's entries.
@@ -28,6 +29,9 @@ class LossCall(Protocol):
                 microbatch of a step, whose gradients add up on each rank.
         """
 
+    def average_gradients(self) -> None:
+        """To be called after a step's last backward pass, unless that did it already."""
+
 
 class SingleProcess:
     """One process: nothing to exchange.
@@ -36,15 +40,60 @@ class SingleProcess:
         loss (LossModule): the loss.
 
     Keyword Args:
-        compile (bool): compile it, forward and backward, as one graph.
+        compile (bool): compile it, forward and backward, each as one graph of kernels for fixed shapes.
     """
 
     def __init__(self, loss: LossModule, *, compile: bool = False) -> None:
-        self._loss = torch.compile(loss, fullgraph=True) if compile else loss
+        self._loss: Callable[[TensorDictBase], TensorDict] = loss
+        if compile:
+            # On the CPU channels-last costs more than it gains (benchmarks/results/update_step.md).
+            on_cpu = next(loss.parameters()).device.type == "cpu"
+            self._loss = torch.compile(
+                loss, fullgraph=True, dynamic=False, options={"layout_optimization": False} if on_cpu else None
+            )
 
     def __call__(self, batch: TensorDictBase, *, exchange: bool = True) -> TensorDict:
         """The loss's entries; there is nobody to exchange gradients with."""
         return self._loss(batch)
+
+    def average_gradients(self) -> None:
+        """There is nobody to exchange gradients with."""
+
+
+class AveragedAfterwards(SingleProcess):
+    """Each rank holds the whole network; one all-reduce averages all gradients after the backward pass.
+
+    For recorded steps: nothing but the device's own work happens in forward and backward pass. Unlike with
+    :class:`Replicated`, none of the exchange hides behind the backward pass.
+
+    Args:
+        loss (LossModule): on its device; it gets rank 0's weights.
+        ranks (Ranks): of a process group.
+
+    Keyword Args:
+        compile (bool): see :class:`SingleProcess`.
+    """
+
+    def __init__(self, loss: LossModule, ranks: Ranks, *, compile: bool = False) -> None:
+        super().__init__(loss, compile=compile)
+        self._ranks = ranks
+        self._parameters = list(loss.parameters())
+        for weight in _in_memory_order(value for value in loss.state_dict().values() if value.is_floating_point()):
+            distributed.broadcast(weight, src=0)
+
+    @torch.no_grad()
+    def average_gradients(self) -> None:
+        """Wait for no rank on the host."""
+        gradients = _in_memory_order(parameter.grad for parameter in self._parameters if parameter.grad is not None)
+        sums = torch.cat(gradients)
+        distributed.all_reduce(sums)
+        sums /= self._ranks.world_size
+        torch._foreach_copy_(gradients, sums.split([gradient.numel() for gradient in gradients]))
+
+
+def _in_memory_order(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Flat views of dense tensors, whatever their layout: weights and gradients have the same one on each rank."""
+    return [tensor.as_strided((tensor.numel(),), (1,)) for tensor in tensors]
 
 
 class Replicated:
@@ -77,6 +126,9 @@ class Replicated:
             self._build_buckets(batch)
         with nullcontext() if exchange else self._module.no_sync():
             return TensorDict(self._module(batch))
+
+    def average_gradients(self) -> None:
+        """The backward pass did."""
 
     def _build_buckets(self, batch: TensorDictBase) -> None:
         """Run a backward pass for nothing. DDP arranges its buckets anew after the first one, and sums of more than two

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict
@@ -36,6 +38,8 @@ logger = logging.getLogger(__name__)
 
 _CONTINUE, _STOP, _REQUEUE = range(3)
 """What a rank asks for after a step; the greatest number of all ranks counts."""
+
+_CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 
 _RESULT_SECTIONS = ("data", "model", "method", "optim")
 _OTHER_DATA_KEYS = ("store", "games", "prefetch")
@@ -70,7 +74,8 @@ def train(config: RunConfig, *, stop: StopSignals | None = None) -> Path:
     signals = StopSignals() if stop is None else nullcontext(stop)
     with signals as flags, process_group(resolve_device(config.trainer.device)) as ranks:
         check_ranks(config, ranks.world_size)
-        with _own(expand_path(config.run_dir), ranks) as lock:
+        folder = expand_path(config.run_dir)
+        with _own(folder, ranks) as lock, _kernels_in(folder / "compiled"):
             return _train(config, ranks, flags, lock)
 
 
@@ -82,6 +87,19 @@ def _own(folder: Path, ranks: Ranks) -> Iterator[RunLock | None]:
     lock = locks[0] if locks else None
     with lock or nullcontext():
         yield lock
+
+
+@contextmanager
+def _kernels_in(folder: Path) -> Iterator[None]:
+    """Compiled kernels go where the next start finds them, on whatever node."""
+    before = os.environ.get(_CACHE_VARIABLE)  # torch sets it as well
+    os.environ[_CACHE_VARIABLE] = str(folder)
+    try:
+        yield
+    finally:
+        del os.environ[_CACHE_VARIABLE]
+        if before is not None:
+            os.environ[_CACHE_VARIABLE] = before
 
 
 def _train(config: RunConfig, ranks: Ranks, signals: StopSignals, lock: RunLock | None) -> Path:
@@ -154,6 +172,7 @@ class _Session:
         self.watch = StallWatch(config.trainer.stall_warning_seconds)
         self.agreement = self.ranks.agreement()
         self.request = _CONTINUE
+        self.first_step, self.started = trainer.step + 1, time.perf_counter()
 
     def run(self) -> None:
         """Raises :class:`Interrupted` or :class:`NonFiniteError` if training did not reach its last step."""
@@ -180,6 +199,8 @@ class _Session:
         """Save where it is due; returns whether to stop, the same on each rank."""
         self.watch.beat()
         step, signals = self.trainer.step, self.signals
+        if step == self.first_step and self.main is not None:
+            logger.info("the first gradient step took %.1f s", time.perf_counter() - self.started)
         self.request = self.agreement(_REQUEUE if signals.requeue else _STOP if signals.stop else _CONTINUE)
         stop = self.request != _CONTINUE
         if stop or step % self.config.trainer.checkpoint_interval_gradient_steps == 0 or step >= self.num_steps:

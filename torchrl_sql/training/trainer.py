@@ -15,6 +15,7 @@ from torchrl.objectives import LossModule, TargetNetUpdater
 
 from torchrl_sql.training.parallel import LossCall, SingleProcess
 from torchrl_sql.training.ranks import Ranks
+from torchrl_sql.training.recorded import Recorded
 
 _NUM_CHECKED_STEPS = 3
 """First gradient steps after a start in which batches and gradients are checked at once, not at the next result."""
@@ -87,6 +88,9 @@ class Trainer:
         microbatch_size (int, optional): transitions of a forward and backward pass; the gradients of a batch add up
             to its mean. Default: the whole batch that the replay buffer delivers at once.
         precision ("fp32" or "bf16"): ``"bf16"`` runs the loss under autocast.
+        graph (bool): record the step and replay it, see :class:`~torchrl_sql.training.recorded.Recorded`: from batch to
+            weights with one process, with several in two parts around the exchange, for which ``call`` must wait. All
+            batches must then have one size, and learning rates are float32 tensors.
 
     Attributes:
         step (int): gradient steps taken.
@@ -106,6 +110,7 @@ class Trainer:
         call: LossCall | None = None,
         microbatch_size: int | None = None,
         precision: Literal["fp32", "bf16"] = "fp32",
+        graph: bool = False,
     ):
         self.loss = loss
         self.replay = replay
@@ -120,13 +125,33 @@ class Trainer:
         self.precision = precision
         self.step = 0
         self._learning_rates = [group["lr"] for group in optimizer.param_groups]
-        self._set_learning_rates()
         self._call = SingleProcess(loss) if call is None else call
         self._interval = _Interval()
         # From the first gradient that is not finite on, steps are counted and, by fused optimizers, not taken: the
         # weights are still those before it when the host hears of it at the next result.
         self._broken = torch.zeros((), device=self.device)
         self._num_broken_steps = torch.zeros((), device=self.device)
+        if getattr(optimizer, "_step_supports_amp_scaling", False):
+            optimizer.found_inf = self._broken  # type: ignore[attr-defined]  # as torch.amp.GradScaler does
+        self._graph = graph
+        if graph:
+            for group, learning_rate in zip(optimizer.param_groups, self._learning_rates, strict=True):
+                group["lr"] = torch.tensor(learning_rate, device=self.device)
+                if "capturable" in group:
+                    group["capturable"] = self.device.type == "cuda"  # torch refuses it elsewhere
+        self._set_learning_rates()
+        self._make_programs()
+
+    def _make_programs(self) -> None:
+        """What a step calls; what was recorded before is dropped, as it holds the tensors of that time."""
+        self._take_step: Callable[..., TensorDict] = self._take_whole_step
+        self._accumulate: Callable[..., TensorDict] = self._accumulate_gradients
+        self._apply: Callable[..., Tensor] = self._apply_gradients
+        if self._graph and self.ranks.world_size == 1:
+            self._take_step = Recorded(self._take_whole_step, self.device)
+        elif self._graph:
+            self._accumulate = Recorded(self._accumulate_gradients, self.device)
+            self._apply = Recorded(self._apply_gradients, self.device)
 
     @property
     def device(self) -> torch.device:
@@ -146,31 +171,45 @@ class Trainer:
         Raises:
             ValueError: if the batch does not divide into microbatches.
         """
-        self.optimizer.zero_grad(set_to_none=True)
-        metrics = self._accumulate_gradients(batch)
-        metrics["grad_norm"] = norm = torch.nn.utils.get_total_norm(
-            [parameter.grad for parameter in self._parameters if parameter.grad is not None]
-        )
-        if self.max_grad_norm is not None:
-            torch.nn.utils.clip_grads_with_norm_(self._parameters, self.max_grad_norm, norm)
-        self._broken = torch.maximum(self._broken, metrics["grad_norm"].isfinite().logical_not().float())
-        self._num_broken_steps += self._broken
-        if getattr(self.optimizer, "_step_supports_amp_scaling", False):
-            self.optimizer.found_inf = self._broken  # type: ignore[attr-defined]  # as torch.amp.GradScaler does
-        self.optimizer.step()
+        metrics = self._take_step(batch)
         self.step += 1
         self._set_learning_rates()
         return metrics
 
+    def _take_whole_step(self, batch: TensorDictBase) -> TensorDict:
+        metrics = self._accumulate(batch)
+        self._call.average_gradients()
+        metrics["grad_norm"] = self._apply()
+        return metrics
+
+    def _apply_gradients(self) -> Tensor:
+        """Change the parameters by their gradients; returns the gradients' norm before clipping."""
+        norm = torch.nn.utils.get_total_norm(
+            [parameter.grad for parameter in self._parameters if parameter.grad is not None]
+        )
+        if self.max_grad_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(self._parameters, self.max_grad_norm, norm)
+        torch.maximum(self._broken, norm.isfinite().logical_not().float(), out=self._broken)
+        self._num_broken_steps += self._broken
+        self.optimizer.step()
+        return norm
+
     def _set_learning_rates(self) -> None:
         """Of the gradient step to come."""
-        if self.schedule is not None:
-            factor = self.schedule(self.step)
-            for group, learning_rate in zip(self.optimizer.param_groups, self._learning_rates, strict=True):
-                group["lr"] = learning_rate * factor
+        for group, learning_rate in zip(self.optimizer.param_groups, self._scheduled(), strict=True):
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(learning_rate)
+            else:
+                group["lr"] = learning_rate
+
+    def _scheduled(self) -> list[float]:
+        """Learning rates of the gradient step to come."""
+        factor = 1.0 if self.schedule is None else self.schedule(self.step)
+        return [learning_rate * factor for learning_rate in self._learning_rates]
 
     def _accumulate_gradients(self, batch: TensorDictBase) -> TensorDict:
         """Leave the gradient of the batch's mean loss in the parameters; returns the mean metrics."""
+        self.optimizer.zero_grad(set_to_none=True)
         size = self.microbatch_size or batch.shape[0]
         if batch.shape[0] % size:
             raise ValueError(f"microbatch_size must divide the rank's batch of {batch.shape[0]}, got {size}")
@@ -250,7 +289,7 @@ class Trainer:
         seconds = torch.tensor([interval.data_seconds, self._interval.started - interval.started], device=self.device)
         data_seconds, all_seconds = self.ranks.mean(seconds).tolist()
         return means | {
-            "learning_rate": float(self.optimizer.param_groups[0]["lr"]),
+            "learning_rate": self._scheduled()[0],
             "samples_per_second": interval.num_timed_samples * self.ranks.world_size / all_seconds,
             "data_wait_fraction": data_seconds / all_seconds,
         }
@@ -302,7 +341,7 @@ class Trainer:
         return {
             "step": self.step,
             "loss": dict(self.loss.state_dict()),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": self._optimizer_state(),
             "replay": self.replay.state_dict(),
             "interval": None if sums is None else {"sums": sums.to_dict(), "num_steps": self._interval.num_steps},
             "rng": self.ranks.gather(torch.get_rng_state()),
@@ -322,8 +361,7 @@ class Trainer:
         weights = self.loss.state_dict()
         for key in weights.keys() | state["loss"].keys():
             weights[key].copy_(_of_shape(state["loss"][key], weights[key].shape))
-        self.optimizer.load_state_dict(state["optimizer"] | {"state": self._laid_out(state["optimizer"]["state"])})
-        self._set_learning_rates()
+        self._load_optimizer(state["optimizer"])
         self.replay.load_state_dict(state["replay"])
         self._interval = _Interval()
         if state["interval"] is not None:
@@ -334,6 +372,24 @@ class Trainer:
             torch.set_rng_state(state["rng"][self.ranks.rank].cpu())
             if state["cuda_rng"] is not None and self.device.type == "cuda":
                 torch.cuda.set_rng_state(state["cuda_rng"][self.ranks.rank].cpu(), self.device)
+
+    def _optimizer_state(self) -> dict[str, Any]:
+        """As an optimizer without recorded steps has it."""
+        state = self.optimizer.state_dict()
+        for group, learning_rate in zip(state["param_groups"], self._scheduled(), strict=True):
+            group["lr"] = learning_rate
+            if "capturable" in group:
+                group["capturable"] = False
+        return state
+
+    def _load_optimizer(self, state: dict[str, Any]) -> None:
+        """Moments of another optimizer; this one's settings stay as they are."""
+        groups = self.optimizer.state_dict()["param_groups"]
+        if (there := [group["params"] for group in state["param_groups"]]) != [group["params"] for group in groups]:
+            raise ValueError(f"expected the state of {len(self._parameters)} parameters, got groups of {there}")
+        self.optimizer.load_state_dict({"state": self._laid_out(state["state"]), "param_groups": groups})
+        self._set_learning_rates()
+        self._make_programs()
 
     def _laid_out(self, moments: dict[int, dict[str, Any]]) -> dict[int, dict[str, Any]]:
         """Optimizer state in the memory layout of its parameters: fused optimizers walk raw memory."""
