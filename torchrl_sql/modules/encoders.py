@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from torchrl_sql.arguments import check_number
+from torchrl_sql.modules.norm import GroupNorm
 
 
 class _Trunk(nn.Sequential):
@@ -28,9 +29,9 @@ class _Trunk(nn.Sequential):
         return super().__getitem__(index)
 
 
-def _group_norm(channels: int, num_groups: int) -> nn.GroupNorm:
+def _group_norm(channels: int, num_groups: int) -> GroupNorm:
     # At least four channels per group: fewer make the statistics of a late, small map (3x3) a handful of numbers.
-    return nn.GroupNorm(min(num_groups, channels // 4), channels)
+    return GroupNorm(min(num_groups, channels // 4), channels)
 
 
 def _conv(in_channels: int, out_channels: int, kernel_size: int, stride: int = 1) -> nn.Conv2d:
@@ -100,7 +101,7 @@ class _ResidualTrunk(_Trunk):
                 nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
             elif isinstance(layer, _ResidualBlock):
                 norm = layer.residual[-1]
-                assert isinstance(norm, nn.GroupNorm)
+                assert isinstance(norm, GroupNorm)
                 nn.init.constant_(norm.weight, self.last_norm_scale)
 
 
