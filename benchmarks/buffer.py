@@ -5,10 +5,12 @@
 
 Every contender delivers batches of 512 transitions, five frames each (the four of the observation and the next one), at
 random places of the same frames, with everything in memory. ``T`` threads: pinned to ``T`` cores, ``T`` Python threads,
-PyTorch's own set to one. Rounds of all contenders alternate; medians are shown.
+PyTorch's own set to one. Rounds of all contenders alternate; medians are shown. Rates are of one thread, per second of
+processor time, so that other programs on the machine do not count; two threads are compared with one by the clock, in
+the same round.
 
-- ours: ``OfflineAtariReplay.sample``: stacks with zeros before an episode's start, actions, clipped rewards, flags;
-  files in the page cache. Two threads: ``prefetch=2``.
+- ours, in zstd and in lz4: ``OfflineAtariReplay.sample``: stacks with zeros before an episode's start, actions, clipped
+  rewards, flags; files in the page cache. Two threads: ``prefetch=2``. And the same where no C compiler was there.
 - TensorStore: 512 windows of five frames of the same files through ``tensorstore.stack``, its threads limited to ``T``;
   nothing but frames.
 - TorchRL memmap: ``TensorDictReplayBuffer(LazyMemmapStorage, SliceSampler(slice_len=5, cache_values=True))``: slices of
@@ -34,7 +36,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorstore as ts
@@ -51,6 +53,8 @@ from torchrl.data import (
 )
 
 from torchrl_sql.data import FrameStore, OfflineAtariReplay, summarise
+from torchrl_sql.data.frames import Codec
+from torchrl_sql.data.gather import gather_in_python
 from torchrl_sql.provenance import describe_benchmark
 
 BATCH_SIZE = 512
@@ -71,8 +75,8 @@ def collect(num_transitions: int) -> dict[str, list[Episode]]:
     return games
 
 
-def write_ours(games: dict[str, list[Episode]], folder: Path) -> FrameStore:
-    store = FrameStore.create(folder)
+def write_ours(games: dict[str, list[Episode]], folder: Path, codec: Codec = "zstd") -> FrameStore:
+    store = FrameStore.create(folder, codec=codec)
     for game, episodes in games.items():
         with store.writer(game, source="random policy with repeated actions") as writer:
             for e in episodes:
@@ -114,9 +118,16 @@ def torchrl_buffers(storage: Storage, trajectories: torch.Tensor, num_threads: i
 # With everything in memory
 
 
-def rate(samples: Sequence[Callable[[], object]], seconds: float) -> float:
-    """Transitions a second of threads that each repeat one of ``samples``."""
-    counts, start = [0] * len(samples), time.perf_counter()
+class Rate(NamedTuple):
+    """Transitions per second."""
+
+    by_clock: float
+    of_processor_time: float
+
+
+def rate(samples: Sequence[Callable[[], object]], seconds: float) -> Rate:
+    """Of threads that each repeat one of ``samples``."""
+    counts, start, processor_start = [0] * len(samples), time.perf_counter(), time.process_time()
 
     def work(number: int) -> None:
         while time.perf_counter() < start + seconds:
@@ -125,12 +136,17 @@ def rate(samples: Sequence[Callable[[], object]], seconds: float) -> float:
 
     with ThreadPoolExecutor(len(samples)) as threads:
         list(threads.map(work, range(len(samples))))
-    return sum(counts) * BATCH_SIZE / (time.perf_counter() - start)
+    num_transitions = sum(counts) * BATCH_SIZE
+    return Rate(
+        num_transitions / (time.perf_counter() - start), num_transitions / (time.process_time() - processor_start)
+    )
 
 
-def rate_ours(store: FrameStore, num_threads: int, seconds: float) -> float:
+def rate_ours(store: FrameStore, num_threads: int, seconds: float, *, in_python: bool = False) -> Rate:
     prefetch = num_threads if num_threads > 1 else 0
     replay = OfflineAtariReplay(store, batch_size=BATCH_SIZE, mixture="transitions", prefetch=prefetch)
+    if in_python:
+        replay._storage._reader._gather = gather_in_python
     for _ in range(5):
         replay.sample()
     found = rate([replay.sample], seconds)
@@ -163,7 +179,7 @@ def tensorstore_reader(store: FrameStore, num_threads: int) -> Callable[[], np.n
 
 def in_memory(games: dict[str, list[Episode]], folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     """Rates by contender and number of threads, and bytes per transition."""
-    store = write_ours(games, folder / "store")
+    store, lz4_store = write_ours(games, folder / "store"), write_ours(games, folder / "lz4", "lz4")
     frames = torch.from_numpy(np.concatenate([e.frames for episodes in games.values() for e in episodes]))
     lengths = torch.tensor([len(e.frames) for episodes in games.values() for e in episodes])
     trajectories = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
@@ -192,8 +208,11 @@ def in_memory(games: dict[str, list[Episode]], folder: Path, args: argparse.Name
     def copy() -> np.ndarray:
         return frames.numpy().take(index().numpy().ravel(), 0)
 
-    contenders: dict[str, Callable[[int, float], float]] = {
+    contenders: dict[str, Callable[[int, float], Rate]] = {
         "ours": lambda threads, seconds: rate_ours(store, threads, seconds),
+        "ours_lz4": lambda threads, seconds: rate_ours(lz4_store, threads, seconds),
+        "ours_in_python": lambda threads, seconds: rate_ours(store, threads, seconds, in_python=True),
+        "ours_lz4_in_python": lambda threads, seconds: rate_ours(lz4_store, threads, seconds, in_python=True),
         "tensorstore": lambda threads, seconds: rate([tensorstore_reader(store, threads)] * threads, seconds),
         "torchrl_memmap": lambda threads, seconds: rate(
             [buffer.sample for buffer in torchrl_buffers(memmap, trajectories, threads)], seconds
@@ -208,7 +227,7 @@ def in_memory(games: dict[str, list[Episode]], folder: Path, args: argparse.Name
         "raw_gather": lambda threads, seconds: rate([gather] * threads, seconds),
         "raw_copy": lambda threads, seconds: rate([copy] * threads, seconds),
     }
-    found: dict[tuple[str, int], list[float]] = {(name, t): [] for name in contenders for t in (1, 2)}
+    found: dict[tuple[str, int], list[Rate]] = {(name, t): [] for name in contenders for t in (1, 2)}
     for number in range(args.rounds + 1):
         for (name, threads), rates in found.items():
             with cores(threads):
@@ -216,9 +235,20 @@ def in_memory(games: dict[str, list[Episode]], folder: Path, args: argparse.Name
         print(f"round {number} of {args.rounds} (round 0 does not count)", file=sys.stderr)
     size_compressed = sum(num_bytes(item) for item in compressed._storage)
     return {
-        "rates": {f"{name}_{threads}": statistics.median(rates[1:]) for (name, threads), rates in found.items()},
+        "rates": {
+            f"{name}_1": statistics.median(rate.of_processor_time for rate in found[name, 1][1:]) for name in contenders
+        },
+        "two_threads": {
+            name: statistics.median(
+                two.by_clock / one.by_clock for one, two in zip(found[name, 1][1:], found[name, 2][1:], strict=True)
+            )
+            for name in contenders
+        },
         "bytes": {
             "ours": bytes_per_transition(store),
+            "ours_lz4": bytes_per_transition(lz4_store),
+            "ours_in_python": bytes_per_transition(store),
+            "ours_lz4_in_python": bytes_per_transition(lz4_store),
             "tensorstore": bytes_per_transition(store),
             "torchrl_memmap": sum(f.stat().st_size for f in (folder / "memmap").rglob("*")) / len(frames),
             "torchrl_compressed": size_compressed / len(frames),
@@ -234,6 +264,25 @@ def num_bytes(item: Any) -> int:
     if isinstance(item, torch.Tensor):
         return item.numel() * item.element_size()
     return sum(num_bytes(value) for value in item.values())
+
+
+def many_recordings(games: dict[str, list[Episode]], folder: Path, num_rounds: int) -> dict[int, float]:
+    """Milliseconds of processor time per batch by number of recordings, of the same frames in lz4."""
+    frames = np.concatenate([episode.frames for episode in games["Breakout"]])[:18_000]
+    samples: dict[int, Callable[[], object]] = {}
+    for number in (2, 300):
+        store = FrameStore.create(folder / str(number), codec="lz4", chunk_frames=20, shard_frames=60)
+        for index, part in enumerate(np.split(frames, number)):
+            with store.writer("Breakout", run=str(index), source="a part of random play") as writer:
+                writer.add_episode(part, np.zeros(len(part), int), np.zeros(len(part)), True)
+        samples[number] = OfflineAtariReplay(store, batch_size=BATCH_SIZE).sample
+    found: dict[int, list[float]] = {number: [] for number in samples}
+    for _ in range(100 * (num_rounds + 1)):
+        for number, sample in samples.items():
+            start = time.thread_time()
+            sample()
+            found[number].append(1e3 * (time.thread_time() - start))
+    return {number: statistics.median(times[100:]) for number, times in found.items()}
 
 
 @contextmanager
@@ -303,7 +352,10 @@ def measure_cold(name: str, path: Path, num_batches: int = 20) -> float:
 
 def table(found: dict[str, Any]) -> str:
     titles = {
-        "ours": "ours",
+        "ours": "ours, zstd",
+        "ours_lz4": "ours, lz4",
+        "ours_in_python": "ours, zstd, without a C compiler",
+        "ours_lz4_in_python": "ours, lz4, without a C compiler",
         "tensorstore": "TensorStore, our files",
         "torchrl_memmap": "TorchRL memmap",
         "torchrl_compressed": "TorchRL compressed",
@@ -311,15 +363,15 @@ def table(found: dict[str, Any]) -> str:
         "raw_copy": "raw copy (numpy.take)",
     }
     lines = [
-        "| | transitions/s, 1 thread | 2 threads | 2 / 1 | ours is, 1 thread | bytes a transition |",
-        "|---|---|---|---|---|---|",
+        "| | transitions/s | of TorchRL memmap | two threads / one | bytes per transition |",
+        "|---|---|---|---|---|",
     ]
     rates = found["rates"]
     for name, title in titles.items():
-        one, two = rates[f"{name}_1"], rates[f"{name}_2"]
+        rate = rates[f"{name}_1"]
         lines.append(
-            f"| {title} | {one:,.0f} | {two:,.0f} | {two / one:.2f} | {rates['ours_1'] / one:.2f}x | "
-            f"{found['bytes'][name]:,.1f} |"
+            f"| {title} | {rate:,.0f} | {rate / rates['torchrl_memmap_1']:.2f} | {found['two_threads'][name]:.2f} | "
+            f"{found['bytes'][name]:,.0f} |"
         )
     return "\n".join(lines)
 
@@ -342,6 +394,7 @@ def main() -> None:
     games = collect(args.transitions)
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         found = in_memory(games, Path(folder), args)
+        recordings = many_recordings(games, Path(folder), args.rounds)
         cold = from_disk(games, Path(folder), args) if args.cold_gigabytes else None
     rates = found["rates"]
     figures = {
@@ -350,11 +403,18 @@ def main() -> None:
         "ratio_vs_torchrl_compressed": rates["ours_1"] / rates["torchrl_compressed_1"],
         "ratio_vs_raw_gather": rates["ours_1"] / rates["raw_gather_1"],
         "ratio_vs_raw_copy": rates["ours_1"] / rates["raw_copy_1"],
-        "ratio_two_threads": rates["ours_2"] / rates["ours_1"],
+        "ratio_two_threads": found["two_threads"]["ours"],
+        "lz4": {
+            "bytes_per_transition": found["bytes"]["ours_lz4"],
+            "ratio_vs_torchrl_memmap": rates["ours_lz4_1"] / rates["torchrl_memmap_1"],
+            "ratio_two_threads": found["two_threads"]["ours_lz4"],
+        },
+        "batch_milliseconds_by_recordings": recordings,
         "in_memory": found,
         "machine": machine,
     }
     print(table(found))
+    print("\nA batch of 2 and of 300 recordings: " + ", ".join(f"{ms:.2f} ms" for ms in recordings.values()))
     if cold is not None:
         figures["ratio_cold_vs_torchrl_memmap"] = cold["rates"]["ours"] / cold["rates"]["torchrl_memmap"]
         figures["cold"] = cold
