@@ -24,10 +24,10 @@ class NativeGather(BuildHookInterface):
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         """Compiles into the source tree, so that an editable installation has it, too."""
         library = Path(self.root) / LIBRARY
-        library.unlink(missing_ok=True)
         compiler = shlex.split(os.environ.get("CC", "cc"))
         command = [*compiler, "-O3", "-shared", "-fPIC", "-o", str(library), str(Path(self.root) / SOURCE)]
         try:
+            library.unlink(missing_ok=True)
             subprocess.run(command, check=True)
         except (OSError, subprocess.CalledProcessError) as error:
             self.app.display_warning(f"{SOURCE} was not compiled, frames will be decoded in Python: {error}")

@@ -179,7 +179,9 @@ def tensorstore_reader(store: FrameStore, num_threads: int) -> Callable[[], np.n
 
 def in_memory(games: dict[str, list[Episode]], folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     """Rates by contender and number of threads, and bytes per transition."""
-    store, lz4_store = write_ours(games, folder / "store"), write_ours(games, folder / "lz4", "lz4")
+    started = time.process_time()
+    store, zstd_done = write_ours(games, folder / "store"), time.process_time()
+    lz4_store, lz4_done = write_ours(games, folder / "lz4", "lz4"), time.process_time()
     frames = torch.from_numpy(np.concatenate([e.frames for episodes in games.values() for e in episodes]))
     lengths = torch.tensor([len(e.frames) for episodes in games.values() for e in episodes])
     trajectories = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
@@ -243,6 +245,10 @@ def in_memory(games: dict[str, list[Episode]], folder: Path, args: argparse.Name
                 two.by_clock / one.by_clock for one, two in zip(found[name, 1][1:], found[name, 2][1:], strict=True)
             )
             for name in contenders
+        },
+        "frames_written_per_processor_second": {
+            "zstd": len(frames) / (zstd_done - started),
+            "lz4": len(frames) / (lz4_done - zstd_done),
         },
         "bytes": {
             "ours": bytes_per_transition(store),

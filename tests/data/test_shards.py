@@ -55,6 +55,12 @@ def test_windows_by_hand(pong):
     np.testing.assert_array_equal(frames, expected)
 
 
+@pytest.mark.parametrize("out", [np.zeros((1, 4, 84, 84), np.uint8)[:, ::2], np.zeros((1, 2, 84, 84), np.int8)])
+def test_where_frames_cannot_be_written_is_refused(pong, out):
+    with pytest.raises(ValueError, match=r"out must be contiguous uint8 \[1, 2, 84, 84\], got"):
+        FrameReader([pong]).read(*np.array([[0], [4], [0], [6]]), length=2, out=out)
+
+
 def test_steps_of_frames_by_hand(pong):
     assert pong.steps_of_frames(0, 4) == (0, 4)
     assert pong.steps_of_frames(4, 8) == (4, 7)  # Frame 5 is the final one of the first episode.

@@ -79,9 +79,13 @@ class FrameReader:
 
         Raises:
             DamagedFramesError: if a chunk that is needed is not the one that was committed.
+            ValueError: for another ``out``.
         """
+        shape = (len(recording), length, *FRAME_SHAPE)
         if out is None:
-            out = np.empty((len(recording), length, *FRAME_SHAPE), np.uint8)
+            out = np.empty(shape, np.uint8)
+        if out.shape != shape or out.dtype != np.uint8 or not out.flags.c_contiguous:
+            raise ValueError(f"out must be contiguous uint8 {list(shape)}, got {out.dtype} {list(out.shape)}")
         disk_waits = _num_disk_waits()
         for begin in range(0, len(recording), _WINDOWS_COPIED_AT_ONCE):
             rows = slice(begin, begin + _WINDOWS_COPIED_AT_ONCE)
@@ -173,9 +177,9 @@ def _num_disk_waits() -> int:
 def _keep_freed_memory() -> None:
     """Has the C library keep blocks of up to 31 MB that are freed, instead of returning their pages to the kernel.
 
-    At first glibc maps every block over 128 KB on its own and unmaps it when it is freed: each decoded chunk then costs
-    35 page faults, and threads wait for each other to change the mappings of the process. The first larger block that
-    is freed raises the limit to its size, up to 32 MB (mallopt(3), ``M_MMAP_THRESHOLD``). A batch of moderate size does
-    so sooner or later; this does it at once, for any size.
+    At first glibc maps every block over 128 KB on its own and unmaps it when it is freed: the frames of each batch of
+    512 then cost 4,400 page faults, and threads wait for each other to change the mappings of the process. The first
+    larger block that is freed raises the limit to its size, up to 32 MB (mallopt(3), ``M_MMAP_THRESHOLD``). A batch of
+    moderate size does so sooner or later; this does it at once, for any size.
     """
     np.empty(31 << 20, np.uint8)

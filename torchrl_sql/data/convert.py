@@ -26,7 +26,8 @@ def convert(
     """Writes all that is committed in a store into a new one with another codec: the same transitions, in their order.
 
     The store appears when it is whole. The same call continues a conversion that was stopped, and ends in the same
-    files. Metadata goes along, so that an import or a collection can be continued there; its fingerprint is another.
+    files. Metadata goes along, so that a collection can be continued there. The fingerprint is another: checkpoints
+    belong to the store that they were trained on.
 
     Args:
         store (FrameStore): what to convert; it stays as it is.

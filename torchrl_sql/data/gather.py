@@ -168,10 +168,16 @@ def _decode_blosc(data: bytes, num_bytes: int) -> bytes:
     raise lz4.block.LZ4BlockError(f"its header is {data[:24].hex()}")
 
 
+def _library(module: str) -> ctypes.CDLL:
+    spec = find_spec(module)
+    if spec is None:
+        raise OSError(f"there is no {module}")
+    return ctypes.CDLL(spec.origin)
+
+
 def _functions() -> ctypes.Array[ctypes.c_void_p]:
     """Addresses of the functions that do the work, in the order in which ``gather.c`` lists them."""
-    names = ("google_crc32c._crc32c", "zstandard._cffi", "lz4.block._block")
-    crc32c, zstd, lz4_block = (ctypes.CDLL(find_spec(name).origin) for name in names)  # type: ignore[union-attr]
+    crc32c, zstd, lz4_block = map(_library, ("google_crc32c._crc32c", "zstandard._cffi", "lz4.block._block"))
     functions = (
         crc32c.crc32c_value,
         zstd.ZSTD_createDCtx,
