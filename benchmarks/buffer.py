@@ -147,7 +147,7 @@ def rate_ours(store: FrameStore, num_threads: int, seconds: float, *, in_python:
     replay = OfflineAtariReplay(store, batch_size=BATCH_SIZE, mixture="transitions", prefetch=prefetch)
     if in_python:
         replay._storage._reader._gather = gather_in_python
-    for _ in range(5):
+    for _ in range(20):  # The first ones announce to the disk what they will read.
         replay.sample()
     found = rate([replay.sample], seconds)
     replay.shutdown()
@@ -283,12 +283,12 @@ def many_recordings(games: dict[str, list[Episode]], folder: Path, num_rounds: i
                 writer.add_episode(part, np.zeros(len(part), int), np.zeros(len(part)), True)
         samples[number] = OfflineAtariReplay(store, batch_size=BATCH_SIZE).sample
     found: dict[int, list[float]] = {number: [] for number in samples}
-    for _ in range(100 * (num_rounds + 1)):
+    for _ in range(50 * (num_rounds + 1)):
         for number, sample in samples.items():
             start = time.thread_time()
             sample()
             found[number].append(1e3 * (time.thread_time() - start))
-    return {number: statistics.median(times[100:]) for number, times in found.items()}
+    return {number: statistics.median(times[50:]) for number, times in found.items()}
 
 
 @contextmanager

@@ -33,23 +33,24 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
 
 from torchrl_sql.data import AtariFrameStorage, FrameStore, summarise, verify
+from torchrl_sql.data.frames import Codec
 from torchrl_sql.provenance import describe_benchmark
 
 RECORDINGS = (("Pong", "0"), ("Pong", "1"), ("Breakout", "0"))
 OUTCOMES = ("named", "harmless", "earlier", "wrong", "unnamed", "dead")
 
 
-def build(folder: Path) -> None:
+def build(folder: Path, codec: Codec) -> None:
     """``folder/store``, ``folder/other`` with other contents, and ``folder/commitK``, the store after commit K."""
     for name, first_tag in (("store", 0), ("other", 100_000)):
         rng = np.random.default_rng(first_tag)
-        store = FrameStore.create(folder / name, chunk_frames=4, shard_frames=16)
+        store = FrameStore.create(folder / name, codec=codec, chunk_frames=4, shard_frames=16)
         for commit in range(3):
             for index, (game, run) in enumerate(RECORDINGS):
                 with store.writer(game, run=run, source=name) as writer:
@@ -326,15 +327,17 @@ def main() -> None:
     parser.add_argument("--damages", type=int, default=1300, help="default: 1300")
     parser.add_argument("--seed", type=int, default=0, help="default: 0")
     parser.add_argument("--json", type=Path, help="write the counts there")
+    parser.add_argument("--codec", choices=get_args(Codec), default="zstd", help="of the store (default: zstd)")
     parser.add_argument("--build", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.build:
-        build(args.build)
+        build(args.build, args.codec)
         return
     torch.set_num_threads(1)  # its threads do not survive a fork
     machine = describe_benchmark()
     with tempfile.TemporaryDirectory() as folder:
-        subprocess.run([sys.executable, __file__, "--build", folder], check=True)  # TensorStore has threads, too
+        command = [sys.executable, __file__, "--build", folder, "--codec", args.codec]
+        subprocess.run(command, check=True)  # TensorStore has threads, too
         result = run(Path(folder), args.damages, args.seed)
     print(table(result))
     if args.json:

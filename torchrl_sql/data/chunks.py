@@ -28,7 +28,7 @@ from torchrl_sql.games import FRAME_SHAPE
 _WINDOWS_COPIED_AT_ONCE = 512
 """Windows whose chunks are copied together, some 3 MB."""
 
-_READS_TO_ANNOUNCE = 100
+_READS_TO_ANNOUNCE = 10
 """Reads, after the first and after each that waited for the disk, for which the disk is told beforehand what will be
 read. It then fetches all chunks of a batch at a time; where everything is in memory, telling it only costs time."""
 
