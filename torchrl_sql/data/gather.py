@@ -124,7 +124,7 @@ def fastest_gather() -> Gather:
         return load_gather_in_c()
     except (OSError, AttributeError) as error:
         logger.warning(
-            "frames are decoded in Python, at half the speed: install torchrl-sql where there is a C compiler (%s)",
+            "frames are decoded in Python, more slowly: install torchrl-sql where there is a C compiler (%s)",
             error,
         )
         return gather_in_python

@@ -76,7 +76,7 @@ class FrameStore:
             path (path): its folder; made if absent.
 
         Keyword Args:
-            codec ("zstd" or "lz4"): zstd is smaller, lz4 is decoded three times as fast.
+            codec ("zstd" or "lz4"): zstd is smaller, lz4 faster to read; docs/data.md compares them.
             chunk_frames (int): frames compressed together. More: smaller files, slower random reads.
             shard_frames (int): frames a file, a multiple of ``chunk_frames``; a writer holds twice that many.
             zstd_level (int): 1 (fast) to 22 (small).
