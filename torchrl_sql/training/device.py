@@ -63,9 +63,8 @@ def _torch_build() -> str:
 def prepare_cpu(num_threads: int | None) -> None:
     """Set torch's CPU threads, ``None`` for torch's own choice, and keep freed memory for the next step.
 
-    By default glibc hands large blocks back to the system, which takes and clears them anew, page by page: thousands of
-    page faults per gradient step (``benchmarks/results/update_step.md``). Other C libraries (musl, macOS) have no such
-    setting: nothing changes there.
+    By default glibc hands large blocks back to the system, and gets them anew, cleared page by page, at the next step.
+    Other C libraries (musl, macOS) have no such setting: nothing changes there.
     """
     if num_threads is not None:
         torch.set_num_threads(num_threads)
