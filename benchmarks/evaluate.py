@@ -1,6 +1,7 @@
-"""Steps a second of evaluation: against the emulator alone, the network alone, and a plain loop of TorchRL's parts.
+"""Steps per second of evaluation: against the emulator alone, the network alone, and a plain loop of TorchRL's parts.
 
-    python benchmarks/evaluate.py --json evaluate.json    # some minutes
+    python benchmarks/evaluate.py --json evaluate.json              # some minutes
+    python benchmarks/evaluate.py --before CHECKOUT --json it.json  # this code against an earlier one's, some minutes
 
 All sides play the same games with sticky actions, from running emulators; resets between episodes count, creating the
 emulators does not. One agent step is four emulator frames.
@@ -12,6 +13,11 @@ emulators does not. One agent step is four emulator frames.
   with ``CatFrames``, and the same policy, as a TorchRL user would write an evaluation. TorchRL's own ``Resize`` needs
   torchvision, which this project does without.
 
+With ``--before`` both versions play what a quickstart plays, in turns, each in a process of its own: ``evaluation`` of
+an untrained network and ``constant`` actions as ``torchrl-sql evaluate`` does, ``collection`` into a store. Seconds are
+after imports, emulators' creation included; beside them is the time on all cores, which suffers less from other work on
+the machine, and a digest of the returns or of the store's files, which must be the same.
+
 With one core for emulators and one for the network, the limit of the pipeline is the slower of the two rates. Emulator
 threads also use what the network leaves of its core, so a step's whole work is compared with two cores as well.
 """
@@ -20,12 +26,17 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import json
 import os
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +49,10 @@ from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from torchrl.envs import CatFrames, Compose, GymWrapper, TransformedEnv, UnsqueezeTransform
 
-from torchrl_sql.envs import AtariVector
+from torchrl_sql.data import FrameStore
+from torchrl_sql.envs import AtariVector, Emulator, SkillMixture, collect
+from torchrl_sql.evaluation.agents import make_agents
+from torchrl_sql.evaluation.protocol import Protocol
 from torchrl_sql.evaluation.rollout import ROWS_PER_FORWARD, rollout
 from torchrl_sql.games import GAMES
 from torchrl_sql.modules import NetworkPolicy, make_q_actor
@@ -47,6 +61,8 @@ from torchrl_sql.provenance import describe_benchmark
 gymnasium.register_envs(ale_py)
 
 WARM_UP_SECONDS = 12.0
+QUICKSTART = ("Freeway", "Assault")
+SHORTER = Emulator(max_env_frames=3_000)
 PLAYED = ("Assault", "Breakout", "Freeway", "SpaceInvaders")
 
 
@@ -104,18 +120,19 @@ def evaluation_rate(policy: NetworkPolicy, seconds: float) -> float:
     times: list[float] = []
     begin = time.perf_counter() + WARM_UP_SECONDS
 
-    def count(game: str, episode: int) -> bool:
+    def count(module: torch.nn.Module, inputs: tuple[TensorDict, ...]) -> None:
         if (now := time.perf_counter()) > begin:
             times.append(now)
             if now > begin + seconds:
                 raise _Enough
-        return False
 
     episodes = [(game, episode) for episode in range(500) for game in PLAYED]
+    counting = policy.register_forward_pre_hook(count)
     with contextlib.suppress(_Enough):
-        for _ in rollout(policy, PLAYED, episodes, epsilon=0.05, record=count):
+        for _ in rollout(policy, PLAYED, episodes, epsilon=0.05):
             pass
-    return len(times) / (times[-1] - begin)
+    counting.remove()
+    return len(times) * ROWS_PER_FORWARD["cpu"] / (times[-1] - begin)  # so many episodes fill every forward
 
 
 def gym_loop_rate(policy: NetworkPolicy, seconds: float) -> float:
@@ -148,17 +165,92 @@ def gym_loop_rate(policy: NetworkPolicy, seconds: float) -> float:
     return steps / spent
 
 
+def play_evaluation(policy: NetworkPolicy, num_episodes: int, folder: Path) -> str:
+    """Returns of some episodes of each of the quickstart's games."""
+    episodes = [(game, episode) for episode in range(num_episodes) for game in QUICKSTART]
+    played = rollout(policy, QUICKSTART, episodes, SHORTER)
+    return repr(sorted((one.game, one.episode, one.episode_return, one.length_agent_steps) for one in played))
+
+
+def play_constants(policy: NetworkPolicy, num_episodes: int, folder: Path) -> str:
+    """Returns of each legal action of each game."""
+    protocol = Protocol(emulator=SHORTER, num_episodes=max(num_episodes // 4, 1))
+    agents = make_agents("constant", QUICKSTART)
+    return repr([row for agent in agents for row in agent.evaluate(folder / "constant", protocol=protocol)])
+
+
+def play_collection(policy: NetworkPolicy, num_episodes: int, folder: Path) -> str:
+    """Files of a store of as many steps per game as the episodes above may have."""
+    store = FrameStore.create(folder / "store")
+    for game in QUICKSTART:
+        mixture = SkillMixture(game)
+        with store.writer(game, source="benchmark", behaviours=mixture.behaviour_names) as writer:
+            collect(writer, mixture, game, num_episodes * SHORTER.max_env_frames // 4, SHORTER)
+    files = sorted(path for path in store.path.rglob("*") if path.is_file() and path.name != ".lock")
+    return repr([(str(path.relative_to(folder)), sha256(path.read_bytes()).hexdigest()) for path in files])
+
+
+PLAYS = {"evaluation": play_evaluation, "constant": play_constants, "collection": play_collection}
+
+
+def measure(name: str, policy: NetworkPolicy, num_episodes: int) -> dict[str, Any]:
+    """Seconds of one of the plays, here."""
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
+        started, processor = time.perf_counter(), time.process_time()
+        outcome = PLAYS[name](policy, num_episodes, Path(folder))
+        seconds = {"seconds": time.perf_counter() - started, "processor_seconds": time.process_time() - processor}
+    return seconds | {"digest": sha256(outcome.encode()).hexdigest()[:16]}
+
+
+def compare(before: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """Both versions' seconds of each of the plays, in turns, and medians of their ratios."""
+    sides = {"before": before.resolve(), "after": Path(__file__).resolve().parents[1]}
+    rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in PLAYS}
+    for _ in range(args.rounds):
+        for name, results in rounds.items():
+            results.append({})
+            for side, checkout in sides.items():
+                words = [sys.executable, __file__, "--measure", name, "--episodes", str(args.episodes)]
+                environment = os.environ | {"PYTHONPATH": str(checkout)}
+                said = subprocess.run(words, env=environment, capture_output=True, text=True, check=True).stdout
+                results[-1][side] = json.loads(said.splitlines()[-1])
+            digests = {result["digest"] for result in results[-1].values()}
+            print(name, {side: round(result["seconds"], 1) for side, result in results[-1].items()}, flush=True)
+            if len(digests) > 1:
+                raise ValueError(f"both versions must play the same in {name}, got {results[-1]}")
+
+    def ratio(name: str, key: str) -> float:
+        return statistics.median(each["before"][key] / each["after"][key] for each in rounds[name])
+
+    keys = ("seconds", "processor_seconds")
+    ratios = {name: {key: ratio(name, key) for key in keys} for name in rounds}
+    print("before / after:", json.dumps(ratios))
+    return {"episodes_per_game": args.episodes, "rounds": rounds, "before_over_after": ratios}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--encoder", default="resnet_small")
     parser.add_argument("--seconds", type=float, default=8.0, help="of each measurement (default: 8)")
     parser.add_argument("--rounds", type=int, default=3, help="the sides take turns (default: 3)")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--before", type=Path, metavar="CHECKOUT", help="compare with this version's checkout")
+    parser.add_argument("--episodes", type=int, default=20, help="per game, with --before (default: 20)")
+    parser.add_argument("--measure", choices=PLAYS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    policy = NetworkPolicy(make_q_actor(PLAYED, encoder=args.encoder).eval(), PLAYED)
+    games = QUICKSTART if args.measure else PLAYED
+    policy = NetworkPolicy(make_q_actor(games, encoder=args.encoder).eval(), games)
+    if args.measure:
+        print(json.dumps(measure(args.measure, policy, args.episodes)))
+        return
+    if args.before:
+        document = {"machine": describe_benchmark() | {"load_average": os.getloadavg()}, **compare(args.before, args)}
+        if args.json:
+            args.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        return
     sides: dict[str, Callable[[], float]] = {
         "emulator": lambda: emulator_rate(args.seconds),
         "network": lambda: network_rate(policy, args.seconds),

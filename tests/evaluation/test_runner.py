@@ -9,8 +9,7 @@ import pytest
 import torch
 from tensordict.nn import TensorDictModule
 
-from torchrl_sql.envs import Emulator
-from torchrl_sql.evaluation import rollout as rollout_module
+from torchrl_sql.envs import AtariVector, Emulator
 from torchrl_sql.evaluation.episodes import EpisodeResult, read_calibration, read_episodes
 from torchrl_sql.evaluation.policies import ConstantPolicy, RandomPolicy
 from torchrl_sql.evaluation.protocol import AgentId, Protocol, Share
@@ -199,7 +198,7 @@ def test_a_failing_emulator_ends_the_evaluation_with_its_error(monkeypatch):
     def broken(self, seeds):
         raise RuntimeError("no such ROM")
 
-    monkeypatch.setattr(rollout_module.AtariVector, "reset", broken)
+    monkeypatch.setattr(AtariVector, "reset", broken)
     with pytest.raises(RuntimeError, match="no such ROM"):
         evaluate(RandomPolicy(["Breakout"]), "Breakout", SHORT)
 

@@ -119,6 +119,7 @@ class AtariVector:
         )
         legal = legal_action_mask([game])[0].numpy()
         self._emulated_action = np.where(legal, np.arange(NUM_ACTIONS), 0)
+        self._paddle_strength = np.ones(num_envs, np.float32)
 
     def reset(self, seeds: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
         """Starts new episodes.
@@ -136,7 +137,7 @@ class AtariVector:
 
     def send(self, actions: np.ndarray) -> None:
         """Starts a step with full-set actions, int ``[N]`` in 0..17, without waiting; :meth:`recv` collects it."""
-        self._env.send(self._emulated_action[actions])
+        self._env.ale.send(self._emulated_action[actions], self._paddle_strength)
 
     def recv(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """Waits for the step started by :meth:`send`.

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Protocol
 
 import numpy as np
 
-from torchrl_sql.envs.atari import DEFAULT_EMULATOR, AtariVector, Emulator
+from torchrl_sql.envs.atari import DEFAULT_EMULATOR, Emulator
+from torchrl_sql.envs.slots import Slot, Slots
 from torchrl_sql.games import GAMES
 
 _COMMIT_INTERVAL_AGENT_STEPS = 10_000
@@ -50,7 +52,7 @@ class _Episode:
     index: int
     behaviour: int
     act: Callable[[np.ndarray], int]
-    frames: list[np.ndarray]
+    frames: list[np.ndarray] = field(default_factory=list)
     actions: list[int] = field(default_factory=list)
     rewards: list[float] = field(default_factory=list)
     terminated: bool = False
@@ -64,7 +66,7 @@ def collect(
     emulator: Emulator = DEFAULT_EMULATOR,
     *,
     seed: int = 0,
-    num_envs: int = 8,
+    num_envs: int | None = None,
     progress: Callable[[int], None] = lambda num_agent_steps: None,
 ) -> None:
     """Appends whole episodes until the writer holds at least ``num_agent_steps`` steps.
@@ -82,14 +84,13 @@ def collect(
 
     Keyword Args:
         seed (int): seed of emulator and policy.
-        num_envs (int): episodes played at a time.
+        num_envs (int, optional): episodes played at a time; default two per core. Those under way at the end are lost.
         progress (callable): is given the number of agent steps in the store after each episode.
     """
     if writer.num_steps >= num_agent_steps:
         return
     num_committed = writer.num_steps
-    vector = AtariVector(game, num_envs, emulator)
-    for episode in _play(vector, policy, seed=seed, first_index=writer.num_episodes):
+    for episode in _play(policy, game, emulator, seed=seed, first_index=writer.num_episodes, num_envs=num_envs):
         writer.add_episode(
             np.stack(episode.frames),
             np.array(episode.actions),
@@ -106,38 +107,37 @@ def collect(
             return
 
 
-def _play(vector: AtariVector, policy: BehaviourPolicy, *, seed: int, first_index: int) -> Iterator[_Episode]:
+def _play(
+    policy: BehaviourPolicy, game: str, emulator: Emulator, *, seed: int, first_index: int, num_envs: int | None
+) -> Iterator[_Episode]:
     """Episodes ``first_index`` and so on, in this order, without end."""
-    game_index = list(GAMES).index(vector.game)
-    next_index = first_index
-    slots: dict[int, _Episode] = {}
+    game_index = list(GAMES).index(game)
+    indices = count(first_index)
     finished: dict[int, _Episode] = {}
-    starting = np.ones(vector.num_envs, dtype=np.bool_)
-    while True:
-        seeds = []
-        for slot in np.flatnonzero(starting).tolist():
-            rng = np.random.default_rng([seed, game_index, next_index])
-            seeds.append(int(rng.integers(2**31 - 1)))
-            behaviour, act = policy.start_episode(rng)
-            slots[slot] = _Episode(next_index, behaviour, act, frames=[])
-            next_index += 1
-        if seeds:
-            observation = vector.reset(np.array(seeds), starting)
-            for slot in np.flatnonzero(starting).tolist():
-                slots[slot].frames.append(observation[slot, -1].copy())
 
-        actions = np.array([slots[slot].act(slots[slot].frames[-1]) for slot in range(vector.num_envs)])
-        observation, reward, terminated, truncated = vector.step(actions)
-        starting = terminated | truncated
-        for slot, episode in slots.items():
-            episode.actions.append(int(actions[slot]))
-            episode.rewards.append(float(reward[slot]))
-            if not terminated[slot]:
-                episode.frames.append(observation[slot, -1].copy())
-            if starting[slot]:
-                episode.terminated = bool(terminated[slot])
+    def start(slot: Slot[_Episode] | None = None) -> None:
+        index = next(indices)
+        rng = np.random.default_rng([seed, game_index, index])
+        emulator_seed = int(rng.integers(2**31 - 1))
+        slots.start(_Episode(index, *policy.start_episode(rng)), game, emulator_seed, slot=slot)
+
+    with Slots[_Episode](emulator) as slots:
+        for _ in range(num_envs or 2 * slots.num_threads):
+            start()
+        while (slot := slots.next()) is not None:
+            episode = slot.episode
+            if episode.actions:
+                episode.rewards.append(slot.reward)
+            if not slot.terminated:
+                episode.frames.append(slot.observation[-1].copy())
+            if slot.terminated or slot.truncated:
+                episode.terminated = slot.terminated
                 finished[episode.index] = episode
-
-        while first_index in finished:
-            yield finished.pop(first_index)
-            first_index += 1
+                start(slot)
+                while first_index in finished:
+                    yield finished.pop(first_index)
+                    first_index += 1
+                continue
+            action = episode.act(episode.frames[-1])
+            episode.actions.append(action)
+            slots.send(slot, action)

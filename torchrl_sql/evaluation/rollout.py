@@ -1,16 +1,15 @@
 """Plays a policy in the emulator: many games and episodes at once, batched into one forward, reproducible by seed.
 
-Two groups of episodes take turns: while emulator threads step one, the network decides for the other. Every forward has
-the same number of rows, filled up where fewer episodes are left: the kernels that torch chooses depend on the batch's
-shape, and with the shape fixed a row's outputs do not depend on the other rows.
+Episodes take turns, the one that waits longest first: while emulator threads step some, the network decides for others.
+Every forward has the same number of rows, filled up where fewer episodes are left: the kernels that torch chooses
+depend on the batch's shape, and with the shape fixed a row's outputs do not depend on the other rows. No more episodes
+are under way than two forwards decide for, so that the first are over, and kept, early.
 """
 
 from __future__ import annotations
 
-import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,9 +18,10 @@ import torch
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModuleBase
 
-from torchrl_sql.envs import AtariVector, Emulator
+from torchrl_sql.envs import Emulator
 from torchrl_sql.envs.atari import DEFAULT_EMULATOR
 from torchrl_sql.envs.context import Context, first_context, next_context
+from torchrl_sql.envs.slots import Slot, Slots
 from torchrl_sql.evaluation.policies import check_action_set
 from torchrl_sql.games import GAMES, NUM_ACTIONS, legal_action_mask
 from torchrl_sql.modules import sample_index
@@ -89,66 +89,39 @@ class _EpisodeNoise:
         return self._block[row]
 
 
-class _Slot:
-    """One emulator and the episode it plays."""
+class _Playing:
+    """An episode under way: its record, its noise, and what the agent remembers of it."""
 
-    def __init__(self, emulator: Emulator, context_steps: int) -> None:
-        self._emulator = emulator
-        self._context_steps = context_steps
-        self._action = 0
-        self._vector: AtariVector | None = None
-        self._stepping = False
-        self.rollout: Rollout
-        self.noise: _EpisodeNoise
-        self.return_noise: _EpisodeNoise
-        self.context: Context = {}
-        self.game_id: int
-        self.observation: np.ndarray
-
-    @property
-    def game(self) -> str | None:
-        """The game whose emulator this is, if there is one yet."""
-        return None if self._vector is None else self._vector.game
-
-    def start(self, rollout: Rollout, game_id: int) -> None:
-        if self.game != rollout.game:
-            self._vector = AtariVector(rollout.game, 1, self._emulator, num_threads=1)
-        assert self._vector is not None
-        self.rollout, self.game_id = rollout, game_id
+    def __init__(self, rollout: Rollout, game_id: int, *, recorded: bool) -> None:
+        self.rollout, self.game_id, self.recorded = rollout, game_id, recorded
         self.noise = _EpisodeNoise(np.random.SeedSequence(rollout.episode_seed), 3)
         # A stream of its own: a fourth column would change what all agents without a choice of return play.
         self.return_noise = _EpisodeNoise(np.random.SeedSequence(rollout.episode_seed, spawn_key=(1,)), 1)
-        self.observation = self._vector.reset(np.array([rollout.episode_seed]))[0]
-        if self._context_steps:
-            self.context = first_context(torch.from_numpy(self.observation[-1]), self._context_steps)
+        self.context: Context = {}
+        self._action: int | None = None
 
-    def send(self, action: int, value: np.ndarray | None, *, recorded: bool) -> None:
-        """Starts a step, and keeps what the episode's record needs of the decision."""
-        assert self._vector is not None
+    def decided(self, action: int, value: np.ndarray | None) -> None:
+        """Keeps what the episode's record needs of a decision."""
         step = self.rollout.length_agent_steps
         if value is not None and step % CALIBRATION_INTERVAL_AGENT_STEPS == 0:
             self.rollout.predictions.append((step, float(value[action])))
-        if recorded:
+        if self.recorded:
             self.rollout.actions.append(action)
             if value is not None:
                 self.rollout.action_values.append(value)
         self._action = action
-        self._vector.send(np.array([action]))
-        self._stepping = True
 
-    def receive(self) -> bool:
-        """Waits for the step under way, if any; whether the episode has ended."""
-        assert self._vector is not None
-        if self._stepping:
-            observation, reward, terminated, truncated = self._vector.recv()
-            self._stepping = False
-            self.observation = observation[0]
-            self.rollout.rewards.append(float(reward[0]))
-            self.rollout.terminated, self.rollout.truncated = bool(terminated[0]), bool(truncated[0])
-            if self._context_steps:
-                frame, rewards = torch.from_numpy(self.observation[-1]), torch.tensor(self.rollout.rewards[-1:])
-                self.context = next_context(self.context, torch.tensor(self._action), rewards, frame)
-        return self.rollout.terminated or self.rollout.truncated
+    def saw(self, slot: Slot[_Playing], context_steps: int) -> bool:
+        """Takes in what the slot shows; whether the episode has ended."""
+        frame = torch.from_numpy(slot.observation[-1])
+        if self._action is None:
+            self.context = first_context(frame, context_steps) if context_steps else {}
+            return False
+        self.rollout.rewards.append(slot.reward)
+        self.rollout.terminated, self.rollout.truncated = slot.terminated, slot.truncated
+        if context_steps:
+            self.context = next_context(self.context, torch.tensor(self._action), torch.tensor([slot.reward]), frame)
+        return slot.terminated or slot.truncated
 
 
 def episode_seed(seed: int, game: str, episode: int) -> int:
@@ -185,7 +158,7 @@ def rollout(
     Keyword Args:
         epsilon (float): probability of a uniformly random legal action in place of the policy's.
         seed (int): evaluation seed.
-        num_parallel (int, optional): episodes played at a time; default two forwards in each of the two groups.
+        num_parallel (int, optional): episodes played at a time; default two forwards of them.
         rows_per_forward (int, optional): ``B``; default by the policy's device, 16 or (CUDA) 128. What the network
             computes may depend on it in the last bits.
         num_emulator_threads (int, optional): default one per core.
@@ -202,81 +175,58 @@ def rollout(
     check_action_set(policy)
     device = next((p.device for p in policy.parameters()), torch.device("cpu"))
     rows = rows_per_forward or ROWS_PER_FORWARD.get(device.type, ROWS_PER_FORWARD["cuda"])
-    num_parallel = num_parallel or 4 * rows
-    num_threads = num_emulator_threads or len(os.sched_getaffinity(0))
+    context_steps = getattr(policy, "context_steps", 0)
     legal = legal_action_mask(games)
     queue = deque(episodes)
 
-    def start(slot: _Slot) -> None:
-        """In the background: creating or resetting an emulator takes as long as some hundred steps."""
-        # The same game again where there is one: its emulator need not be created.
-        game, episode = next((key for key in queue if key[0] == slot.game), queue[0])
+    def start(slot: Slot[_Playing] | None = None) -> None:
+        # The same game again where there is one: its emulator is at hand.
+        game, episode = next((key for key in queue if slot is not None and key[0] == slot.game), queue[0])
         queue.remove((game, episode))
         new = Rollout(game, episode, episode_seed(seed, game, episode))
-        starting.append((slot, starters.submit(slot.start, new, games.index(game))))
+        playing = _Playing(new, games.index(game), recorded=record(game, episode))
+        slots.start(playing, game, new.episode_seed, slot=slot)
 
-    def join() -> None:
-        """Emulators that are ready join the smaller group; when few episodes are left, all share one forward."""
-        few = len(queue) + len(starting) + sum(map(len, groups)) <= rows
-        if few:
-            groups[0].extend(groups[1])
-            groups[1].clear()
-        while starting and (starting[0][1].done() or not any(groups)):
-            slot, started = starting.popleft()
-            started.result()
-            (groups[0] if few else min(groups, key=len)).append(slot)
-
-    def send(group: list[_Slot]) -> None:
-        actions, values = _act(policy, group, legal, epsilon, rows, device)
-        for slot, action, value in zip(group, actions.tolist(), values, strict=True):
-            slot.send(action, value, recorded=record(slot.rollout.game, slot.rollout.episode))
-
-    def receive(group: list[_Slot]) -> Iterator[Rollout]:
-        for slot in list(group):
-            if slot.receive():
-                group.remove(slot)
-                yield slot.rollout
+    with Slots[_Playing](emulator, num_threads=num_emulator_threads) as slots:
+        for _ in range(min(num_parallel or 2 * rows, len(queue))):
+            start()
+        while slots:
+            batch: list[Slot[_Playing]] = []
+            while len(batch) < rows and (slot := slots.next(wait=not batch)) is not None:
+                if not slot.episode.saw(slot, context_steps):
+                    batch.append(slot)
+                    continue
+                yield slot.episode.rollout
                 if queue:
                     start(slot)
-
-    starting: deque[tuple[_Slot, Future[None]]] = deque()
-    groups: list[list[_Slot]] = [[], []]
-    with ThreadPoolExecutor(num_threads, thread_name_prefix="start") as starters:
-        for _ in range(min(num_parallel, len(queue))):
-            start(_Slot(emulator, getattr(policy, "context_steps", 0)))
-        while starting or any(groups):
-            for group in groups:
-                join()
-                yield from receive(group)
-                if group:
-                    send(group)
+            if batch:
+                actions, values = _act(policy, batch, legal, epsilon, rows, device)
+                for slot, action, value in zip(batch, actions.tolist(), values, strict=True):
+                    slot.episode.decided(action, value)
+                    slots.send(slot, action)
 
 
 def _act(
     policy: TensorDictModuleBase,
-    slots: list[_Slot],
+    slots: list[Slot[_Playing]],
     legal: torch.Tensor,
     epsilon: float,
     rows: int,
     device: torch.device,
-) -> tuple[torch.Tensor, list[np.ndarray | None]]:
+) -> tuple[torch.Tensor, Sequence[np.ndarray | None]]:
     """Actions int64 ``[len(slots)]``, the policy's or exploring ones, and the policy's values of each."""
-    noise = np.stack([slot.noise.at(slot.rollout.length_agent_steps) for slot in slots])
-    game_ids = torch.tensor([slot.game_id for slot in slots])
-    decisions = [
-        _decide(policy, slots[i : i + rows], noise[i : i + rows, 2], rows, device) for i in range(0, len(slots), rows)
-    ]
+    noise = np.stack([slot.episode.noise.at(slot.episode.rollout.length_agent_steps) for slot in slots])
+    game_ids = torch.tensor([slot.episode.game_id for slot in slots])
+    actions, values = _decide(policy, slots, noise[:, 2], rows, device)
     explored = sample_index(legal[game_ids], torch.from_numpy(noise[:, 1]))
-    actions = torch.cat([action for action, _ in decisions])
     actions = torch.where(torch.from_numpy(noise[:, 0] < epsilon), explored, actions)
-    values = [value for action, chunk in decisions for value in ([None] * len(action) if chunk is None else chunk)]
-    return actions, values
+    return actions, [None] * len(slots) if values is None else list(values)
 
 
 @torch.inference_mode()
 def _decide(
     policy: TensorDictModuleBase,
-    slots: list[_Slot],
+    slots: list[Slot[_Playing]],
     uniform: np.ndarray,
     rows: int,
     device: torch.device,
@@ -284,23 +234,26 @@ def _decide(
     """The policy's actions int64 ``[len(slots)]`` and values float32 ``[len(slots), 18]``, from a batch of ``rows``."""
     number = len(slots)
 
-    def filled(values: Iterable[Any], dtype: torch.dtype) -> torch.Tensor:
+    def filled(values: Sequence[Any] | np.ndarray, dtype: type[np.generic]) -> torch.Tensor:
         """One row per slot, and zeros."""
-        entry = torch.from_numpy(np.stack(list(values))).to(dtype)
-        return torch.cat([entry, entry.new_zeros(rows - number, *entry.shape[1:])])
+        entry = np.zeros((rows, *np.shape(values[0])), dtype)
+        for row, value in enumerate(values):
+            entry[row] = value
+        return torch.from_numpy(entry)
 
+    playing = [slot.episode for slot in slots]
     batch = TensorDict(
-        observation=filled([slot.observation for slot in slots], torch.uint8),
-        game_id=filled([slot.game_id for slot in slots], torch.int64),
-        uniform=filled(uniform, torch.float64),
+        observation=filled([slot.observation for slot in slots], np.uint8),
+        game_id=filled([one.game_id for one in playing], np.int64),
+        uniform=filled(uniform, np.float64),
         batch_size=[rows],
     )
-    if slots[0].context:
-        keys = slots[0].context
-        batch["context"] = {key: filled([slot.context[key] for slot in slots], keys[key].dtype) for key in keys}
-        batch["return_uniform"] = filled(
-            [slot.return_noise.at(slot.rollout.length_agent_steps)[0] for slot in slots], torch.float64
-        )
+    if playing[0].context:
+        contexts = {key: [one.context[key].numpy() for one in playing] for key in playing[0].context}
+        batch["context"] = {key: filled(values, values[0].dtype.type) for key, values in contexts.items()}
+        steps = [one.rollout.length_agent_steps for one in playing]
+        uniforms = [one.return_noise.at(step)[0] for one, step in zip(playing, steps, strict=True)]
+        batch["return_uniform"] = filled(uniforms, np.float64)
     out = policy(batch.to(device))
     action = out["action"].cpu()
     if action.shape != (rows,) or action.is_floating_point() or action.dtype == torch.bool:

@@ -50,9 +50,13 @@ class NetworkPolicy(TensorDictModuleBase):
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Writes ``action`` and ``action_value``."""
-        value_BA = self.actor(tensordict.select("observation", "game_id"))["action_value"]
+        # The network itself: the actor's own choice is not wanted, and the wrappers cost a fifth of a small network.
+        network = self.actor.module[0]
+        outputs = network.module(*(tensordict[key] for key in network.in_keys))
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        value_BA = outputs[network.out_keys.index("action_value")]
         if self.support is not None:
-            value_BA = (value_BA.exp() * self.support.unsqueeze(-1)).sum(-2)
+            value_BA = (value_BA.log_softmax(-2).exp() * self.support.unsqueeze(-1)).sum(-2)
         check_outputs(value_BA)
         legal_BA = self.legal[tensordict["game_id"]]
         preference_BA = value_BA.double().masked_fill(~legal_BA, -torch.inf)
