@@ -125,7 +125,7 @@ def test_train_prints_its_configuration(capsys):
         ),
         (["quickstart", "run_dir=x"], "a study decides run_dir itself, see --out"),
         (["train", "--config", "/x", "seed=1"], "--config takes no settings beside the file's own, got 'seed=1'"),
-        (["evaluate", "/nowhere"], "/nowhere must be a checkpoint or the folder of a trained run"),
+        (["evaluate", "/nowhere"], "/nowhere must be a checkpoint, the folder of a trained run or"),
         (["report", "/nowhere"], "/nowhere must hold scores.csv"),
         (["inspect", "/nowhere"], "/nowhere is not a store"),
     ],
@@ -136,7 +136,7 @@ def test_bad_input_is_one_clear_line(arguments, message, capsys):
     assert err.startswith(f"torchrl-sql {arguments[0]}: ") and message in err and "Traceback" not in err
 
 
-@pytest.mark.parametrize("command", ["quickstart", "study", "collect", "train", "evaluate", "report", "inspect"])
+@pytest.mark.parametrize("command", ["quickstart", "study", "collect", "train", "evaluate", "enjoy", "report"])
 def test_help_explains_each_command(command, capsys):
     with pytest.raises(SystemExit) as exit_info:
         main([command, "--help"])
@@ -173,7 +173,7 @@ def test_an_unknown_option_is_answered_by_its_command_with_the_closest_one(capsy
         main(["evaluate", "runs/x", "--epsiode", "3", "--gmaes=Pong"])
     error = capsys.readouterr().err
     assert "usage: torchrl-sql evaluate" in error
-    assert "unrecognized arguments: --epsiode 3 --gmaes=Pong; did you mean --episodes or --games?" in error
+    assert "unrecognized arguments: --epsiode 3 --gmaes=Pong; did you mean --episode or --games?" in error
 
 
 def test_a_closed_pipe_is_silent():
@@ -188,7 +188,7 @@ def test_the_completion_script_completes_commands_and_options():
     done = run_shell(script + complete.format(words="torchrl-sql eval"))
     assert done.stdout.split() == ["evaluate"], done.stderr
     done = run_shell(script + complete.format(words="torchrl-sql evaluate --epis"))
-    assert done.stdout.split() == ["--episodes"], done.stderr
+    assert done.stdout.split() == ["--episodes", "--episode"], done.stderr
 
 
 def test_other_packages_do_not_chat():

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from torchrl_sql.cli import main
 from torchrl_sql.evaluation.episodes import read_calibration, read_episodes
 from torchrl_sql.training.checkpoint import load_checkpoint
+from torchrl_sql.training.lock import RunLock
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +82,62 @@ def test_constant_plays_each_legal_action_of_each_game_as_it_would_alone(tmp_pat
     assert [path.stem for path in (tmp_path / "up" / "clips").iterdir()] == ["Freeway-constant_UP-greedy-seed0-0"]
 
 
+def test_a_folder_stands_for_the_runs_in_it_and_scores_reach_their_loggers(make_run, tmp_path, capsys):
+    for seed in (0, 1):
+        run = make_run(f"seed={seed}", "trainer.loggers=[csv,tensorboard]", steps=(5 + seed,))
+        shutil.copytree(run, tmp_path / "study" / "small" / f"seed{seed}")
+    assert main(["evaluate", str(tmp_path / "study")]) == 0
+    assert "small of" in capsys.readouterr().out
+    for seed in (0, 1):
+        folder = tmp_path / "study" / "small" / f"seed{seed}"
+        rows = read_episodes(folder / "scores.csv")
+        assert [(row.seed, row.gradient_step) for row in rows] == [(seed, 5 + seed)] * 4
+        mean = sum(row.episode_return for row in rows if row.game == "Freeway") / 2
+        assert (folder / "logs/csv/scalars/evaluation/return_Freeway.csv").read_text() == f"{5 + seed},{mean}\n"
+        events = EventAccumulator(str(folder / "logs/tensorboard"))
+        events.Reload()
+        (event,) = events.Scalars("evaluation/return_Freeway")
+        assert (event.step, event.value) == (5 + seed, mean)
+    # Again, and not under the runs' own protocol: nothing is added.
+    assert main(["evaluate", str(tmp_path / "study"), "--decoding", "sampled"]) == 0
+    assert main(["evaluate", str(tmp_path / "study")]) == 0
+    assert len((folder / "logs/csv/scalars/evaluation/return_Freeway.csv").read_text().splitlines()) == 1
+
+
+def test_a_run_that_is_trained_keeps_its_logs_to_itself(make_run, capsys):
+    run = make_run(steps=(2,))
+    with RunLock(run):
+        assert main(["evaluate", str(run)]) == 0
+    assert "Scores are not added to the run's loggers" in capsys.readouterr().out
+    assert len(read_episodes(run / "scores.csv")) == 4 and not (run / "logs").exists()
+
+
+def test_a_clip_of_a_chosen_episode(run, tmp_path):
+    words = ["evaluate", str(run), "--games", "Freeway", "--out", str(tmp_path), "--video", "--seed", "4"]
+    assert main([*words, "--episode", "1"]) == 0
+    assert [path.stem for path in (tmp_path / "clips").iterdir()] == ["Freeway-small-greedy-seed0-6-episode1"]
+    assert [row.episode for row in read_episodes(tmp_path / "scores.csv")] == [0, 1]
+
+
+def test_sigterm_keeps_what_was_played_and_the_same_command_continues(tmp_path):
+    words = ["constant_FIRE", "--games", "Breakout", "--episodes", "40", "--max-env-frames", "400", "--epsilon", "0.1"]
+    assert main(["evaluate", *words, "--out", str(tmp_path / "whole")]) == 0
+    table = tmp_path / "parts" / "scores.csv"
+    command = [sys.executable, "-m", "torchrl_sql", "evaluate", *words, "--out", str(table.parent)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    while not table.exists() or len(table.read_text().splitlines()) < 3:
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "the same command continues" in err
+    kept = read_episodes(table)
+    assert 2 <= len(kept) < 40
+    assert main(["evaluate", *words, "--out", str(table.parent)]) == 0
+    whole = read_episodes(tmp_path / "whole" / "scores.csv")
+    assert read_episodes(table) == whole and set(kept) < set(whole)
+
+
 @pytest.fixture(scope="module")
 def other_heads(make_run):
     """A run whose checkpoint has the weights of three games, but says two."""
@@ -96,12 +160,18 @@ def test_weights_of_another_list_of_games_are_refused(other_heads, capsys):
         (["RUN", "--games", "Pog"], "did you mean Pong"),
         (["RUN", "--episodes", "0"], "num_episodes must be at least 1, got 0"),
         (["RUN", "--epsilon", "2"], "epsilon must be in [0, 1], got 2.0"),
+        (["RUN", "--episode", "1"], "--episode chooses what --video shows; it needs --video"),
+        (["RUN", "--video", "--episode", "2"], "must be one of the 2 played per game, from 0, got 2"),
+        (
+            ["OUT"],
+            "must be a checkpoint, the folder of a trained run or one that holds such folders, found no checkpoint",
+        ),
         (["RUN", "--share", "3/2"], "a share must be K/N with K from 1 to N, got '3/2'"),
         (["RUN/config.yaml"], "must be a checkpoint of torchrl_sql"),
-        (["RUN/nothing.pt"], "nothing.pt must be a checkpoint or the folder of a trained run"),
+        (["RUN/nothing.pt"], "nothing.pt must be a checkpoint, the folder of a trained run or"),
         (["random", "--out", "OUT"], "random needs --games and --out"),
         (["constant_UP", "--games", "Pong"], "--out must be given with constant_UP"),
-        (["constant_UPP"], "constant_UPP must be a checkpoint or the folder of a trained run"),
+        (["constant_UPP"], "constant_UPP must be a checkpoint, the folder of a trained run or"),
     ],
 )
 def test_bad_input_is_one_clear_line(run, tmp_path, arguments, message, capsys):

@@ -71,6 +71,36 @@ def test_more_episodes_than_places_and_several_forwards_a_group():
     assert len(few) == 7 and few == play(policy, episodes=episodes[::-1], rows_per_forward=2, num_parallel=2)
 
 
+def test_the_first_episodes_are_over_before_the_last_begin():
+    begun, over_when_begun = [], []
+
+    def begin(game, episode):
+        begun.append(episode)
+        over_when_begun.append(len(over))
+        return False
+
+    over = []
+    episodes = [("Freeway", episode) for episode in range(12)]
+    for result in rollout(ConstantPolicy(2), GAMES, episodes, SHORT, rows_per_forward=2, record=begin):
+        over.append(result.episode)
+    assert begun == list(range(12)) and sorted(over) == begun
+    assert over_when_begun[:4] == [0] * 4 and over_when_begun[4:] == sorted(over_when_begun[4:])
+    assert all(number - finished <= 4 for number, finished in enumerate(over_when_begun, start=1))
+
+
+def test_what_is_raised_at_a_decision_ends_a_rollout():
+    decisions = []
+
+    def stop():
+        decisions.append(1)
+        if len(decisions) == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        list(rollout(RandomPolicy(GAMES), GAMES, EPISODES, SHORT, on_decision=stop))
+    assert len(decisions) == 5 and len(play(RandomPolicy(GAMES))) == 6  # the emulators it left in mid-step serve
+
+
 def test_rows_of_a_forward_do_not_depend_on_the_others():
     torch.manual_seed(1)
     batch = TensorDict(

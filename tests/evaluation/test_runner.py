@@ -107,7 +107,7 @@ def test_several_agents_and_steps_share_a_table_and_an_episode_is_recorded_again
     recorded = []
     evaluate(
         RandomPolicy(GAMES), GAMES, replace(SHORT, num_episodes=2), folder=tmp_path, agent=AGENT,
-        recorded_games=["Freeway"], on_recorded=recorded.append,
+        recorded=[("Freeway", 0)], on_recorded=recorded.append,
     )  # fmt: skip
     rows = read_episodes(tmp_path / "scores.csv")
     assert [(row.gradient_step, row.game, row.episode) for row in rows] == [
@@ -138,7 +138,7 @@ def test_an_episode_that_ends_otherwise_when_played_again_is_refused(tmp_path):
     with TableWriter(tmp_path / "scores.csv", EpisodeResult) as writer:
         writer.append([replace(row, episode_return=123.0)])
     recorded = []
-    again = {"recorded_games": ["Breakout"], "on_recorded": recorded.append}
+    again = {"recorded": [("Breakout", 0)], "on_recorded": recorded.append}
     with pytest.raises(ValueError, match=r"must end as the table says, .*return=123.0.*, got .*return=[01]\.0"):
         evaluate(RandomPolicy(["Breakout"]), "Breakout", **settings, **again)
     assert not recorded

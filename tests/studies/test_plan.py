@@ -59,6 +59,15 @@ def test_settings_of_a_method_are_not_those_of_another(make_study, tmp_path):
     assert "method.cql_alpha" not in tasks["train-bc-seed1"].settings
 
 
+def test_training_that_evaluates_owns_the_table_too(make_study, tmp_path):
+    def made(*changes):
+        tasks = {task.name: task for task in plan_study(make_study(*changes), tmp_path)}
+        return "q/seed0/scores.csv" in tasks["train-q-seed0"].makes
+
+    interval = "trainer.evaluation_interval_gradient_steps=3, trainer.checkpoint_interval_gradient_steps=3"
+    assert made(("scale=cpu", f"scale=cpu, {interval}")) and not made()
+
+
 def test_data_that_is_there_is_not_made(make_study, tmp_path):
     tasks = plan_study(make_study(("data: collect", "data: /data/store")), tmp_path)
     assert tasks[0].name == "train-q-seed0" and tasks[0].after == []

@@ -16,6 +16,7 @@ from unittest.mock import patch
 import torch
 
 from torchrl_sql.config import compose_run_config
+from torchrl_sql.evaluation.agents import evaluate_checkpoint
 from torchrl_sql.training import Interrupted, Trainer, train
 
 update = Trainer.update
@@ -37,7 +38,7 @@ def train_jobs(phase: dict[str, Any], rank: int) -> None:
         os.environ["MASTER_PORT"] = str(job["port"])
         try:
             with patch.object(Trainer, "update", update_then_signal):
-                train(compose_run_config(job["overrides"]))
+                train(compose_run_config(job["overrides"]), evaluate=evaluate_checkpoint)
             outcome = "trained"
         except Interrupted as interruption:
             outcome = f"{interruption}, requeue={interruption.requeue}"

@@ -10,11 +10,17 @@ import torch
 
 from torchrl_sql.config import compose_run_config
 from torchrl_sql.data import OfflineAtariReplay
+from torchrl_sql.evaluation.episodes import read_episodes
 from torchrl_sql.training import train
 from torchrl_sql.training.checkpoint import list_checkpoints, load_checkpoint
 from torchrl_sql.training.logs import read_scalars
 
 NUM_STEPS = 8
+PLAYED = [
+    "trainer.evaluation_interval_gradient_steps=4",
+    "evaluation.num_episodes_per_game=2",
+    "evaluation.max_env_frames_per_episode=80",
+]
 KILLED_AFTER = 5  # one step after a checkpoint, in the middle of a log interval
 
 
@@ -68,6 +74,8 @@ def runs(tiny_overrides, run_ranks, tmp_path_factory):
             runs.job("two-stopped", *micro, signals=[(4, 1, usr2)]),
             runs.job("two-stopped", *micro),
             runs.job("moving", signals=[(2, 0, term)]),
+            runs.job("two-played", *micro, *PLAYED, signals=[(4, 1, usr2)]),
+            runs.job("two-played", *micro, *PLAYED),
         ),
         (1, runs.job("moving", signals=[(5, 0, term)])),
         (
@@ -107,7 +115,10 @@ def test_some_slices_lacked_a_game(store):
     assert lacking > 0
 
 
-@pytest.mark.parametrize(("name", "whole"), [("two-stopped", "two"), ("four-stopped", "four"), ("two-killed", "two")])
+@pytest.mark.parametrize(
+    ("name", "whole"),
+    [("two-stopped", "two"), ("two-played", "two"), ("four-stopped", "four"), ("two-killed", "two")],
+)
 def test_a_run_continues_bit_for_bit(runs, name, whole):
     ours, theirs = runs.state(name)["loss"], runs.state(whole)["loss"]
     assert ours.keys() == theirs.keys()
@@ -124,6 +135,14 @@ def test_all_ranks_stop_at_the_step_after_the_signal_and_agree_whether_to_requeu
         stopped = "stopped at gradient step 5 of 8; the same command continues, requeue=True"
         assert runs.outcomes["two-stopped", rank] == [stopped, "trained"]
     assert runs.outcomes["moving", 1][0] == "stopped at gradient step 3 of 8; the same command continues, requeue=False"
+
+
+def test_a_signal_to_a_rank_that_waits_stops_the_evaluation_of_rank_0(runs):
+    for rank in range(2):
+        stopped = "stopped at gradient step 4 of 8; the same command continues, requeue=True"
+        assert runs.outcomes["two-played", rank] == [stopped, "trained"]
+    rows = read_episodes(runs.folder / "two-played" / "scores.csv")
+    assert [row.gradient_step for row in rows] == [4] * 4 + [8] * 4
 
 
 def test_random_states_of_every_rank_are_kept(runs):

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import argparse
 import shlex
-from collections.abc import Sequence
+import signal
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from torchrl_sql.evaluation.agents import Agent
     from torchrl_sql.evaluation.episodes import EpisodeResult
-    from torchrl_sql.evaluation.protocol import Protocol
+    from torchrl_sql.evaluation.protocol import Protocol, Share
 
 
 def add_commands(commands: Any) -> None:
@@ -26,8 +30,9 @@ def add_commands(commands: Any) -> None:
         "agents",
         nargs="+",
         metavar="AGENT",
-        help="a run's folder (its newest checkpoint), checkpoints (all of a run: RUN/checkpoints/*.pt), random, noop, "
-        "constant_ACTION, or constant: each legal action of each game",
+        help="a run's folder (its newest checkpoint), a folder that holds runs, checkpoints (all of a run: "
+        "RUN/checkpoints/*.pt), a policy.safetensors, random, noop, constant_ACTION, or constant: each legal action of "
+        "each game",
     )
     evaluate.add_argument("--games", help="train40, heldout5, all, or names separated by commas (default: the run's)")
     evaluate.add_argument(
@@ -39,12 +44,6 @@ def add_commands(commands: Any) -> None:
     evaluate.add_argument(
         "--max-env-frames", type=int, help="emulator frames at which an episode is cut (default: the run's, or 108000)"
     )
-    evaluate.add_argument(
-        "--decoding",
-        choices=("greedy", "sampled", "expert", "expert_128"),
-        help="expert and expert_128 ask a return-conditioned network for a high return (default: expert for those, "
-        "else greedy)",
-    )
     evaluate.add_argument("--out", type=Path, help="folder of scores.csv (default: the run's)")
     evaluate.add_argument(
         "--share",
@@ -53,17 +52,29 @@ def add_commands(commands: Any) -> None:
         "(default: everything, or by RANK and WORLD_SIZE where torchrun sets them); marks no best checkpoint",
     )
     evaluate.add_argument(
-        "--video", action="store_true", help="save a clip of each game's first episode in the folder's clips/"
+        "--video", action="store_true", help="save a clip of one episode of each game in the folder's clips/"
     )
-    evaluate.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
+    evaluate.add_argument("--episode", type=int, metavar="N", help="the episode of --video, from 0 (default: 0)")
+    add_decoding(evaluate)
     evaluate.set_defaults(run_command=_evaluate)
+
+
+def add_decoding(command: argparse.ArgumentParser) -> None:
+    """Adds how a trained network acts, and where."""
+    command.add_argument(
+        "--decoding",
+        choices=("greedy", "sampled", "expert", "expert_128"),
+        help="expert and expert_128 ask a return-conditioned network for a high return (default: expert for those, "
+        "else greedy)",
+    )
+    command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
 
 
 def _evaluate(args: argparse.Namespace) -> None:
     """Plays agents in the emulator and adds each finished episode to scores.csv. Episodes that it has already are not
-    played again: the same command continues an interrupted evaluation.
+    played again: the same command continues an interrupted evaluation. Scores of a run's own games and settings are
+    added to its loggers, too.
     """
-    from torchrl_sql.evaluation.agents import make_agents
     from torchrl_sql.evaluation.clips import has_video_encoder
     from torchrl_sql.evaluation.protocol import Share
     from torchrl_sql.games import resolve_games
@@ -72,7 +83,21 @@ def _evaluate(args: argparse.Namespace) -> None:
     games = None if args.games is None else resolve_games(args.games)
     if args.video and not has_video_encoder():
         print("Clips are short GIFs: pip install torchrl-sql[video] brings an encoder for MP4.")
-    folders = []
+    if args.episode is not None and not args.video:
+        raise ValueError("--episode chooses what --video shows; it needs --video")
+    before = signal.signal(signal.SIGTERM, _stop)  # as Ctrl-C: what was played is kept
+    try:
+        folders = list(_play(args, games, share))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    for folder in dict.fromkeys(folders):
+        print(f"Scores: {folder / 'scores.csv'}. Next: torchrl-sql report {shlex.quote(str(folder))}")
+
+
+def _play(args: argparse.Namespace, games: Sequence[str] | None, share: Share) -> Iterator[Path]:
+    """Evaluates one agent after the other; yields the folders of their tables."""
+    from torchrl_sql.evaluation.agents import make_agents
+
     for word in args.agents:
         for agent in make_agents(word, games, decoding=args.decoding, device=args.device):
             folder = args.out or agent.run_dir
@@ -83,12 +108,38 @@ def _evaluate(args: argparse.Namespace) -> None:
                 protocol=_changed(agent.protocol, args),
                 share=share,
                 clips=folder / "clips" if args.video else None,
+                clip_episode=args.episode or 0,
             )
             agent.mark_if_best(episodes)
-            _print_means(agent.id.name if agent.run_dir is None else word, episodes)
-            folders.append(folder)
-    for folder in dict.fromkeys(folders):
-        print(f"Scores: {folder / 'scores.csv'}. Next: torchrl-sql report {shlex.quote(str(folder))}")
+            _log(agent, episodes)
+            step = "" if agent.run_dir is None else f" of {agent.run_dir} at gradient step {agent.id.gradient_step:,}"
+            _print_means(agent.id.name + step, episodes)
+            yield folder
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def _log(agent: Agent, episodes: Sequence[EpisodeResult]) -> None:
+    """Adds the scores of an idle run to its loggers."""
+    from torchrl_sql.config import load_run_config
+    from torchrl_sql.training.lock import RunFolderError, RunLock
+    from torchrl_sql.training.logs import log_scores
+
+    scores = agent.scores(episodes)
+    if agent.run_dir is None or not scores:
+        return
+    config = load_run_config(agent.run_dir / "config.yaml")
+    loggers, step = config.trainer.loggers, agent.id.gradient_step
+    if "wandb" in loggers and find_spec("wandb") is None:
+        print("The run logs to W&B, which is not installed here: its scores are not added there.")
+        loggers = [name for name in loggers if name != "wandb"]
+    try:
+        with RunLock(agent.run_dir):
+            log_scores(agent.run_dir / "logs", loggers, run_name=config.name, step=step, scores=scores)
+    except RunFolderError as error:
+        print(f"Scores are not added to the run's loggers: {error}")
 
 
 def _changed(protocol: Protocol, args: argparse.Namespace) -> Protocol:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,13 @@ def _train(args: argparse.Namespace) -> None:
         return
     from torchrl_sql.training import train
 
-    folder = train(config)
+    folder = train(config, evaluate=_evaluate_checkpoint)
     if os.environ.get("RANK", "0") == "0":
         print(f"Trained: {folder}. Next: torchrl-sql evaluate {shlex.quote(str(folder))}")
+
+
+def _evaluate_checkpoint(checkpoint: Path, on_decision: Callable[[], None]) -> Mapping[str, float]:
+    # Runs without evaluation do not wait for this import.
+    from torchrl_sql.evaluation.agents import evaluate_checkpoint
+
+    return evaluate_checkpoint(checkpoint, on_decision)

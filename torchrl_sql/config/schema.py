@@ -285,6 +285,9 @@ class TrainerConfig:
     """The newest ones; the one with the best evaluation stays too."""
     milestone_interval_gradient_steps: int | None = setting(at_least(1))
     """Checkpoints of these steps are never deleted, for learning curves; null for none."""
+    evaluation_interval_gradient_steps: int | None = field(default=None, metadata={"bound": at_least(1)})
+    """Checkpoints of these steps are played while training waits, as ``torchrl-sql evaluate`` plays them; null for
+    none, as in files of before there was this setting."""
     log_interval_gradient_steps: int = setting(at_least(1))
     loggers: list[str] = setting(logger_names)  # noqa: RUF009 - setting makes a field
     """csv is what reports read."""
@@ -388,12 +391,14 @@ def _check_together(config: RunConfig) -> None:
         "optim.warmup_gradient_steps",
         f"less than trainer.num_gradient_steps={trainer.num_gradient_steps}",
     )
-    interval, milestone = trainer.checkpoint_interval_gradient_steps, trainer.milestone_interval_gradient_steps
-    require(
-        milestone is None or milestone % interval == 0,
-        "trainer.milestone_interval_gradient_steps",
-        f"null or a multiple of trainer.checkpoint_interval_gradient_steps={interval}",
-    )
+    interval = trainer.checkpoint_interval_gradient_steps
+    for key in ("milestone_interval_gradient_steps", "evaluation_interval_gradient_steps"):
+        steps = getattr(trainer, key)
+        require(
+            steps is None or steps % interval == 0,
+            f"trainer.{key}",
+            f"null or a multiple of trainer.checkpoint_interval_gradient_steps={interval}",
+        )
     require(
         trainer.microbatch_size is None or data.batch_size % trainer.microbatch_size == 0,
         "trainer.microbatch_size",

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from statistics import fmean
 from typing import cast
 
 import numpy as np
+import torch
 from tensordict.nn import TensorDictModuleBase
 
 from torchrl_sql.config import compose_run_config
@@ -23,8 +24,9 @@ from torchrl_sql.methods import make_method
 from torchrl_sql.statistics.intervals import interquartile_mean
 from torchrl_sql.statistics.scores import human_normalised, split_by_reference
 from torchrl_sql.training.build import find_checkpoint, load_agent
-from torchrl_sql.training.checkpoint import mark_best
+from torchrl_sql.training.checkpoint import list_checkpoints, mark_best
 from torchrl_sql.training.device import prepare_cpu, resolve_device
+from torchrl_sql.training.policy import read_policy
 
 
 class Agent:
@@ -72,6 +74,8 @@ class Agent:
         protocol: Protocol | None = None,
         share: Share = WHOLE,
         clips: Path | None = None,
+        clip_episode: int = 0,
+        on_decision: Callable[[], None] = lambda: None,
     ) -> list[EpisodeResult]:
         """Plays, and adds each finished episode to the tables of ``folder``.
 
@@ -81,13 +85,22 @@ class Agent:
         Keyword Args:
             protocol (Protocol, optional): in place of its own.
             share (Share): which share of the episodes to play.
-            clips (Path, optional): folder for a clip of each game's first episode; existing ones stay.
+            clips (Path, optional): folder for a clip of one episode of each game; existing ones stay.
+            clip_episode (int): which one, from 0.
+            on_decision (callable): is called often; what it raises ends the evaluation, which can be continued.
 
         Raises:
-            ValueError: as :func:`torchrl_sql.evaluation.runner.evaluate` does.
+            ValueError: as :func:`torchrl_sql.evaluation.runner.evaluate` does, and for an episode that is not played.
         """
         protocol = protocol or self.protocol
-        without_clip = [game for game in self.games if clips is not None and find_clip(clips, game, self.id) is None]
+        if not 0 <= clip_episode < protocol.num_episodes:
+            raise ValueError(
+                f"the episode of a clip must be one of the {protocol.num_episodes} played per game, from 0, got "
+                f"{clip_episode}"
+            )
+
+        def has_clip(game: str) -> bool:
+            return clips is None or find_clip(clips, game, self.id, clip_episode) is not None
 
         def draw(played: Rollout) -> None:
             assert clips is not None
@@ -103,8 +116,9 @@ class Agent:
             gamma=self.gamma if self.id.decoding == "greedy" else None,
             folder=folder,
             share=share,
-            recorded_games=without_clip,
+            recorded=[(game, clip_episode) for game in self.games if not has_clip(game)],
             on_recorded=draw,
+            on_decision=on_decision,
         )
 
     def mark_if_best(self, episodes: Sequence[EpisodeResult]) -> bool:
@@ -119,21 +133,48 @@ class Agent:
             Whether it is the best now. It cannot be by another decoding than the usual one, under another protocol than
             the run's, without one of its games, or by fewer episodes.
         """
-        if self.run_dir is None or self.id.decoding != self.usual_decoding:
+        means = self._comparable_means(episodes)
+        scores = [] if means is None else _normalised(means)
+        if self.run_dir is None or not scores:
             return False
+        return mark_best(self.run_dir, self.id.gradient_step, float(interquartile_mean(np.array(scores))))
+
+    def scores(self, episodes: Sequence[EpisodeResult]) -> dict[str, float]:
+        """What the logs of its run keep of an evaluation.
+
+        Args:
+            episodes (sequence of EpisodeResult): of this agent.
+
+        Returns:
+            ``return_GAME``, the mean return, and ``human_normalised_mean`` over the games that have a human score.
+            Empty unless checkpoints of the run are compared by it, see :meth:`mark_if_best`.
+        """
+        means = self._comparable_means(episodes)
+        if means is None:
+            return {}
+        scores = {f"return_{game}": mean for game, mean in means.items()}
+        normalised = _normalised(means)
+        return scores | ({"human_normalised_mean": fmean(normalised)} if normalised else {})
+
+    def _comparable_means(self, episodes: Sequence[EpisodeResult]) -> dict[str, float] | None:
+        """Mean return by game, if checkpoints of its run are compared by it."""
+        if self.run_dir is None or self.id.decoding != self.usual_decoding:
+            return None
         protocol = self.protocol
         returns: dict[str, list[float]] = {game: [] for game in self.policy_games}
         for row in episodes:
             if (row.emulator, row.epsilon, row.evaluation_seed) != (protocol.emulator, protocol.epsilon, protocol.seed):
-                return False
+                return None
             returns[row.game].append(row.episode_return)
         if any(len(values) < protocol.num_episodes for values in returns.values()):
-            return False
-        scored, _ = split_by_reference(self.policy_games, "human")
-        if not scored:
-            return False
-        scores = np.array([human_normalised(fmean(returns[game]), game) for game in scored])
-        return mark_best(self.run_dir, self.id.gradient_step, float(interquartile_mean(scores)))
+            return None
+        return {game: fmean(values) for game, values in returns.items()}
+
+
+def _normalised(means: Mapping[str, float]) -> list[float]:
+    """Human-normalised scores of the games that have a human score."""
+    scored, _ = split_by_reference(tuple(means), "human")
+    return [human_normalised(means[game], game) for game in scored]
 
 
 @cache
@@ -146,7 +187,8 @@ class TrainedAgent(Agent):
     """A trained network, under its run's name and protocol.
 
     Args:
-        path (Path): a checkpoint, or a run's folder (its newest checkpoint is taken).
+        path (Path): a checkpoint, a run's folder (its newest checkpoint is taken), or a ``.safetensors`` file as
+            :func:`torchrl_sql.training.export_policy` writes it.
 
     Keyword Args:
         games (sequence of str, optional): some of its games; default all.
@@ -165,8 +207,11 @@ class TrainedAgent(Agent):
         decoding: Decoding | None = None,
         device: str | None = None,
     ) -> None:
-        path = find_checkpoint(path)
-        network, config, gradient_step = load_agent(path)
+        if path.suffix == ".safetensors":
+            network, config, gradient_step = read_policy(path)
+        else:
+            path = find_checkpoint(path)
+            network, config, gradient_step = load_agent(path)
         method = make_method(config.method)
         if method.values == "none":
             raise ValueError(f"{path} must hold a network that acts, got one of method {config.method.name!r}")
@@ -192,6 +237,42 @@ class TrainedAgent(Agent):
             run_dir=folder if in_run else None,
             usual_decoding=usual,
         )
+
+
+def evaluate_checkpoint(checkpoint: Path, on_decision: Callable[[], None] = lambda: None) -> dict[str, float]:
+    """Plays a checkpoint of a run into the run's tables; torch's random states stay as they are.
+
+    Args:
+        checkpoint (Path): in the folder of the run.
+        on_decision (callable): is called often; what it raises ends the evaluation, which can be continued.
+
+    Returns:
+        Its :meth:`Agent.scores`.
+    """
+    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices):  # a network is made before it is loaded
+        agent = TrainedAgent(checkpoint)
+        if agent.run_dir is None:
+            raise ValueError(f"{checkpoint} must be in the folder of a run, which has config.yaml")
+        episodes = agent.evaluate(agent.run_dir, on_decision=on_decision)
+    agent.mark_if_best(episodes)
+    return agent.scores(episodes)
+
+
+def find_runs(path: Path) -> list[Path]:
+    """A checkpoint, or the folder of a run, itself; of any other folder the runs in it, e.g. of a study.
+
+    Raises:
+        FileNotFoundError: if there is none.
+    """
+    if path.is_file() or list_checkpoints(path / "checkpoints"):
+        return [path]
+    folders = [folder for depth in ("*", "*/*", "*/*/*") for folder in path.glob(f"{depth}/checkpoints")]
+    if runs := sorted(folder.parent for folder in folders if list_checkpoints(folder)):
+        return runs
+    raise FileNotFoundError(
+        f"{path} must be a checkpoint, the folder of a trained run or one that holds such folders, found no checkpoint"
+    )
 
 
 class RandomAgent(Agent):
@@ -230,8 +311,8 @@ def make_agents(
     """The agents that a word of the command line stands for.
 
     Args:
-        word (str): a run's folder, a checkpoint, ``random``, ``noop``, ``constant_ACTION``, or ``constant``: each legal
-            action of each game.
+        word (str): a run's folder, one that holds runs, a checkpoint, a policy's file, ``random``, ``noop``,
+            ``constant_ACTION``, or ``constant``: each legal action of each game.
         games (sequence of str, optional): what is played; a trained network plays all of its games by default.
 
     Keyword Args:
@@ -239,7 +320,7 @@ def make_agents(
         device (str, optional): likewise.
 
     Yields:
-        One agent, or with ``constant`` one per action, each with the games that know it.
+        One agent, or one per run in a folder, or with ``constant`` one per action, each with the games that know it.
 
     Raises:
         ValueError: without games where they are needed.
@@ -247,7 +328,8 @@ def make_agents(
     """
     action = ConstantAgent.action_of(word)
     if word not in ("random", "noop", "constant") and action is None:
-        yield TrainedAgent(Path(word), games=games, decoding=decoding, device=device)
+        for path in find_runs(Path(word)):
+            yield TrainedAgent(path, games=games, decoding=decoding, device=device)
         return
     if games is None:
         raise ValueError(f"{word} needs --games and --out, having no run: e.g. --games all --out runs/{word}")

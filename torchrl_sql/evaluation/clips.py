@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,8 @@ from torchrl_sql.games import ACTION_NAMES, GAMES
 MAX_AGENT_STEPS = 900
 """Where a clip ends: a minute, at 15 agent steps per second."""
 _GIF_AGENT_STEPS = 300
-_FRAMES_PER_SECOND = 15  # an agent step is four of 60 frames per second
+FRAMES_PER_SECOND = 15
+"""An agent step is four of 60 frames per second."""
 
 _WIDTH, _HEIGHT = 1008, 480  # multiples of 16, as H.264 likes them
 _SCREEN = (16, 44, 560, 420)  # left, top, width, height: four by three
@@ -38,14 +40,15 @@ def has_video_encoder() -> bool:
     return importlib.util.find_spec("imageio_ffmpeg") is not None
 
 
-def find_clip(folder: Path, game: str, agent: AgentId) -> Path | None:
-    """The clip of an agent in a game, None without one."""
-    stem = _stem(game, agent)
+def find_clip(folder: Path, game: str, agent: AgentId, episode: int = 0) -> Path | None:
+    """The clip of an agent's episode in a game, None without one."""
+    stem = _stem(game, agent, episode)
     return next((path for suffix in ("mp4", "gif") if (path := folder / f"{stem}.{suffix}").is_file()), None)
 
 
-def _stem(game: str, agent: AgentId) -> str:
-    return f"{game}-{agent.name}-{agent.decoding}-seed{agent.training_seed}-{agent.gradient_step}"
+def _stem(game: str, agent: AgentId, episode: int) -> str:
+    stem = f"{game}-{agent.name}-{agent.decoding}-seed{agent.training_seed}-{agent.gradient_step}"
+    return f"{stem}-episode{episode}" if episode else stem
 
 
 def write_clip(
@@ -53,7 +56,7 @@ def write_clip(
 ) -> Path:
     """Plays a recorded episode again and writes ``<game>-<agent>-<decoding>-seed<seed>-<step>.mp4`` (or ``.gif``).
 
-    The file appears whole, in one move.
+    The name of an episode other than the first ends in ``-episode<number>``. The file appears whole, in one move.
 
     Args:
         episode (Rollout): with actions (and the policy's values, if it has any) recorded.
@@ -70,30 +73,37 @@ def write_clip(
     if not episode.actions:
         raise ValueError(f"episode {episode.episode} of {episode.game} must be recorded to be drawn, got no actions")
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{_stem(episode.game, agent)}.{'mp4' if has_video_encoder() else 'gif'}"
+    path = folder / f"{_stem(episode.game, agent, episode.episode)}.{'mp4' if has_video_encoder() else 'gif'}"
     heading = f"{episode.game}   {agent.name}" + (
         f"   gradient step {agent.gradient_step:,}" if agent.gradient_step else ""
     )
     views = replay_episode(episode.game, episode.episode_seed, episode.actions[:MAX_AGENT_STEPS], emulator)
     images = _draw(episode, views, heading, value_name)
     with replacing(path) as temporary:
-        (_write_mp4 if path.suffix == ".mp4" else _write_gif)(temporary, images)
+        if path.suffix == ".mp4":
+            write_mp4(temporary, images, fps=FRAMES_PER_SECOND)
+        else:
+            _write_gif(temporary, images)
     return path
 
 
-def _write_mp4(path: Path, images: Iterator[Image.Image]) -> None:
+def write_mp4(path: Path, images: Iterable[Image.Image], *, fps: int) -> None:
+    """Writes pictures of one size, of an even number of pixels each way."""
     import imageio_ffmpeg  # optional extra `video`
 
+    images = iter(images)
+    first = next(images)
     writer = imageio_ffmpeg.write_frames(
         str(path),
-        (_WIDTH, _HEIGHT),
-        fps=_FRAMES_PER_SECOND,
+        first.size,
+        fps=fps,
         quality=None,
+        macro_block_size=2,
         output_params=["-crf", "27", "-preset", "medium", "-movflags", "+faststart", "-f", "mp4"],
     )
     writer.send(None)
     try:
-        for image in images:
+        for image in chain([first], images):
             writer.send(image.tobytes())
     finally:
         writer.close()
@@ -109,7 +119,7 @@ def _write_gif(path: Path, images: Iterator[Image.Image]) -> None:
         format="GIF",
         save_all=True,
         append_images=small[1:],
-        duration=1000 // _FRAMES_PER_SECOND,
+        duration=1000 // FRAMES_PER_SECOND,
         loop=0,
         optimize=True,
     )
@@ -128,7 +138,7 @@ def _draw(
         draw = ImageDraw.Draw(image)
         draw.text((_SCREEN[0], 12), heading, _TEXT, font)
         draw.text(
-            (_PANEL_RIGHT, 12), f"score {score:,.0f}   {step / _FRAMES_PER_SECOND:.1f} s", _TEXT, font, anchor="ra"
+            (_PANEL_RIGHT, 12), f"score {score:,.0f}   {step / FRAMES_PER_SECOND:.1f} s", _TEXT, font, anchor="ra"
         )
         image.paste(Image.fromarray(screen).resize(_SCREEN[2:], Image.Resampling.NEAREST), _SCREEN[:2])
         draw.text((_PANEL_LEFT, _STACK_TOP - 19), "what the network sees, oldest first", _MUTED, small)

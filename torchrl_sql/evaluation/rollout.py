@@ -141,6 +141,7 @@ def rollout(
     rows_per_forward: int | None = None,
     num_emulator_threads: int | None = None,
     record: Callable[[str, int], bool] = lambda game, episode: False,
+    on_decision: Callable[[], None] = lambda: None,
 ) -> Iterator[Rollout]:
     """Plays episodes with a policy and yields each as it ends.
 
@@ -163,6 +164,7 @@ def rollout(
             computes may depend on it in the last bits.
         num_emulator_threads (int, optional): default one per core.
         record (callable): whether to keep the actions and values of (game, episode).
+        on_decision (callable): is called before each forward; what it raises ends the rollout.
 
     Raises:
         ValueError: for a game that the policy does not know, a bad probability, or a policy of another action set.
@@ -200,6 +202,7 @@ def rollout(
                 if queue:
                     start(slot)
             if batch:
+                on_decision()
                 actions, values = _act(policy, batch, legal, epsilon, rows, device)
                 for slot, action, value in zip(batch, actions.tolist(), values, strict=True):
                     slot.episode.decided(action, value)

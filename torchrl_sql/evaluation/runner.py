@@ -40,8 +40,9 @@ def evaluate(
     gamma: float | None = None,
     folder: Path | None = None,
     share: Share = WHOLE,
-    recorded_games: Collection[str] = (),
+    recorded: Collection[tuple[str, int]] = (),
     on_recorded: Callable[[Rollout], None] = lambda rollout: None,
+    on_decision: Callable[[], None] = lambda: None,
 ) -> list[EpisodeResult]:
     """Plays a policy, many games and episodes at once.
 
@@ -68,8 +69,10 @@ def evaluate(
             hold are not played again, each finished one is added at once, rows of other agents stay. Versions and
             machine are added to ``evaluation_versions.json``.
         share (Share): play only this share of the episodes, and write it to its own part of the tables.
-        recorded_games (collection of str): games whose first episode is recorded, played again if it is in the table.
+        recorded (collection of (str, int)): games and numbers of episodes that are recorded, played again if they are
+            in the table.
         on_recorded (callable): is given each of those.
+        on_decision (callable): is called often; what it raises ends the evaluation, which can be continued.
 
     Returns:
         The episodes of this agent and this share, those that the table held included, sorted.
@@ -99,7 +102,7 @@ def evaluate(
         if folder is not None:
             tables = _Tables(stack, folder, share, with_calibration=gamma is not None)
             finished = {(row.game, row.episode): row for row in tables.rows_of(agent, protocol)}
-        missing = [key for key in episodes if key not in finished or (key[0] in recorded_games and key[1] == 0)]
+        missing = [key for key in episodes if key not in finished or key in recorded]
         if tables is not None and missing:
             tables.record_versions()
         bar = stack.enter_context(_progress(agent, len(episodes), len(missing), hidden=tables is None))
@@ -110,7 +113,8 @@ def evaluate(
             protocol.emulator,
             epsilon=protocol.epsilon,
             seed=protocol.seed,
-            record=lambda game, episode: episode == 0 and game in recorded_games,
+            record=lambda game, episode: (game, episode) in recorded,
+            on_decision=on_decision,
         ):
             key = (played.game, played.episode)
             row = _row(agent, protocol, played)

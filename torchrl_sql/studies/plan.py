@@ -92,10 +92,11 @@ def plan_study(study: StudyConfig, folder: Path, *, num_ranks: int = 1) -> list[
             config = replace(compose(seed), run_dir=str(folder / place))
             check_ranks(config, num_ranks)
             _check_axis(study.report.x, name, config)
+            plays = config.trainer.evaluation_interval_gradient_steps is not None
             trained = add(
                 f"train-{name}-seed{seed}", "train", words, group=f"train-{name}", after=data, run_dir=config.run_dir,
                 config=config.to_yaml(), settings=_deciding(config) | ({} if makes_store else {"data": study.data}),
-                makes=[f"{place}/{made}" for made in _OF_TRAINING],
+                makes=[f"{place}/{made}" for made in (*_OF_TRAINING, *(_OF_EVALUATION if plays else ()))],
             )  # fmt: skip
             previous = trained
             for decoding in run.decode:  # one after the other: they share a table

@@ -7,7 +7,7 @@ import re
 import secrets
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -45,12 +45,8 @@ class RunLog:
 
     def __init__(self, folder: Path, names: list[str], *, run_name: str, first_step: int, num_steps: int) -> None:
         _trim_scalars(folder, last_step=first_step)
-        makers: Mapping[str, Any] = {
-            "csv": lambda: CSVLogger("csv", log_dir=str(folder)),
-            "tensorboard": lambda: _PurgingTensorboardLogger(folder, first_step + 1 if first_step else None),
-            "wandb": lambda: WandbLogger(exp_name=run_name, save_dir=str(folder), id=_wandb_id(folder)),
-        }
-        self._loggers: list[Logger] = [makers[name]() for name in names]
+        self._folder = folder
+        self._loggers = _open_loggers(folder, names, run_name, purge_step=first_step + 1 if first_step else None)
         self._first_step, self._num_steps, self._step = first_step, num_steps, first_step
         self._started = time.perf_counter()
         self._next_line = self._started
@@ -68,10 +64,7 @@ class RunLog:
     def close(self) -> None:
         """Ends the progress line and flushes what is left."""
         self._bar.close()
-        for run_logger in self._loggers:
-            if isinstance(run_logger, TensorboardLogger):
-                with _outlives_full_disk(run_logger, self._step):
-                    run_logger.experiment.close()
+        _flush(self._loggers, self._step)
 
     def result(self, step: int, metrics: Mapping[str, float]) -> None:
         """Logs the metrics of an interval that ended at ``step``; adds ``eta_seconds``."""
@@ -94,6 +87,11 @@ class RunLog:
             self._next_line = now + _LINE_INTERVAL_SECONDS
             logger.info("step %s of %s: %s, %s left", f"{step:,}", f"{self._num_steps:,}", text, _duration(eta))
 
+    def scores(self, step: int, scores: Mapping[str, float], *, seconds: float) -> None:
+        """Logs what an evaluation of ``step`` gave, unless it is in the log; its time is not training's."""
+        _log_scores(self._folder, self._loggers, step, scores)
+        self._started += seconds
+
     def summary(self, *, step: int, batch_size: int, num_checkpoints: int, stall_seconds: float, run_dir: Path) -> str:
         """What was done since the start, and where things are."""
         num_steps, seconds = step - self._first_step, time.perf_counter() - self._started
@@ -114,6 +112,53 @@ def read_scalars(run_dir: Path) -> dict[str, list[tuple[int, float]]]:
     """The logged metrics of a run: name -> ``[(gradient step, value), ...]``."""
     folder = run_dir / "logs" / "csv" / "scalars" / "train"
     return {path.stem: list(_rows(path)) for path in sorted(folder.glob("*.csv"))}
+
+
+def log_scores(folder: Path, names: Sequence[str], *, run_name: str, step: int, scores: Mapping[str, float]) -> None:
+    """Adds scores of a checkpoint to the logs of a run that nobody trains at present, unless they are there.
+
+    Args:
+        folder (Path): the run's ``logs``.
+        names (sequence of str): its loggers, as of :class:`RunLog`.
+
+    Keyword Args:
+        run_name (str): what W&B calls it.
+        step (int): gradient step of the checkpoint.
+        scores (mapping): values by name; logged as ``evaluation/NAME``.
+    """
+    loggers = _open_loggers(folder, names, run_name, purge_step=None)
+    _log_scores(folder, loggers, step, scores)
+    _flush(loggers, step)
+    for run_logger in loggers:
+        if isinstance(run_logger, WandbLogger):
+            run_logger.experiment.finish()  # else the next run's scores would go to this one
+
+
+def _log_scores(folder: Path, loggers: Sequence[Logger], step: int, scores: Mapping[str, float]) -> None:
+    """What the CSV files have, the other loggers have."""
+    for name, value in scores.items():
+        path = folder / "csv" / "scalars" / "evaluation" / f"{name}.csv"
+        if path.is_file() and step in dict(_rows(path)):
+            continue
+        for run_logger in loggers:
+            with _outlives_full_disk(run_logger, step):
+                run_logger.log_scalar(f"evaluation/{name}", value, step=step)
+
+
+def _open_loggers(folder: Path, names: Sequence[str], run_name: str, *, purge_step: int | None) -> list[Logger]:
+    makers: Mapping[str, Any] = {
+        "csv": lambda: CSVLogger("csv", log_dir=str(folder)),
+        "tensorboard": lambda: _PurgingTensorboardLogger(folder, purge_step),
+        "wandb": lambda: WandbLogger(exp_name=run_name, save_dir=str(folder), id=_wandb_id(folder)),
+    }
+    return [makers[name]() for name in names]
+
+
+def _flush(loggers: Sequence[Logger], step: int) -> None:
+    for run_logger in loggers:
+        if isinstance(run_logger, TensorboardLogger):
+            with _outlives_full_disk(run_logger, step):
+                run_logger.experiment.close()
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from torchrl_sql.config import RunConfig, run_config_from_yaml
 from torchrl_sql.files import replacing
 from torchrl_sql.games import NUM_ACTIONS, legal_action_mask
 from torchrl_sql.methods import make_method
-from torchrl_sql.training.build import find_checkpoint, load_agent
+from torchrl_sql.training.build import Trained, find_checkpoint, load_agent
 from torchrl_sql.training.checkpoint import CheckpointError, check_format, wrong_content
 
 POLICY_FILE = "policy.safetensors"
@@ -82,7 +82,12 @@ def load_policy(path: Path | str, *, device: torch.device | str = "cpu") -> Tens
         FileNotFoundError: if there is none.
         OSError, MemoryError: if it cannot be read at present.
     """
-    path = Path(path)
+    network, config, _ = read_policy(Path(path))
+    return make_method(config.method).policy(network.to(device), config.games).eval()
+
+
+def read_policy(path: Path) -> Trained:
+    """The network of a ``policy.safetensors`` file, with its run's configuration; errors as of :func:`load_policy`."""
     if not path.is_file():
         raise FileNotFoundError(f"no policy at {path}")
     metadata, weights = _read(path)
@@ -100,7 +105,7 @@ def load_policy(path: Path | str, *, device: torch.device | str = "cpu") -> Tens
                 _rows(whole)[_legal(config, whole)] = weights[name].to(whole.dtype)
                 weights[name] = whole
         network.load_state_dict(weights)
-    return method.policy(network.to(device), config.games).eval()
+        return Trained(network.eval(), config, int(metadata["gradient_step"]))
 
 
 def _heads(weights: Mapping[str, Tensor]) -> list[str]:

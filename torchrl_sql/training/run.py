@@ -29,6 +29,7 @@ from torchrl_sql.training.lock import RunLock
 from torchrl_sql.training.logs import RunLog
 from torchrl_sql.training.policy import POLICY_FILE, export_policy
 from torchrl_sql.training.ranks import Ranks, process_group
+from torchrl_sql.training.scores import Evaluate, Scores
 from torchrl_sql.training.signals import Interrupted, StopSignals
 from torchrl_sql.training.stall import StallWatch
 from torchrl_sql.training.trainer import NonFiniteError, Trainer
@@ -48,7 +49,7 @@ _OTHER_DATA_KEYS = ("store", "games", "prefetch")
 _RESULT_TRAINER_KEYS = ("num_gradient_steps", "target_update_interval_gradient_steps", "precision")
 
 
-def train(config: RunConfig, *, stop: StopSignals | None = None) -> Path:
+def train(config: RunConfig, *, stop: StopSignals | None = None, evaluate: Evaluate | None = None) -> Path:
     """Train a run, or continue it from its newest checkpoint; a finished run returns at once.
 
     To be called by every process of a run: alone, or by each that torchrun or a launcher started (see
@@ -61,6 +62,8 @@ def train(config: RunConfig, *, stop: StopSignals | None = None) -> Path:
 
     Keyword Args:
         stop (StopSignals, optional): installed already; default: installed here, for the time of the call.
+        evaluate (callable, optional): plays checkpoints where the run's settings ask for it, see
+            :func:`torchrl_sql.evaluation.agents.evaluate_checkpoint`.
 
     Returns:
         The run's folder.
@@ -76,7 +79,7 @@ def train(config: RunConfig, *, stop: StopSignals | None = None) -> Path:
         check_ranks(config, ranks.world_size)
         folder = expand_path(config.run_dir)
         with _own(folder, ranks) as lock, _kernels_in(folder / "compiled"):
-            return _train(config, ranks, flags, lock)
+            return _train(config, ranks, flags, lock, Scores(config, ranks, flags, evaluate))
 
 
 @contextmanager
@@ -102,7 +105,7 @@ def _kernels_in(folder: Path) -> Iterator[None]:
             os.environ[_CACHE_VARIABLE] = before
 
 
-def _train(config: RunConfig, ranks: Ranks, signals: StopSignals, lock: RunLock | None) -> Path:
+def _train(config: RunConfig, ranks: Ranks, signals: StopSignals, lock: RunLock | None, scores: Scores) -> Path:
     folder = expand_path(config.run_dir)
     about: dict[str, Any] = {
         "config": config.to_yaml(),
@@ -122,6 +125,8 @@ def _train(config: RunConfig, ranks: Ranks, signals: StopSignals, lock: RunLock 
             ranks.on_main(lambda: _export_once(config, path))
             if ranks.is_main:
                 logger.info("%s is trained already (%d gradient steps)", folder, num_steps_taken)
+            if scores.is_due(num_steps_taken):
+                scores.complete(config, path)
             return folder
     trainer = build_trainer(config, ranks)
     if ranks.is_main:
@@ -139,8 +144,13 @@ def _train(config: RunConfig, ranks: Ranks, signals: StopSignals, lock: RunLock 
         lock.check()
         write_text(folder / "config.yaml", config.to_yaml())
         write_text(folder / "versions.json", json.dumps(about["versions"], indent=1) + "\n")
-    _Session(config, trainer, signals, about, lock).run()
+    _Session(config, trainer, signals, about, lock, scores).run()
     return folder
+
+
+def _wish(signals: StopSignals) -> int:
+    """What this rank was asked for."""
+    return _REQUEUE if signals.requeue else _STOP if signals.stop else _CONTINUE
 
 
 class _Session:
@@ -152,6 +162,7 @@ class _Session:
         signals (StopSignals): installed.
         about (dict): what a checkpoint says besides the trainer's state.
         lock (RunLock, optional): rank 0's.
+        scores (Scores): plays checkpoints.
     """
 
     def __init__(
@@ -161,18 +172,21 @@ class _Session:
         signals: StopSignals,
         about: dict[str, Any],
         lock: RunLock | None,
+        scores: Scores,
     ) -> None:
         self.config = config
         self.trainer = trainer
         self.ranks = trainer.ranks
         self.signals = signals
         self.about = about
+        self.scores = scores
         self.num_steps = config.trainer.num_gradient_steps
         self.main = None if lock is None else _MainRank(config, lock, first_step=trainer.step)
         self.watch = StallWatch(config.trainer.stall_warning_seconds)
         self.agreement = self.ranks.agreement()
         self.request = _CONTINUE
         self.first_step, self.started = trainer.step + 1, time.perf_counter()
+        self.unplayed = False
 
     def run(self) -> None:
         """Raises :class:`Interrupted` or :class:`NonFiniteError` if training did not reach its last step."""
@@ -182,6 +196,8 @@ class _Session:
             if self.main is not None:
                 stack.callback(self.main.close)
             stack.enter_context(self.watch)
+            if self.scores.is_due(trainer.step) and self._play():  # where the last start may have been stopped
+                raise self._interrupted()
             try:
                 for metrics in trainer.train(self.num_steps, log_interval=log_interval, stop=self._after_step):
                     if self.main is not None:
@@ -191,26 +207,45 @@ class _Session:
                 raise NonFiniteError(f"{error}. {self._save_for_inspection()}", step=error.step) from error
             self.agreement.finish()
             self.ranks.on_main(self._finish)  # also: nobody leaves before rank 0 has saved
-        if trainer.step < self.num_steps:
-            message = f"stopped at gradient step {trainer.step} of {self.num_steps}; the same command continues"
-            raise Interrupted(message, requeue=self.request == _REQUEUE)
+        if trainer.step < self.num_steps or self.unplayed:
+            raise self._interrupted()
+
+    def _interrupted(self) -> Interrupted:
+        message = f"stopped at gradient step {self.trainer.step} of {self.num_steps}; the same command continues"
+        return Interrupted(message, requeue=self.request == _REQUEUE)
 
     def _after_step(self) -> bool:
         """Save where it is due; returns whether to stop, the same on each rank."""
         self.watch.beat()
-        step, signals = self.trainer.step, self.signals
+        step = self.trainer.step
         if step == self.first_step and self.main is not None:
             logger.info("the first gradient step took %.1f s", time.perf_counter() - self.started)
-        self.request = self.agreement(_REQUEUE if signals.requeue else _STOP if signals.stop else _CONTINUE)
+        self.request = self.agreement(_wish(self.signals))
         stop = self.request != _CONTINUE
         if stop or step % self.config.trainer.checkpoint_interval_gradient_steps == 0 or step >= self.num_steps:
             self.trainer.check_gradients()  # what is saved must be worth to be continued
             content = self._content()
             if self.main is not None:
                 self.main.save(step, content)
+            if self.scores.is_due(step):
+                stop = self.unplayed = stop or self._play()
         elif self.main is not None:
             self.main.writer.check()
         return stop
+
+    def _play(self) -> bool:
+        """Evaluate the checkpoint of this step; returns whether to stop, the same on each rank."""
+        trainer, started = self.trainer, time.perf_counter()
+        folder = expand_path(self.config.run_dir) / "checkpoints"
+        self.ranks.on_main(lambda: None if self.main is None else self.main.writer.wait())
+        scores = self.scores.of(checkpoint_path(folder, trainer.step), alive=self.watch.beat)
+        seconds = time.perf_counter() - started
+        trainer.exclude(seconds)
+        self.started += seconds
+        if self.main is not None and scores is not None:
+            self.main.log.scores(trainer.step, scores, seconds=seconds)
+        self.request = self.ranks.maximum(_wish(self.signals))
+        return self.request != _CONTINUE
 
     def _finish(self) -> None:
         assert self.main is not None

@@ -317,6 +317,10 @@ class Trainer:
                 step=step,
             )
 
+    def exclude(self, seconds: float) -> None:
+        """Leave out of the present interval's speed what was spent on something else than training."""
+        self._interval.started += seconds
+
     def rewind(self, step: int) -> None:
         """After a :class:`NonFiniteError`: count back to the gradient step before it, whose batch comes next.
 
