@@ -298,7 +298,10 @@ def test_a_family_is_a_line_along_the_axis():
 
 def test_others_are_compared_at_the_place_of_the_main_agent():
     agents, rows = family(1, 2)
-    bc = [dataclasses.replace(agent, label=f"BC {agent.x}", decoding="sampled", family="BC") for agent in agents]
+    bc = [
+        dataclasses.replace(agent, label=f"BC {agent.x}", decoding="sampled", x=agent.x / 8, family="BC")
+        for agent in agents
+    ]
     rows += [dataclasses.replace(row, decoding="sampled") for row in rows if row.agent != "bc"]
     analysis = Analysis(make(agents=[*agents, *bc], episodes=rows, main="Ours 2", x="parameters"))
     assert [agent.label for agent in analysis.against] == ["BC 2"]

@@ -140,7 +140,9 @@ class Analysis:
         others = [agent for agent in self.agents if agent != self.main]
         if self.data.against is not None:
             return [agent for label in self.data.against for agent in others if agent.label == label]
-        return [agent for agent in others if agent not in self.family and agent.x in (None, self.main.x)]
+        places = {agent: place for family in self.families.values() for place, agent in enumerate(family)}
+        ours = places.get(self.main)
+        return [agent for agent in others if agent not in self.family and places.get(agent, ours) == ours]
 
     @property
     def family(self) -> list[Agent]:
@@ -151,10 +153,11 @@ class Analysis:
     def families(self) -> dict[str, list[Agent]]:
         """Agents that differ in :attr:`Agent.x` only, ascending; of two and more."""
         families: dict[str, list[Agent]] = defaultdict(list)
-        for agent in sorted(self.agents, key=lambda agent: agent.x or 0.0):
+        for agent in self.agents:
             if agent.family is not None:
                 families[agent.family].append(agent)
-        return {name: agents for name, agents in families.items() if len(agents) > 1}
+        places = {name: sorted(agents, key=lambda agent: agent.x or 0.0) for name, agents in families.items()}
+        return {name: agents for name, agents in places.items() if len(agents) > 1}
 
     @property
     def many_games(self) -> bool:

@@ -152,7 +152,7 @@ class ReportData:
         agents (sequence of Agent): at least one.
         main (str): label of the agent that the page is about; by default the first.
         against (sequence of str, optional): labels of the agents that findings compare it with; by default all others
-            outside its family that stand at its place on the axis, if there is one.
+            outside its family; of another family, the one that has the main agent's place in it.
         x (str, optional): what agents of a family differ in along an axis, e.g. ``"parameters"``.
         step (int, optional): gradient steps at which trained agents are compared; by default the last of each at which
             all its seeds were evaluated in all its games.
