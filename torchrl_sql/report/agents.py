@@ -124,11 +124,7 @@ def arrange(agents: Sequence[Agent], main: str | None, against: Sequence[str]) -
 
 
 def named(agents: Sequence[Agent], name: str, option: str) -> list[Agent]:
-    """The agents of a name or label.
-
-    Raises:
-        ValueError: if there is none.
-    """
+    """The agents of a name or label; a ValueError about ``option`` if there is none."""
     found = [agent for agent in agents if name in (agent.agent, agent.label)]
     if not found:
         known = ", ".join(dict.fromkeys(agent.agent for agent in agents))

@@ -156,8 +156,11 @@ class Analysis:
         for agent in self.agents:
             if agent.family is not None:
                 families[agent.family].append(agent)
-        places = {name: sorted(agents, key=lambda agent: agent.x or 0.0) for name, agents in families.items()}
-        return {name: agents for name, agents in places.items() if len(agents) > 1}
+        return {
+            name: sorted(agents, key=lambda agent: agent.x or 0.0)
+            for name, agents in families.items()
+            if len(agents) > 1
+        }
 
     @property
     def many_games(self) -> bool:

@@ -126,7 +126,7 @@ def _render(
 ) -> str:
     data = analysis.data
     clips, clip_note = _clips(data)
-    settings = [table for name, table in tables.items() if name.startswith("settings_")]
+    settings = [tables[name] for name in tables if name.startswith("settings_")]
     return (
         _environment()
         .get_template("report.html.j2")

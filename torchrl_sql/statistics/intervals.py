@@ -8,10 +8,9 @@ computes.
 
 A verdict about two agents comes from the interval of their *difference* (Welch's). With one seed there is none: its
 intervals are of the evaluation's episodes only, and say so in ``unit``. Where all units agree exactly (one episode,
-ties, deterministic play) nothing is known of the spread, and an interval's ends are NaN. A policy that is not trained,
-random play say, has no seeds: its difference to a method varies with the method's seeds alone.
-``benchmarks/coverage.py`` measures coverage, false verdicts and power; docs/evaluation.md says why this differs from
-rliable.
+ties, deterministic play) nothing is known of the spread, and an interval's ends are NaN. A policy without training has
+no seeds: its difference to a method varies with the method's seeds. ``benchmarks/coverage.py`` measures coverage, false
+verdicts and power; docs/evaluation.md says why this differs from rliable.
 
     runs = returns_of(read_episodes("scores.csv"), agent="scaled_ql", decoding="greedy")
     print(aggregates(runs.normalised("human"))["IQM"])
