@@ -28,6 +28,7 @@ from torchrl_sql.report import (
 from torchrl_sql.report.caveats import caveats
 from torchrl_sql.report.context_tables import curve_table, protocol_table
 from torchrl_sql.report.figures.curves import line_plots, thinned
+from torchrl_sql.report.figures.look import colour, marker
 from torchrl_sql.report.findings import findings
 from torchrl_sql.report.score_tables import (
     aggregate_table,
@@ -306,6 +307,26 @@ def test_others_are_compared_at_the_place_of_the_main_agent():
     analysis = Analysis(make(agents=[*agents, *bc], episodes=rows, main="Ours 2", x="parameters"))
     assert [agent.label for agent in analysis.against] == ["BC 2"]
     assert [line.label for line in analysis.lines] == ["Ours", "BC"]
+
+
+def test_five_families_look_different():
+    agents, rows = family(1, 2)
+    names = ["Ours", *"ABCD"]
+    kinds = ["greedy", "sampled", "expert", "expert_128", "greedy"]
+    others = [
+        dataclasses.replace(agent, agent=f"{name}{agent.x}", label=f"{name} {agent.x}", decoding=kind, family=name)
+        for name, kind in zip(names[1:], kinds[1:], strict=True)
+        for agent in agents
+    ]
+    ours = [row for row in rows if row.agent != "bc"]
+    rows += [
+        dataclasses.replace(row, agent=row.agent.replace("ours", name), decoding=kind)
+        for name, kind in zip(names[1:], kinds[1:], strict=True)
+        for row in ours
+    ]
+    analysis = Analysis(make(agents=[*agents, *others], episodes=rows, x="parameters"))
+    styles = {(colour(line.agent, analysis), marker(line.agent, analysis)) for line in analysis.lines}
+    assert len(analysis.lines) == len(styles) == 5 and len({ink for ink, _ in styles}) == 5
 
 
 def test_one_place_makes_no_line():

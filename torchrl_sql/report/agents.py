@@ -88,11 +88,10 @@ def _families(configs: Mapping[str, RunConfig], x: str | None) -> dict[str, str]
             group.append(name)
     families: dict[str, str] = {}
     for _, names in groups:
-        label = METHODS[configs[names[0]].method.name].label
-        if label in families.values():
-            words = zip(*(name.split("_") for name in names), strict=False)
-            label = "_".join(each[0] for each in takewhile(lambda each: len({*each}) == 1, words)) or names[0]
-        families |= dict.fromkeys(names, label)
+        words = zip(*(name.split("_") for name in names), strict=False)
+        shared = "_".join(each[0] for each in takewhile(lambda each: len({*each}) == 1, words))
+        labels = (METHODS[configs[names[0]].method.name].label, shared or names[0], names[0])
+        families |= dict.fromkeys(names, next(label for label in labels if label not in families.values()))
     return families
 
 

@@ -31,6 +31,8 @@ COLOURS = {  # light theme, dark theme; told apart with every common colour visi
     "bc": ("#c2520a", "#f2964f"),
     "bc2": ("#e09a62", "#b0672f"),
     "other": ("#8a4a9e", "#cb92dd"),
+    "other2": ("#2a7f56", "#6cc394"),
+    "other3": ("#8a6d00", "#d6b64a"),
     "data": ("#8b929c", "#808893"),
 }
 """Theme colours: the light one is drawn, and becomes the CSS variable ``--<name>`` in inline SVG."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from itertools import cycle
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -52,16 +54,18 @@ def _palettes(analysis: Analysis) -> list[tuple[tuple[str, ...], list[Agent]]]:
         if agent not in [first, *ours]
         and (agent.agent == first.agent or (agent.family is not None and agent.family == first.family))
     ]
-    return [(("method", "method2", "method3"), ours), (("bc", "bc2"), theirs)]
+    rest: dict[str, list[Agent]] = defaultdict(list)
+    for agent in analysis.agents:
+        if agent not in [*ours, *theirs]:
+            rest[agent.family or agent.agent].append(agent)
+    others = zip(cycle([("other",), ("other2",), ("other3",)]), rest.values(), strict=False)
+    return [(("method", "method2", "method3"), ours), (("bc", "bc2"), theirs), *others]
 
 
 def marker(agent: Agent, analysis: Analysis) -> str:
-    """Tells apart the agents of one colour where shades alone could fail."""
-    alike = [other for other in analysis.agents if colour(other, analysis) == COLOURS["other"][0]]
-    for _, agents in [*_palettes(analysis), ((), alike)]:
-        if agent in agents:
-            return "os^Dv"[min(agents.index(agent), 4)]
-    return "o"
+    """Tells apart the agents of one colour, and colours where they alone could fail."""
+    groups = [agents for _, agents in _palettes(analysis)]
+    return next(("os^Dv"[(place + agents.index(agent)) % 5] for place, agents in enumerate(groups) if agent in agents))
 
 
 def point_style(agent: Agent, analysis: Analysis) -> dict[str, Any]:
@@ -89,8 +93,8 @@ def bar_style(policy: str, analysis: Analysis) -> dict[str, Any]:
 def draw_bar(axes: Axes, row: float, interval: Interval, height: float, **style: Any) -> None:
     """A bar and its interval, lying."""
     axes.barh(row, interval.point, height=height, **style)
+    reach = [[interval.point - interval.low], [interval.high - interval.point]]
     for name, width, cap in (("paper", 2.6, 3.0), ("ink", 1.1, 2.4)):  # a rim keeps the line visible on a dark bar
-        reach = [[interval.point - interval.low], [interval.high - interval.point]]
         axes.errorbar(
             interval.point, row, xerr=reach, fmt="none", color=COLOURS[name][0], linewidth=width, capsize=cap,
             capthick=width,
