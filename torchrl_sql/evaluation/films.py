@@ -147,7 +147,7 @@ def show(pictures: Iterable[Image.Image], *, fps: int, title: str) -> None:
     check_window()
     import pygame  # optional extra `watch`
 
-    pygame.init()
+    pygame.display.init()  # no sound is asked for
     try:
         pygame.display.set_caption(title)
         clock = pygame.time.Clock()
