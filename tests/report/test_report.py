@@ -591,7 +591,7 @@ def test_tables_for_the_terminal_and_for_papers():
     assert re.match(r"Ours +10\.0\* \[7\.5, 12\.5\] +20\.5\* \[18\.0, 23\.0\]$", lines[2])
     assert re.match(r"Ours +10\.0\* +20\.5\*$", table.to_text(details=False).splitlines()[2])
     latex = table.to_latex().splitlines()
-    assert latex[0].startswith("% Mean raw return") and "is marked *" in latex[0]
+    assert latex[0].startswith("% Mean raw return") and "marked *" in latex[0]
     assert latex[1:3] == [r"\begin{tabular}{lll}", r"\toprule"] and latex[-2:] == [r"\bottomrule", r"\end{tabular}"]
     cells = [cell.strip() for cell in latex[5].rstrip("\\ ").split("&")]
     assert cells == ["Ours", "10.0* [7.5, 12.5]", "20.5* [18.0, 23.0]"]

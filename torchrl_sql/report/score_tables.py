@@ -70,7 +70,7 @@ def score_table(analysis: Analysis) -> Table:
     caption += f"; published scores: {', '.join(published)}" if published else ""
     many = analysis.many_games
     return Table.crossed(
-        "score_table", f"{caption}. The agent with the highest mean is in bold.", records, cell,
+        "score_table", f"{caption}. The agent with the highest mean is in bold or marked *.", records, cell,
         by="game" if many else "policy", across="policy" if many else "game", heading="Game" if many else "Policy",
         order=[*analysis.data.games, *analysis.policy_columns],
     )  # fmt: skip

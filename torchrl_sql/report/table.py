@@ -77,11 +77,6 @@ class Table:
             rows=[[Cell(str(row)), *(cells.get((row, column), NOTHING) for column in columns)] for row in rows],
         )  # fmt: skip
 
-    @property
-    def plain_caption(self) -> str:
-        """Where nothing can be bold."""
-        return self.caption.replace("in bold", "marked *")
-
     def data(self) -> list[dict[str, Any]]:
         """The records, unknown values as None."""
         return [{k: None if isinstance(v, float) and math.isnan(v) else v for k, v in r.items()} for r in self.records]
@@ -97,7 +92,7 @@ class Table:
     def to_latex(self) -> str:
         """What is shown as a ``tabular`` for the package booktabs, its caption as a comment."""
         body = tabulate(self._texts(), self.header, tablefmt="latex_booktabs", disable_numparse=True)
-        return f"% {self.plain_caption}\n{body}\n"
+        return f"% {self.caption}\n{body}\n"
 
     def to_text(self, *, details: bool = True) -> str:
         """What is shown, for a terminal."""

@@ -23,7 +23,7 @@ def summary_text(analysis: Analysis) -> str:
     def lines() -> Iterator[str]:
         for name in ("score_table", "seeds", "aggregate_human_normalised"):
             if table := tables.get(name):
-                yield fill(table.plain_caption, WIDTH) + "\n"
+                yield fill(table.caption, WIDTH) + "\n"
                 yield table.to_text(details=name != "score_table" or not analysis.many_games) + "\n"
         for text in caveats(analysis):
             yield fill(f"! {text}", WIDTH, subsequent_indent="  ")
