@@ -118,19 +118,20 @@ def test_train_prints_its_configuration(capsys):
     ("arguments", "message"),
     [
         (["train", "scale=cpu", "data.store=store", "method.alhpa=1"], "there is no setting 'method.alhpa'"),
-        (["train", "scale=cpu", "data.store=store", "data.store=/nowhere", "run_dir=/nowhere"], "/nowhere"),
+        (["train", "scale=cpu", "data.store=store", "data.store=nowhere", "run_dir=nowhere"], "nowhere"),
         (
             ["train", "scale=cpu", "data.store=store", "data.games=[Breakout"],
             "data.games cannot be read, got '[Breakout'",
         ),
         (["quickstart", "run_dir=x"], "a study decides run_dir itself, see --out"),
         (["train", "--config", "/x", "seed=1"], "--config takes no settings beside the file's own, got 'seed=1'"),
-        (["evaluate", "/nowhere"], "/nowhere must be a checkpoint, the folder of a trained run or"),
-        (["report", "/nowhere"], "/nowhere must hold scores.csv"),
-        (["inspect", "/nowhere"], "/nowhere is not a store"),
+        (["evaluate", "nowhere"], "nowhere must be"),
+        (["report", "nowhere"], "nowhere does not exist"),
+        (["inspect", "nowhere"], "nowhere does not exist"),
     ],
 )
-def test_bad_input_is_one_clear_line(arguments, message, capsys):
+def test_bad_input_is_one_clear_line(arguments, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     assert main(arguments) == 1
     err = capsys.readouterr().err
     assert err.startswith(f"torchrl-sql {arguments[0]}: ") and message in err and "Traceback" not in err
@@ -153,6 +154,30 @@ def test_console_command_answers_help_without_loading_torch():
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "quickstart" in result.stdout and result.stdout.rstrip().endswith("False")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["train", "scale=cpu", "data.stor=x"],
+        ["collect", "scale=cpx"],
+        ["bench", "data.store=x"],
+        ["study", "nosuch"],
+        ["evaluate", "nosuch"],
+        ["enjoy", "nosuch"],
+        ["report", "nosuch"],
+        ["inspect", "nosuch"],
+        ["verify", "nosuch"],
+        ["convert", "nosuch", "--codec", "lz4", "--out", "x"],
+        ["export", "nosuch", "--out", "x"],
+        ["launch", "train", "scale=cpx", "cluster=cpu"],
+    ],
+    ids=" ".join,
+)
+def test_mistakes_are_named_before_torch_is_imported(arguments):
+    code = "import sys; from torchrl_sql import cli; print(cli.main(sys.argv[1:]), 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "1 False\n" and len(done.stderr.splitlines()) <= 2, done.stderr
 
 
 def run_shell(command):

@@ -52,6 +52,16 @@ def expand_path(text: str | Path) -> Path:
     return Path(path)
 
 
+def check_exists(path: Path) -> None:
+    """Checks that something is there; commands do so before they import torch, so that a mistake is named at once.
+
+    Raises:
+        FileNotFoundError: if not.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist")
+
+
 def write_text(path: Path, text: str, *, concurrent: bool = False) -> None:
     """Replace a small file's text in one move, see :func:`replacing`."""
     with replacing(path, concurrent=concurrent) as temporary:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from torchrl_sql.cli.train import OVERRIDES_HELP
+from torchrl_sql.files import check_exists
 
 
 def add_commands(commands: Any) -> None:
@@ -23,11 +24,11 @@ def add_commands(commands: Any) -> None:
     importer.set_defaults(run_command=_import)
 
     verify = commands.add_parser("verify", help="compare every checksum of a store", description=_verify.__doc__)
-    verify.add_argument("store", type=existing_path, help="folder of the store")
+    verify.add_argument("store", type=Path, help="folder of the store")
     verify.set_defaults(run_command=_verify)
 
     summary = commands.add_parser("inspect", help="show what a store holds", description=_inspect.__doc__)
-    summary.add_argument("store", type=existing_path, help="folder of the store")
+    summary.add_argument("store", type=Path, help="folder of the store")
     summary.add_argument("--contact-sheet", type=Path, metavar="FILE.png", help="draw frames of each game there")
     summary.set_defaults(run_command=_inspect)
 
@@ -40,7 +41,7 @@ def add_commands(commands: Any) -> None:
     export = commands.add_parser(
         "export", help="write a part of a store as TorchRL transitions", description=_export.__doc__
     )
-    export.add_argument("store", type=existing_path, help="folder of the store")
+    export.add_argument("store", type=Path, help="folder of the store")
     export.add_argument("--out", type=Path, required=True, help="the new folder, for TensorDict.load_memmap")
     export.add_argument("--games", help="e.g. Breakout,Pong (default: all of the store)")
     export.add_argument("--dqn-replay", action="store_true", help="whole recordings, as DQN-Replay's files")
@@ -52,17 +53,6 @@ def add_commands(commands: Any) -> None:
     part.add_argument("--n-steps", type=int, help="steps of the returns (default: 1)")
     part.add_argument("--gamma", type=float, help="discount of the returns (default: 0.99)")
     export.set_defaults(run_command=_export)
-
-
-def existing_path(text: str) -> Path:
-    """The type of an argument that names a file or folder that is there: a mistake is named before torch is imported.
-
-    Raises:
-        argparse.ArgumentTypeError: if it is not.
-    """
-    if not (path := Path(text)).exists():
-        raise argparse.ArgumentTypeError(f"{text} does not exist")
-    return path
 
 
 def _collect(args: argparse.Namespace) -> None:
@@ -129,6 +119,7 @@ def _verify(args: argparse.Namespace) -> None:
     import numpy as np
     from tqdm import tqdm
 
+    check_exists(args.store)
     from torchrl_sql.data import FrameStore, verify
     from torchrl_sql.games import NUM_ACTIONS, illegal_actions
 
@@ -153,6 +144,7 @@ def _verify(args: argparse.Namespace) -> None:
 
 def _inspect(args: argparse.Namespace) -> None:
     """Shows transitions, episodes, returns, actions and bytes of each game in a store, and frames as a picture."""
+    check_exists(args.store)
     from torchrl_sql.data import FrameStore
     from torchrl_sql.data.summary import draw_contact_sheets
 
@@ -168,6 +160,7 @@ def _convert(args: argparse.Namespace) -> None:
     """Writes a store with another codec, the same transitions. The same command continues one that was stopped."""
     from tqdm import tqdm
 
+    check_exists(args.store)
     from torchrl_sql.data import FrameStore, convert
 
     with tqdm(desc="convert", unit="frame", unit_scale=True, dynamic_ncols=True) as bar:
@@ -186,6 +179,7 @@ def _export(args: argparse.Namespace) -> None:
     """
     from tqdm import tqdm
 
+    check_exists(args.store)
     from torchrl_sql.data import AtariFrameStorage, FrameStore, export_dqn_replay, export_memmap
     from torchrl_sql.games import resolve_games
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from torchrl_sql.cli.evaluate import add_decoding
+from torchrl_sql.cli.evaluate import add_decoding, check_agent
 
 
 def add_commands(commands: Any) -> None:
@@ -34,6 +34,7 @@ def _enjoy(args: argparse.Namespace) -> None:
     """Plays episodes and shows them in the emulator's colours: in a window, or in a file with --out. An agent acts 15
     times per second. Nothing is added to tables of scores.
     """
+    check_agent(args.agent)
     from torchrl_sql.envs.atari import FRAME_SKIP
     from torchrl_sql.evaluation.agents import make_agents
     from torchrl_sql.evaluation.films import check_file, check_window, film, show, write_film

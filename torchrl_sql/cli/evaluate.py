@@ -70,11 +70,26 @@ def add_decoding(command: argparse.ArgumentParser) -> None:
     command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
 
 
+def check_agent(word: str) -> None:
+    """Checks that a word may name an agent, before torch is imported: that a mistake is named at once.
+
+    Raises:
+        FileNotFoundError: if not.
+    """
+    if not (word.startswith("constant") or word in ("random", "noop") or Path(word).exists()):
+        raise FileNotFoundError(
+            f"{word} must be a checkpoint, the folder of a trained run or one that holds such folders, a "
+            "policy.safetensors, random, noop, constant_ACTION or constant; it does not exist"
+        )
+
+
 def _evaluate(args: argparse.Namespace) -> None:
     """Plays agents in the emulator and adds each finished episode to scores.csv. Episodes that it has already are not
     played again: the same command continues an interrupted evaluation. Scores of a run's own games and settings are
     added to its loggers, too.
     """
+    for word in args.agents:
+        check_agent(word)
     from torchrl_sql.evaluation.clips import has_video_encoder
     from torchrl_sql.evaluation.protocol import Share
     from torchrl_sql.games import resolve_games

@@ -9,6 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from torchrl_sql.files import check_exists
+
 
 def add_commands(commands: Any) -> None:
     """Adds the parser of this command to ``commands``, the subparsers of ``torchrl-sql``."""
@@ -43,6 +45,8 @@ def _report(args: argparse.Namespace) -> None:
     statistics, clips and settings. Plots (PNG, SVG) and tables (CSV, LaTeX) can be saved from the page and lie beside
     it.
     """
+    for folder in args.runs:
+        check_exists(folder)
     from torchrl_sql.games import resolve_games
     from torchrl_sql.provenance import describe_benchmark
     from torchrl_sql.report import Analysis, summary_data, summary_text, write_report
