@@ -2,7 +2,7 @@ r"""Makes examples/quickstart_policy.safetensors and its card of a finished quic
 
     torchrl-sql study quickstart --seeds 0,1,2
     python benchmarks/ship_policy.py runs/quickstart
-    torchrl-sql enjoy examples/quickstart_policy.safetensors --game Breakout,Enduro,Freeway --seconds 20 --fps 5 \
+    torchrl-sql enjoy examples/quickstart_policy.safetensors --game Breakout,Enduro,Freeway --seconds 20 \
         --out docs/quickstart.gif
 
 The card's scores are those of the shipped file, whose weights are rounded to float16: 20 episodes per
@@ -32,13 +32,13 @@ CARD = """\
 # The quickstart's policy
 
 `quickstart_policy.safetensors` ({kilobytes:.0f} kB) is the network of `{run}` of `torchrl-sql study quickstart`:
-{games} with one network, by distributional conservative Q-learning. It was trained on weak scripted play and never
-acted while it learned. Weights are float16, and of the heads only the rows of legal actions
+{games} with one network, by distributional conservative Q-learning. It was trained on weak scripted
+play and never acted while it learned. Weights are float16, and of the heads only the rows of legal actions
 (`export_policy(compact=True)`).
 
 ```bash
 torchrl-sql enjoy examples/quickstart_policy.safetensors --game Breakout --out breakout.gif
-torchrl-sql evaluate examples/quickstart_policy.safetensors --episodes 20
+torchrl-sql evaluate examples/quickstart_policy.safetensors --episodes 20 --out runs/example
 ```
 
 | game | mean return of {episodes} episodes, 95% interval over episodes | mean of its data |

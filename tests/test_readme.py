@@ -41,7 +41,7 @@ def test_make_targets_exist(target):
 
 
 def test_map_names_what_is_there():
-    (tree,) = re.findall(r"## Map of the house\n\n```\n(.*?)```", README, flags=re.S)
+    (tree,) = re.findall(r"## Repository layout\n\n```\n(.*?)```", README, flags=re.S)
     for line in tree.splitlines():
         base = ROOT / "torchrl_sql" if line.startswith("  ") else ROOT
         named = line.split("  ")[1 if line.startswith("  ") else 0].split()
