@@ -128,5 +128,5 @@ def paper_report(*, num_episodes, num_checkpoint_episodes, num_logged, num_steps
 
 @pytest.fixture(scope="session")
 def paper_scale_report():
-    """Small enough to be quick: 4 episodes a game, seed and final checkpoint, 2 at earlier ones."""
+    """Small enough to be quick: 4 episodes per game, seed and final checkpoint, 2 at earlier ones."""
     return paper_report(num_episodes=4, num_checkpoint_episodes=2, num_logged=300)

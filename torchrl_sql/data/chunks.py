@@ -3,8 +3,8 @@
 The wanted chunks are copied from the mapped shards; ``gather.py`` compares them with their checksums, decodes and cuts
 them. ``benchmarks/results/buffer.md`` has the comparison with TensorStore. Two things make threads scale:
 
-- The GIL is let go once for many chunks, not at each system call and chunk, 1,800 times a batch: beside a busy training
-  thread it must be asked back each time.
+- The GIL is let go once for many chunks, not at each system call and chunk, 1,800 times per batch: beside a busy
+  training thread it must be asked back each time.
 - Batches that are freed go into a heap that keeps its memory: see :func:`_keep_freed_memory`.
 
 Legend: W windows, L frames of a window, K frames of a chunk, P pieces (of windows, each within a chunk).

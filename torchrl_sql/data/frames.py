@@ -120,7 +120,7 @@ class FrameLayout:
 
     Attributes:
         num_frames (int): rows of the array.
-        chunking (tuple of int): frames a chunk, frames a shard.
+        chunking (tuple of int): frames per chunk, frames per shard.
         codec (str): how its chunks are compressed.
     """
 

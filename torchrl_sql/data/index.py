@@ -42,7 +42,7 @@ class Subset:
 
 
 class EpisodeIndex:
-    """Joins the episode tables of all recordings: some 50 bytes an episode, nothing a transition.
+    """Joins the episode tables of all recordings: some 50 bytes per episode, nothing per transition.
 
     Transitions are numbered game by game in the order of ``games``, then recording by recording, in time order; those
     that cannot be drawn have no number. In each episode, the ones that can are its first.

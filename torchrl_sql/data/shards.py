@@ -97,7 +97,7 @@ class ShardFiles:
 
     Attributes:
         codec (str): how chunks are compressed.
-        chunk_frames (int): frames a chunk.
+        chunk_frames (int): frames per chunk.
         chunks_per_shard (int): chunks a shard.
         first_chunk (int64 ``[R]``): number of each recording's first chunk.
 

@@ -7,9 +7,9 @@ Layout::
     STORE/<Game>/<run>/manifest.json    committed counts, source, checksums: the commit point
     STORE/<Game>/<run>/frames/          Zarr v3 array, uint8 [num_frames, 84, 84]: each frame once
     STORE/<Game>/<run>/actions.u8       one byte a step: index into the 18 full actions
-    STORE/<Game>/<run>/rewards.f32      four bytes a step, little endian: as the source recorded them
+    STORE/<Game>/<run>/rewards.f32      four bytes per step, little endian: as the source recorded them
     STORE/<Game>/<run>/episodes.bin     one EPISODE_DTYPE record an episode
-    STORE/<Game>/<run>/chunks.crc32c    four bytes a chunk in full shards: what each chunk of frames must be
+    STORE/<Game>/<run>/chunks.crc32c    four bytes per chunk in full shards: what each chunk of frames must be
 
 Readers see exactly what the manifest counts; bytes beyond it are the remains of a writer that was killed.
 File names are fixed by the format, so a manifest cannot point outside its folder.
@@ -78,7 +78,7 @@ class FrameStore:
         Keyword Args:
             codec ("zstd" or "lz4"): zstd is smaller, lz4 faster to read; docs/data.md compares them.
             chunk_frames (int): frames compressed together. More: smaller files, slower random reads.
-            shard_frames (int): frames a file, a multiple of ``chunk_frames``; a writer holds twice that many.
+            shard_frames (int): frames per file, a multiple of ``chunk_frames``; a writer holds twice that many.
             zstd_level (int): 1 (fast) to 22 (small).
             exist_ok (bool): open the store if there is one already; its own settings stay.
 

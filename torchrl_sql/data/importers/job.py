@@ -168,7 +168,7 @@ class ImportSummary:
 
 
 def summary_table(summaries: Sequence[ImportSummary]) -> str:
-    """One line a game: rows read, transitions kept, rows dropped by reason, episodes, mean clipped return."""
+    """One line per game: rows read, transitions kept, rows dropped by reason, episodes, mean clipped return."""
     reasons = list(dict.fromkeys(reason for summary in summaries for reason in summary.dropped))
     header = ["game", "run", "rows read", "transitions", *(f"dropped: {reason}" for reason in reasons)]
     header += ["episodes", "timed out", "cut", "mean clipped return"]
