@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 .PHONY: quickstart test test-slurm gpu-check lint docs install clean
 
 quickstart: $(STAMP)
-	$(BIN)/torchrl-sql quickstart
+	$(BIN)/torchrl-sql quickstart --jobs 2
 
 test: $(STAMP)
 	$(BIN)/python -m pytest

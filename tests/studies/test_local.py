@@ -48,6 +48,15 @@ def test_jobs_run_side_by_side(start, tmp_path):
     assert run_tasks(tasks, start, num_jobs=2) == {}  # each waits for the other
 
 
+def test_tasks_side_by_side_show_their_last_lines_now_and_then(start):
+    say = "import time; print('one', flush=True); print('half\\rmore', end='', flush=True); time.sleep(2)"
+    said = []
+    assert (
+        run_tasks([task("a", say), task("b", say)], start, num_jobs=2, say=said.append, seconds_between_lines=0.5) == {}
+    )
+    assert {"a: more", "b: more"} <= set(said)
+
+
 def test_no_jobs_are_refused(start):
     with pytest.raises(ValueError, match="--jobs must be at least 1, got 0"):
         run_tasks([task("a")], start, num_jobs=0)

@@ -47,10 +47,12 @@ def run_tasks(
     is_done: Callable[[Task], bool] = Task.is_done,
     num_jobs: int = 1,
     say: Callable[[str], None] = lambda line: None,
+    seconds_between_lines: float = 60.0,
 ) -> dict[str, str]:
     """Runs the tasks that are not done, each once those that it waits for are over.
 
-    A task that fails costs what depends on it, nothing else. With one job at a time its output is shown too.
+    A task that fails costs what depends on it, nothing else. With one job at a time its output is shown too, with
+    several the last line of each now and then.
 
     Args:
         tasks (sequence of Task): each after those that it waits for.
@@ -60,6 +62,7 @@ def run_tasks(
         is_done (callable): whether a task is complete, asked before it would start.
         num_jobs (int): tasks at the same time.
         say (callable): is given a line of progress for people.
+        seconds_between_lines (float): how often the last line of each of several tasks is shown.
 
     Returns:
         Why tasks failed, by name; empty if all are done.
@@ -73,6 +76,7 @@ def run_tasks(
     waiting = list(tasks)
     running: list[_Running] = []
     failed: dict[str, str] = {}
+    said = time.monotonic()
     with _passing_on(running) as told:
         while waiting or running:
             for task in list(waiting):
@@ -107,6 +111,10 @@ def run_tasks(
                 elif not told:
                     failed[name] = f"exit code {code}, see {each.log}"
                     say(f"{name}: failed after {format_seconds(seconds)}, {failed[name]}")
+            if num_jobs > 1 and time.monotonic() - said > seconds_between_lines:
+                said = time.monotonic()
+                for each in running:
+                    say(f"{each.task.name}: {_last_line(each.log)}")
             if told and not running:
                 raise KeyboardInterrupt
             if running:
@@ -146,6 +154,14 @@ def _show(each: _Running) -> None:
         sys.stdout.flush()
     except OSError:  # the terminal is gone: the task still saves, and its log says so
         pass
+
+
+def _last_line(log: Path) -> str:
+    """What a task has said last."""
+    with log.open("rb") as file:
+        file.seek(max(log.stat().st_size - 1000, 0))
+        lines = file.read().decode(errors="replace").replace("\r", "\n").split("\n")
+    return next((line for line in reversed(lines) if line.strip()), "started")
 
 
 @contextmanager
