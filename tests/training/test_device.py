@@ -94,12 +94,11 @@ def test_freed_memory_is_used_again_without_page_faults():
 
         def num_page_faults():
             before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-            blocks = [torch.ones(8_000_000) for _ in range(3)]  # 96 MB: by default glibc keeps 64 at most
+            blocks = [torch.ones(4_000_000) for _ in range(8)]  # 128 MB: by default glibc keeps 64 at most
             return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before, blocks
 
         prepare_cpu(None)
-        num_page_faults()
-        print(num_page_faults()[0])
+        print([num_page_faults()[0] for _ in range(10)][-1])  # the first rounds make the heap grow
     """  # in a process of its own, whose heap nobody else has cut to pieces
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert int(done.stdout) < 1_000  # of 23,437 pages
+    assert int(done.stdout) < 1_000  # of 31,250 pages
