@@ -52,7 +52,7 @@ class QLearning(Method):
             gamma=settings.gamma,
             cql_alpha=settings.cql_alpha,
             double_q=settings.double_q,
-            target=settings.target,  # type: ignore[arg-type]
+            target=settings.target,  # type: ignore[arg-type]  # the schema's bound is the Literal
         )
 
     def target_updater(self, loss: LossModule) -> TargetNetUpdater:

@@ -122,7 +122,7 @@ def build_trainer(
         ranks=ranks,
         call=call,
         microbatch_size=config.trainer.microbatch_size,
-        precision=config.trainer.precision,  # type: ignore[arg-type]
+        precision=config.trainer.precision,  # type: ignore[arg-type]  # the schema's bound is the Literal
         graph=graph,
     )
 
