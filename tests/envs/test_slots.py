@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 from itertools import pairwise
 
 import numpy as np
+import pytest
 
 from torchrl_sql.envs import AtariVector, Emulator
 from torchrl_sql.envs.slots import Slots
@@ -81,3 +83,36 @@ def test_emulators_are_kept_and_one_left_in_the_middle_of_a_step_plays_on_as_new
     with Slots(Emulator(max_env_frames=80)) as slots:  # other settings, another emulator
         slots.start(0, "Freeway", 6)
         assert slots.next()._vector is not vector
+
+
+@pytest.mark.parametrize("when", ["send", "recv"])
+def test_a_signal_between_a_step_and_its_record_neither_hangs_nor_leaves_a_used_emulator(when, monkeypatch):
+    emulator = Emulator(max_env_frames=120)  # no other test's
+
+    def interrupted():
+        original = getattr(AtariVector, when)
+
+        def call(self, *args):
+            original(self, *args)
+            raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt), Slots(emulator) as slots:
+            slots.start(0, "Freeway", 5)
+            slot = slots.next()
+            monkeypatch.setattr(AtariVector, when, call)
+            slots.send(slot, 1)
+            slots.next()
+
+    thread = threading.Thread(target=interrupted, daemon=True)
+    thread.start()
+    thread.join(30)
+    assert not thread.is_alive()
+    monkeypatch.undo()
+    with Slots(emulator) as slots:
+        slots.start(0, "Freeway", 6)
+        slot = slots.next()
+        slots.send(slot, 0)
+        frame = slots.next().observation
+    vector = AtariVector("Freeway", 1, emulator)
+    vector.reset(np.array([6]))
+    np.testing.assert_array_equal(frame, vector.step(np.array([0]))[0][0])

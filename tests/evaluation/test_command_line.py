@@ -124,12 +124,15 @@ def test_sigterm_keeps_what_was_played_and_the_same_command_continues(tmp_path):
     assert main(["evaluate", *words, "--out", str(tmp_path / "whole")]) == 0
     table = tmp_path / "parts" / "scores.csv"
     command = [sys.executable, "-m", "torchrl_sql", "evaluate", *words, "--out", str(table.parent)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    while not table.exists() or len(table.read_text().splitlines()) < 3:
-        assert process.poll() is None
-        time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=60)
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            while not table.exists() or len(table.read_text().splitlines()) < 3:
+                assert process.poll() is None
+                time.sleep(0.02)
+            process.send_signal(signal.SIGTERM)
+            _, err = process.communicate(timeout=60)
+        finally:
+            process.kill()
     assert process.returncode == 130 and "the same command continues" in err
     kept = read_episodes(table)
     assert 2 <= len(kept) < 40

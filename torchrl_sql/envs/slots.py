@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
 from typing import Generic, Self, TypeVar
 
 import numpy as np
@@ -114,10 +115,14 @@ class Slots(Generic[Episode]):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
         self._starters.shutdown(cancel_futures=True)
-        for slot in self._slots:
-            slot.release()
+        if kind is None:
+            for slot in self._slots:
+                slot.release()
+        # Else (a signal raises between any two instructions) no one knows which of them have a step under way.
 
     def __len__(self) -> int:
         return len(self._starting) + len(self._stepping)

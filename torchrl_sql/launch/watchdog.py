@@ -62,6 +62,7 @@ class Watchdog:
         os.set_blocking(self._read, False)
         os.set_blocking(self._write, False)
         self._previous = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
+        self._exit_if_superseded()
         self._thread.start()
         return self
 
@@ -83,16 +84,19 @@ class Watchdog:
                 self._received += os.read(self._read, 256)
         return signal.SIGUSR2 in self._received
 
-    def _is_superseded(self) -> bool:
+    def _exit_if_superseded(self) -> None:
         try:
-            return self._task.is_superseded(self._attempt)
+            superseded = self._task.is_superseded(self._attempt)
         except (OSError, ValueError) as error:  # shared file systems have passing troubles: ask again
             logger.warning("the task's newest attempt is not readable: %s", error)
-            return False
+            return
+        if superseded:
+            logger.error("attempt %s was superseded by a newer one: exiting", self._attempt)
+            os._exit(EXIT_SUPERSEDED)
 
     def _watch(self) -> None:
         deadline = math.inf
-        next_look = time.monotonic()
+        next_look = time.monotonic() + self._look_seconds
         while True:
             select.select([self._read], [], [], max(0.0, min(deadline, next_look) - time.monotonic()))
             asked = self.asked_to_requeue
@@ -101,9 +105,7 @@ class Watchdog:
             if asked and deadline == math.inf:
                 deadline = time.monotonic() + self._stop_seconds
             if time.monotonic() >= next_look:
-                if self._is_superseded():
-                    logger.error("attempt %s was superseded by a newer one: exiting", self._attempt)
-                    os._exit(EXIT_SUPERSEDED)
+                self._exit_if_superseded()
                 next_look = time.monotonic() + self._look_seconds
             if time.monotonic() >= deadline:
                 try:
