@@ -28,7 +28,7 @@ import torch
 from torchrl.objectives import HardUpdate
 
 from torchrl_sql.data import FrameStore, OfflineAtariReplay, mean_frame
-from torchrl_sql.envs import WEAK_SKILLS, Emulator, SkillMixture, collect
+from torchrl_sql.envs import Emulator, SkillMixture, collect, weak_skills
 from torchrl_sql.modules import make_q_actor
 from torchrl_sql.objectives import DistributionalCQLLoss
 from torchrl_sql.provenance import describe_benchmark
@@ -41,7 +41,7 @@ GAMMAS = {"returns": 0.0, "bootstrapped": 0.99}
 def make_store(path: Path, num_agent_steps: int) -> FrameStore:
     store = FrameStore.create(path)
     for game in GAMES:
-        policy = SkillMixture(game, WEAK_SKILLS)
+        policy = SkillMixture(game, weak_skills())
         with store.writer(game, source="weak scripted play", behaviours=policy.behaviour_names) as writer:
             collect(writer, policy, game, num_agent_steps, Emulator(max_env_frames=10_000))
     return store

@@ -17,11 +17,11 @@ from torchrl.modules import MLP, ConvNet, QValueActor
 from torchrl.objectives import DiscreteCQLLoss
 
 from torchrl_sql.data import FrameStore, OfflineAtariReplay
-from torchrl_sql.envs import WEAK_SKILLS, SkillMixture, collect
+from torchrl_sql.envs import SkillMixture, collect, weak_skills
 
 
 def collect_store(path: Path, game: str, steps: int) -> FrameStore:
-    policy, store = SkillMixture(game, WEAK_SKILLS), FrameStore.create(path)
+    policy, store = SkillMixture(game, weak_skills()), FrameStore.create(path)
     with store.writer(game, source="scripted play with noise", behaviours=policy.behaviour_names) as writer:
         collect(writer, policy, game, steps)
     return store

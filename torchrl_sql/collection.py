@@ -11,7 +11,7 @@ from tqdm import tqdm
 from torchrl_sql.config import ConfigError, RunConfig
 from torchrl_sql.data import FrameStore
 from torchrl_sql.data.frames import Codec
-from torchrl_sql.envs import WEAK_SKILLS, Emulator, SkillMixture, collect
+from torchrl_sql.envs import Emulator, SkillMixture, collect, weak_skills
 from torchrl_sql.envs.behaviours import describe
 from torchrl_sql.files import expand_path
 
@@ -28,12 +28,14 @@ def collect_data(config: RunConfig) -> FrameStore:
         "num_agent_steps_per_game": collection.num_agent_steps_per_game,
         "sticky_action_probability": collection.sticky_action_probability,
         "max_env_frames_per_episode": collection.max_env_frames_per_episode,
+        "max_repeat_probability": collection.max_repeat_probability,
     }
     emulator = Emulator(
         sticky_action_probability=collection.sticky_action_probability,
         max_env_frames=collection.max_env_frames_per_episode,
     )
-    policies = {game: SkillMixture(game) for game in config.games}
+    mixture = weak_skills(collection.max_repeat_probability)
+    policies = {game: SkillMixture(game, mixture) for game in config.games}
     store = FrameStore.create(expand_path(config.data.store), codec=cast(Codec, collection.codec), exist_ok=True)
     if store.encoding.codec != collection.codec:
         raise ConfigError(
@@ -48,7 +50,7 @@ def collect_data(config: RunConfig) -> FrameStore:
                 "data.store or delete it"
             )
         with store.writer(
-            game, source=describe(game, WEAK_SKILLS), behaviours=policy.behaviour_names, metadata=how
+            game, source=describe(game, mixture), behaviours=policy.behaviour_names, metadata=how
         ) as writer:
             bar = tqdm(
                 total=collection.num_agent_steps_per_game,

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from torchrl_sql.data import AtariFrameStorage, FrameStore
-from torchrl_sql.envs import SKILLS, WEAK_SKILLS, AtariVector, Behaviour, Emulator, SkillMixture, collect
+from torchrl_sql.envs import SKILLS, AtariVector, Behaviour, Emulator, SkillMixture, collect, weak_skills
 from torchrl_sql.envs.behaviours import FIRE, LEFT, LEFTFIRE, NOOP, RIGHT, RIGHTFIRE, UP, describe
 from torchrl_sql.games import GAMES
 
@@ -138,12 +140,19 @@ def test_components_are_equally_likely():
     assert policy.behaviour_names == ("skilled", "weak", "random")
 
 
+def test_without_inertia_an_action_follows_itself_by_chance_only():
+    (_, noisy, _) = weak_skills(0.0)
+    actions = actions_of(replace(noisy, skill_probability=(0.0, 0.0)))
+    assert (actions[1:] == actions[:-1]).mean() == pytest.approx(1 / 3, abs=0.03)
+    assert "repeated with a probability of up to 0%" in describe("Freeway", weak_skills(0.0))
+
+
 def test_description_states_script_reflex_and_ranges():
-    text = describe("Breakout", WEAK_SKILLS)
+    text = describe("Breakout", weak_skills())
     assert text.startswith("The script: Moves the paddle under the ball. Always: Fires when no ball is seen")
     assert "33% of episodes (skilled): follows the script at 40% to 80% of the steps" in text
     assert "(random): plays actions from a distribution" in text
-    assert "Always" not in describe("Freeway", WEAK_SKILLS)
+    assert "Always" not in describe("Freeway", weak_skills())
 
 
 def test_a_game_without_skill_is_refused():

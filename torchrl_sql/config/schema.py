@@ -19,7 +19,7 @@ else:
     Games = Mixture = Any  # OmegaConf cannot say "a string or a list"
 
 
-CONFIG_FORMAT = 3
+CONFIG_FORMAT = 4
 """Of configurations as YAML. It grows when one that was written before would be misread."""
 
 
@@ -99,6 +99,8 @@ class CollectionConfig:
     """Emulator frames (four per agent step) after which a collected episode is truncated."""
     codec: str = setting(one_of("zstd", "lz4"))
     """How frames are compressed: zstd is smaller, lz4 faster to read; see docs/data.md."""
+    max_repeat_probability: float = setting(probability)
+    """Each episode repeats its last action with a probability drawn uniformly from 0 to this."""
     seed: int = setting(within(0, 2**63 - 1))
 
 

@@ -1,13 +1,12 @@
 """The emulator, and behaviour policies that collect data in it."""
 
 from torchrl_sql.envs.atari import AtariEnv, AtariVector, Emulator, replay_episode
-from torchrl_sql.envs.behaviours import SKILLS, WEAK_SKILLS, Behaviour, SkillMixture
+from torchrl_sql.envs.behaviours import SKILLS, Behaviour, SkillMixture, weak_skills
 from torchrl_sql.envs.collector import collect
 from torchrl_sql.envs.context import PolicyInputs, first_context, next_context
 
 __all__ = [
     "SKILLS",
-    "WEAK_SKILLS",
     "AtariEnv",
     "AtariVector",
     "Behaviour",
@@ -18,4 +17,5 @@ __all__ = [
     "first_context",
     "next_context",
     "replay_episode",
+    "weak_skills",
 ]

@@ -118,12 +118,19 @@ class Behaviour:
     repeat_probability: tuple[float, float] = (0.0, 0.6)
 
 
-WEAK_SKILLS = (
-    Behaviour(name="skilled", skill_probability=(0.4, 0.8), noise="uniform"),
-    Behaviour(name="weak", skill_probability=(0.0, 0.3), noise="uniform"),
-    Behaviour(name="random", skill_probability=(0.0, 0.0), noise="biased"),
-)
-"""A third of the episodes each: some 60% skilled, hardly skilled, not skilled at all."""
+def weak_skills(max_repeat_probability: float = 0.6) -> tuple[Behaviour, ...]:
+    """A third of the episodes each: some 60% skilled, hardly skilled, not skilled at all.
+
+    Args:
+        max_repeat_probability (float): see :class:`Behaviour`; with 0 the most frequent action in a state is the
+            script's, wherever the script is followed more often than not.
+    """
+    repeat = (0.0, max_repeat_probability)
+    return (
+        Behaviour(name="skilled", skill_probability=(0.4, 0.8), noise="uniform", repeat_probability=repeat),
+        Behaviour(name="weak", skill_probability=(0.0, 0.3), noise="uniform", repeat_probability=repeat),
+        Behaviour(name="random", skill_probability=(0.0, 0.0), noise="biased", repeat_probability=repeat),
+    )
 
 
 def describe(game: str, behaviours: Sequence[Behaviour]) -> str:
@@ -154,7 +161,7 @@ class SkillMixture:
         ValueError: if the game has no scripted skill.
     """
 
-    def __init__(self, game: str, behaviours: Sequence[Behaviour] = WEAK_SKILLS):
+    def __init__(self, game: str, behaviours: Sequence[Behaviour] = weak_skills()):
         if game not in SKILLS:
             raise ValueError(f"game must have a scripted skill ({', '.join(SKILLS)}), got {game!r}")
         self._skill = SKILLS[game].act
