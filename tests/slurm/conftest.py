@@ -24,9 +24,9 @@ from torchrl_sql.config import compose_run_config
 from torchrl_sql.launch.group import Group, find_groups
 from torchrl_sql.launch.slurm import job_states
 from torchrl_sql.launch.status import task_states
-from torchrl_sql.training.build import find_checkpoint
 from torchrl_sql.training.checkpoint import load_checkpoint
 from torchrl_sql.training.logs import read_scalars
+from torchrl_sql.training.policy import find_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel")

@@ -87,15 +87,31 @@ def test_what_a_study_decides_is_refused(make_study, tmp_path, key):
         plan_study(make_study(("scale=cpu,", f"scale=cpu, {key},")), tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("old", "new", "message"),
-    [
-        ("bc: {", "bc: {from: q, load: all, ", "runs.bc.from: training cannot start from another run"),
-    ],
-)
-def test_what_a_study_may_say_but_nothing_does_yet_is_refused(make_study, tmp_path, old, new, message):
-    with pytest.raises(ConfigError, match=message):
-        plan_study(make_study((old, new)), tmp_path)
+def test_a_run_that_starts_from_another_waits_for_that_runs_seed(make_study, tmp_path):
+    study = make_study(("bc: {", "bc: {from: q, load: all, "))
+    tasks = {task.name: task for task in plan_study(study, tmp_path)}
+    tuned = tasks["train-bc-seed1"]
+    assert tuned.after == ["collect", "train-q-seed1"] and "train-q-seed1" in tuned.inputs
+    assert f"init.policy={tmp_path}/q/seed1/policy.safetensors" in tuned.arguments
+    assert compose_run_config(tuned.arguments[1:]).to_yaml() == tuned.config
+    assert tuned.settings["init.load"] == "all" and "init.load" not in tasks["train-q-seed1"].settings
+
+
+def test_what_the_first_run_learns_from_decides_the_second(make_study, tmp_path):
+    def key(*changes, folder=tmp_path):
+        study = make_study(("bc: {", "bc: {from: q, load: encoder, "), *changes)
+        return {task.name: task.key for task in plan_study(study, folder)}["train-bc-seed1"]
+
+    assert key() == key(folder=tmp_path / "moved") != key(("q: {}", "q: {set: [method.cql_alpha=0.4]}"))
+    assert key() != key(("load: encoder", "load: all"))
+    assert key() != key(("[method=bc]", "[method=bc,init.freeze=true]"))
+
+
+def test_where_a_run_starts_is_said_once(make_study, tmp_path):
+    for override in ("init.policy=x", "init.load=all"):
+        study = make_study(("bc: {set: [method=bc]", f"bc: {{from: q, load: all, set: [method=bc,{override}]"))
+        with pytest.raises(ConfigError, match=r"runs.bc must have from and load or init\.(policy|load), got both"):
+            plan_study(study, tmp_path)
 
 
 def scales(name):

@@ -258,6 +258,22 @@ METHOD_SETTINGS: dict[str, type[MethodConfig]] = {
 
 
 @dataclass(kw_only=True)
+class InitConfig:
+    """Where the weights start; the section is absent in files of before there was it."""
+
+    policy: str | None = field(default=None, metadata={"bound": path})
+    """The ``policy.safetensors`` of another run, expanded like ``data.store``; null for random weights. A run that is
+    continued does not read it again."""
+    load: str = field(default="encoder", metadata={"bound": one_of("encoder", "all")})
+    """encoder: what maps frames to the feature map. all: everything that is learned, of per-game heads those of games
+    that both runs have. What is not loaded is new."""
+    freeze: bool = False
+    """Do not train the encoder, loaded or not."""
+    sha256: str | None = None
+    """Of the policy; the run writes it here when it starts. Given before, it refuses another policy."""
+
+
+@dataclass(kw_only=True)
 class OptimConfig:
     """The optimizer and its schedule."""
 
@@ -336,6 +352,7 @@ class RunConfig:
     data: DataConfig = MISSING
     model: ModelConfig = MISSING
     method: MethodConfig = MISSING
+    init: InitConfig = field(default_factory=InitConfig)
     optim: OptimConfig = MISSING
     trainer: TrainerConfig = MISSING
     evaluation: EvaluationConfig = MISSING

@@ -23,10 +23,9 @@ from torchrl_sql.games import ACTION_NAMES, GAMES
 from torchrl_sql.methods import make_method
 from torchrl_sql.statistics.intervals import interquartile_mean
 from torchrl_sql.statistics.scores import human_normalised, split_by_reference
-from torchrl_sql.training.build import find_checkpoint, load_agent
 from torchrl_sql.training.checkpoint import list_checkpoints, mark_best
 from torchrl_sql.training.device import prepare_cpu, resolve_device
-from torchrl_sql.training.policy import read_policy
+from torchrl_sql.training.policy import find_checkpoint, load_agent, read_policy
 
 
 class Agent:

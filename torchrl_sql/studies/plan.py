@@ -16,7 +16,7 @@ from typing import Any
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import OverrideParseException
 
-from torchrl_sql.config import ConfigError, EvaluationConfig, RunConfig, check_ranks, compose_run_config
+from torchrl_sql.config import ConfigError, EvaluationConfig, InitConfig, RunConfig, check_ranks, compose_run_config
 from torchrl_sql.config.schema import folder_name as name_bound
 from torchrl_sql.config.study import StudyConfig, combined, setting_key
 from torchrl_sql.studies.task import Task
@@ -62,8 +62,8 @@ def plan_study(study: StudyConfig, folder: Path, *, num_ranks: int = 1) -> list[
         return task
 
     for name, run in study.runs.items():
-        if run.from_ is not None:
-            raise ConfigError(f"runs.{name}.from: training cannot start from another run's policy yet")
+        if run.from_ is not None and (twice := {*map(setting_key, run.set)} & {"init.policy", "init.load"}):
+            raise ConfigError(f"runs.{name} must have from and load or {min(twice)}, got both")
     for override in (word for words in (study.common, *(run.set for run in study.runs.values())) for word in words):
         if (key := setting_key(override)) in _DECIDED:
             option = "--seeds" if key == "seed" else "its file" if key == "data.store" else "--out"
@@ -85,17 +85,25 @@ def plan_study(study: StudyConfig, folder: Path, *, num_ranks: int = 1) -> list[
         chosen = tuple(f"{setting_key(word)}." for word in run.set if setting_key(word) in ("method", "model"))
         shared = [word for word in study.common if not word.startswith(chosen)]
         common = combined(shared, run.set, [f"name={name}", f"data.store={quoted(store)}"])
+        if run.load is not None:
+            common = combined(common, [f"init.load={run.load}"])
         compose = _Seeded(common)
         for seed in study.seeds_of(name):
             place = f"{name}/seed{seed}"
             words = [*common, f"run_dir={quoted(folder / place)}", f"seed={seed}"]
             config = replace(compose(seed), run_dir=str(folder / place))
+            settings, before = _deciding(config) | ({} if makes_store else {"data": study.data}), data
+            if run.from_ is not None:
+                policy = folder / run.from_ / f"seed{seed}" / "policy.safetensors"
+                words.append(f"init.policy={quoted(policy)}")
+                config.init = replace(config.init, policy=str(policy))
+                before = [*data, f"train-{run.from_}-seed{seed}"]
             check_ranks(config, num_ranks)
             _check_axis(study.report.x, name, config)
             plays = config.trainer.evaluation_interval_gradient_steps is not None
             trained = add(
-                f"train-{name}-seed{seed}", "train", words, group=f"train-{name}", after=data, run_dir=config.run_dir,
-                config=config.to_yaml(), settings=_deciding(config) | ({} if makes_store else {"data": study.data}),
+                f"train-{name}-seed{seed}", "train", words, group=f"train-{name}", after=before, run_dir=config.run_dir,
+                config=config.to_yaml(), settings=settings,
                 makes=[f"{place}/{made}" for made in (*_OF_TRAINING, *(_OF_EVALUATION if plays else ()))],
             )  # fmt: skip
             previous = trained
@@ -292,6 +300,8 @@ def _deciding(config: RunConfig) -> dict[str, Any]:
     content["trainer"] = {key: content["trainer"][key] for key in _OF_RESULT}
     content["data"] |= {"games": list(config.games)}
     del content["data"]["store"], content["data"]["prefetch"]
+    if config.init == InitConfig():
+        del content["init"]  # as in the records of before there was it
     sections = {key: value for key, value in content.items() if isinstance(value, dict)}
     flat = {f"{section}.{key}": value for section, values in sections.items() for key, value in values.items()}
     return {"seed": config.seed} | flat

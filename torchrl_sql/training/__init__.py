@@ -9,8 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from torchrl_sql.training.build import load_agent
-    from torchrl_sql.training.policy import export_policy, load_policy
+    from torchrl_sql.training.policy import export_policy, load_agent, load_policy
     from torchrl_sql.training.run import train
     from torchrl_sql.training.signals import Interrupted, StopSignals
     from torchrl_sql.training.trainer import Trainer
@@ -22,7 +21,7 @@ _MODULES = {
     "StopSignals": "signals",
     "Trainer": "trainer",
     "export_policy": "policy",
-    "load_agent": "build",
+    "load_agent": "policy",
     "load_policy": "policy",
     "train": "run",
 }

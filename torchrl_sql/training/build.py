@@ -6,19 +6,16 @@ import math
 from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
-from pathlib import Path
-from typing import Any, NamedTuple
 
 import torch
-from torch import nn
 from torchrl.objectives import LossModule
 
-from torchrl_sql.config import ConfigError, OptimConfig, RunConfig, run_config_from_yaml
+from torchrl_sql.config import ConfigError, OptimConfig, RunConfig
 from torchrl_sql.data import FrameStore, mean_frame
 from torchrl_sql.files import expand_path
 from torchrl_sql.methods import make_method
-from torchrl_sql.training.checkpoint import CheckpointError, list_checkpoints, load_checkpoint, wrong_content
 from torchrl_sql.training.device import prepare_cpu, resolve_device, tune
+from torchrl_sql.training.initial import freeze_encoder, load_initial
 from torchrl_sql.training.lamb import Lamb
 from torchrl_sql.training.parallel import AveragedAfterwards, LossCall, Replicated, SingleProcess
 from torchrl_sql.training.ranks import Ranks
@@ -64,9 +61,13 @@ def build_optimizer(optim: OptimConfig, loss: LossModule) -> torch.optim.Optimiz
 
 
 def build_trainer(
-    config: RunConfig, ranks: Ranks | None = None, *, memory_format: torch.memory_format | None = None
+    config: RunConfig,
+    ranks: Ranks | None = None,
+    *,
+    memory_format: torch.memory_format | None = None,
+    continues: bool = False,
 ) -> Trainer:
-    """Everything a run needs, from its configuration.
+    """Everything a run needs, from its configuration; ``init.sha256`` of a run that starts from another is set there.
 
     Args:
         config (RunConfig): the run.
@@ -74,6 +75,7 @@ def build_trainer(
 
     Keyword Args:
         memory_format (torch.memory_format, optional): layout of the convolutions; default what suits the device.
+        continues (bool): the caller loads a checkpoint; ``init.policy`` is not read.
 
     Raises:
         ValueError, FileNotFoundError: if the store does not hold the games asked for, or the batch cannot be divided
@@ -90,6 +92,10 @@ def build_trainer(
     method = make_method(config.method)
     # Before any data is opened: the network refuses names that it does not know.
     network = method.network(config.model, config.games, memory_format=memory_format)
+    if config.init.policy is not None and not continues:
+        config.init.sha256 = load_initial(network, config, ranks)
+    if config.init.freeze:
+        freeze_encoder(network)
     loss = method.loss(network)
     store = FrameStore.open(expand_path(config.data.store))
     replay = method.replay(
@@ -125,53 +131,3 @@ def build_trainer(
         precision=config.trainer.precision,  # type: ignore[arg-type]  # the schema's bound is the Literal
         graph=graph,
     )
-
-
-def find_checkpoint(path: Path) -> Path:
-    """A checkpoint file itself, or the newest one of a run's folder.
-
-    Raises:
-        FileNotFoundError: if there is none.
-    """
-    if path.is_file():
-        return path
-    checkpoints = list_checkpoints(path / "checkpoints")
-    if not checkpoints:
-        raise FileNotFoundError(f"{path} must be a checkpoint or the folder of a trained run, but holds no checkpoint")
-    return checkpoints[-1]
-
-
-class Trained(NamedTuple):
-    """A trained network on the CPU in evaluation mode, its run's configuration, its gradient steps."""
-
-    network: nn.Module
-    config: RunConfig
-    gradient_step: int
-
-
-def load_agent(path: Path) -> Trained:
-    """Loads a trained network for acting.
-
-    Args:
-        path (Path): a checkpoint, or a run's folder (its newest checkpoint is taken).
-
-    Raises:
-        CheckpointError: if the checkpoint is damaged, or its weights are of another network than it says.
-    """
-    path = find_checkpoint(path)
-    content: dict[str, Any] = load_checkpoint(path)
-    with wrong_content(path):
-        config = run_config_from_yaml(content["config"], source=f"the configuration in {path}")
-        method = make_method(config.method)
-        network = method.network(config.model, config.games)
-        weights, gradient_step = content["trainer"]["loss"], int(content["trainer"]["step"])
-    # The loss holds the network's own parameters: loading it loads them.
-    try:
-        method.loss(network).load_state_dict(weights)
-    # What torch and tensordict raise for other names, shapes and types.
-    except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise CheckpointError(
-            f"{path} must hold the weights of the network that its configuration describes ({config.method.name}, "
-            f"{len(config.games)} games, 18 actions), got weights of other names or shapes"
-        ) from error
-    return Trained(network.eval(), config, gradient_step)

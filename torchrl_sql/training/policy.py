@@ -6,24 +6,80 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save
 from tensordict.nn import TensorDictModuleBase
-from torch import Tensor
+from torch import Tensor, nn
 
 from torchrl_sql.config import RunConfig, run_config_from_yaml
 from torchrl_sql.files import replacing
 from torchrl_sql.games import NUM_ACTIONS, legal_action_mask
 from torchrl_sql.methods import make_method
-from torchrl_sql.training.build import Trained, find_checkpoint, load_agent
-from torchrl_sql.training.checkpoint import CheckpointError, check_format, wrong_content
+from torchrl_sql.training.checkpoint import (
+    CheckpointError,
+    check_format,
+    list_checkpoints,
+    load_checkpoint,
+    wrong_content,
+)
 
 POLICY_FILE = "policy.safetensors"
 """In the folder of a trained run."""
 
 _POLICY_FORMAT = "torchrl_sql policy 3"
+
+
+def find_checkpoint(path: Path) -> Path:
+    """A checkpoint file itself, or the newest one of a run's folder.
+
+    Raises:
+        FileNotFoundError: if there is none.
+    """
+    if path.is_file():
+        return path
+    checkpoints = list_checkpoints(path / "checkpoints")
+    if not checkpoints:
+        raise FileNotFoundError(f"{path} must be a checkpoint or the folder of a trained run, but holds no checkpoint")
+    return checkpoints[-1]
+
+
+class Trained(NamedTuple):
+    """A trained network on the CPU in evaluation mode, its run's configuration, its gradient steps."""
+
+    network: nn.Module
+    config: RunConfig
+    gradient_step: int
+
+
+def load_agent(path: Path) -> Trained:
+    """Loads a trained network for acting.
+
+    Args:
+        path (Path): a checkpoint, or a run's folder (its newest checkpoint is taken).
+
+    Raises:
+        CheckpointError: if the checkpoint is damaged, or its weights are of another network than it says.
+    """
+    path = find_checkpoint(path)
+    content: dict[str, Any] = load_checkpoint(path)
+    with wrong_content(path):
+        config = run_config_from_yaml(content["config"], source=f"the configuration in {path}")
+        method = make_method(config.method)
+        network = method.network(config.model, config.games)
+        weights, gradient_step = content["trainer"]["loss"], int(content["trainer"]["step"])
+    # The loss holds the network's own parameters: loading it loads them.
+    try:
+        method.loss(network).load_state_dict(weights)
+    # What torch and tensordict raise for other names, shapes and types.
+    except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{path} must hold the weights of the network that its configuration describes ({config.method.name}, "
+            f"{len(config.games)} games, 18 actions), got weights of other names or shapes"
+        ) from error
+    return Trained(network.eval(), config, gradient_step)
 
 
 def export_policy(checkpoint: Path, path: Path, *, compact: bool = False) -> None:
@@ -88,6 +144,11 @@ def load_policy(path: Path | str, *, device: torch.device | str = "cpu") -> Tens
 
 def read_policy(path: Path) -> Trained:
     """The network of a ``policy.safetensors`` file, with its run's configuration; errors as of :func:`load_policy`."""
+    return read_policy_file(path)[0]
+
+
+def read_policy_file(path: Path) -> tuple[Trained, str]:
+    """As :func:`read_policy`, with the file's ``sha256`` of metadata and weights."""
     if not path.is_file():
         raise FileNotFoundError(f"no policy at {path}")
     metadata, weights = _read(path)
@@ -105,7 +166,7 @@ def read_policy(path: Path) -> Trained:
                 _rows(whole)[_legal(config, whole)] = weights[name].to(whole.dtype)
                 weights[name] = whole
         network.load_state_dict(weights)
-        return Trained(network.eval(), config, int(metadata["gradient_step"]))
+        return Trained(network.eval(), config, int(metadata["gradient_step"])), metadata["sha256"]
 
 
 def _heads(weights: Mapping[str, Tensor]) -> list[str]:

@@ -42,7 +42,7 @@ _CONTINUE, _STOP, _REQUEUE = range(3)
 
 _CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 
-_RESULT_SECTIONS = ("data", "model", "method", "optim")
+_RESULT_SECTIONS = ("data", "model", "method", "optim", "init")
 _OTHER_DATA_KEYS = ("store", "games", "prefetch")
 """Not compared as they are: what the store holds has its fingerprint, and games their resolved names."""
 
@@ -108,7 +108,6 @@ def _kernels_in(folder: Path) -> Iterator[None]:
 def _train(config: RunConfig, ranks: Ranks, signals: StopSignals, lock: RunLock | None, scores: Scores) -> Path:
     folder = expand_path(config.run_dir)
     about: dict[str, Any] = {
-        "config": config.to_yaml(),
         "games": list(config.games),
         "data_fingerprint": FrameStore.open(expand_path(config.data.store)).fingerprint(config.games),
         "versions": software_versions() | {"device": describe_device(ranks.device)},
@@ -120,6 +119,8 @@ def _train(config: RunConfig, ranks: Ranks, signals: StopSignals, lock: RunLock 
             before = run_config_from_yaml(content["config"], source=f"the configuration in {path}")
             same_data = content["data_fingerprint"] == about["data_fingerprint"]
             num_steps_taken = int(content["trainer"]["step"])
+        if config.init.sha256 is None:
+            config.init.sha256 = before.init.sha256  # what it started from; the file may be gone
         _check_same_run(config, before, same_data=same_data)
         if num_steps_taken >= config.trainer.num_gradient_steps:
             ranks.on_main(lambda: _export_once(config, path))
@@ -128,7 +129,8 @@ def _train(config: RunConfig, ranks: Ranks, signals: StopSignals, lock: RunLock 
             if scores.is_due(num_steps_taken):
                 scores.complete(config, path)
             return folder
-    trainer = build_trainer(config, ranks)
+    trainer = build_trainer(config, ranks, continues=latest is not None)
+    about["config"] = config.to_yaml()
     if ranks.is_main:
         num_parameters = sum(parameter.numel() for parameter in trainer.loss.parameters())
         logger.info(

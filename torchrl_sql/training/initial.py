@@ -1,0 +1,166 @@
+"""Where a run's weights start: from another run's policy, whole or its encoder."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torchrl_sql.config import ConfigError, QNetworkConfig, RunConfig, run_config_from_yaml
+from torchrl_sql.files import expand_path
+from torchrl_sql.methods import make_method
+from torchrl_sql.training.policy import read_policy_file
+from torchrl_sql.training.ranks import Ranks
+
+logger = logging.getLogger(__name__)
+
+_ENCODER = re.compile(r"(?:.*\.)?encoder\.(.+)")
+_HEADS = re.compile(r"(?:.*\.)?heads\.(?:weight|bias)")
+_GIVEN = re.compile(r"(?:.*\.)?(?:input_mean|support)")
+"""Not learned: what the data and the settings say."""
+
+
+def load_initial(network: nn.Module, config: RunConfig, ranks: Ranks) -> str:
+    """Fill a fresh network with what ``config.init`` names; nothing is loaded in part.
+
+    ``load: encoder`` takes what maps frames to the feature map, ``load: all`` everything that is learned, of per-game
+    heads those of games that both runs have, by name. The rest stays as it is, and the log names it.
+
+    Args:
+        network (nn.Module): of the run, on the CPU.
+        config (RunConfig): with ``init.policy``.
+        ranks (Ranks): rank 0 reads the file for all.
+
+    Returns:
+        SHA-256 of the policy, as its file says.
+
+    Raises:
+        CheckpointError: if the file is damaged or of another format.
+        ConfigError: if the networks differ, with the names and shapes of what does; or if ``init.sha256`` is another's.
+        FileNotFoundError: if there is no such file.
+    """
+    path = expand_path(config.init.policy or "")
+
+    def read() -> dict[str, Any]:
+        trained, digest = read_policy_file(path)
+        return {"weights": trained.network.state_dict(), "config": trained.config.to_yaml(), "sha256": digest}
+
+    source = ranks.on_main(read)
+    if config.init.sha256 not in (None, source["sha256"]):
+        raise ConfigError(
+            f"init.sha256 must be that of {path}, {source['sha256']}, got {config.init.sha256}: it is another policy"
+        )
+    before = run_config_from_yaml(source["config"], source=f"the configuration in {path}")
+    ours, theirs = network.state_dict(), source["weights"]
+    if config.init.load == "encoder":
+        here, there = _encoder(ours), _encoder(theirs)
+        for weights, method in ((here, config.method), (there, before.method)):
+            if not weights:
+                raise ConfigError(
+                    f"init.load must be all between networks that have no encoder of stacked frames, got encoder with "
+                    f"method.name={method.name} {'here' if method is config.method else f'in {path}'}"
+                )
+        new = [name for name in ours if not _ENCODER.fullmatch(name) and not _GIVEN.fullmatch(name)]
+    else:
+        here, there = (
+            {name: value for name, value in weights.items() if not (_HEADS.fullmatch(name) or _GIVEN.fullmatch(name))}
+            for weights in (ours, theirs)
+        )
+        shared = [game for game in _head_names(config) if game in _head_names(before)]
+        new = [f"the head of {game}" for game in _head_names(config) if game not in shared]
+        if shared:
+            _check_heads(shared, (ours, config), (theirs, before), path)
+            here |= _heads(ours, config, shared)
+            there |= _heads(theirs, before, shared)
+    _copy(here, there, path)
+    if ranks.is_main:
+        loaded = sum(value.numel() for value in here.values())
+        logger.info(
+            "starting from %s (method %s, sha256 %s): %s weights loaded; new: %s",
+            path, before.method.name, source["sha256"], f"{loaded:,}", ", ".join(new) or "nothing",
+        )  # fmt: skip
+    return str(source["sha256"])
+
+
+def freeze_encoder(network: nn.Module) -> None:
+    """Keep the encoder's parameters out of training.
+
+    Raises:
+        ConfigError: if the network has none.
+    """
+    frozen = [parameter for name, parameter in network.named_parameters() if _ENCODER.fullmatch(name)]
+    if not frozen:
+        raise ConfigError("init.freeze must be false with a network that has no encoder of stacked frames, got true")
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+
+
+def _encoder(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights of the encoder, by their names in it."""
+    return {match[1]: value for name, value in weights.items() if (match := _ENCODER.fullmatch(name))}
+
+
+@torch.no_grad()
+def _copy(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], path: object) -> None:
+    """Copy all weights, or raise because of those that differ in name or shape."""
+
+    def shape(weights: Mapping[str, Tensor], name: str) -> str:
+        return str(list(weights[name].shape)) if name in weights else "absent"
+
+    different = [
+        f"{name} ({shape(ours, name)} here, {shape(theirs, name)} there)"
+        for name in dict.fromkeys([*ours, *theirs])
+        if shape(ours, name) != shape(theirs, name)
+    ]
+    if different:
+        more = f" and {len(different) - 5} more" if len(different) > 5 else ""
+        raise ConfigError(
+            f"init.policy={path} must be of a network of the same sizes, got others: {', '.join(different[:5])}{more}; "
+            "give this run the model settings of that one"
+        )
+    for name, value in ours.items():
+        value.copy_(theirs[name])
+
+
+def _check_heads(
+    shared: Sequence[str],
+    ours: tuple[Mapping[str, Tensor], RunConfig],
+    theirs: tuple[Mapping[str, Tensor], RunConfig],
+    path: object,
+) -> None:
+    """Raise unless the outputs of both networks' heads mean the same."""
+    here, there = (_kind_of_values(*each) for each in (ours, theirs))
+    if here != there:
+        raise ConfigError(
+            f"init.load=all takes the heads of {', '.join(shared)}, which must be of the same kind, got {here} here "
+            f"and {there} in {path}; init.load=encoder starts with new ones"
+        )
+
+
+def _heads(weights: Mapping[str, Tensor], config: RunConfig, shared: Sequence[str]) -> dict[str, Tensor]:
+    """Views of the shared heads' weights."""
+    names = _head_names(config)
+    return {
+        f"{name} of {game}": weights[name][names.index(game)] for name in weights if _HEADS.fullmatch(name)
+        for game in shared
+    }  # fmt: skip
+
+
+def _head_names(config: RunConfig) -> list[str]:
+    """What each head is for, in their order; none in a network without heads."""
+    if not isinstance(config.model, QNetworkConfig) or make_method(config.method).values == "none":
+        return []
+    return list(config.games) if config.model.per_game_heads else ["all games"]
+
+
+def _kind_of_values(weights: Mapping[str, Tensor], config: RunConfig) -> str:
+    """What heads put out: two of equal shape may mean different things."""
+    values = make_method(config.method).values
+    support = next((value for name, value in weights.items() if name.endswith("support")), None)
+    if support is None:
+        return values
+    return f"{values} of {len(support)} atoms on [{float(support[0]):g}, {float(support[-1]):g}]"
