@@ -4,7 +4,8 @@ Simulated agents: a run's expected score in a game is the game's mean plus an ef
 (or none) is shared by all games of the seed; its episodes scatter around it. ``spread`` is the seed effect's standard
 deviation over the standard error of a run's mean. Skewed returns are Gamma(1), as heavy as an Atari game's.
 
-    python benchmarks/coverage.py        # some minutes; writes benchmarks/results/coverage.{json,md}
+    python benchmarks/coverage.py        # hours; writes benchmarks/results/coverage.{json,md}, continues what is there
+    python benchmarks/coverage.py --fresh
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pathlib import Path
 import numpy as np
 from scipy import stats
 
+from torchrl_sql.files import write_text
 from torchrl_sql.games import TRAIN_40
 from torchrl_sql.provenance import describe_benchmark
 from torchrl_sql.statistics.intervals import (
@@ -104,21 +106,30 @@ def measure(world: World, num_seeds: int, num_trials: int) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--trials", type=int, default=2000)
-    num_trials = parser.parse_args().trials
-    rows = []
+    parser.add_argument("--trials", type=int, default=1000)
+    parser.add_argument("--fresh", action="store_true", help="measure rows again that coverage.json has")
+    args = parser.parse_args()
+    path = RESULTS / "coverage.json"
+    result = json.loads(path.read_text(encoding="utf-8")) if path.exists() and not args.fresh else {"rows": []}
+    if result["rows"] and (result["trials"], result["episodes"]) != (args.trials, NUM_EPISODES):
+        parser.error(f"{path} is of {result['trials']} trials, {result['episodes']} episodes: --fresh measures anew")
+    rows: list[dict] = result["rows"]
+    before = [*result.get("before", []), result["benchmark"]] if rows else []
     for skewed, num_games, shared, spread, num_seeds in product(
         (False, True), (1, 8, 40), (0.0, 0.5), SPREADS, (3, 5, 10)
     ):
+        row = {"skewed": skewed, "games": num_games, "shared": shared, "spread": spread, "seeds": num_seeds}
         if (num_games == 1 and shared) or (skewed and spread not in (0.0, 1.0)):
             continue
+        if any(row.items() <= known.items() for known in rows):
+            continue
         world = World(num_games, spread, shared=shared, skewed=skewed)
-        row = {"skewed": skewed, "games": num_games, "shared": shared, "spread": spread, "seeds": num_seeds}
-        rows.append(row | measure(world, num_seeds, num_trials))
+        rows.append(row | measure(world, num_seeds, args.trials))
         print(rows[-1], flush=True)
-    result = {"benchmark": describe_benchmark(), "trials": num_trials, "episodes": NUM_EPISODES, "rows": rows}
-    (RESULTS / "coverage.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    (RESULTS / "coverage.md").write_text(to_markdown(result), encoding="utf-8")
+        about = {"benchmark": describe_benchmark(), "before": before, "trials": args.trials, "episodes": NUM_EPISODES}
+        result = about | {"rows": rows}
+        write_text(path, json.dumps(result, indent=1) + "\n")
+        write_text(path.with_suffix(".md"), to_markdown(result))
 
 
 def to_markdown(result: dict) -> str:
@@ -134,10 +145,12 @@ def to_markdown(result: dict) -> str:
 
     skewed = [row for row in rows if row["skewed"]]
     lost = max(row["t test's power, game"] - row["power, game"] for row in gaussian)
+    begun = "".join(f", begun at {part['commit']}, {part['date']}" for part in result["before"][:1])
     lines = [
         "# Coverage of intervals, false verdicts, power",
         "",
-        f"`{about['command']}` at {about['commit']}, {about['date']}: {result['trials']:,} simulated pairs of agents "
+        f"`python benchmarks/coverage.py`, finished at {about['commit']}, {about['date']}{begun}: "
+        f"{result['trials']:,} simulated pairs of agents "
         f"per row, {result['episodes']} episodes per run. A rate of 0.95 has a Monte-Carlo error of "
         f"{np.sqrt(0.95 * 0.05 / result['trials']):.3f}.",
         "",
