@@ -4,7 +4,7 @@
     python benchmarks/update_step.py --networks resnet_small --dtypes fp32 --modes eager   # a minute on a CPU
 
 One step is forward, backward, clipping of the gradient's norm, Adam, and the target updater. All sides hold the same
-network with the same weights and see the same batch:
+network with the same weights (TorchRL's with torch's own GroupNorm) and see the same batch:
 
 - ``torchrl``: :class:`torchrl.objectives.DistributionalDQNLoss`, which always does double Q (the online network on both
   observations, the target network on the next one), plus the CQL penalty from a further forward of the online network
@@ -48,6 +48,7 @@ from torchrl.data import TensorDictReplayBuffer
 from torchrl.objectives import DistributionalDQNLoss, HardUpdate
 
 from torchrl_sql.modules import make_q_actor
+from torchrl_sql.modules.norm import GroupNorm
 from torchrl_sql.objectives import DistributionalCQLLoss
 from torchrl_sql.provenance import describe_benchmark
 from torchrl_sql.training import Trainer
@@ -107,7 +108,12 @@ def make_actor(network: str, side: str, device: torch.device) -> Any:
     torch.manual_seed(0)
     fastest = torch.channels_last if device.type == "cuda" else torch.contiguous_format  # as training chooses
     memory_format = torch.contiguous_format if side.startswith("torchrl") else fastest
-    return make_q_actor(NUM_GAMES[network], encoder=network, memory_format=memory_format).to(device)
+    actor = make_q_actor(NUM_GAMES[network], encoder=network, memory_format=memory_format).to(device)
+    if side.startswith("torchrl"):
+        for module in actor.modules():
+            if isinstance(module, GroupNorm):
+                module.__class__ = torch.nn.GroupNorm  # ours differs on CUDA only
+    return actor
 
 
 def torchrl_step(network: str, side: str, dtype: str, mode: str, batch: TensorDict) -> Variant:

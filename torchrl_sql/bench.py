@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import statistics
 import time
@@ -112,7 +113,8 @@ def measure(config: RunConfig, ranks: Ranks, *, samples_per_gpu: Sequence[int], 
             num_parameters = sum(p.numel() for group in trainer.optimizer.param_groups for p in group["params"])
         finally:
             trainer.replay.shutdown()
-        del trainer  # its memory is for the next
+        del trainer
+        gc.collect()  # its memory is for the next
     gpus_per_node = int(os.environ.get("LOCAL_WORLD_SIZE", max(torch.cuda.device_count(), 1)))
     node = network = None
     if ranks.world_size > 1:

@@ -198,3 +198,12 @@ def test_table_of_other_settings_is_refused(run, capsys):
     assert main(["evaluate", str(run), "--episodes", "1"]) == 0
     assert main(["evaluate", str(run), "--sticky", "0"]) == 1
     assert "scores of different protocols cannot be compared; choose another folder (--out)" in capsys.readouterr().err
+
+
+def test_a_share_that_holds_as_many_episodes_as_the_run_asks_for_marks_nothing(make_run):
+    run = make_run(steps=(2,))
+    assert main(["evaluate", str(run), "--episodes", "8", "--share", "1/4"]) == 0  # two of each game, as the run's own
+    best = run / "checkpoints" / "best.json"
+    assert not best.exists() and not (run / "logs").exists()
+    assert main(["evaluate", str(run)]) == 0
+    assert best.exists() and (run / "logs").exists()

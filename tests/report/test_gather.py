@@ -127,6 +127,19 @@ def test_a_setting_is_an_axis_and_other_differences_are_other_families(tmp_path,
         assert message in capsys.readouterr().err
 
 
+def test_families_of_one_beginning_all_have_a_name(tmp_path):
+    runs = {"main": [], "r34_a": ["model.feature_norm=false", "data.first_fraction=0.5"],
+            "r34_b": ["model.feature_norm=false"], "r34": ["method.cql_alpha=0"]}  # fmt: skip
+    for name, overrides in runs.items():
+        folder = run_folder(tmp_path / name, *overrides, name=name)
+        write(folder / "scores.csv", episodes(name))
+    families = {
+        agent.agent: agent.family
+        for agent in gather([tmp_path / name for name in runs], x="data.first_fraction").agents
+    }
+    assert families["r34_a"] == families["r34_b"] and len(set(families.values())) == 3
+
+
 def test_an_ablation_is_called_by_its_name_and_is_no_size(tmp_path):
     changes = {
         "ours": "model.encoder=resnet34",

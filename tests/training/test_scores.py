@@ -155,6 +155,16 @@ def test_an_evaluation_that_fails_costs_its_scores_only(make_config, caplog):
     assert final_weights(config)["step"] == 12
 
 
+def test_neither_does_one_that_finds_no_memory(make_config, caplog):
+    def played(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    config = make_config(*PLAYED)
+    train(config, evaluate=played)
+    assert "could not be evaluated, training goes on: CUDA out of memory" in caplog.text
+    assert final_weights(config)["step"] == 12
+
+
 def test_settings_that_cannot_be_are_refused(make_config):
     with pytest.raises(
         ConfigError, match=r"evaluation_interval_gradient_steps must be null or a multiple of .*=4, got 6"

@@ -72,6 +72,14 @@ def weights(trainer, which="value_network_params"):
     return getattr(trainer.loss, which).data.flatten_keys().to_dict()
 
 
+def test_a_state_given_to_another_trainer_is_not_shared_with_it():
+    first, second = (make_trainer(optimizer=torch.optim.Adam) for _ in range(2))
+    first.update(make_batch(0))
+    second.load_state_dict(first.state_dict())
+    first.update(make_batch(1))
+    assert {int(state["step"]) for state in second.optimizer.state.values()} == {1}
+
+
 def test_update_is_sgd_on_the_sum_of_losses():
     trainer = make_trainer(lr=0.1)
     batch = make_batch(0)

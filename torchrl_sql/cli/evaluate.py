@@ -125,8 +125,9 @@ def _play(args: argparse.Namespace, games: Sequence[str] | None, share: Share) -
                 clips=folder / "clips" if args.video else None,
                 clip_episode=args.episode or 0,
             )
-            agent.mark_if_best(episodes)
-            _log(agent, episodes)
+            if share.count == 1:  # a share's own means are of other episodes than those of other checkpoints
+                agent.mark_if_best(episodes)
+                _log(agent, episodes)
             step = "" if agent.run_dir is None else f" of {agent.run_dir} at gradient step {agent.id.gradient_step:,}"
             _print_means(agent.id.name + step, episodes)
             yield folder

@@ -92,7 +92,9 @@ def write_mp4(path: Path, images: Iterable[Image.Image], *, fps: int) -> None:
     import imageio_ffmpeg  # optional extra `video`
 
     images = iter(images)
-    first = next(images)
+    first = next(images, None)
+    if first is None:
+        raise ValueError("images must hold at least one picture, got none")
     writer = imageio_ffmpeg.write_frames(
         str(path),
         first.size,

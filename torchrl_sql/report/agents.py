@@ -91,7 +91,8 @@ def _families(configs: Mapping[str, RunConfig], x: str | None) -> dict[str, str]
         words = zip(*(name.split("_") for name in names), strict=False)
         shared = "_".join(each[0] for each in takewhile(lambda each: len({*each}) == 1, words))
         labels = (METHODS[configs[names[0]].method.name].label, shared or names[0], names[0])
-        families |= dict.fromkeys(names, next(label for label in labels if label not in families.values()))
+        taken = {*families.values(), *configs} - {*names}
+        families |= dict.fromkeys(names, next(label for label in labels if label not in taken))
     return families
 
 

@@ -53,7 +53,7 @@ def game_data(runs: Sequence[tuple[Path, DataConfig]], games: Sequence[str]) -> 
                 behaviour_text=" / ".join(dict.fromkeys(source for part in parts for source in part.sources)),
                 num_transitions=num_transitions,
                 num_episodes=len(returns),
-                bytes_per_transition=sum(part.num_bytes for part in parts) / num_transitions,
+                bytes_per_transition=sum(part.num_bytes for part in parts) / max(num_transitions, 1),
                 behaviour=Returns(returns) if len(returns) else None,
                 behaviours={
                     name: Returns(returns[behaviours == index])

@@ -123,7 +123,7 @@ def gather(
         constant_actions=constant_actions(episodes),
         caveats=[*caveats, *missing],
         curves=[curve for run in runs for curve in _curves(run, labels[run.config.name])],
-        clips=_clips(main_runs, shown, ordered[0], episodes),
+        clips=_clips(main_runs, shown, ordered[0], episodes, step),
         settings=_settings(runs, labels),
         versions=_versions(runs, [*dict.fromkeys(table.parent for table in tables)]),
         sources=[path.parent if path.name == SCORES else path for path in paths],
@@ -282,11 +282,11 @@ def _curves(run: _Run, label: str) -> list[Curve]:
 
 
 def _clips(
-    main_runs: Sequence[_Run], games: Sequence[str], main: Agent, episodes: Sequence[EpisodeResult]
+    main_runs: Sequence[_Run], games: Sequence[str], main: Agent, episodes: Sequence[EpisodeResult], step: int | None
 ) -> list[Clip]:
-    """The main agent's first episode in each game at its last checkpoint, in the first folder with a clip."""
+    """The main agent's first episode in each game at ``step`` (default: its last), in the first folder with a clip."""
     first = [row for row in episodes if (row.agent, row.decoding, row.episode) == (main.agent, main.decoding, 0)]
-    last_step = max((row.gradient_step for row in first), default=0)
+    last_step = max((row.gradient_step for row in first), default=0) if step is None else step
     returns = {(row.seed, row.game): row.episode_return for row in first if row.gradient_step == last_step}
     clips = []
     for game in games:

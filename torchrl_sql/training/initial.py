@@ -46,13 +46,18 @@ def load_initial(network: nn.Module, config: RunConfig, ranks: Ranks) -> str:
     path = expand_path(config.init.policy or "")
 
     def read() -> dict[str, Any]:
-        trained, digest = read_policy_file(path)
-        return {"weights": trained.network.state_dict(), "config": trained.config.to_yaml(), "sha256": digest}
+        trained, metadata = read_policy_file(path)
+        return metadata | {"weights": trained.network.state_dict()}
 
     source = ranks.on_main(read)
     if config.init.sha256 not in (None, source["sha256"]):
         raise ConfigError(
             f"init.sha256 must be that of {path}, {source['sha256']}, got {config.init.sha256}: it is another policy"
+        )
+    if config.init.load == "all" and source["heads"] == "legal":
+        raise ConfigError(
+            f"init.load=all takes whole heads, but {path} is a compact policy, which has those of legal actions only; "
+            "init.load=encoder starts with new ones"
         )
     before = run_config_from_yaml(source["config"], source=f"the configuration in {path}")
     ours, theirs = network.state_dict(), source["weights"]

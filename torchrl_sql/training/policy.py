@@ -94,8 +94,8 @@ def export_policy(checkpoint: Path, path: Path, *, compact: bool = False) -> Non
         path (Path): the file to write, in one move.
 
     Keyword Args:
-        compact (bool): weights in float16, and of the heads of a Q-network only the rows of legal actions, for files to
-            hand around: half of the size or less. Loaded, it acts with weights rounded to float16.
+        compact (bool): parameters in float16, and of the heads of a Q-network only the rows of legal actions, for files
+            to hand around: some half of the size. Loaded, it acts with weights rounded to float16.
 
     Raises:
         CheckpointError: if the checkpoint is damaged.
@@ -112,7 +112,7 @@ def export_policy(checkpoint: Path, path: Path, *, compact: bool = False) -> Non
     }
     weights = {name: value.contiguous().clone() for name, value in network.state_dict().items()}
     if compact:
-        weights = {name: value.half() if value.is_floating_point() else value for name, value in weights.items()}
+        weights |= {name: weights[name].half() for name, _ in network.named_parameters()}
         weights |= {name: _rows(weights[name])[_legal(config, weights[name])] for name in _heads(weights)}
     metadata["sha256"] = _digest(metadata, weights)
     with replacing(path, concurrent=True) as temporary:
@@ -129,9 +129,10 @@ def load_policy(path: Path | str, *, device: torch.device | str = "cpu") -> Tens
         device (torch.device or str): where the weights go.
 
     Returns:
-        The method's greedy policy in evaluation mode, which never chooses an action that its game does not know; of a
-        Q-network :class:`torchrl_sql.modules.NetworkPolicy`: ``observation`` uint8 ``[*B, 4, 84, 84]`` and ``game_id``
-        int64 ``[*B]`` (place of the game in the file's ``games``) in, ``action`` int64 ``[*B]`` out.
+        The method's usual policy in evaluation mode, which never chooses an action that its game does not know. Of a
+        Q-network it is the greedy :class:`torchrl_sql.modules.NetworkPolicy`: ``observation`` uint8
+        ``[*B, 4, 84, 84]`` and ``game_id`` int64 ``[*B]`` (place of the game in the file's ``games``) in, ``action``
+        int64 ``[*B]`` out. A return-conditioned transformer reads a context and random numbers too: its ``in_keys``.
 
     Raises:
         CheckpointError: if the file is damaged or of another format.
@@ -147,8 +148,8 @@ def read_policy(path: Path) -> Trained:
     return read_policy_file(path)[0]
 
 
-def read_policy_file(path: Path) -> tuple[Trained, str]:
-    """As :func:`read_policy`, with the file's ``sha256`` of metadata and weights."""
+def read_policy_file(path: Path) -> tuple[Trained, dict[str, str]]:
+    """As :func:`read_policy`, with the file's metadata, see :func:`export_policy`."""
     if not path.is_file():
         raise FileNotFoundError(f"no policy at {path}")
     metadata, weights = _read(path)
@@ -166,7 +167,7 @@ def read_policy_file(path: Path) -> tuple[Trained, str]:
                 _rows(whole)[_legal(config, whole)] = weights[name].to(whole.dtype)
                 weights[name] = whole
         network.load_state_dict(weights)
-        return Trained(network.eval(), config, int(metadata["gradient_step"])), metadata["sha256"]
+        return Trained(network.eval(), config, int(metadata["gradient_step"])), metadata
 
 
 def _heads(weights: Mapping[str, Tensor]) -> list[str]:

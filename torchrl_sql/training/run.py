@@ -119,7 +119,7 @@ def _train(config: RunConfig, ranks: Ranks, signals: StopSignals, lock: RunLock 
             before = run_config_from_yaml(content["config"], source=f"the configuration in {path}")
             same_data = content["data_fingerprint"] == about["data_fingerprint"]
             num_steps_taken = int(content["trainer"]["step"])
-        if config.init.sha256 is None:
+        if config.init.policy is not None and config.init.sha256 is None:
             config.init.sha256 = before.init.sha256  # what it started from; the file may be gone
         _check_same_run(config, before, same_data=same_data)
         if num_steps_taken >= config.trainer.num_gradient_steps:
@@ -354,6 +354,7 @@ def _check_same_run(now: RunConfig, before: RunConfig, *, same_data: bool) -> No
         flat = {f"{section}.{key}": value for section in _RESULT_SECTIONS for key, value in values[section].items()}
         for key in _OTHER_DATA_KEYS:
             del flat[f"data.{key}"]
+        del flat["init.policy"]  # a place; init.sha256 says what it held
         flat |= {"seed": config.seed, "data.games": list(config.games)}
         flat |= {f"trainer.{key}": values["trainer"][key] for key in _RESULT_TRAINER_KEYS}
         return flat

@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import torch
+
 from torchrl_sql.config import ConfigError, RunConfig
 from torchrl_sql.files import expand_path
 from torchrl_sql.methods import make_method
@@ -96,7 +98,9 @@ class Scores:
             return self._evaluate(checkpoint, listen)
         except _StopAsked:
             logger.info("the evaluation of %s was stopped; it continues with the run", checkpoint)
-        except (OSError, ValueError) as error:
+        except torch.AcceleratorError:  # the device is of no use to training either
+            raise
+        except Exception as error:
             logger.error("%s could not be evaluated, training goes on: %s", checkpoint, error)
         finally:
             self.ranks.maximum(_OVER)

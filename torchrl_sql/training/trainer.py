@@ -401,7 +401,7 @@ class Trainer:
 
         def laid_out(value: Tensor, parameter: Tensor) -> Tensor:
             if value.ndim == 0:  # a count of steps
-                return value
+                return value.clone()
             return torch.empty_like(parameter).copy_(_of_shape(value, parameter.shape))
 
         return {
