@@ -122,5 +122,7 @@ def test_the_policy_knows_the_games_actions(choice, decoding):
 
 
 def test_an_unknown_method_is_named():
-    with pytest.raises(ConfigError, match=r"method\.name must be one of cql, bc, mgdt, bc_transformer, got 'x'"):
+    with pytest.raises(
+        ConfigError, match=r"method\.name must be one of cql, bc, mgdt, bc_transformer, mae, cpc, got 'x'"
+    ):
         make_method(MethodConfig(name="x"))

@@ -2,7 +2,9 @@
 
 from torchrl_sql.config.load import compose_run_config, configs_dir, list_choices, load_run_config, run_config_from_yaml
 from torchrl_sql.config.schema import (
+    AutoencodingConfig,
     ConfigError,
+    ContrastiveConfig,
     DataConfig,
     DecisionTransformerConfig,
     EvaluationConfig,
@@ -19,7 +21,9 @@ from torchrl_sql.config.schema import (
 )
 
 __all__ = [
+    "AutoencodingConfig",
     "ConfigError",
+    "ContrastiveConfig",
     "DataConfig",
     "DecisionTransformerConfig",
     "EvaluationConfig",

@@ -249,10 +249,33 @@ class DecisionTransformerConfig(SequenceConfig):
     """How strongly the decoding ``expert`` prefers high returns."""
 
 
+@dataclass(kw_only=True)
+class AutoencodingConfig(MethodConfig):
+    """Masked auto-encoding: what is hidden, and the decoder."""
+
+    mask_share: float = setting(probability)
+    """Share of the feature map's places that the decoder does not see."""
+    decoder_width: int = setting(at_least(64))
+    """Of the decoder's tokens, a multiple of 64."""
+    decoder_layers: int = setting(at_least(1))
+
+
+@dataclass(kw_only=True)
+class ContrastiveConfig(MethodConfig):
+    """Contrastive prediction of the state ``data.n_steps`` later."""
+
+    width: int = setting(at_least(1))
+    """Of the two layers on top of the encoder."""
+    same_game: bool = MISSING
+    """Only states of the same game are candidates."""
+
+
 METHOD_SETTINGS: dict[str, type[MethodConfig]] = {
     "cql": QLearningConfig,
     "mgdt": DecisionTransformerConfig,
     "bc_transformer": SequenceConfig,
+    "mae": AutoencodingConfig,
+    "cpc": ContrastiveConfig,
 }
 """Settings of methods that have any, by name; ``configs/method/`` refers to them as ``NAME_schema``."""
 

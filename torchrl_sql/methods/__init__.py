@@ -4,6 +4,7 @@ from torchrl_sql.config import ConfigError, MethodConfig
 from torchrl_sql.methods.cloning import Cloning
 from torchrl_sql.methods.decision_transformer import DecisionTransformer, TransformerCloning
 from torchrl_sql.methods.method import Method
+from torchrl_sql.methods.pretraining import ContrastivePrediction, MaskedAutoencoding
 from torchrl_sql.methods.q_learning import QLearning
 
 __all__ = ["METHODS", "Method", "make_method"]
@@ -13,6 +14,8 @@ METHODS: dict[str, type[Method]] = {
     "bc": Cloning,
     "mgdt": DecisionTransformer,
     "bc_transformer": TransformerCloning,
+    "mae": MaskedAutoencoding,
+    "cpc": ContrastivePrediction,
 }
 """By ``method.name``."""
 

@@ -7,8 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
+from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
-from torch import nn
+from torch import Tensor, nn
+from torchrl.modules import QValueActor
 from torchrl.objectives import LossModule, TargetNetUpdater
 
 from torchrl_sql.config import DataConfig, MethodConfig, ModelConfig, QNetworkConfig
@@ -98,6 +100,17 @@ class Method(ABC):
             prefetch=data.prefetch,
             **options,
         )
+
+    def features(self, network: nn.Module, batch: TensorDictBase) -> Tensor:
+        """What the network makes of a batch's states before its heads, ``[B, D]``; logs say how rich it is.
+
+        Args:
+            network (nn.Module): of :meth:`network`, on the batch's device.
+            batch (TensorDictBase): with what the network reads.
+        """
+        module: Any = network.module[0] if isinstance(network, QValueActor) else network  # type: ignore[index]
+        features: Tensor = module.module.features(*(batch[key] for key in module.in_keys))
+        return features
 
     def target_updater(self, loss: LossModule) -> TargetNetUpdater | None:
         """What copies the online network to a target network when it is called; None without one."""

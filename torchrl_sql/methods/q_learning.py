@@ -22,13 +22,12 @@ class QLearning(Method):
 
     @property
     def metrics(self) -> Mapping[str, str]:
-        """Losses, values and the size of the features."""
+        """Losses and values."""
         return {
             "loss_qvalue": f"TD loss ({'squared error' if self.settings.target == 'mse' else 'nats'})",
             "loss_cql": "CQL penalty, weighted",
             "q_data": "Q of the data's actions",
             "q_max": "Maximum Q",
-            "feature_norm": "Feature norm before normalization",
         }
 
     def network(self, model: ModelConfig, games: Sequence[str], **options: Any) -> nn.Module:

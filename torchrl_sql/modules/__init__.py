@@ -9,11 +9,13 @@ from torchrl_sql.modules.encoders import ENCODERS, Encoder, ImpalaCNN, NatureCNN
 from torchrl_sql.modules.heads import PerGameLinear
 from torchrl_sql.modules.policy import NetworkPolicy, sample_index
 from torchrl_sql.modules.pooling import POOLINGS, GlobalAveragePooling, LearnedSpatialEmbedding
+from torchrl_sql.modules.pretraining import ContrastivePredictor, MaskedAutoencoder
 from torchrl_sql.modules.q_network import GreedyDistributionalQValueModule, MultiGameQNetwork, make_q_actor
 
 __all__ = [
     "ENCODERS",
     "POOLINGS",
+    "ContrastivePredictor",
     "DecisionTransformer",
     "DecisionTransformerPolicy",
     "Encoder",
@@ -21,6 +23,7 @@ __all__ = [
     "GreedyDistributionalQValueModule",
     "ImpalaCNN",
     "LearnedSpatialEmbedding",
+    "MaskedAutoencoder",
     "MultiGameQNetwork",
     "NatureCNN",
     "NetworkPolicy",

@@ -110,7 +110,7 @@ class DecisionTransformer(nn.Module):
         self.rewards = nn.Embedding(NUM_REWARDS, width)
         self.tokens_per_step = self.num_patches + 2 + return_token
         self.position = nn.Parameter(torch.empty(num_steps * self.tokens_per_step, width))
-        self.blocks = nn.ModuleList(_Block(width, dropout) for _ in range(num_layers))
+        self.blocks = nn.ModuleList(TransformerBlock(width, dropout) for _ in range(num_layers))
         self.norm = nn.LayerNorm(width)
         self.return_head = nn.Linear(width, NUM_RETURNS) if return_token else None
         self.action_head = nn.Linear(width, num_actions)
@@ -157,8 +157,45 @@ class DecisionTransformer(nn.Module):
         return_to_go: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
         batch_shape = self._check_shapes(observation, action, reward, terminated, return_to_go)
-        num_windows = math.prod(batch_shape)
         reward_token = encode_reward(reward, terminated).squeeze(-1)
+        x_BKTD = self._outputs(observation, action, reward_token, return_to_go, batch_shape)
+        action_logits = self.action_head(x_BKTD[..., self._before_action, :]).to(self.position.dtype)
+        reward_logits = self.reward_head(x_BKTD[..., self._before_action + 1, :]).to(self.position.dtype)
+        out = (action_logits, reward_logits, reward_token)
+        if self.return_head is None or return_to_go is None:
+            return out
+        return_logits = self.return_head(x_BKTD[..., 0, self.num_patches - 1, :]).to(self.position.dtype)
+        return (*out, return_logits, encode_return(return_to_go[..., 0]))
+
+    def features(
+        self,
+        observation: Tensor,
+        action: Tensor,
+        reward: Tensor,
+        terminated: Tensor,
+        return_to_go: Tensor | None = None,
+    ) -> Tensor:
+        """What the last step's action is predicted from, ``[*B, D]``; arguments as of the network."""
+        batch_shape = self._check_shapes(observation, action, reward, terminated, return_to_go)
+        reward_token = encode_reward(reward, terminated).squeeze(-1)
+        x_BKTD = self._outputs(observation, action, reward_token, return_to_go, batch_shape)
+        return x_BKTD[..., -1, self._before_action, :]
+
+    @property
+    def _before_action(self) -> int:
+        """The token of a step that predicts its action."""
+        return self.num_patches - 1 + self.return_token
+
+    def _outputs(
+        self,
+        observation: Tensor,
+        action: Tensor,
+        reward_token: Tensor,
+        return_to_go: Tensor | None,
+        batch_shape: torch.Size,
+    ) -> Tensor:
+        """Of all tokens, ``[*B, K, T, D]``."""
+        num_windows = math.prod(batch_shape)
         tokens = [
             self._embed_frames(observation).reshape(num_windows, self.num_steps, self.num_patches, -1),
             self.actions(action).reshape(num_windows, self.num_steps, 1, -1),
@@ -168,15 +205,7 @@ class DecisionTransformer(nn.Module):
             tokens.insert(1, self.returns(encode_return(return_to_go)).reshape(num_windows, self.num_steps, 1, -1))
         x_BLD = (torch.cat(tokens, dim=2).flatten(1, 2) + self.position) * self.visible.unsqueeze(-1)
         x_BKTD = self._transform(x_BLD, self.attended).unflatten(1, (self.num_steps, self.tokens_per_step))
-        x_BKTD = x_BKTD.reshape(*batch_shape, self.num_steps, self.tokens_per_step, -1)
-        before_action = self.num_patches - 1 + self.return_token
-        action_logits = self.action_head(x_BKTD[..., before_action, :]).to(self.position.dtype)
-        reward_logits = self.reward_head(x_BKTD[..., before_action + 1, :]).to(self.position.dtype)
-        out = (action_logits, reward_logits, reward_token)
-        if self.return_head is None or return_to_go is None:
-            return out
-        return_logits = self.return_head(x_BKTD[..., 0, self.num_patches - 1, :]).to(self.position.dtype)
-        return (*out, return_logits, encode_return(return_to_go[..., 0]))
+        return x_BKTD.reshape(*batch_shape, self.num_steps, self.tokens_per_step, -1)
 
     def predict_return(self, frame: Tensor) -> Tensor:
         """``return_logits`` ``[B, 121]`` of windows that begin with these frames ``[B, 84, 84]`` uint8.
@@ -220,7 +249,7 @@ class DecisionTransformer(nn.Module):
         return batch_shape
 
 
-class _Block(nn.Module):
+class TransformerBlock(nn.Module):
     """Attention and a feed-forward layer, each normalized before and added to what it read."""
 
     def __init__(self, width: int, dropout: float) -> None:

@@ -113,7 +113,7 @@ class MultiGameQNetwork(nn.Module):
         _check_shape("input_mean", input_mean, mean_shape)
         _check_shape("legal_actions", legal_actions, (num_games, num_actions))
         self.encoder = encoder
-        feature_map = _probe(encoder, self.input_shape)
+        feature_map = probe_map(encoder, self.input_shape)
         channels, height, width = feature_map.shape[1:]
         self.pooling = POOLINGS[pooling](channels, height, width, num_embeddings)
         with torch.no_grad():
@@ -148,24 +148,8 @@ class MultiGameQNetwork(nn.Module):
             self.heads.bias.copy_(bias.flatten())
 
     def forward(self, observation: Tensor, game_id: Tensor | None = None) -> tuple[Tensor, ...]:
-        batch_shape = observation.shape[: observation.ndim - len(self.input_shape)]
-        if game_id is None and self.num_games == 1:
-            game_id = torch.zeros(batch_shape, dtype=torch.int64, device=observation.device)
-        shape = None if game_id is None else game_id.shape
-        if observation.shape[len(batch_shape) :] != self.input_shape or shape != batch_shape:
-            raise ValueError(
-                f"observation must be [*B, {', '.join(map(str, self.input_shape))}] and game_id [*B], "
-                f"got {tuple(observation.shape)} and {shape if shape is None else tuple(shape)}"
-            )
-        assert game_id is not None
-        game_id = game_id.reshape(-1)
-        dtype = self.heads.bias.dtype
-        # The layout first: bytes are a quarter of the traffic.
-        x = observation.reshape(-1, *self.input_shape).contiguous(memory_format=self.memory_format)
-        x = x.to(dtype).div_(255) if observation.dtype == torch.uint8 else x.to(dtype)
-        if self.input_mean is not None:
-            x = x - self.input_mean[game_id].unsqueeze(1)
-        features = self.hidden(self.pooling(_as_map(self.encoder(x)))).to(dtype)
+        batch_shape, game_id = self._check_shapes(observation, game_id)
+        features = self._features(observation, game_id)
         norm = torch.linalg.vector_norm(features, dim=-1, keepdim=True)
         scaled = features
         if self.feature_norm:
@@ -181,13 +165,64 @@ class MultiGameQNetwork(nn.Module):
             return out
         return (*out, self.legal_actions[game_id].reshape(*batch_shape, -1))
 
+    def features(self, observation: Tensor, game_id: Tensor | None = None) -> Tensor:
+        """The third output alone: ``[*B, D]``, before normalization."""
+        batch_shape, game_id = self._check_shapes(observation, game_id)
+        return self._features(observation, game_id).reshape(*batch_shape, -1)
+
+    def _features(self, observation: Tensor, game_id_B: Tensor) -> Tensor:
+        """``[B, D]`` of observations ``[*B, ...]``."""
+        dtype, layout = self.heads.bias.dtype, self.memory_format
+        flat = observation.reshape(-1, *self.input_shape)
+        x = scale_frames(flat, game_id_B, self.input_mean, dtype=dtype, memory_format=layout)
+        return self.hidden(self.pooling(as_map(self.encoder(x)))).to(dtype)
+
+    def _check_shapes(self, observation: Tensor, game_id: Tensor | None) -> tuple[torch.Size, Tensor]:
+        """The batch shape, and the games flattened; raises ``ValueError`` for shapes that do not fit."""
+        batch_shape = observation.shape[: observation.ndim - len(self.input_shape)]
+        if game_id is None and self.num_games == 1:
+            game_id = torch.zeros(batch_shape, dtype=torch.int64, device=observation.device)
+        shape = None if game_id is None else game_id.shape
+        if observation.shape[len(batch_shape) :] != self.input_shape or shape != batch_shape:
+            raise ValueError(
+                f"observation must be [*B, {', '.join(map(str, self.input_shape))}] and game_id [*B], "
+                f"got {tuple(observation.shape)} and {shape if shape is None else tuple(shape)}"
+            )
+        assert game_id is not None
+        return batch_shape, game_id.reshape(-1)
+
+
+def scale_frames(
+    observation: Tensor,
+    game_id: Tensor,
+    input_mean: Tensor | None,
+    *,
+    dtype: torch.dtype,
+    memory_format: torch.memory_format,
+) -> Tensor:
+    """Frames as encoders read them: ``[B, K, H, W]`` of ``dtype``, bytes scaled to [0, 1], their game's mean taken off.
+
+    Args:
+        observation (Tensor): ``[B, K, H, W]``.
+        game_id (Tensor): ``[B]`` int64.
+        input_mean (Tensor or None): ``[G, H, W]``.
+
+    Keyword Args:
+        dtype (torch.dtype): of the result.
+        memory_format (torch.memory_format): likewise.
+    """
+    # The layout first: bytes are a quarter of the traffic.
+    x = observation.contiguous(memory_format=memory_format)
+    x = x.to(dtype).div_(255) if observation.dtype == torch.uint8 else x.to(dtype)
+    return x if input_mean is None else x - input_mean[game_id].unsqueeze(1)
+
 
 def _check_shape(name: str, value: Tensor | None, shape: tuple[int, ...]) -> None:
     if value is not None and value.shape != shape:
         raise ValueError(f"{name} must have shape {shape}, got {tuple(value.shape)}")
 
 
-def _as_map(features: Tensor) -> Tensor:
+def as_map(features: Tensor) -> Tensor:
     """``[B, C, H, W]`` as it is, tokens ``[B, T, C]`` as ``[B, C, T, 1]``, a vector ``[B, C]`` as ``[B, C, 1, 1]``."""
     if features.ndim == 3:
         return features.transpose(1, 2).unsqueeze(-1)
@@ -195,7 +230,7 @@ def _as_map(features: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _probe(encoder: nn.Module, input_shape: tuple[int, ...]) -> Tensor:
+def probe_map(encoder: nn.Module, input_shape: tuple[int, ...]) -> Tensor:
     """The encoder's map of one observation of zeros, its batch statistics left as they are."""
     training = {module: module.training for module in encoder.modules()}
     try:
@@ -206,7 +241,7 @@ def _probe(encoder: nn.Module, input_shape: tuple[int, ...]) -> Tensor:
     if not isinstance(features, Tensor) or features.ndim not in (2, 3, 4):
         got = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
         raise ValueError(f"encoder must give [B, C, H, W], [B, T, C] or [B, C] for {(1, *input_shape)}, got {got}")
-    return _as_map(features)
+    return as_map(features)
 
 
 class GreedyDistributionalQValueModule(DistributionalQValueModule):

@@ -28,6 +28,7 @@ from torchrl_sql.report.agents import arrange, deciding_settings, find_agents, n
 from torchrl_sql.report.dataset import constant_actions, game_data, other_data
 from torchrl_sql.report.model import Agent, Clip, Curve, ReportData
 from torchrl_sql.report.text import name_games
+from torchrl_sql.training.features import FEATURE_METRICS
 from torchrl_sql.training.logs import read_scalars
 
 Row = TypeVar("Row", EpisodeResult, CalibrationPoint)
@@ -266,7 +267,11 @@ def _merge(values: Sequence[Any]) -> Any:
 
 def _curves(run: _Run, label: str) -> list[Curve]:
     scalars = read_scalars(run.folder)
-    metrics = {**make_method(run.config.method).metrics, "grad_norm": "Gradient norm before clipping"}
+    metrics = {
+        **make_method(run.config.method).metrics,
+        **FEATURE_METRICS,
+        "grad_norm": "Gradient norm before clipping",
+    }
     return [
         Curve(
             agent=run.config.name,

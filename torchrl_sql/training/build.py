@@ -15,6 +15,7 @@ from torchrl_sql.data import FrameStore, mean_frame
 from torchrl_sql.files import expand_path
 from torchrl_sql.methods import make_method
 from torchrl_sql.training.device import prepare_cpu, resolve_device, tune
+from torchrl_sql.training.features import FeatureProbe
 from torchrl_sql.training.initial import freeze_encoder, load_initial
 from torchrl_sql.training.lamb import Lamb
 from torchrl_sql.training.parallel import AveragedAfterwards, LossCall, Replicated, SingleProcess
@@ -111,6 +112,7 @@ def build_trainer(
         if name.endswith("input_mean"):
             buffer.copy_(torch.stack([torch.from_numpy(mean_frame(store, game)) / 255 for game in config.games]))
     loss = loss.to(device)
+    network.to(device)  # its parameters are the loss's, and there already; its buffers are not
     compile, graph = config.trainer.compile != "off", config.trainer.compile == "graph"
     call: LossCall
     if ranks.world_size == 1:
@@ -130,4 +132,5 @@ def build_trainer(
         microbatch_size=config.trainer.microbatch_size,
         precision=config.trainer.precision,  # type: ignore[arg-type]  # the schema's bound is the Literal
         graph=graph,
+        probe=FeatureProbe(network, method.features),
     )

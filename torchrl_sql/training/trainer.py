@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -91,6 +91,8 @@ class Trainer:
         graph (bool): record the step and replay it, see :class:`~torchrl_sql.training.recorded.Recorded`: from batch to
             weights with one process, with several in two parts around the exchange, for which ``call`` must wait. All
             batches must then have one size, and learning rates are float32 tensors.
+        probe (callable, optional): further scalars of the last (micro)batch of a logging interval, called with weights
+            as they are after it; it must leave random numbers alone. The loss's own come first.
 
     Attributes:
         step (int): gradient steps taken.
@@ -111,6 +113,7 @@ class Trainer:
         microbatch_size: int | None = None,
         precision: Literal["fp32", "bf16"] = "fp32",
         graph: bool = False,
+        probe: Callable[[TensorDictBase], Mapping[str, Tensor]] | None = None,
     ):
         self.loss = loss
         self.replay = replay
@@ -134,6 +137,7 @@ class Trainer:
         if getattr(optimizer, "_step_supports_amp_scaling", False):
             optimizer.found_inf = self._broken  # type: ignore[attr-defined]  # as torch.amp.GradScaler does
         self._graph = graph
+        self._probe = probe
         if graph:
             for group, learning_rate in zip(optimizer.param_groups, self._learning_rates, strict=True):
                 group["lr"] = torch.tensor(learning_rate, device=self.device)
@@ -277,14 +281,14 @@ class Trainer:
             if target_updater is not None:
                 target_updater.step()
             if self.step % log_interval == 0 or self.step >= num_gradient_steps:
-                yield self._result()
+                yield self._result(batch)
             if stop():
                 return
 
-    def _result(self) -> dict[str, float]:
-        """Means of the interval that ends here; begins the next."""
+    def _result(self, batch: TensorDictBase) -> dict[str, float]:
+        """Means of the interval that ends here with a batch; begins the next."""
         self.check_gradients()
-        means = self._means()
+        means = self._probed(batch) | self._means()
         interval, self._interval = self._interval, _Interval()
         seconds = torch.tensor([interval.data_seconds, self._interval.started - interval.started], device=self.device)
         data_seconds, all_seconds = self.ranks.mean(seconds).tolist()
@@ -293,6 +297,17 @@ class Trainer:
             "samples_per_second": interval.num_timed_samples * self.ranks.world_size / all_seconds,
             "data_wait_fraction": data_seconds / all_seconds,
         }
+
+    def _probed(self, batch: TensorDictBase) -> dict[str, float]:
+        """What the probe says, the mean over ranks."""
+        if self._probe is None:
+            return {}
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16"):
+            scalars = self._probe(batch[: self.microbatch_size])
+        if not scalars:
+            return {}
+        values = self.ranks.mean(torch.stack([value.float() for value in scalars.values()]))
+        return dict(zip(scalars, values.tolist(), strict=True))
 
     def _means(self) -> dict[str, float]:
         """Each metric's mean over ranks and over the steps of the interval; the same on each rank."""

@@ -1,0 +1,59 @@
+"""MAE and CPC end to end: training with an interruption, a policy file that other runs start from, no play."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from torchrl_sql.cli import main
+from torchrl_sql.training import load_agent, load_policy, train
+from torchrl_sql.training.build import build_trainer
+from torchrl_sql.training.checkpoint import list_checkpoints
+from torchrl_sql.training.features import FEATURE_METRICS
+from torchrl_sql.training.logs import read_scalars
+from torchrl_sql.training.policy import POLICY_FILE
+
+METHODS = {"mae": ["method.decoder_width=64", "method.decoder_layers=1"], "cpc": ["method.width=16"]}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_an_encoder_is_trained_continued_and_given_to_another_run(make_config, method, capsys):
+    def trained(name):
+        return train(make_config(f"method={method}", *METHODS[method], name=name))
+
+    through, again = trained("through"), trained("again")
+    for checkpoint in list_checkpoints(again / "checkpoints")[1:]:
+        checkpoint.unlink()
+    trained("again")
+    weights = [load_agent(folder).network.state_dict() for folder in (through, again)]
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())  # masks included
+
+    trainer = build_trainer(make_config(f"init.policy={through / POLICY_FILE}"))
+    trainer.replay.shutdown()
+    start = trainer.loss.value_network_params.flatten_keys(".")
+    encoder = {name: value for name, value in weights[0].items() if ".encoder." in name}
+    assert len(encoder) == 24
+    assert all(torch.equal(value, start[f"module.0.{name}"]) for name, value in encoder.items())
+
+    with pytest.raises(ValueError, match=f"method '{method}' prepares an encoder and does not act"):
+        load_policy(through / POLICY_FILE)
+    assert main(["evaluate", str(through)]) != 0
+    assert f"must hold a network that acts, got one of method '{method}'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("choice", ["cql_c51", "bc", "mae", "cpc", "mgdt"])
+def test_every_method_logs_what_is_in_its_features(make_config, choice):
+    words = METHODS.get(choice, ["model=mgdt_small"] if choice == "mgdt" else [])
+    scalars = read_scalars(train(make_config(f"method={choice}", *words, "trainer.num_gradient_steps=4")))
+    for name in FEATURE_METRICS:
+        assert [step for step, _ in scalars[name]] == [2, 4]
+    assert all(1 <= value <= 8 for _, value in scalars["feature_rank"])  # states of a batch
+
+
+def test_the_probe_changes_no_weight(make_config):
+    often, seldom = (
+        load_agent(train(make_config(f"trainer.log_interval_gradient_steps={steps}", "method=mgdt", "model=mgdt_small",
+                                     name=str(steps)))).network.state_dict()
+        for steps in (1, 12)
+    )  # fmt: skip
+    assert all(torch.equal(value, seldom[name]) for name, value in often.items())
