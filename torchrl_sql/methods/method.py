@@ -104,11 +104,13 @@ class Method(ABC):
     def features(self, network: nn.Module, batch: TensorDictBase) -> Tensor:
         """What the network makes of a batch's states before its heads, ``[B, D]``; logs say how rich it is.
 
+        By default what the network's own ``features`` gives for its inputs.
+
         Args:
             network (nn.Module): of :meth:`network`, on the batch's device.
             batch (TensorDictBase): with what the network reads.
         """
-        module: Any = network.module[0] if isinstance(network, QValueActor) else network  # type: ignore[index]
+        module: Any = network.module[0] if isinstance(network, QValueActor) else network
         features: Tensor = module.module.features(*(batch[key] for key in module.in_keys))
         return features
 
