@@ -26,7 +26,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "methods": LEAVES | {"config", "data", "modules", "objectives"},
     "collection": LEAVES | {"config", "data", "envs"},
     "studies": LEAVES | {"config"},
-    "training": LEAVES | {"methods", "config", "data"},
+    "training": LEAVES | {"methods", "config", "data", "envs"},
     "evaluation": LEAVES | {"training", "methods", "modules", "config", "envs", "statistics"},
     "bench": LEAVES | {"training", "methods", "config", "data"},
     "report": LEAVES | {"evaluation", "statistics", "methods", "training", "data", "config"},

@@ -109,7 +109,7 @@ def values_of(kind):
     content = yaml.safe_load(compose_run_config(RUN).to_yaml())
     known = {each.key for each in explain.settings() if each.kind.split(" | ")[0] == kind}
     return sorted(
-        key for key in known if key in content or key.partition(".")[2] in content.get(key.partition(".")[0], {})
+        key for key in known if key in content or key.partition(".")[2] in (content.get(key.partition(".")[0]) or {})
     )
 
 

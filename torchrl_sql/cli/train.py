@@ -17,11 +17,25 @@ OVERRIDES_HELP = (
 
 def add_commands(commands: Any) -> None:
     """Adds the parsers of these commands to ``commands``, the subparsers of ``torchrl-sql``."""
-    train = commands.add_parser("train", help="train a network offline, from a store", description=_train.__doc__)
-    train.add_argument("--config", type=Path, help="a whole configuration, as --print-config prints it")
-    train.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
-    train.add_argument("overrides", nargs="*", metavar="key=value", help=OVERRIDES_HELP)
-    train.set_defaults(run_command=_train)
+    offline = commands.add_parser("train", help="train a network offline, from a store", description=_train.__doc__)
+    online = commands.add_parser(
+        "train-online", help="train a network that plays, and keep what it plays", description=_train_online.__doc__
+    )
+    for train, command in ((offline, _train), (online, _train_online)):
+        train.add_argument("--config", type=Path, help="a whole configuration, as --print-config prints it")
+        train.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
+        train.add_argument("overrides", nargs="*", metavar="key=value", help=OVERRIDES_HELP)
+        train.set_defaults(run_command=command)
+
+
+def _train_online(args: argparse.Namespace) -> None:
+    """Trains a network on what it plays itself, with the settings of configs/online/; the store of all that it played
+    is made in run_dir, for torchrl-sql train. Continues the run in run_dir if there is one.
+    """
+    chosen = dict(word.split("=", 1) for word in args.overrides if "=" in word)
+    if "scale" in chosen and "online" not in chosen:
+        args.overrides = [*args.overrides, f"online={chosen['scale']}"]
+    _train(args)
 
 
 def _train(args: argparse.Namespace) -> None:
@@ -31,6 +45,8 @@ def _train(args: argparse.Namespace) -> None:
     if args.config is not None and args.overrides:
         raise ValueError(f"--config takes no settings beside the file's own, got {args.overrides[0]!r}")
     config = compose_run_config(args.overrides) if args.config is None else load_run_config(args.config)
+    if args.command == "train-online" and config.online is None:
+        raise ValueError("train-online needs online settings: online=NAME, or the section in the file of --config")
     if args.print_config:
         print(config.to_yaml(), end="")
         return

@@ -35,7 +35,7 @@ def settings() -> list[Setting]:
 def _settings(section: type, prefix: str) -> Iterator[Setting]:
     meanings = _attribute_docstrings()
     for each in fields(section):
-        kind = getattr(schema, str(each.type), None)
+        kind = getattr(schema, str(each.type).removesuffix(" | None"), None)
         if is_dataclass(kind):
             kinds = {"method": METHOD_SETTINGS.values(), "model": MODEL_SETTINGS.values()}.get(each.name, ())
             for section_of in dict.fromkeys([kind, *kinds]):
@@ -66,7 +66,7 @@ def values_of(key: str) -> Iterator[tuple[Path, str]]:
         group = file.parent.relative_to(configs_dir()).as_posix()
         if group in ("study", "cluster"):
             continue
-        prefix = "" if group in (".", "scale") else f"{group}."
+        prefix = "" if group in (".", "scale", "online") else f"{group}."
         text = file.read_text(encoding="utf-8")
         if prefix in ("", f"{section}."):
             for found, line in _lines(yaml.compose(text), prefix):

@@ -125,7 +125,7 @@ def _leaves(config: DictConfig, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Keys and nodes of all values, not of sections."""
     for name in map(str, config):
         node = config._get_node(name)
-        if isinstance(node, DictConfig) and not node._is_missing():
+        if isinstance(node, DictConfig) and not (node._is_missing() or node._is_none()):
             yield from _leaves(node, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", node
@@ -181,7 +181,7 @@ def as_written(content: Any, schema: Any) -> Any:
         ConfigError: for a boolean that is neither true nor false.
     """
     if isinstance(content, dict):
-        values = schema if isinstance(schema, DictConfig) and not schema._is_missing() else None
+        values = schema if isinstance(schema, DictConfig) and not (schema._is_missing() or schema._is_none()) else None
         kind = schema._metadata.element_type if isinstance(schema, DictConfig) else None
         return {
             key: as_written(value, StringNode() if kind is str else None if values is None else values._get_node(key))

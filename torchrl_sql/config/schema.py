@@ -349,6 +349,35 @@ class TrainerConfig:
 
 
 @dataclass(kw_only=True)
+class OnlineConfig:
+    """How an agent that learns online makes its data, see :mod:`torchrl_sql.training.online`."""
+
+    num_emulators: int = setting(at_least(1))
+    """Emulators that step together, divided among the games."""
+    agent_steps_per_gradient_step: float = setting(positive)
+    """Of all emulators together: the inverse of the replay ratio."""
+    first_agent_steps: int = setting(at_least(1))
+    """Random steps before learning begins; more, until each game has a whole episode."""
+    final_epsilon: float = setting(probability)
+    """Probability of a random legal action once it has decayed."""
+    epsilon_decay_agent_steps: int = setting(at_least(1))
+    """From 1 to the final one, linearly, after the first steps."""
+    capacity_transitions_per_game: int | None = setting(at_least(1))
+    """The learner sees the newest episodes that hold at most so many; null for all. All stay in the store."""
+    commit_interval_gradient_steps: int = setting(at_least(1))
+    """At its multiples, episodes that have ended are committed and shown to the learner."""
+    shard_frames: int = setting(at_least(20))
+    """Frames per file of the store, a multiple of 20; each commit writes the last file again."""
+    offline_store: str | None = setting(path)
+    """Another store of the same games, whose transitions are mixed in; null for none."""
+    offline_fraction: float = setting(probability)
+    """Their share of each batch, rounded to transitions."""
+    sticky_action_probability: float = setting(probability)
+    max_env_frames_per_episode: int = setting(at_least(1))
+    """Emulator frames (four per agent step) after which a played episode is truncated."""
+
+
+@dataclass(kw_only=True)
 class EvaluationConfig:
     """The evaluation protocol (every report states it)."""
 
@@ -379,6 +408,8 @@ class RunConfig:
     optim: OptimConfig = MISSING
     trainer: TrainerConfig = MISSING
     evaluation: EvaluationConfig = MISSING
+    online: OnlineConfig | None = None
+    """null for learning from a store, as in files of before there was anything else."""
 
     def __post_init__(self) -> None:
         check_bounds(self)
@@ -446,6 +477,32 @@ def _check_together(config: RunConfig) -> None:
         "trainer.microbatch_size",
         f"null or a divisor of data.batch_size={data.batch_size}",
     )
+    if config.online is not None:
+        _check_online(config, config.online, require)
+
+
+def _check_online(config: RunConfig, online: OnlineConfig, require: Callable[[bool, str, str], None]) -> None:
+    """The rules of learning online."""
+    everything = {"first_fraction": 1.0, "last_fraction": 1.0, "every_kth_episode": 1, "transitions_per_game": None}
+    for key, value in (everything | {"replacement": True}).items():
+        require(getattr(config.data, key) == value, f"data.{key}", f"{value} online, where all data is one's own")
+    num_games = len(config.games)
+    require(
+        online.num_emulators % num_games == 0, "online.num_emulators", f"a multiple of the number of games, {num_games}"
+    )
+    require(online.shard_frames % 20 == 0, "online.shard_frames", "a multiple of 20, the frames of a chunk")
+    require(
+        online.commit_interval_gradient_steps >= config.trainer.log_interval_gradient_steps,
+        "online.commit_interval_gradient_steps",
+        f"at least trainer.log_interval_gradient_steps={config.trainer.log_interval_gradient_steps}",
+    )
+    require(
+        (online.offline_store is None) == (online.offline_fraction == 0),
+        "online.offline_fraction",
+        "0 without online.offline_store, greater with one",
+    )
+    num_own = config.data.batch_size - round(online.offline_fraction * config.data.batch_size)
+    require(num_own > 0, "online.offline_fraction", "small enough for a transition of one's own in each batch")
 
 
 def check_ranks(config: RunConfig, num_ranks: int) -> None:
@@ -458,6 +515,8 @@ def check_ranks(config: RunConfig, num_ranks: int) -> None:
     Raises:
         ConfigError: if it does not.
     """
+    if config.online is not None and num_ranks > 1:
+        raise ConfigError(f"a run with online settings must be of one process, got {num_ranks}")
     batch_size, microbatch_size = config.data.batch_size, config.trainer.microbatch_size
     if batch_size % num_ranks:
         raise ConfigError(f"data.batch_size must be a multiple of the {num_ranks} processes, got {batch_size}")

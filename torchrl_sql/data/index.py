@@ -23,20 +23,23 @@ class Subset:
         last_fraction (float): in (0, 1], the last such part of each recording: the episodes that begin in it.
         every_kth_episode (int): >= 1, only the episodes 0, k, 2k, ... of each recording.
         transitions_per_game (int, optional): so many of each game, the first of those left by the other conditions.
+        newest_steps (int, optional): of each recording the newest episodes that have at most so many steps together,
+            at least the last one: what a replay buffer of this capacity would hold.
     """
 
     first_fraction: float = 1.0
     last_fraction: float = 1.0
     every_kth_episode: int = 1
     transitions_per_game: int | None = None
+    newest_steps: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("first_fraction", "last_fraction"):
             if not 0.0 < getattr(self, name) <= 1.0:
                 raise ValueError(f"{name} must lie in (0, 1], got {getattr(self, name)!r}")
-        for name in ("every_kth_episode", "transitions_per_game"):
+        for name in ("every_kth_episode", "transitions_per_game", "newest_steps"):
             value: Any = getattr(self, name)
-            optional = value is None and name == "transitions_per_game"
+            optional = value is None and name != "every_kth_episode"
             if not optional and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
 
@@ -98,6 +101,9 @@ class EpisodeIndex:
         count = np.minimum(count, np.maximum(stop - elapsed, 0))
         start = recording_steps - np.rint(subset.last_fraction * recording_steps).astype(np.int64)
         count[elapsed < start[self.recording]] = 0
+        if subset.newest_steps is not None:
+            left = recording_steps[self.recording] - elapsed  # of this episode and those after it
+            count[(left > subset.newest_steps) & (left > self.num_steps)] = 0
         episode_in_recording = np.arange(len(count)) - (np.cumsum(num_episodes) - num_episodes)[self.recording]
         count[episode_in_recording % subset.every_kth_episode != 0] = 0
         game = self.recording_game[self.recording]

@@ -14,9 +14,9 @@ from typing import Any, Literal
 import numpy as np
 import tensorstore as ts
 
-from torchrl_sql.data.catalogue import ABSENT, contradiction
+from torchrl_sql.data.catalogue import ABSENT, contradiction, list_recording
 from torchrl_sql.data.frames import open_frame_array
-from torchrl_sql.files import json_field, read_json
+from torchrl_sql.files import json_field, read_json, write_text
 from torchrl_sql.games import GAMES, NUM_ACTIONS
 
 RUN_FORMAT = "torchrl_sql.run"
@@ -301,6 +301,33 @@ class Recording:
         if len(rows := never_written(key, records)):
             raise ValueError(f"{self.path / MEMBERS[key][0]} is damaged: row {rows[0]} is {records[rows[0]]}")
         return records
+
+
+def restore_recording(path: Path, manifest: str) -> None:
+    """Makes an earlier state of a recording the present one; what was committed after it is lost.
+
+    No writer may have it open. The next one cuts off the files at the end of this state.
+
+    Args:
+        path (Path): the recording's folder.
+        manifest (str): the text of its ``manifest.json`` at the time, see :meth:`Manifest.to_json`.
+
+    Raises:
+        ValueError: if the recording is damaged or lost, or the text is not a manifest of it.
+    """
+    file = path / "manifest.json"
+    recording = open_recording(path)
+    if recording is None:
+        raise ValueError(f"{file} is missing: the recording that is to be continued was there")
+    if recording.manifest.to_json() == manifest:
+        return
+    try:
+        checksum = str(json.loads(manifest)["checksum"])
+    except (ValueError, LookupError, TypeError) as error:
+        raise ValueError(f"a state of {path} must be the text of a manifest: {error!r}") from error
+    list_recording(path, recording.manifest.checksum, checksum)
+    write_text(file, manifest)
+    list_recording(path, Manifest.read(file).checksum)
 
 
 def open_recording(path: Path) -> Recording | None:

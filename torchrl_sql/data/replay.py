@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +14,7 @@ from tensordict import NestedKey
 from torchrl.data import TensorDictReplayBuffer
 from torchrl.data.replay_buffers.writers import ImmutableDatasetWriter
 
+from torchrl_sql.data.recording import Recording
 from torchrl_sql.data.sampler import GameMixtureSampler, GameMixtureSamplerWithoutReplacement
 from torchrl_sql.data.sequences import AtariSequenceStorage
 from torchrl_sql.data.storage import AtariFrameStorage
@@ -36,7 +37,7 @@ class OfflineAtariReplay(TensorDictReplayBuffer):
         batch_size (int): transitions of the *global* batch; this rank gets ``batch_size / world_size`` of them.
         window_steps (int, optional): in place of transitions, windows of so many steps with returns-to-go, see
             :class:`AtariSequenceStorage`.
-        games, n_steps, gamma, first_fraction, last_fraction, every_kth_episode, transitions_per_game:
+        games, n_steps, gamma, first_fraction, last_fraction, every_kth_episode, transitions_per_game, newest_steps:
             see :class:`AtariFrameStorage`.
         mixture, temperature, seed, rank, world_size: see :class:`GameMixtureSampler`.
         replacement (bool): False for :class:`GameMixtureSamplerWithoutReplacement`.
@@ -67,6 +68,7 @@ class OfflineAtariReplay(TensorDictReplayBuffer):
         last_fraction: float = 1.0,
         every_kth_episode: int = 1,
         transitions_per_game: int | None = None,
+        newest_steps: int | None = None,
         mixture: Literal["games", "transitions"] | Sequence[float] = "games",
         temperature: float = 1.0,
         replacement: bool = True,
@@ -90,12 +92,14 @@ class OfflineAtariReplay(TensorDictReplayBuffer):
             "last_fraction": last_fraction,
             "every_kth_episode": every_kth_episode,
             "transitions_per_game": transitions_per_game,
+            "newest_steps": newest_steps,
         }
         if window_steps is None:
             storage = AtariFrameStorage(store, games, n_steps=n_steps, gamma=gamma, **subset)
         else:
             storage = AtariSequenceStorage(store, games, num_steps=window_steps, **subset)
         self._depth = prefetch
+        self._fresh_until: int | None = None
         self._copies = None if device is None else DeviceCopies(_with_index(torch.device(device)), keys)
         storage.pin_memory = self._copies is not None and self._copies.device.type == "cuda"
         self._reads: deque[tuple[int, Future[Any]]] = deque()
@@ -159,19 +163,38 @@ class OfflineAtariReplay(TensorDictReplayBuffer):
             self._drop_reads()
         if self._readers is None:
             self._readers = ThreadPoolExecutor(self._depth, thread_name_prefix="replay-reader")
-        for ahead in range(step + len(self._reads), step + self._depth + 1):
+        stop = step + self._depth + 1
+        if self._fresh_until is not None:
+            stop = max(step + 1, min(stop, self._fresh_until))
+        for ahead in range(step + len(self._reads), stop):
             self._reads.append((ahead, self._readers.submit(self._read, self._batch_size, ahead)))
         return self._reads.popleft()[1].result()
 
     def _drop_reads(self) -> None:
         for _, future in self._reads:
             future.cancel()
+        wait([future for _, future in self._reads])  # they read from a storage that may be about to change
         self._reads.clear()
 
     def seek(self, step: int) -> None:
         """Make the batch of the sampler's ``step``, counted from 0, the next one."""
         with self._futures_lock:
             self._sampler.step = step
+
+    def show(self, recordings: Sequence[Recording], *, until: int) -> None:
+        """Draws from other states of the recordings from now on, see :meth:`AtariFrameStorage.show`.
+
+        Args:
+            recordings (sequence of Recording): as they are to be shown.
+
+        Keyword Args:
+            until (int): the sampler's step at which :meth:`show` will be called again: batches from it on are not read
+                ahead.
+        """
+        with self._futures_lock:
+            self._drop_reads()
+            self._storage.show(recordings)
+            self._fresh_until = until
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continues after the batches that were delivered when the state was taken.

@@ -33,7 +33,7 @@ class AtariSequenceStorage(AtariFrameStorage):
 
     Keyword Args:
         num_steps (int): ``K``.
-        first_fraction, last_fraction, every_kth_episode, transitions_per_game:
+        first_fraction, last_fraction, every_kth_episode, transitions_per_game, newest_steps:
             show only a part of the data, see :class:`Subset`.
             Windows end where it ends; returns-to-go do not.
 
@@ -61,6 +61,7 @@ class AtariSequenceStorage(AtariFrameStorage):
         last_fraction: float = 1.0,
         every_kth_episode: int = 1,
         transitions_per_game: int | None = None,
+        newest_steps: int | None = None,
     ) -> None:
         if isinstance(num_steps, bool) or not isinstance(num_steps, int) or num_steps < 1:
             raise ValueError(f"num_steps must be an integer >= 1, got {num_steps!r}")
@@ -72,6 +73,7 @@ class AtariSequenceStorage(AtariFrameStorage):
             last_fraction=last_fraction,
             every_kth_episode=every_kth_episode,
             transitions_per_game=transitions_per_game,
+            newest_steps=newest_steps,
         )
 
     def _make_index(self) -> EpisodeIndex:

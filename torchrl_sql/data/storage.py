@@ -35,7 +35,8 @@ class AtariFrameStorage(Storage):
     ``terminated`` nothing bootstraps from it, and transitions of episodes cut without it that would need it are not
     sampleable (:attr:`num_unsampleable`).
 
-    The storage shows the recordings as they were committed when it was made, also after pickling. Several threads
+    The storage shows the recordings as they were committed when it was made, also after pickling; :meth:`show` is how
+    it learns of more. Several threads
     may read at a time, and so may processes that inherited it.
 
     Args:
@@ -46,7 +47,7 @@ class AtariFrameStorage(Storage):
     Keyword Args:
         n_steps (int): steps of the return, >= 1.
         gamma (float): discount per agent step in [0, 1].
-        first_fraction, last_fraction, every_kth_episode, transitions_per_game:
+        first_fraction, last_fraction, every_kth_episode, transitions_per_game, newest_steps:
             show only a part of the data, see :class:`Subset`.
 
     Batch of :meth:`get`:
@@ -79,12 +80,14 @@ class AtariFrameStorage(Storage):
         last_fraction: float = 1.0,
         every_kth_episode: int = 1,
         transitions_per_game: int | None = None,
+        newest_steps: int | None = None,
     ) -> None:
         subset = Subset(
             first_fraction=first_fraction,
             last_fraction=last_fraction,
             every_kth_episode=every_kth_episode,
             transitions_per_game=transitions_per_game,
+            newest_steps=newest_steps,
         )
         if not isinstance(store, FrameStore):
             store = FrameStore.open(store)
@@ -119,12 +122,32 @@ class AtariFrameStorage(Storage):
         """Whether frames are read to page-locked memory; torch uses its blocks again and again."""
         self.subset = subset
         """Which transitions of the recordings this storage shows."""
+        self._take(recordings)
+        super().__init__(max_size=len(self._episodes))
+
+    def _take(self, recordings: list[Recording]) -> None:
         self._recordings = recordings
         self._episodes = self._make_index()
         self._reader = FrameReader(recordings)
         self._actions = ScalarReader(recordings, "actions")
         self._rewards = ScalarReader(recordings, "rewards")
-        super().__init__(max_size=len(self._episodes))
+
+    def show(self, recordings: Sequence[Recording]) -> None:
+        """Shows other states of the same recordings from now on, such as what was committed since.
+
+        Indices mean other transitions then; nobody may be reading.
+
+        Args:
+            recordings (sequence of Recording): as many of the same games, in the same order.
+
+        Raises:
+            ValueError: if they are of other games, or cannot be read.
+        """
+        games = [recording.game for recording in recordings]
+        if games != (now := [recording.game for recording in self._recordings]):
+            raise ValueError(f"recordings must be of {now} as now, got {games}")
+        self._take(list(recordings))
+        self.max_size = len(self._episodes)
 
     def _make_index(self) -> EpisodeIndex:
         return EpisodeIndex(self.games, self._recordings, n_steps=self.n_steps, subset=self.subset)

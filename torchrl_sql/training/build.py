@@ -4,23 +4,30 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import asdict, replace
 from functools import partial
 from importlib.util import find_spec
+from typing import Any
 
 import torch
+from torch import nn
 from torchrl.objectives import LossModule
 
-from torchrl_sql.config import ConfigError, OptimConfig, RunConfig
+from torchrl_sql.config import ConfigError, OnlineConfig, OptimConfig, RunConfig
 from torchrl_sql.data import FrameStore, mean_frame
+from torchrl_sql.data.growing import GrowingStore
+from torchrl_sql.envs import Emulator
+from torchrl_sql.envs.lockstep import Lockstep
 from torchrl_sql.files import expand_path
-from torchrl_sql.methods import make_method
+from torchrl_sql.methods import Method, make_method
 from torchrl_sql.training.device import prepare_cpu, resolve_device, tune
 from torchrl_sql.training.features import FeatureProbe
 from torchrl_sql.training.initial import freeze_encoder, load_initial
 from torchrl_sql.training.lamb import Lamb
+from torchrl_sql.training.online import OnlineReplay, Pace
 from torchrl_sql.training.parallel import AveragedAfterwards, LossCall, Replicated, SingleProcess
 from torchrl_sql.training.ranks import Ranks
-from torchrl_sql.training.trainer import Trainer
+from torchrl_sql.training.trainer import Replay, Trainer
 
 
 def check_here(config: RunConfig) -> None:
@@ -36,6 +43,10 @@ def check_here(config: RunConfig) -> None:
         method.network(config.model, config.games)
     except ValueError as error:
         raise ConfigError(f"model: {error}") from error
+    if config.online is not None and method.values != "q":
+        raise ConfigError(
+            f"method.name must be one that learns values to act by with online settings, got {config.method.name}"
+        )
 
 
 def learning_rate_factor(optim: OptimConfig, num_gradient_steps: int) -> Callable[[int], float]:
@@ -76,7 +87,8 @@ def build_trainer(
 
     Keyword Args:
         memory_format (torch.memory_format, optional): layout of the convolutions; default what suits the device.
-        continues (bool): the caller loads a checkpoint; ``init.policy`` is not read.
+        continues (bool): the caller loads a checkpoint; ``init.policy`` is not read, nothing is measured on the data, and
+            nothing played yet.
 
     Raises:
         ValueError, FileNotFoundError: if the store does not hold the games asked for, or the batch cannot be divided
@@ -97,22 +109,26 @@ def build_trainer(
         config.init.sha256 = load_initial(network, config, ranks)
     if config.init.freeze:
         freeze_encoder(network)
-    loss = method.loss(network)
-    store = FrameStore.open(expand_path(config.data.store))
-    replay = method.replay(
-        config.data,
-        store,
-        seed=config.seed,
-        rank=ranks.rank,
-        world_size=ranks.world_size,
-        device=device,
-        keys=[*loss.in_keys, "index"],  # what nobody reads is not sent; the index names a batch left for inspection
-    )
-    for name, buffer in network.named_buffers():
+    network.to(device)
+    loss = method.loss(network).to(device)
+    options: dict[str, Any] = {
+        "seed": config.seed,
+        "rank": ranks.rank,
+        "world_size": ranks.world_size,
+        "device": device,
+        "keys": [*loss.in_keys, "index"],  # what nobody reads is not sent; the index names a batch left for inspection
+    }
+    replay: Replay
+    if config.online is None:
+        replay = method.replay(config.data, FrameStore.open(expand_path(config.data.store)), **options)
+    else:
+        replay = build_online_replay(config, config.online, method, network, **options)
+        if not continues:
+            replay.begin()
+    for name, buffer in () if continues else network.named_buffers():
         if name.endswith("input_mean"):
+            store = FrameStore.open(expand_path(config.data.store))
             buffer.copy_(torch.stack([torch.from_numpy(mean_frame(store, game)) / 255 for game in config.games]))
-    loss = loss.to(device)
-    network.to(device)  # its parameters are the loss's, and there already; its buffers are not
     compile, graph = config.trainer.compile != "off", config.trainer.compile == "graph"
     call: LossCall
     if ranks.world_size == 1:
@@ -133,4 +149,55 @@ def build_trainer(
         precision=config.trainer.precision,  # type: ignore[arg-type]  # the schema's bound is the Literal
         graph=graph,
         probe=FeatureProbe(network, method.features),
+    )
+
+
+def build_online_replay(
+    config: RunConfig, online: OnlineConfig, method: Method, network: nn.Module, **options: Any
+) -> OnlineReplay:
+    """What a run that plays samples from; the store is made, nothing is played yet.
+
+    Args:
+        config (RunConfig): the run.
+        online (OnlineConfig): its section.
+        method (Method): likewise.
+        network (nn.Module): whose parameters learn.
+        options: of :meth:`Method.replay`.
+
+    Raises:
+        ValueError, FileNotFoundError: if the other store does not hold the games.
+    """
+    num_offline = round(online.offline_fraction * config.data.batch_size)
+    offline = None
+    if online.offline_store is not None:
+        # Another seed, so that equal numbers of transitions do not mean equal draws.
+        other = options | {"seed": config.seed + 1}
+        data = replace(config.data, batch_size=num_offline)
+        offline = method.replay(data, FrameStore.open(expand_path(online.offline_store)), **other)
+    sections = {"online": asdict(online), **{key: asdict(getattr(config, key)) for key in ("model", "method", "optim")}}
+    growing = GrowingStore(
+        expand_path(config.data.store),
+        config.games,
+        source=f"torchrl-sql train-online, seed {config.seed}",
+        about={"played_by": {"seed": config.seed, **sections}},
+        shard_frames=online.shard_frames,
+    )
+    emulator = Emulator(
+        sticky_action_probability=online.sticky_action_probability, max_env_frames=online.max_env_frames_per_episode
+    )
+    own = replace(config.data, batch_size=config.data.batch_size - num_offline)
+    return OnlineReplay(
+        growing,
+        Lockstep(config.games, online.num_emulators, emulator, seed=config.seed),
+        method.policy(network, config.games),
+        partial(method.replay, own, newest_steps=online.capacity_transitions_per_game, **options),
+        Pace(
+            agent_steps_per_gradient_step=online.agent_steps_per_gradient_step,
+            first_agent_steps=online.first_agent_steps,
+            final_epsilon=online.final_epsilon,
+            epsilon_decay_agent_steps=online.epsilon_decay_agent_steps,
+            commit_interval_gradient_steps=online.commit_interval_gradient_steps,
+            seed=config.seed,
+        ),
+        offline=offline,
     )

@@ -27,6 +27,7 @@ from torchrl_sql.training.checkpoint import (
 from torchrl_sql.training.device import describe_device, resolve_device
 from torchrl_sql.training.lock import RunLock
 from torchrl_sql.training.logs import RunLog
+from torchrl_sql.training.online import OnlineReplay
 from torchrl_sql.training.policy import POLICY_FILE, export_policy
 from torchrl_sql.training.ranks import Ranks, process_group
 from torchrl_sql.training.scores import Evaluate, Scores
@@ -109,7 +110,7 @@ def _train(config: RunConfig, ranks: Ranks, signals: StopSignals, lock: RunLock 
     folder = expand_path(config.run_dir)
     about: dict[str, Any] = {
         "games": list(config.games),
-        "data_fingerprint": FrameStore.open(expand_path(config.data.store)).fingerprint(config.games),
+        "data_fingerprint": _fingerprint(config),
         "versions": software_versions() | {"device": describe_device(ranks.device)},
     }
     latest = _load_latest(folder / "checkpoints", ranks)
@@ -148,6 +149,12 @@ def _train(config: RunConfig, ranks: Ranks, signals: StopSignals, lock: RunLock 
         write_text(folder / "versions.json", json.dumps(about["versions"], indent=1) + "\n")
     _Session(config, trainer, signals, about, lock, scores).run()
     return folder
+
+
+def _fingerprint(config: RunConfig) -> str:
+    """Of the data that is there before a run begins; empty if there is none. What a run plays follows from the rest."""
+    store = config.data.store if config.online is None else config.online.offline_store
+    return "" if store is None else FrameStore.open(expand_path(store)).fingerprint(config.games)
 
 
 def _wish(signals: StopSignals) -> int:
@@ -203,7 +210,8 @@ class _Session:
             try:
                 for metrics in trainer.train(self.num_steps, log_interval=log_interval, stop=self._after_step):
                     if self.main is not None:
-                        self.main.log.result(trainer.step, metrics)
+                        played = trainer.replay.metrics() if isinstance(trainer.replay, OnlineReplay) else {}
+                        self.main.log.result(trainer.step, metrics | played)
             except NonFiniteError as error:
                 trainer.rewind(error.step - 1)
                 raise NonFiniteError(f"{error}. {self._save_for_inspection()}", step=error.step) from error
@@ -357,6 +365,7 @@ def _check_same_run(now: RunConfig, before: RunConfig, *, same_data: bool) -> No
         del flat["init.policy"]  # a place; init.sha256 says what it held
         flat |= {"seed": config.seed, "data.games": list(config.games)}
         flat |= {f"trainer.{key}": values["trainer"][key] for key in _RESULT_TRAINER_KEYS}
+        flat |= {f"online.{key}": value for key, value in (values["online"] or {}).items() if key != "offline_store"}
         return flat
 
     old, new = relevant(before), relevant(now)
@@ -366,6 +375,5 @@ def _check_same_run(now: RunConfig, before: RunConfig, *, same_data: bool) -> No
             f"{now.run_dir} holds a run with other settings ({'; '.join(changed)}); choose another run_dir or delete it"
         )
     if not same_data:
-        raise ConfigError(
-            f"{now.run_dir} was trained on other data than {now.data.store} holds now; choose another run_dir"
-        )
+        store = now.data.store if now.online is None else now.online.offline_store
+        raise ConfigError(f"{now.run_dir} was trained on other data than {store} holds now; choose another run_dir")

@@ -1,0 +1,189 @@
+from __future__ import annotations
+
+import errno
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from torchrl_sql.data import AtariFrameStorage, FrameStore, OfflineAtariReplay, verify
+from torchrl_sql.data.growing import GrowingStore
+
+GAMES = ("Pong", "Freeway")
+LEGAL = ([0, 3, 4], [0, 2, 5])
+
+
+def growing(folder, **changes):
+    options = {"source": "a test", "about": {"played_by": 1}, "shard_frames": 40}
+    return GrowingStore(folder / "store", GAMES, **options | changes)
+
+
+def add(store, number):
+    """An episode that follows from its number."""
+    rng = np.random.default_rng(number)
+    num_steps = int(rng.integers(1, 20))
+    frames = rng.integers(0, 256, (num_steps, 84, 84)).astype(np.uint8)
+    actions, rewards = rng.choice(LEGAL[number % 2], num_steps), rng.choice([0.0, 1.0], num_steps)
+    store.add(GAMES[number % 2], frames, actions, rewards, terminated=True, labels={"step": number})
+
+
+def contents(folder):
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != ".lock")
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def manifests(recordings):
+    return {recording.game: recording.manifest.to_json() for recording in recordings}
+
+
+@settings(max_examples=6, deadline=None)
+@given(
+    committed=st.sets(st.integers(2, 11)), kept=st.integers(2, 11), lost=st.integers(0, 9), loses_commit=st.booleans()
+)
+def test_a_store_taken_back_to_an_earlier_state_grows_as_if_nothing_had_been(
+    tmp_path_factory, committed, kept, lost, loses_commit
+):
+    whole, parts = growing(tmp_path_factory.mktemp("whole")), growing(tmp_path_factory.mktemp("parts"))
+    for store in (whole, parts):
+        store.open()
+    for number in range(12):
+        add(whole, number)
+    whole.commit()
+    for number in range(kept):
+        add(parts, number)
+        if number in committed:
+            parts.commit()
+    state = manifests(parts.commit())
+    for number in range(20, 20 + lost):  # another future
+        add(parts, number)
+    if loses_commit:
+        parts.commit()
+    parts.close()
+    parts = growing(parts.store.path.parent)
+    parts.open(state)
+    for number in range(kept, 12):
+        add(parts, number)
+    parts.commit()
+    for store in (whole, parts):
+        store.close()
+    assert contents(parts.store.path) == contents(whole.store.path)
+    assert not list(verify(parts.store))
+
+
+def test_labels_and_what_it_is_about_are_in_the_metadata(tmp_path):
+    store = growing(tmp_path)
+    store.open()
+    for number in range(5):
+        add(store, number)
+    pong, freeway = store.commit()
+    store.close()
+    assert pong.manifest.metadata == {"played_by": 1, "episodes": {"step": [0, 2, 4]}}
+    assert freeway.manifest.metadata["episodes"] == {"step": [1, 3]}
+    assert store.num_episodes == 2
+
+
+def test_a_store_begun_anew_is_empty(tmp_path):
+    store = growing(tmp_path)
+    store.open()
+    add(store, 0), add(store, 1)
+    store.commit()
+    store.close()
+    store = growing(tmp_path)
+    store.open()
+    assert store.num_episodes == 0
+    add(store, 3), add(store, 4)
+    store.commit()
+    store.close()
+    assert [recording.num_episodes for recording in FrameStore.open(tmp_path / "store").recordings] == [1, 1]
+
+
+@pytest.mark.parametrize("change", [{"about": {"played_by": 2}}, {"source": "another"}])
+def test_what_others_recorded_is_not_written_to(tmp_path, change):
+    store = growing(tmp_path, **change)
+    store.open()
+    add(store, 0), add(store, 1)
+    store.commit()
+    store.close()
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match="must hold nothing but what this run played"):
+        growing(tmp_path).open()
+    assert contents(tmp_path) == before
+
+
+def test_a_store_of_another_game_is_refused(tmp_path):
+    with FrameStore.create(tmp_path / "store").writer("Breakout", source="a test") as writer:
+        writer.add_episode(np.zeros((2, 84, 84), np.uint8), [0, 1], [0.0, 0.0], terminated=True)
+    with pytest.raises(ValueError, match=r"Pong, Freeway .*got Breakout"):
+        growing(tmp_path).open()
+
+
+def test_an_earlier_state_that_is_lost_is_named(tmp_path):
+    store = growing(tmp_path)
+    store.open()
+    add(store, 0), add(store, 1)
+    state = manifests(store.commit())
+    store.close()
+    with pytest.raises(ValueError, match=r"manifest\.json is missing: the recording that is to be continued was there"):
+        growing(tmp_path / "other").open(state)
+
+
+def test_a_full_disk_leaves_what_was_committed(tmp_path, monkeypatch):
+    store = growing(tmp_path)
+    store.open()
+    add(store, 0), add(store, 1)
+    pong, freeway = store.commit()
+
+    def full(*args, **options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("torchrl_sql.data.writer.write_text", full)
+    add(store, 2), add(store, 3)
+    with pytest.raises(OSError, match=rf"DISK FULL: what was committed stays.*{pong.num_steps} of Pong") as caught:
+        store.commit()
+    store.close()
+    assert caught.value.errno == errno.ENOSPC
+    assert manifests(FrameStore.open(tmp_path / "store").recordings) == manifests([freeway, pong])
+    assert not list(verify(store.store))
+
+
+@given(newest=st.integers(1, 60))
+@settings(max_examples=10, deadline=None)
+def test_the_newest_episodes_are_shown(tmp_path_factory, newest):
+    folder = tmp_path_factory.mktemp("store")
+    lengths = [5, 9, 3, 12, 7]
+    with FrameStore.create(folder / "store").writer("Pong", source="a test") as writer:
+        for length in lengths:
+            frames, zeros = np.zeros((length, 84, 84), np.uint8), np.zeros(length)
+            writer.add_episode(frames, zeros.astype(int), zeros, terminated=True)
+    kept = max((k for k in range(1, 6) if sum(lengths[-k:]) <= newest), default=1)
+    storage = AtariFrameStorage(folder / "store", newest_steps=newest)
+    assert len(storage) == sum(lengths[-kept:])
+    assert storage[:]["next", "done"].sum() == kept
+
+
+@pytest.mark.parametrize("prefetch", [0, 3])
+def test_batches_come_from_what_is_shown_at_their_step(tmp_path, prefetch):
+    store = growing(tmp_path)
+    store.open()
+    for number in range(4):
+        add(store, number)
+    few = store.commit()
+    for number in range(4, 20):
+        add(store, number)
+    many = store.commit()
+    replay = OfflineAtariReplay(store.store, batch_size=8, games=GAMES, seed=5, prefetch=prefetch)
+    replay.show(few, until=6)
+    drawn = [replay.sample() for _ in range(6)]
+    replay.show(many, until=9)
+    drawn += [replay.sample() for _ in range(3)]
+    for step, batch in enumerate(drawn):
+        storage = AtariFrameStorage(store.store, GAMES)
+        storage.show(few if step < 6 else many)
+        index = replay.sampler.indices(storage, 8, step)
+        assert batch["index"].tolist() == index.tolist()
+        assert (batch["observation"] == storage[index]["observation"]).all()
+    with pytest.raises(ValueError, match="recordings must be of"):
+        replay.show(many[::-1], until=9)
+    replay.shutdown()
+    store.close()

@@ -1,0 +1,297 @@
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from torchrl_sql.cli import main
+from torchrl_sql.config import ConfigError, compose_run_config
+from torchrl_sql.data import FrameStore, OfflineAtariReplay
+from torchrl_sql.envs.lockstep import EmulatorError
+from torchrl_sql.envs.slots import Slot
+from torchrl_sql.games import GAMES
+from torchrl_sql.training import Interrupted, train
+from torchrl_sql.training.build import build_trainer
+from torchrl_sql.training.checkpoint import CheckpointError, list_checkpoints, load_checkpoint
+from torchrl_sql.training.logs import read_scalars
+from torchrl_sql.training.online import Pace
+from torchrl_sql.training.trainer import Trainer
+
+TINY = [
+    "scale=cpu",
+    "online=cpu",
+    "data.games=[Breakout,Freeway]",
+    "data.batch_size=4",
+    "model.encoder=resnet_tiny",
+    "online.first_agent_steps=100",
+    "online.epsilon_decay_agent_steps=200",
+    "online.max_env_frames_per_episode=80",  # 20 agent steps
+    "online.commit_interval_gradient_steps=4",
+    "online.shard_frames=100",
+    "trainer.num_gradient_steps=24",
+    "trainer.target_update_interval_gradient_steps=5",
+    "trainer.log_interval_gradient_steps=3",
+    "trainer.checkpoint_interval_gradient_steps=3",
+    "trainer.loggers=[csv]",
+    "optim.warmup_gradient_steps=2",
+]
+
+
+@pytest.fixture
+def make_config(tmp_path):
+    """Composes a tiny run that plays; each ``name`` has a folder of its own."""
+
+    def make(*overrides, name="run"):
+        return compose_run_config([*TINY, f"run_dir={tmp_path / name}", *overrides])
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def played(tmp_path_factory):
+    """A run that was not disturbed."""
+    return train(compose_run_config([*TINY, f"run_dir={tmp_path_factory.mktemp('played') / 'run'}"]))
+
+
+def weights(folder):
+    return load_checkpoint(list_checkpoints(folder / "checkpoints")[-1])["trainer"]["loss"]
+
+
+def contents(store):
+    files = (path for path in sorted(store.rglob("*")) if path.is_file() and path.name != ".lock")
+    return {str(path.relative_to(store)): path.read_bytes() for path in files}
+
+
+def assert_same_run(folder, other):
+    ours, theirs = weights(folder), weights(other)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    assert contents(folder / "store") == contents(other / "store")
+    scalars = [read_scalars(each) for each in (folder, other)]
+    for name in ("objective", "agent_steps", "epsilon", "episode_return"):
+        assert scalars[0][name] == scalars[1][name], name
+
+
+def test_a_run_killed_at_any_instant_ends_as_if_it_had_not_been(played, tmp_path):
+    folder, rng = tmp_path / "killed", random.Random(os.getpid())
+    command = [sys.executable, "-m", "torchrl_sql", "train-online", *TINY, f"run_dir={folder}"]
+    for kill in range(3):
+        before = len(list_checkpoints(folder / "checkpoints")) and list_checkpoints(folder / "checkpoints")[-1]
+        with open(tmp_path / "log", "a") as log:
+            process = subprocess.Popen(command, stdout=log, stderr=log)
+        if kill < 2:
+            deadline = time.monotonic() + 120
+            # Somewhere in the first steps after a checkpoint that this start wrote: those to come are not there yet.
+            while not (made := list_checkpoints(folder / "checkpoints")) or made[-1] == before:
+                assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()
+            time.sleep(rng.uniform(0, 0.5))
+            process.kill()
+        process.wait()
+    assert process.returncode == 0, (tmp_path / "log").read_text()
+    assert "continuing" in (tmp_path / "log").read_text()
+    assert_same_run(folder, played)
+
+
+def test_an_interrupted_run_continues_exactly(played, make_config, monkeypatch):
+    update = Trainer.update
+
+    def interrupting(self, batch):
+        metrics = update(self, batch)
+        if self.step == 10:
+            signal.raise_signal(signal.SIGINT)
+        return metrics
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "update", interrupting)
+        with pytest.raises(Interrupted):
+            train(make_config())
+    assert_same_run(train(make_config()), played)
+
+
+def test_reading_ahead_changes_nothing(played, make_config):
+    assert_same_run(train(make_config("data.prefetch=0")), played)
+
+
+def test_what_was_played_is_a_store_in_time_order_with_labels(played):
+    store = FrameStore.open(played / "store")
+    num_agent_steps = int(read_scalars(played)["agent_steps"][-1][1])
+    num_first = num_agent_steps - 24 * 8  # as set; each emulator has ended an episode of 20 steps
+    assert num_first == 100
+    for game in ("Breakout", "Freeway"):
+        recording = store.recording(game)
+        labels = recording.manifest.metadata["episodes"]
+        steps = np.array(labels["agent_step"])
+        assert recording.num_episodes == len(steps) == len(labels["gradient_step"]) == len(labels["epsilon"])
+        ends = steps + 4 * recording.episodes["num_steps"]  # of all four emulators together
+        assert (np.diff(ends) >= 0).all()
+        pace = Pace(
+            agent_steps_per_gradient_step=8,
+            first_agent_steps=100,
+            final_epsilon=0.02,
+            epsilon_decay_agent_steps=200,
+            commit_interval_gradient_steps=4,
+        )
+        assert labels["epsilon"] == [pace.epsilon(step) for step in steps]
+        # Steps 100 to 107 are owed at gradient step 1 and played with the weights of before it; and so on.
+        assert labels["gradient_step"] == [max(0, -(-(step - 100) // 8) - 1) for step in steps]
+        assert set(recording.actions) <= set(GAMES[game].minimal_actions)
+    assert recording.manifest.metadata["played_by"]["seed"] == 0
+
+
+def test_a_run_trains_offline_on_what_was_played(played, tmp_path):
+    overrides = [word for word in TINY if not word.startswith("online")]
+    config = compose_run_config(
+        [*overrides, f"data.store={played / 'store'}", f"run_dir={tmp_path / 'offline'}", "data.first_fraction=0.5"]
+    )
+    assert list_checkpoints(train(config) / "checkpoints")
+
+
+def test_epsilon_falls_from_one_after_the_first_steps():
+    pace = Pace(
+        agent_steps_per_gradient_step=4,
+        first_agent_steps=100,
+        final_epsilon=0.1,
+        epsilon_decay_agent_steps=300,
+        commit_interval_gradient_steps=1,
+    )
+    # 1 - 0.9 * (step - 100) / 300
+    assert [pace.epsilon(step) for step in (0, 100, 200, 400, 1000)] == [1.0, 1.0, 0.7, 0.1, 0.1]
+
+
+def test_offline_transitions_are_mixed_in(played, make_config):
+    mixed = make_config(f"online.offline_store={played / 'store'}", "online.offline_fraction=0.5", "data.prefetch=0")
+    trainer = build_trainer(mixed)
+    batch = trainer.replay.sample()
+    trainer.replay.shutdown()
+    data = replace(mixed.data, batch_size=2)
+    other = OfflineAtariReplay(
+        played / "store", batch_size=2, games=data.games, n_steps=data.n_steps, seed=mixed.seed + 1
+    )
+    assert batch.shape == (4,)
+    assert torch.equal(batch["observation"][2:], other.sample()["observation"])
+
+
+def test_the_learner_sees_no_more_than_the_capacity(make_config):
+    trainer = build_trainer(make_config("online.capacity_transitions_per_game=50"))
+    for _ in range(9):
+        trainer.replay.sample()
+    sizes = np.diff(trainer.replay._replay._storage.game_offsets)
+    held = [recording.num_steps for recording in trainer.replay.growing.store.recordings]
+    trainer.replay.shutdown()
+    assert (sizes <= 50).all() and min(held) > 50
+
+
+def test_an_emulator_that_dies_leaves_what_was_committed(make_config, monkeypatch):
+    config, receive, calls = make_config(), Slot.receive, []
+
+    def dying(slot):
+        receive(slot)
+        calls.append(slot)
+        if len(calls) == 300:
+            raise RuntimeError("the emulator is gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Slot, "receive", dying)
+        with pytest.raises(EmulatorError, match=r"emulator 3 of Freeway failed at step .*: the emulator is gone"):
+            train(config)
+    assert FrameStore.open(Path(config.run_dir) / "store").recording("Freeway").num_steps > 0
+    train(config)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    if os.geteuid() != 0:
+        pytest.skip("needs root, to mount a file system")
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=96k", "tmpfs", str(folder)], check=True)
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def test_a_disk_that_fills_while_acting_stops_the_run_and_room_continues_it(played, small_disk, make_config):
+    config = make_config(f"data.store={small_disk / 'store'}")
+    with pytest.raises(OSError, match="DISK FULL: what was committed stays"):
+        train(config)
+    store = FrameStore.open(small_disk / "store")
+    assert sum(recording.num_steps for recording in store.recordings) > 0
+    subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
+    train(config)
+    assert contents(small_disk / "store") == contents(played / "store")
+
+
+def test_the_store_of_another_run_is_not_touched(played, make_config):
+    before = contents(played / "store")
+    with pytest.raises(ValueError, match="must hold nothing but what this run played"):
+        train(make_config("seed=1", f"data.store={played / 'store'}"))
+    assert contents(played / "store") == before
+
+
+def test_a_run_does_not_continue_with_other_online_settings_or_without_its_store(played, tmp_path, make_config):
+    with pytest.raises(ConfigError, match=r"online.final_epsilon: 0.02 there, 0.5 now"):
+        train(replace_run_dir(make_config("online.final_epsilon=0.5"), played))
+
+
+def replace_run_dir(config, folder):
+    return replace(config, run_dir=str(folder), data=replace(config.data, store=str(folder / "store")))
+
+
+def test_a_run_whose_store_is_gone_does_not_continue(make_config, monkeypatch):
+    config, update = make_config(), Trainer.update
+
+    def dying(self, batch):
+        if self.step == 8:
+            raise KeyboardInterrupt
+        return update(self, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "update", dying)
+        with pytest.raises(KeyboardInterrupt):
+            train(config)
+    (Path(config.run_dir) / "store").rename(Path(config.run_dir) / "elsewhere")
+    with pytest.raises(CheckpointError, match="the recording that is to be continued was there"):
+        train(config)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["data.first_fraction=0.5"], "data.first_fraction must be 1.0 online"),
+        (["online.num_emulators=3"], "online.num_emulators must be a multiple of the number of games, 2, got 3"),
+        (["online.offline_fraction=0.5"], "online.offline_fraction must be 0 without online.offline_store"),
+        (["online.commit_interval_gradient_steps=2"], "must be at least trainer.log_interval_gradient_steps=3"),
+        (["online.shard_frames=30"], "online.shard_frames must be a multiple of 20"),
+        (["online.final_epsilon=2"], r"online.final_epsilon must be in \[0, 1\]"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(make_config, overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        make_config(*overrides)
+
+
+def test_a_method_without_values_does_not_act(make_config):
+    with pytest.raises(ConfigError, match=r"method\.name must be one that learns values to act by"):
+        train(make_config("method=bc"))
+
+
+def test_the_command_takes_the_online_settings_of_its_scale(capsys):
+    assert main(["train-online", "scale=cpu", "data.games=Breakout", "--print-config"]) == 0
+    printed = capsys.readouterr().out
+    assert "store: runs/online/store" in printed and "num_emulators: 4" in printed and "cql_alpha: 0.0" in printed
+    assert main(["train", "scale=cpu", "data.store=x", "--print-config"]) == 0
+    assert "online: null" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("scale", ["cpu", "gpu", "paper"])
+def test_every_scale_has_online_settings(scale):
+    config = compose_run_config([f"scale={scale}", f"online={scale}", "data.games=Pong"])
+    assert config.online is not None and (config.method.cql_alpha, config.method.double_q) == (0.0, True)

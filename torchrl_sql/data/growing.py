@@ -1,0 +1,148 @@
+"""A store that grows while somebody reads it: episodes are appended, and published at one time for all games."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from torchrl_sql.data.recording import MEMBERS, Recording, Tail, restore_recording
+from torchrl_sql.data.store import FrameStore
+from torchrl_sql.data.writer import RecordingWriter
+
+_LABELS = "episodes"
+"""In a recording's metadata: ``{label: [value of each episode]}``."""
+
+
+class GrowingStore:
+    """Recordings of several games, one each, that one process writes and reads.
+
+    The metadata of each holds ``about`` and, under ``"episodes"``, the labels of its episodes. Equal episodes give
+    equal files, whatever was committed when, and whatever was committed and dropped again meanwhile.
+
+    Args:
+        path (path): of the store; made if absent.
+        games (sequence of str): what is played.
+
+    Keyword Args:
+        source (str): where the episodes come from, for people.
+        about (mapping): JSON values that tell whose recordings these are. Others are not written to.
+        shard_frames (int): frames per file, see :meth:`FrameStore.create`. Each commit writes the last file again.
+
+    Attributes:
+        store (FrameStore): what is written.
+        games (tuple of str): as given.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        games: Sequence[str],
+        *,
+        source: str,
+        about: Mapping[str, Any],
+        shard_frames: int = 4000,
+    ) -> None:
+        self.games = tuple(games)
+        self.store = FrameStore.create(path, shard_frames=shard_frames, exist_ok=True)
+        self._source, self._about = source, dict(about)
+        self._writers: dict[str, RecordingWriter] = {}
+        self._labels: dict[str, dict[str, list[float]]] = {}
+
+    def open(self, manifests: Mapping[str, str] | None = None) -> None:
+        """Opens the recordings for writing, as they were in an earlier state; what came after it is dropped.
+
+        Args:
+            manifests (mapping, optional): the text of each game's manifest at that time
+                (:meth:`~torchrl_sql.data.recording.Manifest.to_json`); default: a state without episodes.
+
+        Raises:
+            ValueError: if the store holds other recordings than these, or their earlier state is lost.
+            BlockingIOError: if another process writes them.
+        """
+        for recording in self.store.recordings:
+            about = {key: recording.manifest.metadata.get(key) for key in self._about}
+            if recording.game not in self.games or about != self._about or recording.manifest.source != self._source:
+                raise ValueError(
+                    f"{self.store.path} must hold nothing but what this run played, {', '.join(self.games)} with "
+                    f"{self._about}, got {recording.game}, recording {recording.name!r}, {recording.manifest.source}, "
+                    f"with {about}; choose another folder"
+                )
+            if manifests is None:
+                restore_recording(recording.path, _emptied(recording))
+        for game in self.games:
+            if manifests is not None:
+                restore_recording(self.store.path / game / "0", manifests[game])
+            writer = self.store.writer(game, source=self._source, behaviours=["agent"], metadata=self._about)
+            self._writers[game] = writer
+            known = {} if manifests is None else self.store.recording(game).manifest.metadata[_LABELS]
+            self._labels[game] = {name: list(values) for name, values in known.items()}
+
+    def add(
+        self,
+        game: str,
+        frames: np.ndarray,
+        actions: np.ndarray,
+        rewards: np.ndarray,
+        *,
+        terminated: bool,
+        labels: Mapping[str, float],
+    ) -> None:
+        """Appends an episode, see :meth:`RecordingWriter.add_episode`; it is not published before :meth:`commit`.
+
+        Raises:
+            OSError: if the disk is full.
+        """
+        with _saying_what_stays(self):
+            self._writers[game].add_episode(frames, actions, rewards, terminated)
+        for name, value in labels.items():
+            self._labels[game].setdefault(name, []).append(value)
+
+    @property
+    def num_episodes(self) -> int:
+        """Of the game that has the fewest, published or not."""
+        return min(writer.num_episodes for writer in self._writers.values())
+
+    def commit(self) -> list[Recording]:
+        """Publishes what was appended, game by game; returns the recordings as they are now.
+
+        Raises:
+            OSError: if the disk is full; what was committed before stays.
+        """
+        with _saying_what_stays(self):
+            for game, writer in self._writers.items():
+                writer.commit(metadata=self._about | {_LABELS: self._labels[game]})
+        return [self.store.recording(game) for game in self.games]
+
+    def close(self) -> None:
+        """Ends the writers; what was not published is dropped."""
+        for writer in self._writers.values():
+            writer.close(commit=False)
+
+
+def _emptied(recording: Recording) -> str:
+    """The manifest of a recording before its first episode."""
+    counts = dict.fromkeys(("num_frames", "num_steps", "num_episodes", "num_sealed_chunks"), 0)
+    none: dict[str, Any] = {**counts, "tail": Tail(), "crc32": dict.fromkeys(MEMBERS, 0)}
+    return replace(recording.manifest, **none).to_json()
+
+
+@contextmanager
+def _saying_what_stays(growing: GrowingStore) -> Iterator[None]:
+    """Turns what a full disk makes of a write into an error that says so."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        if "No space left" not in str(error) and getattr(error, "errno", None) not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        held = ", ".join(f"{recording.num_steps:,} of {recording.game}" for recording in growing.store.recordings)
+        raise OSError(
+            errno.ENOSPC,
+            f"DISK FULL: what was committed stays ({held or 'no'} transitions): {error}",
+            str(growing.store.path),
+        ) from error
