@@ -196,7 +196,7 @@ def test_an_emulator_that_dies_leaves_what_was_committed(make_config, monkeypatc
     def dying(slot):
         receive(slot)
         calls.append(slot)
-        if len(calls) == 300:
+        if len(calls) == 240:
             raise RuntimeError("the emulator is gone")
 
     with monkeypatch.context() as patch:

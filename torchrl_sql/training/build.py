@@ -87,8 +87,8 @@ def build_trainer(
 
     Keyword Args:
         memory_format (torch.memory_format, optional): layout of the convolutions; default what suits the device.
-        continues (bool): the caller loads a checkpoint; ``init.policy`` is not read, nothing is measured on the data, and
-            nothing played yet.
+        continues (bool): the caller loads a checkpoint; ``init.policy`` is not read, nothing is measured on the data,
+            and nothing played yet.
 
     Raises:
         ValueError, FileNotFoundError: if the store does not hold the games asked for, or the batch cannot be divided
