@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -207,3 +208,10 @@ def test_a_share_that_holds_as_many_episodes_as_the_run_asks_for_marks_nothing(m
     assert not best.exists() and not (run / "logs").exists()
     assert main(["evaluate", str(run)]) == 0
     assert best.exists() and (run / "logs").exists()
+
+
+def test_the_policy_that_the_repository_ships_plays(tmp_path):
+    policy = Path(__file__).parents[2] / "examples" / "quickstart_policy.safetensors"
+    assert main(["evaluate", str(policy), "--out", str(tmp_path), "--episodes", "1", "--max-env-frames", "400"]) == 0
+    played = {row.game: row.length_agent_steps for row in read_episodes(tmp_path / "scores.csv")}
+    assert played == {"Breakout": 100, "Enduro": 100, "Freeway": 100}
