@@ -53,10 +53,16 @@ def test_folders_of_scores(read):
     ]  # fmt: skip
 
 
+def test_a_run_that_only_prepares_others_is_not_played(read):
+    study = read(STUDY.replace("decode: [greedy, sampled]", "decode: []"))
+    assert not [folder for folder in study.score_folders(Path("s")) if folder.parent.name == "b"]
+
+
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
         ("title: T", "", "title must be given"),
+        ("cql_alpha=0.3]", "cql_alpha=0.3], decode: []", "runs.a.decode must name a decoding, for the page is about"),
         ("title: T", "titel: T", "titel is not known; is it title"),
         ("title: T", "title: [T]", r"title must be text, got \['T'\]"),
         ("seeds: [0, 2]", "seeds: [0, true]", "seeds must be a list of whole numbers"),

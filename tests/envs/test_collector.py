@@ -93,6 +93,22 @@ def test_every_breakout_policy_serves_when_no_ball_is_in_play():
         assert len({act(breakout_frame(ball=40, paddle=39)) for _ in range(300)}) > 1
 
 
+def pong_frame(*, ball: int | None, paddle: int) -> np.ndarray:
+    """Rows of the ball and of the paddle's upper end."""
+    frame = np.full((84, 84), 87, np.uint8)
+    frame[paddle : paddle + 7, 74:76] = 147
+    if ball is not None:
+        frame[ball : ball + 2, 40] = 236
+    return frame
+
+
+def test_pong_skill_brings_the_paddle_to_the_balls_height():
+    skill = SKILLS["Pong"].act
+    assert skill(pong_frame(ball=20, paddle=50)) == RIGHT and skill(pong_frame(ball=70, paddle=50)) == LEFT
+    assert skill(pong_frame(ball=52, paddle=50)) == NOOP
+    assert skill(pong_frame(ball=None, paddle=50)) == NOOP
+
+
 def enduro_frame(*, car: int, ahead: int | None = None) -> np.ndarray:
     """A straight road from column 20 to 60, as by day; columns of the player's car and of one ahead."""
     frame = np.full((84, 84), 40, np.uint8)

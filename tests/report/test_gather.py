@@ -56,6 +56,21 @@ def run_folder(folder, *overrides, name="scaled_ql", seed=0, games=GAMES, metric
 # Runs
 
 
+def test_of_runs_that_only_prepare_others_a_study_shows_the_curves(tmp_path):
+    (tmp_path / "study.yaml").write_text(
+        "title: T\ndata: collect\nreport: {main: after}\n"
+        "runs: {before: {set: [method=cpc], decode: []}, after: {from: before, load: encoder}}"
+    )
+    run_folder(tmp_path / "before" / "seed0", "method=cpc", name="before", metrics={"accuracy": "10,0.5\n20,0.75\n"})
+    after = run_folder(tmp_path / "after" / "seed0", name="after", metrics={"loss_cql": "10,3.0\n"})
+    write(after / "scores.csv", episodes("after"))
+    data = gather([tmp_path])
+    assert [agent.agent for agent in data.agents] == ["after"]
+    (curve,) = [curve for curve in data.curves if curve.agent == "before"]
+    assert (curve.gradient_steps, curve.values) == ([10, 20], [0.5, 0.75]) and "found in the batch" in curve.metric
+    assert not any("before" in caveat for caveat in data.caveats)
+
+
 def test_runs_of_one_name_are_seeds_and_the_rest_is_told_apart(tmp_path):
     metrics = {"loss_qvalue": "10,3.0\n20,2.0\n", "learning_rate": "10,0.1\n"}
     for seed in (0, 1):

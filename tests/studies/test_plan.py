@@ -127,7 +127,7 @@ def test_the_tasks_of_every_study_at_every_scale_are_commands(tmp_path, name, sc
     assert len(trained) == len({task.key for task in trained})
 
 
-@pytest.mark.parametrize("name", ["comparison", "data_quality", "scaling", "ablation", "multitask"])
+@pytest.mark.parametrize("name", ["comparison", "data_quality", "scaling", "ablation", "multitask", "transfer_offline"])
 def test_claims_are_studied_at_three_scales_with_three_seeds(name):
     assert list(scales(name)) == ["cpu", "gpu", "paper"]
     assert load_study(find_study(name), store="store").seeds == [0, 1, 2]

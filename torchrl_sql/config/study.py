@@ -34,7 +34,7 @@ class StudyRun:
     load: str | None = None
     """What it takes from that policy: ``encoder`` or ``all``."""
     decode: list[str] = field(default_factory=lambda: ["greedy"])
-    """Decodings to evaluate, of ``torchrl-sql evaluate``."""
+    """Decodings to evaluate, of ``torchrl-sql evaluate``; none for a run that only prepares others."""
     seeds: list[int] | None = None
     """``None`` for the study's."""
 
@@ -77,7 +77,8 @@ class StudyConfig:
 
     def score_folders(self, folder: Path) -> list[Path]:
         """Where the tables of scores of a study in ``folder`` are; those of failed tasks are missing."""
-        runs = [folder / run / f"seed{seed}" for run in self.runs for seed in self.seeds_of(run)]
+        played = [name for name, run in self.runs.items() if run.decode]
+        runs = [folder / run / f"seed{seed}" for run in played for seed in self.seeds_of(run)]
         return runs + [folder / "constant"] * bool(self.report.constant_actions)
 
     def to_yaml(self) -> str:
@@ -158,6 +159,9 @@ def check_study(study: StudyConfig) -> None:
         if (run.from_ is None) != (run.load is None) or run.load not in (None, "encoder", "all"):
             raise ConfigError(f"runs.{name}.load must be encoder or all with from, else absent, got {run.load!r}")
         earlier.append(name)
+    main = study.report.main or earlier[0]
+    if main in study.runs and not study.runs[main].decode:
+        raise ConfigError(f"runs.{main}.decode must name a decoding, for the page is about this run, got none")
     for key, names in (("main", [study.report.main] if study.report.main else []), ("against", study.report.against)):
         if unknown := [name for name in names if name not in study.runs]:
             raise ConfigError(f"report.{key} must be among the runs ({_list(study.runs)}), got {unknown[0]!r}")

@@ -81,11 +81,21 @@ def _enduro(frame: np.ndarray) -> int:
     return _toward(target, position, below=LEFTFIRE, there=FIRE, above=RIGHTFIRE)
 
 
+def _pong(frame: np.ndarray) -> int:
+    field = np.abs(frame[15:77].astype(int) - np.median(frame[15:77])) > 20
+    (paddle,) = np.nonzero(field[:, 73:76].any(1))
+    (ball,) = np.nonzero(field[:, 12:72].any(1))
+    if len(ball) == 0 or len(paddle) == 0:
+        return NOOP
+    return _toward(ball.mean(), paddle.mean(), below=RIGHT, above=LEFT)  # RIGHT is up
+
+
 SKILLS: dict[str, Skill] = {
     "Breakout": Skill("Moves the paddle under the ball.", _breakout),
     "Enduro": Skill("At full speed in the middle of the road, away from cars ahead.", _enduro),
     "Freeway": Skill("Walks up, whatever comes.", lambda frame: UP),
     "Assault": Skill("Fires straight up, whatever comes.", lambda frame: UP),
+    "Pong": Skill("Moves the paddle to the ball's height.", _pong),
     "SpaceInvaders": Skill("Fires from under the lowest invader, through the shields if need be.", _space_invaders),
 }
 """The games that have a scripted skill."""

@@ -123,7 +123,8 @@ def gather(
         game_data=statistics,
         constant_actions=constant_actions(episodes),
         caveats=[*caveats, *missing],
-        curves=[curve for run in runs for curve in _curves(run, labels[run.config.name])],
+        curves=[curve for run in runs for curve in _curves(run, labels[run.config.name])]
+        + [curve for run in _preparing(studies) for curve in _curves(run, run.config.name)],
         clips=_clips(main_runs, shown, ordered[0], episodes, step),
         settings=_settings(runs, labels),
         versions=_versions(runs, [*dict.fromkeys(table.parent for table in tables)]),
@@ -164,6 +165,18 @@ def _find_runs(tables: Sequence[Path]) -> list[_Run]:
         for file in sorted([*folder.glob("config.yaml"), *folder.glob("*/config.yaml")])
     ]
     return [_Run(file.parent, load_run_config(file)) for file in files]
+
+
+def _preparing(studies: Mapping[Path, StudyConfig]) -> list[_Run]:
+    """Runs of studies that are not played, as others start from them: their curves are all there is to show."""
+    folders = [
+        path / name / f"seed{seed}"
+        for path, study in studies.items()
+        for name, run in study.runs.items()
+        for seed in study.seeds_of(name)
+        if not run.decode
+    ]
+    return [_Run(folder, load_run_config(folder / "config.yaml")) for folder in folders if (folder / "logs").is_dir()]
 
 
 def _find_table(path: Path) -> Path:
