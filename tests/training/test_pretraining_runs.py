@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from torchrl_sql.cli import main
 from torchrl_sql.training import load_agent, load_policy, train
@@ -39,6 +41,26 @@ def test_an_encoder_is_trained_continued_and_given_to_another_run(make_config, m
         load_policy(through / POLICY_FILE)
     assert main(["evaluate", str(through)]) != 0
     assert f"must hold a network that acts, got one of method '{method}'" in capsys.readouterr().err
+
+
+def test_reconstructions_are_drawn_as_frames_hidden_places_and_what_is_decoded(make_config, tmp_path):
+    folder = train(make_config("method=mae", *METHODS["mae"], "trainer.num_gradient_steps=4"))
+    assert main(["reconstruct", str(folder), "--states=3"]) == 0
+    pixels = np.asarray(Image.open(folder / "reconstructions.png")).reshape(2, 3, 172, 3, 172)[
+        :, :, 2:170:2, :, 2:170:2
+    ]
+    frames, hidden, decoded = pixels[:, 0], pixels[:, 1], pixels[:, 2]
+    grey = (hidden == 128) & (frames != 128)
+    assert (hidden[~grey] == frames[~grey]).all() and 0.7 < grey.mean() <= 1
+    assert decoded.std() > 0 and (decoded != frames).any()
+    assert main(["reconstruct", str(folder), "--states=3", f"--out={tmp_path / 'again.png'}"]) == 0
+    assert (tmp_path / "again.png").read_bytes() == (folder / "reconstructions.png").read_bytes()
+
+
+def test_only_masked_autoencoders_reconstruct(make_config, capsys):
+    folder = train(make_config("trainer.num_gradient_steps=4"))
+    assert main(["reconstruct", str(folder)]) == 1
+    assert "must be a run with method=mae, got cql" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("choice", ["cql_c51", "bc", "mae", "cpc", "mgdt"])

@@ -1,4 +1,4 @@
-"""``torchrl-sql report``."""
+"""``torchrl-sql report`` and ``reconstruct``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torchrl_sql.files import check_exists
 
 
 def add_commands(commands: Any) -> None:
-    """Adds the parser of this command to ``commands``, the subparsers of ``torchrl-sql``."""
+    """Adds the parsers of these commands to ``commands``, the subparsers of ``torchrl-sql``."""
     report = commands.add_parser("report", help="write one HTML page about evaluated runs", description=_report.__doc__)
     report.add_argument(
         "runs", nargs="+", type=Path, metavar="RUN_OR_SCORES",
@@ -38,6 +38,14 @@ def add_commands(commands: Any) -> None:
         "--json", action="store_true", help="print all tables, caveats and findings as JSON instead of the summary"
     )
     report.set_defaults(run_command=_report)
+    reconstruct = commands.add_parser(
+        "reconstruct", help="draw what a masked auto-encoder makes of frames", description=_reconstruct.__doc__
+    )
+    reconstruct.add_argument("run", type=Path, help="folder of a trained run with method=mae")
+    reconstruct.add_argument("--states", type=int, default=6, metavar="N", help="per game (default: 6)")
+    reconstruct.add_argument("--seed", type=int, default=0, help="which states, and what is hidden of them")
+    reconstruct.add_argument("--out", type=Path, help="the picture (default: reconstructions.png in the run)")
+    reconstruct.set_defaults(run_command=_reconstruct)
 
 
 def _report(args: argparse.Namespace) -> None:
@@ -79,6 +87,16 @@ def _report(args: argparse.Namespace) -> None:
         print(json.dumps(summary_data(analysis) | {"page": str(page.resolve())}, indent=1, allow_nan=False))
     else:
         print(f"{summary_text(analysis)}\n\nReport: {page.resolve()}")
+
+
+def _reconstruct(args: argparse.Namespace) -> None:
+    """Draws frames of a run's data as a PNG: as they are, with the hidden places grey, and as its decoder sees them."""
+    from torchrl_sql.report.reconstructions import draw_reconstructions
+
+    picture = draw_reconstructions(args.run, states_per_game=args.states, seed=args.seed)
+    out = args.out or args.run / "reconstructions.png"
+    picture.save(out)
+    print(f"Reconstructions: {out.resolve()}")
 
 
 def _names(text: str | None) -> list[str]:

@@ -50,11 +50,15 @@ def _train(args: argparse.Namespace) -> None:
     if args.print_config:
         print(config.to_yaml(), end="")
         return
+    from torchrl_sql.methods import make_method
     from torchrl_sql.training import train
 
     folder = train(config, evaluate=_evaluate_checkpoint)
     if os.environ.get("RANK", "0") == "0":
-        print(f"Trained: {folder}. Next: torchrl-sql evaluate {shlex.quote(str(folder))}")
+        acts = make_method(config.method).values != "none"
+        policy = shlex.quote(str(folder / "policy.safetensors"))
+        following = f"evaluate {shlex.quote(str(folder))}" if acts else f"train init.policy={policy} ..."
+        print(f"Trained: {folder}. Next: torchrl-sql {following}")
 
 
 def _evaluate_checkpoint(checkpoint: Path, on_decision: Callable[[], None]) -> Mapping[str, float]:
