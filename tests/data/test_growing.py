@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import shutil
 
 import numpy as np
 import pytest
@@ -111,10 +112,10 @@ def test_what_others_recorded_is_not_written_to(tmp_path, change):
     assert contents(tmp_path) == before
 
 
-def test_a_store_of_another_game_is_refused(tmp_path):
-    with FrameStore.create(tmp_path / "store").writer("Breakout", source="a test") as writer:
+def test_a_store_with_other_recordings_of_the_game_is_refused(tmp_path):
+    with FrameStore.create(tmp_path / "store").writer("Pong", source="a test", run="1") as writer:
         writer.add_episode(np.zeros((2, 84, 84), np.uint8), [0, 1], [0.0, 0.0], terminated=True)
-    with pytest.raises(ValueError, match=r"Pong, Freeway .*got Breakout"):
+    with pytest.raises(ValueError, match=r"Pong must hold nothing but what this run played.*got 1"):
         growing(tmp_path).open()
 
 
@@ -187,3 +188,21 @@ def test_batches_come_from_what_is_shown_at_their_step(tmp_path, prefetch):
         replay.show(many[::-1], until=9)
     replay.shutdown()
     store.close()
+
+
+def test_other_games_in_the_store_are_left_alone_and_deleted_ones_begun_anew(tmp_path):
+    first, second = growing(tmp_path), GrowingStore(tmp_path / "store", ["Breakout"], source="a test", about={})
+    first.open()
+    add(first, 0), add(first, 1)
+    first.commit()
+    before = contents(first.store.path / "Pong")
+    second.open()
+    second.add("Breakout", np.zeros((1, 84, 84), np.uint8), np.zeros(1, int), np.zeros(1), terminated=True, labels={})
+    second.commit()
+    second.close()
+    first.close()
+    assert contents(first.store.path / "Pong") == before
+    shutil.rmtree(first.store.path / "Breakout")
+    second.open()
+    second.close()
+    assert first.store.games == ("Freeway", "Pong")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from torchrl_sql.data import AtariFrameStorage, Subset, mean_frame, summarise
-from torchrl_sql.data.summary import contact_sheet, draw_contact_sheets, format_summaries
+from torchrl_sql.data.summary import contact_sheet, draw_contact_sheets, draw_lives, format_summaries
 
 
 @pytest.fixture
@@ -128,3 +128,23 @@ def test_mean_frame_of_constant_games(store):
     assert np.ptp(mean) == 0
     assert abs(mean[0, 0] - 20) < 1
     np.testing.assert_array_equal(mean, mean_frame(store, "Pong", num_samples=4000, seed=1))
+
+
+def test_a_life_shows_returns_over_steps(store, lab):
+    """Forty episodes of three steps whose returns go from 0 to 39: two end in each twentieth of the steps."""
+    with store.writer("Pong", source="test") as writer:
+        for number in range(40):
+            e = lab.make_episode(number, 3)
+            writer.add_episode(e.frames, e.actions, [number, 0, 0], True)
+    (summary,) = summarise(store)
+    assert summary.life.tolist() == [2 * part + 0.5 for part in range(20)]
+    assert "first to last steps: 0.50 ▁▁▂▂▂▃▃▄▄▄▅▅▅▆▆▇▇▇██ 38.50" in format_summaries([summary], codec="zstd")
+    picture = np.asarray(draw_lives([summary]).convert("L"))
+    rows, columns = np.nonzero(picture[24:180] < 110)  # the line through the means, below the title
+    assert picture.shape == (200, 640)
+    assert np.corrcoef(rows, columns)[0, 1] < -0.99
+
+
+def test_returns_of_no_whole_episode_are_not_drawn():
+    with pytest.raises(ValueError, match="no whole episodes"):
+        draw_lives([])

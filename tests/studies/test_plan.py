@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
 import pytest
 import yaml
@@ -120,7 +121,8 @@ def scales(name):
 
 @pytest.mark.parametrize(("name", "scale"), [(name, scale) for name in list_studies() for scale in scales(name)])
 def test_the_tasks_of_every_study_at_every_scale_are_commands(tmp_path, name, scale):
-    tasks = plan_study(load_study(find_study(name), scale=scale, store="store"), tmp_path)
+    plays = yaml.safe_load(find_study(name).read_text()).get("data") == "play"
+    tasks = plan_study(load_study(find_study(name), scale=scale, store=None if plays else "store"), tmp_path)
     for task in tasks:
         parse(task.arguments)
     trained = [task for task in tasks if task.kind == "train"]
@@ -283,3 +285,22 @@ def test_an_axis_that_is_no_number_is_refused_before_anything_runs(make_study, t
         plan_study(make_study(("{main: q,", f"{{main: q, x: {x},")), tmp_path)
     assert plan_study(make_study(("{main: q,", "{main: q, x: data.first_fraction,")), tmp_path)
     assert plan_study(make_study(("{main: q,", "{main: q, x: parameters,")), tmp_path)
+
+
+def test_runs_that_play_share_a_store_per_seed(tmp_path):
+    study = load_study(find_study("dqn_replay_mini"))
+    tasks = {task.name: task for task in plan_study(study, tmp_path)}
+    for game in ("Breakout", "Freeway"):
+        task = tasks[f"train-{game.lower()}-seed0"]
+        config = compose_run_config(task.arguments[1:])
+        assert (config.data.store, config.run_dir) == (f"{tmp_path}/stores/seed0", f"{tmp_path}/{game.lower()}/seed0")
+        assert config.online is not None and f"stores/seed0/{game}" in task.makes
+        assert "data" not in task.settings and task.settings["online.num_emulators"] == 4
+
+
+@pytest.mark.parametrize(("data", "words"), [("play", []), ("a/store", ["online=cpu"])])
+def test_runs_that_play_need_a_study_whose_data_they_play(tmp_path, data, words):
+    study = load_study(find_study("dqn_replay_mini"))
+    changed = replace(study, data=data, common=["scale=cpu", *words])
+    with pytest.raises(ConfigError, match=r"runs.breakout must have the setting online=NAME if data is play, and only"):
+        plan_study(changed, tmp_path)

@@ -21,6 +21,7 @@ Scaled Q-learning (Kumar et al., ICLR 2023) in TorchRL: one policy for many Atar
   torchrl-sql quickstart                                the whole method in minutes, on a CPU
   torchrl-sql study STUDY --seeds 0,1,2                 runs, evaluations and one page, of configs/study/
   torchrl-sql train scale=cpu data.store=STORE          one training run, settings from configs/
+  torchrl-sql train-online scale=cpu data.games=Pong    the same, but the network plays and learns from that
   torchrl-sql evaluate runs/NAME                        play a trained network, add to runs/NAME/scores.csv
   torchrl-sql report runs/NAME                          scores, intervals and curves as one HTML page
   torchrl-sql launch train scale=... cluster=...        the same on a SLURM cluster

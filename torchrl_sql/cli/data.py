@@ -30,6 +30,7 @@ def add_commands(commands: Any) -> None:
     summary = commands.add_parser("inspect", help="show what a store holds", description=_inspect.__doc__)
     summary.add_argument("store", type=Path, help="folder of the store")
     summary.add_argument("--contact-sheet", type=Path, metavar="FILE.png", help="draw frames of each game there")
+    summary.add_argument("--returns", type=Path, metavar="FILE.png", help="draw each game's returns over its steps")
     summary.set_defaults(run_command=_inspect)
 
     convert = commands.add_parser("convert", help="write a store with another codec", description=_convert.__doc__)
@@ -143,14 +144,20 @@ def _verify(args: argparse.Namespace) -> None:
 
 
 def _inspect(args: argparse.Namespace) -> None:
-    """Shows transitions, episodes, returns, actions and bytes of each game in a store, and frames as a picture."""
+    """Shows transitions, episodes, returns, actions and bytes of each game in a store; as pictures its frames, and the
+    returns over an agent's life.
+    """
     check_exists(args.store)
-    from torchrl_sql.data import FrameStore
-    from torchrl_sql.data.summary import draw_contact_sheets
+    from torchrl_sql.data import FrameStore, summarise
+    from torchrl_sql.data.summary import draw_contact_sheets, draw_lives
 
-    if args.contact_sheet is not None and args.contact_sheet.suffix.lower() != ".png":
-        raise ValueError(f"--contact-sheet must name a .png file, got {args.contact_sheet}")
+    for option, file in (("--contact-sheet", args.contact_sheet), ("--returns", args.returns)):
+        if file is not None and file.suffix.lower() != ".png":
+            raise ValueError(f"{option} must name a .png file, got {file}")
     _print_store(args.store)
+    if args.returns is not None:
+        draw_lives(list(summarise(FrameStore.open(args.store)))).save(args.returns)
+        print(f"Returns: {args.returns}")
     if args.contact_sheet is not None:
         draw_contact_sheets(FrameStore.open(args.store)).save(args.contact_sheet)
         print(f"Frames: {args.contact_sheet}")

@@ -18,7 +18,7 @@ from torchrl_sql.config import ConfigError, configs_dir
 STUDY_FILE = "study.yaml"
 """In a study's folder: its resolved :class:`StudyConfig`, and the mark that the folder is a study's."""
 
-_OTHER_FOLDERS = ("constant", "launch", "store", "tasks")
+_OTHER_FOLDERS = ("constant", "launch", "store", "stores", "tasks")
 """Of a study, beside those of its runs."""
 
 
@@ -66,7 +66,8 @@ class StudyConfig:
     """Overrides of every run."""
     seeds: list[int] = field(default_factory=lambda: [0])
     data: str
-    """``collect``, ``import`` with the arguments of that command but ``--out``, or the path of a store."""
+    """``collect``, ``import`` with the arguments of that command but ``--out``, the path of a store, or ``play``: the
+    runs are online, and what those of one seed play goes to one store, ``stores/seedS``."""
     runs: dict[str, StudyRun]
     report: StudyReport = field(default_factory=StudyReport)
 

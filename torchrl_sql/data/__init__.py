@@ -3,6 +3,7 @@
 from torchrl_sql.data.convert import convert
 from torchrl_sql.data.damage import verify
 from torchrl_sql.data.export import export_memmap
+from torchrl_sql.data.growing import GrowingStore
 from torchrl_sql.data.index import Subset
 from torchrl_sql.data.recording import Recording
 from torchrl_sql.data.replay import OfflineAtariReplay
@@ -20,6 +21,7 @@ __all__ = [
     "FrameStore",
     "GameMixtureSampler",
     "GameMixtureSamplerWithoutReplacement",
+    "GrowingStore",
     "OfflineAtariReplay",
     "Recording",
     "RecordingWriter",

@@ -11,9 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from torchrl_sql.data.recording import MEMBERS, Recording, Tail, restore_recording
-from torchrl_sql.data.store import FrameStore
+from torchrl_sql.data.catalogue import ABSENT, list_recording
+from torchrl_sql.data.recording import MEMBERS, Recording, Tail, open_recording, restore_recording
+from torchrl_sql.data.store import FrameStore, recording_folders
 from torchrl_sql.data.writer import RecordingWriter
+
+_RECORDING = "0"
 
 _LABELS = "episodes"
 """In a recording's metadata: ``{label: [value of each episode]}``."""
@@ -31,7 +34,8 @@ class GrowingStore:
 
     Keyword Args:
         source (str): where the episodes come from, for people.
-        about (mapping): JSON values that tell whose recordings these are. Others are not written to.
+        about (mapping): JSON values that tell whose recordings these are. Others of these games are refused, and those
+            of other games left alone.
         shard_frames (int): frames per file, see :meth:`FrameStore.create`. Each commit writes the last file again.
 
     Attributes:
@@ -62,26 +66,32 @@ class GrowingStore:
                 (:meth:`~torchrl_sql.data.recording.Manifest.to_json`); default: a state without episodes.
 
         Raises:
-            ValueError: if the store holds other recordings than these, or their earlier state is lost.
+            ValueError: if the store holds other recordings of these games, or their earlier state is lost.
             BlockingIOError: if another process writes them.
         """
-        for recording in self.store.recordings:
-            about = {key: recording.manifest.metadata.get(key) for key in self._about}
-            if recording.game not in self.games or about != self._about or recording.manifest.source != self._source:
-                raise ValueError(
-                    f"{self.store.path} must hold nothing but what this run played, {', '.join(self.games)} with "
-                    f"{self._about}, got {recording.game}, recording {recording.name!r}, {recording.manifest.source}, "
-                    f"with {about}; choose another folder"
-                )
-            if manifests is None:
-                restore_recording(recording.path, _emptied(recording))
         for game in self.games:
-            if manifests is not None:
-                restore_recording(self.store.path / game / "0", manifests[game])
+            self._take_back(game, None if manifests is None else manifests[game])
             writer = self.store.writer(game, source=self._source, behaviours=["agent"], metadata=self._about)
             self._writers[game] = writer
             known = {} if manifests is None else self.store.recording(game).manifest.metadata[_LABELS]
             self._labels[game] = {name: list(values) for name, values in known.items()}
+
+    def _take_back(self, game: str, manifest: str | None) -> None:
+        folder = self.store.path / game / _RECORDING
+        if manifest is None and not (folder / "manifest.json").exists():
+            list_recording(folder, ABSENT)  # somebody may have deleted what an earlier start made
+        others = [path for path in recording_folders(self.store.path, f"{game}/*") if path != folder]
+        recording = open_recording(folder)
+        about = None if recording is None else {key: recording.manifest.metadata.get(key) for key in self._about}
+        if others or (recording is not None and (about, recording.manifest.source) != (self._about, self._source)):
+            raise ValueError(
+                f"{self.store.path / game} must hold nothing but what this run played, with {self._about}, got "
+                f"{others[0].name if others else about}; choose another folder"
+            )
+        if manifest is not None:
+            restore_recording(folder, manifest)
+        elif recording is not None:
+            restore_recording(folder, _emptied(recording))
 
     def add(
         self,

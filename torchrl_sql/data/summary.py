@@ -17,6 +17,8 @@ from torchrl_sql.data.store import FrameStore
 from torchrl_sql.games import ACTION_NAMES, FRAME_SHAPE, NUM_ACTIONS, illegal_actions
 
 _LABEL_PIXELS = 16
+_NUM_PARTS = 20
+_BARS = "▁▂▃▄▅▆▇█"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +52,16 @@ class GameSummary:
     action_counts: np.ndarray
     rewards: str
     sources: tuple[str, ...]
+
+    @property
+    def life(self) -> np.ndarray:
+        """float64 ``[20]``: mean return of the whole episodes that end in each twentieth of their steps, in the order
+        of the recordings and of play; NaN where none does.
+        """
+        part = np.ceil(np.cumsum(self.lengths) / self.lengths.sum() * _NUM_PARTS).astype(np.int64) - 1
+        sums = np.bincount(part, weights=self.returns, minlength=_NUM_PARTS)
+        counts = np.bincount(part, minlength=_NUM_PARTS)
+        return np.divide(sums, counts, out=np.full(_NUM_PARTS, np.nan), where=counts > 0)
 
     @property
     def bytes_per_transition(self) -> float:
@@ -146,6 +158,9 @@ def format_summaries(summaries: Sequence[GameSummary], *, codec: str) -> str:
             returns = s.returns[s.behaviours == index]
             if len(returns):
                 lines.append(f"  {name:<14} {'':>12} {len(returns):>9,} {spread(returns):>16}")
+        if len(s.returns) >= _NUM_PARTS:
+            life = s.life[~np.isnan(s.life)]
+            lines.append(f"  returns from first to last steps: {life[0]:.2f} {_bars(life)} {life[-1]:.2f}")
         share = s.action_counts / max(s.action_counts.sum(), 1)
         actions = ", ".join(f"{ACTION_NAMES[a]} {share[a]:.0%}" for a in np.argsort(-share) if share[a] > 0)
         lines.append(f"  actions: {actions}")
@@ -165,6 +180,46 @@ def format_summaries(summaries: Sequence[GameSummary], *, codec: str) -> str:
         f"{num_bytes / max(total, 1):.1f} bytes per transition"
     )
     return "\n".join(lines)
+
+
+def _bars(values: np.ndarray) -> str:
+    """A bar per value, from the least to the greatest of them."""
+    height = (values - values.min()) / max(np.ptp(values), 1e-9) * (len(_BARS) - 1)
+    return "".join(_BARS[round(each)] for each in height)
+
+
+def draw_lives(summaries: Sequence[GameSummary]) -> Image.Image:
+    """Returns over the steps of each game, below each other: a point per whole episode, a line through the means.
+
+    Raises:
+        ValueError: if no game has a whole episode.
+    """
+    drawn = [summary for summary in summaries if len(summary.returns)]
+    if not drawn:
+        raise ValueError("there are no whole episodes, so there are no returns to draw")
+    width, height, margin = 640, 200, 24
+    image = Image.new("RGB", (width, len(drawn) * height), "white")
+    draw = ImageDraw.Draw(image)
+    for row, summary in enumerate(drawn):
+        least, greatest = summary.returns.min(), max(summary.returns.max(), summary.returns.min() + 1e-9)
+        bottom = (row + 1) * height - margin
+
+        def place(step: float, value: float, total: int, bottom: int, least: float, greatest: float) -> tuple:
+            share = (value - least) / (greatest - least)
+            return margin + step / total * (width - 2 * margin), bottom - share * (height - 3 * margin)
+
+        total = int(summary.lengths.sum())
+        frame = (total, bottom, least, greatest)
+        for step, value in zip(np.cumsum(summary.lengths), summary.returns, strict=True):
+            x, y = place(step, value, *frame)
+            draw.ellipse((x - 1, y - 1, x + 1, y + 1), fill="#9db7d5")
+        middles = (np.arange(_NUM_PARTS) + 0.5) * total / _NUM_PARTS
+        kept = ~np.isnan(summary.life)
+        means = zip(middles[kept], summary.life[kept], strict=True)
+        draw.line([place(*each, *frame) for each in means], fill="#1f4e8c", width=2)
+        text = f"{summary.game}: returns {least:g} to {greatest:g}, {total:,} agent steps"
+        draw.text((margin, row * height + 6), text, fill="black")
+    return image
 
 
 def mean_frame(store: FrameStore, game: str, *, num_samples: int = 2000, seed: int = 0) -> np.ndarray:

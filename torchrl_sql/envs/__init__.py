@@ -4,6 +4,7 @@ from torchrl_sql.envs.atari import AtariEnv, AtariVector, Emulator, replay_episo
 from torchrl_sql.envs.behaviours import SKILLS, Behaviour, SkillMixture, weak_skills
 from torchrl_sql.envs.collector import collect
 from torchrl_sql.envs.context import PolicyInputs, first_context, next_context
+from torchrl_sql.envs.lockstep import EmulatorError, Lockstep, PlayedEpisode
 
 __all__ = [
     "SKILLS",
@@ -11,6 +12,9 @@ __all__ = [
     "AtariVector",
     "Behaviour",
     "Emulator",
+    "EmulatorError",
+    "Lockstep",
+    "PlayedEpisode",
     "PolicyInputs",
     "SkillMixture",
     "collect",

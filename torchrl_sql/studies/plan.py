@@ -69,6 +69,7 @@ def plan_study(study: StudyConfig, folder: Path, *, num_ranks: int = 1) -> list[
             option = "--seeds" if key == "seed" else "its file" if key == "data.store" else "--out"
             raise ConfigError(f"a study decides {key} itself, see {option}; got {override!r}")
     makes_store = study.data == "collect" or study.data.split()[:1] == ["import"]
+    plays_data = study.data == "play"
     store = folder / "store" if makes_store else Path(study.data)
     data: list[str] = []
     if study.data == "collect":
@@ -84,15 +85,24 @@ def plan_study(study: StudyConfig, folder: Path, *, num_ranks: int = 1) -> list[
     for name, run in study.runs.items():
         chosen = tuple(f"{setting_key(word)}." for word in run.set if setting_key(word) in ("method", "model"))
         shared = [word for word in study.common if not word.startswith(chosen)]
-        common = combined(shared, run.set, [f"name={name}", f"data.store={quoted(store)}"])
+        common = combined(shared, run.set, [f"name={name}"], [] if plays_data else [f"data.store={quoted(store)}"])
         if run.load is not None:
             common = combined(common, [f"init.load={run.load}"])
+        if plays_data != any(setting_key(word) == "online" for word in common):
+            raise ConfigError(f"runs.{name} must have the setting online=NAME if data is play, and only then")
         compose = _Seeded(common)
         for seed in study.seeds_of(name):
             place = f"{name}/seed{seed}"
             words = [*common, f"run_dir={quoted(folder / place)}", f"seed={seed}"]
             config = replace(compose(seed), run_dir=str(folder / place))
-            settings, before = _deciding(config) | ({} if makes_store else {"data": study.data}), data
+            if plays_data:
+                own_store = folder / "stores" / f"seed{seed}"
+                words.append(f"data.store={quoted(own_store)}")
+                config.data = replace(config.data, store=str(own_store))
+            settings, before = (
+                _deciding(config) | ({} if makes_store or plays_data else {"data": study.data}),
+                data,
+            )
             if run.from_ is not None:
                 policy = folder / run.from_ / f"seed{seed}" / "policy.safetensors"
                 words.append(f"init.policy={quoted(policy)}")
@@ -104,7 +114,8 @@ def plan_study(study: StudyConfig, folder: Path, *, num_ranks: int = 1) -> list[
             trained = add(
                 f"train-{name}-seed{seed}", "train", words, group=f"train-{name}", after=before, run_dir=config.run_dir,
                 config=config.to_yaml(), settings=settings,
-                makes=[f"{place}/{made}" for made in (*_OF_TRAINING, *(_OF_EVALUATION if plays else ()))],
+                makes=[f"{place}/{made}" for made in (*_OF_TRAINING, *(_OF_EVALUATION if plays else ()))]
+                + [f"stores/seed{seed}/{game}" for game in config.games if plays_data],
             )  # fmt: skip
             previous = trained
             for decoding in run.decode:  # one after the other: they share a table

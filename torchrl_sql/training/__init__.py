@@ -9,15 +9,28 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from torchrl_sql.training.online import OnlineReplay, Pace
     from torchrl_sql.training.policy import export_policy, load_agent, load_policy
     from torchrl_sql.training.run import train
     from torchrl_sql.training.signals import Interrupted, StopSignals
     from torchrl_sql.training.trainer import Trainer
 
-__all__ = ["Interrupted", "StopSignals", "Trainer", "export_policy", "load_agent", "load_policy", "train"]
+__all__ = [
+    "Interrupted",
+    "OnlineReplay",
+    "Pace",
+    "StopSignals",
+    "Trainer",
+    "export_policy",
+    "load_agent",
+    "load_policy",
+    "train",
+]
 
 _MODULES = {
     "Interrupted": "signals",
+    "OnlineReplay": "online",
+    "Pace": "online",
     "StopSignals": "signals",
     "Trainer": "trainer",
     "export_policy": "policy",

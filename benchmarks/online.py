@@ -1,0 +1,330 @@
+"""Learning online: agent steps and gradient steps per second, and what a growing store costs the learner.
+
+    python benchmarks/online.py --json benchmarks/results/online_cpu.json
+
+One network (scale=cpu), batches of 32, 3-step returns, Breakout. Per round, one after the other:
+
+- emulator: emulators that step together, random actions. acting: the same with the network's forward.
+- learner: gradient steps on a store that nobody appends to.
+- online: both overlapped, as train-online does it, at replay ratios 1/4 and 1/16.
+- recipe: TorchRL's DQN recipe for Atari (sota-implementations/dqn): its Collector, GymEnv with TorchRL's transforms,
+  LazyMemmapStorage and DistributionalDQNLoss, with our network. recipe_env: the same with our AtariEnv in place of
+  GymEnv and transforms, which is the fairer comparison of everything else.
+
+Then the buffer: processor time of a batch and of an appended transition, of the growing store and of TorchRL's
+LazyTensorStorage of the same capacity. Speeds are medians over rounds; wall clock and processor time are both there, as
+the machine may have other work.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import ale_py
+import gymnasium
+import numpy as np
+import torch
+from tensordict import TensorDict
+from tensordict.nn import TensorDictModuleBase, TensorDictSequential
+from torchrl.collectors import Collector
+from torchrl.data import LazyMemmapStorage, LazyTensorStorage, TensorDictReplayBuffer
+from torchrl.data.postprocs import MultiStep
+from torchrl.envs import (
+    CatFrames,
+    Compose,
+    DoubleToFloat,
+    EnvBase,
+    GrayScale,
+    GymEnv,
+    NoopResetEnv,
+    RewardSum,
+    SignTransform,
+    StepCounter,
+    ToTensorImage,
+    TransformedEnv,
+    UnaryTransform,
+)
+from torchrl.modules import EGreedyModule
+from torchrl.objectives import DistributionalDQNLoss, HardUpdate
+
+from torchrl_sql.config import RunConfig, compose_run_config
+from torchrl_sql.data import OfflineAtariReplay
+from torchrl_sql.data.growing import GrowingStore
+from torchrl_sql.envs import AtariEnv
+from torchrl_sql.envs.lockstep import Lockstep
+from torchrl_sql.methods import make_method
+from torchrl_sql.provenance import describe_benchmark
+from torchrl_sql.training.build import build_trainer
+
+GAME = "Breakout"
+LEGAL = np.array([0, 1, 3, 4])
+
+
+def run_config(folder: Path, ratio: int, encoder: str) -> RunConfig:
+    """A run that begins to learn soon; 1/ratio gradient steps per agent step."""
+    return compose_run_config(
+        [
+            "scale=cpu", "online=cpu", f"data.games={GAME}", f"run_dir={folder}", f"model.encoder={encoder}",
+            f"online.agent_steps_per_gradient_step={ratio}", "online.first_agent_steps=2_000",
+            f"online.commit_interval_gradient_steps={max(50, 500 // ratio)}",
+        ]
+    )  # fmt: skip
+
+
+class Clock:
+    """Wall and processor seconds since it was made."""
+
+    def __init__(self) -> None:
+        self._wall, self._cpu = time.perf_counter(), time.process_time()
+
+    def rates(self, count: int) -> dict[str, float]:
+        """``count`` per second of each kind."""
+        wall, cpu = time.perf_counter() - self._wall, time.process_time() - self._cpu
+        return {"per_second": count / wall, "per_cpu_second": count / cpu}
+
+
+def emulator(folder: Path, encoder: str, num_ticks: int, *, acting: bool) -> dict[str, float]:
+    """Agent steps of four emulators."""
+    config = run_config(folder, 4, encoder)
+    method = make_method(config.method)
+    policy = method.policy(method.network(config.model, config.games), config.games).eval()
+    players = Lockstep([GAME], 4, seed=0)
+    players.begin({})
+    clock, rng = Clock(), np.random.default_rng(0)
+    for _ in range(num_ticks):
+        if acting:
+            with torch.inference_mode():
+                observation, game_id = torch.from_numpy(players.observation), torch.zeros(4, dtype=torch.int64)
+                policy(TensorDict(observation=observation, game_id=game_id, batch_size=[4]))
+        players.step(LEGAL[rng.integers(4, size=4)], {})
+    rates = clock.rates(4 * num_ticks)
+    players.close()
+    return rates
+
+
+def learner(store: Path, folder: Path, encoder: str, num_steps: int) -> dict[str, float]:
+    """Gradient steps on data that is there."""
+    config = compose_run_config(
+        ["scale=cpu", "method=dqn_c51", f"data.games={GAME}", f"data.store={store}", f"run_dir={folder}",
+         f"model.encoder={encoder}", "data.n_steps=3"]
+    )  # fmt: skip
+    trainer = build_trainer(config)
+    list(trainer.train(5, log_interval=50))
+    clock = Clock()
+    list(trainer.train(5 + num_steps, log_interval=50))
+    rates = clock.rates(num_steps)
+    trainer.replay.shutdown()
+    return rates
+
+
+def online(folder: Path, encoder: str, ratio: int, num_steps: int) -> dict[str, float]:
+    """Gradient steps of a run that plays."""
+    trainer = build_trainer(run_config(folder, ratio, encoder))
+    list(trainer.train(5, log_interval=50))
+    clock = Clock()
+    list(trainer.train(5 + num_steps, log_interval=50))
+    rates = clock.rates(num_steps)
+    trainer.replay.shutdown()
+    return rates
+
+
+def resized(pixels: torch.Tensor) -> torch.Tensor:
+    """What the recipe's Resize does, which needs torchvision; and uint8."""
+    small = torch.nn.functional.interpolate(pixels[None], (84, 84), mode="bilinear", antialias=True)
+    return (255 * small[0]).to(torch.uint8)
+
+
+def recipe_env() -> EnvBase:
+    """As sota-implementations/dqn/utils_atari.py makes it, with uint8 pixels, which take a quarter of its floats."""
+    gymnasium.register_envs(ale_py)
+    env = GymEnv(
+        "BreakoutNoFrameskip-v4", frame_skip=4, from_pixels=True, pixels_only=False, categorical_action_encoding=True
+    )
+    return TransformedEnv(
+        env,
+        Compose(
+            NoopResetEnv(noops=30, random=True),
+            SignTransform(in_keys=["reward"]),
+            ToTensorImage(),
+            GrayScale(),
+            UnaryTransform(["pixels"], ["observation"], fn=resized),
+            CatFrames(N=4, dim=-3, in_keys=["observation"]),
+            RewardSum(),
+            StepCounter(max_steps=4500),
+            DoubleToFloat(),
+        ),
+    )
+
+
+class WithGame(TensorDictModuleBase):
+    """The recipe's environment has no game id."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.in_keys, self.out_keys = [], ["game_id"]
+
+    def forward(self, tensordict: Any) -> Any:
+        """Writes zeros."""
+        return tensordict.set("game_id", torch.zeros(tensordict.batch_size, dtype=torch.int64))
+
+
+def recipe(folder: Path, encoder: str, ratio: int, num_steps: int, *, our_env: bool) -> dict[str, float]:
+    """Gradient steps of TorchRL's loop: collect 16 frames, append them, take 16 / ratio gradient steps."""
+    config = run_config(folder, ratio, encoder)
+    method = make_method(config.method)
+    network = method.network(config.model, config.games)
+    env = AtariEnv(GAME, 1) if our_env else recipe_env()
+    explore = EGreedyModule(AtariEnv(GAME, 1).action_spec[0] if our_env else env.action_spec, eps_init=0.5, eps_end=0.5)
+    actor = network if our_env else TensorDictSequential(WithGame(), network)
+    collector = Collector(
+        env, TensorDictSequential(actor, explore), frames_per_batch=16, total_frames=-1, init_random_frames=0
+    )
+    buffer = TensorDictReplayBuffer(
+        storage=LazyMemmapStorage(20_000, scratch_dir=str(folder / "memmap")), batch_size=32, prefetch=3
+    )
+    loss = DistributionalDQNLoss(network, gamma=0.99, delay_value=True)
+    loss.make_value_estimator()
+    optimizer = torch.optim.Adam(loss.parameters(), lr=1e-4, fused=True)
+    updater = HardUpdate(loss, value_network_update_interval=500)
+    steps = MultiStep(gamma=0.99, n_steps=3)
+    done, clock, due = 0, Clock(), 0.0
+    for data in collector:
+        buffer.extend(steps(data.unsqueeze(0) if data.ndim == 1 else data).reshape(-1).select(
+            "observation", "action", "steps_to_next_obs", "game_id", ("next", "observation"), ("next", "reward"),
+            ("next", "done"), ("next", "terminated"), ("next", "game_id"), strict=False,
+        ))  # fmt: skip
+        if len(buffer) < 256:
+            clock = Clock()
+            continue
+        due += 16 / ratio
+        while due >= 1:
+            batch = buffer.sample()
+            batch["next", "game_id"] = batch["game_id"]
+            batch["steps_to_next_obs"] = batch["steps_to_next_obs"].reshape(-1, 1)
+            value = loss(batch)["loss"]
+            optimizer.zero_grad()
+            value.backward()
+            torch.nn.utils.clip_grad_norm_(loss.parameters(), 10.0)
+            optimizer.step()
+            updater.step()
+            due, done = due - 1, done + 1
+        if done >= num_steps:
+            break
+    rates = clock.rates(done)
+    collector.shutdown()
+    return rates
+
+
+def episodes(num_transitions: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Real play, repeated until there is enough of it."""
+    players = Lockstep([GAME], 4, seed=1)
+    players.begin({})
+    rng, played = np.random.default_rng(1), []
+    while len(played) < 24:
+        played += players.step(LEGAL[rng.integers(4, size=4)], {})
+    players.close()
+    count = 0
+    while count < num_transitions:
+        for one in played:
+            yield np.stack(one.frames), np.array(one.actions), np.array(one.rewards, np.float32)
+            count += len(one.actions)
+
+
+def buffers(folder: Path, capacity: int) -> dict[str, float]:
+    """Processor milliseconds of a batch and of an appended transition, at this capacity."""
+    growing = GrowingStore(folder / "store", [GAME], source="a benchmark", about={}, shard_frames=2_000)
+    growing.open()
+    for frames, actions, rewards in episodes(capacity):
+        growing.add(GAME, frames, actions, rewards, terminated=True, labels={"epsilon": 0.1})
+    recordings = growing.commit()
+    make = partial(OfflineAtariReplay, batch_size=32, n_steps=3)
+    replay = make(growing.store)
+    rows = {}
+    more = list(episodes(4_000))
+
+    def append() -> int:
+        """A thousand transitions and the commit that shows them, as at scale=cpu."""
+        count = 0
+        while count < 1_000:
+            frames, actions, rewards = more.pop()
+            growing.add(GAME, frames, actions, rewards, terminated=True, labels={"epsilon": 0.1})
+            count += len(actions)
+        replay.show(growing.commit(), until=10**9)
+        return count
+
+    rows["store_batch_ms"] = cpu_ms(replay.sample, 200)
+    rows["store_append_ms"] = statistics.median(cpu_ms(append, 1) / 1_000 for _ in range(3))
+    rows["store_first_batches_ms"] = cpu_ms(replay.sample, 125)  # files are mapped anew after a commit
+    rows["store_bytes_per_transition"] = (
+        sum(path.stat().st_size for path in recordings[0].path.rglob("*") if path.is_file()) / recordings[0].num_steps
+    )
+    other = TensorDictReplayBuffer(storage=LazyTensorStorage(capacity), batch_size=32)
+    one = replay.sample().exclude("index")
+    for _ in range(-(-capacity // 4096)):
+        other.extend(torch.cat([one] * 128))
+    rows["memory_batch_ms"] = cpu_ms(other.sample, 200)
+    rows["memory_append_ms"] = cpu_ms(lambda: other.extend(one[:16]), 100) / 16
+    rows["memory_bytes_per_transition"] = float(one.bytes() / 32)
+    replay.shutdown()
+    growing.close()
+    return rows
+
+
+def cpu_ms(work: Callable[[], Any], count: int) -> float:
+    """Processor milliseconds per call."""
+    work() if count > 1 else None
+    began = time.process_time()
+    for _ in range(count):
+        work()
+    return 1e3 * (time.process_time() - began) / count
+
+
+def main() -> None:
+    """Measure and print; with --json also write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--encoder", default="resnet_tiny")
+    parser.add_argument("--steps", type=int, default=60, help="gradient steps per measurement")
+    parser.add_argument("--capacity", type=int, default=100_000, help="transitions of the buffers; 0 for none")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    rounds: dict[str, list[dict[str, float]]] = {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        online(folder / "first", args.encoder, 4, 20)
+        sides: dict[str, Callable[[Path], dict[str, float]]] = {
+            "emulator": lambda at: emulator(at, args.encoder, 300, acting=False),
+            "acting": lambda at: emulator(at, args.encoder, 300, acting=True),
+            "learner": lambda at: learner(folder / "first" / "store", at, args.encoder, args.steps),
+        }
+        for ratio in (4, 16):
+            sides[f"online_{ratio}"] = partial(online, encoder=args.encoder, ratio=ratio, num_steps=args.steps)
+            for kind, ours in (("recipe", False), ("recipe_env", True)):
+                sides[f"{kind}_{ratio}"] = partial(
+                    recipe, encoder=args.encoder, ratio=ratio, num_steps=args.steps, our_env=ours
+                )
+        for number in range(args.rounds):
+            for side, measure in sides.items():
+                rounds.setdefault(side, []).append(measure(folder / f"{side}-{number}"))
+                print(side, rounds[side][-1], flush=True)
+        buffer = buffers(folder / "buffer", args.capacity) if args.capacity else {}
+    medians = {
+        side: {key: statistics.median(row[key] for row in rows) for key in rows[0]} for side, rows in rounds.items()
+    }
+    result = {"settings": vars(args) | {"json": None}, "medians": medians, "buffer": buffer, "rounds": rounds}
+    print(json.dumps({"medians": medians, "buffer": buffer}, indent=1))
+    if args.json is not None:
+        args.json.write_text(json.dumps(describe_benchmark() | result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
