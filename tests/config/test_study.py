@@ -75,7 +75,7 @@ def test_a_run_that_only_prepares_others_is_not_played(read):
         ("from: a", "from: b", r"runs.c.seeds must be among those of b, got also \[0\]"),
         ("from: a, load: encoder", "from: a", "runs.c.load must be encoder or all"),
         ("  a:", "  ../a:", "runs must have names of letters"),
-        ("  a:", "  store:", "other than constant, launch, store, tasks"),
+        ("  a:", "  store:", "other than constant, launch, store, stores, tasks"),
         ("against: [b]", "against: [d]", "report.against must be among the runs"),
         ("constant_actions: 5", "constant_actions: -1", "report.constant_actions must be at least 0"),
         (STUDY, "- a", "a study must be keys with values"),
