@@ -62,10 +62,11 @@ def test_of_runs_that_only_prepare_others_a_study_shows_the_curves(tmp_path):
         "runs: {before: {set: [method=cpc], decode: []}, after: {from: before, load: encoder}}"
     )
     run_folder(tmp_path / "before" / "seed0", "method=cpc", name="before", metrics={"accuracy": "10,0.5\n20,0.75\n"})
-    after = run_folder(tmp_path / "after" / "seed0", name="after", metrics={"loss_cql": "10,3.0\n"})
+    words = ["init.policy=before/seed0/policy.safetensors"]
+    after = run_folder(tmp_path / "after" / "seed0", *words, name="after", metrics={"loss_cql": "10,3.0\n"})
     write(after / "scores.csv", episodes("after"))
     data = gather([tmp_path])
-    assert [agent.agent for agent in data.agents] == ["after"]
+    assert [agent.label for agent in data.agents] == ["after"]  # not Scaled QL: what it starts from matters
     (curve,) = [curve for curve in data.curves if curve.agent == "before"]
     assert (curve.gradient_steps, curve.values) == ([10, 20], [0.5, 0.75]) and "found in the batch" in curve.metric
     assert not any("before" in caveat for caveat in data.caveats)

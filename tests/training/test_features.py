@@ -41,6 +41,11 @@ def test_features_of_zeros_are_described_too():
     )
 
 
+def test_features_that_are_not_finite_are_no_error_here():
+    result = described([[1.0, float("inf")], [1.0, 2.0]])
+    assert result["feature_rank"] != result["feature_rank"] and result["feature_norm"] == float("inf")
+
+
 class Noisy(nn.Module):
     def __init__(self):
         super().__init__()

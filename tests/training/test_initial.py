@@ -92,6 +92,15 @@ def test_a_source_of_another_kind_gives_its_encoder(make_config, source):
     assert "encoder.0.weight" in equal_names(online, theirs)
 
 
+def test_transformers_start_from_transformers(make_config):
+    words = ["method=mgdt", "model=mgdt_small"]
+    trained = train(make_config(*words, "trainer.num_gradient_steps=4", name="transformer")) / POLICY_FILE
+    trainer = build_trainer(make_config(*words, f"init.policy={trained}", "init.load=all", "data.games=[Freeway]"))
+    trainer.replay.shutdown()
+    ours, theirs = trainer.loss.state_dict(), read_policy_file(trained)[0].network.state_dict()
+    assert theirs and all(torch.equal(ours[f"actor_network_params.{name}"], value) for name, value in theirs.items())
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -32,13 +32,15 @@ def describe_features(features_BD: Tensor) -> dict[str, Tensor]:
         (Sokar et al. 2023); ``feature_cosine``, the mean cosine over pairs of states; ``feature_norm``, the mean norm.
     """
     features_BD = features_BD.float()
-    values = torch.linalg.svdvals(features_BD)
+    finite = features_BD.isfinite().all()  # the trainer says what is wrong; singular values would raise
+    values = torch.linalg.svdvals(torch.where(finite, features_BD, 0.0))
+    rank = (values.cumsum(0) < _RANK_SHARE * values.sum()).sum() + 1.0
     magnitude_D = features_BD.abs().mean(0)
     norm_B = torch.linalg.vector_norm(features_BD, dim=-1)
     sum_D = (features_BD / norm_B.clamp_min(1e-12).unsqueeze(-1)).sum(0)
     num_states = len(features_BD)
     return {
-        "feature_rank": (values.cumsum(0) < _RANK_SHARE * values.sum()).sum() + 1.0,
+        "feature_rank": torch.where(finite, rank, torch.nan),
         "feature_dormant": (magnitude_D <= _DORMANT * magnitude_D.mean()).float().mean(),
         "feature_cosine": (sum_D.square().sum() - num_states) / (num_states * (num_states - 1)),
         "feature_norm": norm_B.mean(),
