@@ -115,7 +115,7 @@ def test_the_papers_scale_holds_the_papers_values(encoder):
 def test_every_scale_model_and_method_compose_and_round_trip_through_yaml(scale, method):
     fitting = 0
     for model in list_choices("model"):
-        words = [f"scale={scale}", f"model={model}", f"method={method}", "data.store=store"]
+        words = [f"scale={scale}", f"model={model}", f"method={method}", "data.store=store", "data.n_steps=4"]
         if model.startswith("mgdt") != (method in ("mgdt", "bc_transformer")):
             with pytest.raises(ConfigError, match=r"model must be one of .* with method\.name="):
                 compose_run_config(words)

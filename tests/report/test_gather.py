@@ -59,9 +59,15 @@ def run_folder(folder, *overrides, name="scaled_ql", seed=0, games=GAMES, metric
 def test_of_runs_that_only_prepare_others_a_study_shows_the_curves(tmp_path):
     (tmp_path / "study.yaml").write_text(
         "title: T\ndata: collect\nreport: {main: after}\n"
-        "runs: {before: {set: [method=cpc], decode: []}, after: {from: before, load: encoder}}"
+        "runs: {before: {set: [method=cpc, data.n_steps=4], decode: []}, after: {from: before, load: encoder}}"
     )
-    run_folder(tmp_path / "before" / "seed0", "method=cpc", name="before", metrics={"accuracy": "10,0.5\n20,0.75\n"})
+    run_folder(
+        tmp_path / "before" / "seed0",
+        "method=cpc",
+        "data.n_steps=4",
+        name="before",
+        metrics={"accuracy": "10,0.5\n20,0.75\n"},
+    )
     words = ["init.policy=before/seed0/policy.safetensors"]
     after = run_folder(tmp_path / "after" / "seed0", *words, name="after", metrics={"loss_cql": "10,3.0\n"})
     write(after / "scores.csv", episodes("after"))

@@ -212,6 +212,13 @@ def test_a_run_is_not_continued_from_another_start(make_config, source):
         train(make_config(f"init.policy={source}", "init.sha256=abc", *words))
 
 
+def test_nor_from_another_policy_in_its_place(make_config, source, tmp_path):
+    other = train(make_config("seed=5", name="other")) / POLICY_FILE
+    train(make_config(f"init.policy={source}"))
+    with pytest.raises(ConfigError, match=r"init.sha256: [0-9a-f]{64} there, [0-9a-f]{64} now"):
+        train(make_config(f"init.policy={other}"))
+
+
 def test_two_ranks_start_from_the_policy_that_rank_0_reads(tiny_overrides, run_ranks, source, tmp_path):
     words = [f"init.policy={source}", "init.freeze=true", "trainer.num_gradient_steps=4"]
 

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from torchrl_sql.cli import main
+from torchrl_sql.config import ConfigError
 from torchrl_sql.training import load_agent, load_policy, train
 from torchrl_sql.training.build import build_trainer
 from torchrl_sql.training.checkpoint import list_checkpoints
@@ -15,7 +16,7 @@ from torchrl_sql.training.features import FEATURE_METRICS
 from torchrl_sql.training.logs import read_scalars
 from torchrl_sql.training.policy import POLICY_FILE
 
-METHODS = {"mae": ["method.decoder_width=64", "method.decoder_layers=1"], "cpc": ["method.width=16"]}
+METHODS = {"mae": ["method.decoder_width=64", "method.decoder_layers=1"], "cpc": ["method.width=16", "data.n_steps=4"]}
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -70,6 +71,11 @@ def test_every_method_logs_what_is_in_its_features(make_config, choice):
     for name in FEATURE_METRICS:
         assert [step for step, _ in scalars[name]] == [2, 4]
     assert all(1 <= value <= 8 for _, value in scalars["feature_rank"])  # states of a batch
+
+
+def test_states_that_share_frames_are_refused_for_contrastive_prediction(make_config):
+    with pytest.raises(ConfigError, match=r"data.n_steps must be at least 4 with method.name=cpc .*, got 3"):
+        make_config("method=cpc", "data.n_steps=3")
 
 
 def test_the_probe_changes_no_weight(make_config):

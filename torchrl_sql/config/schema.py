@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 from omegaconf import MISSING, OmegaConf
 
-from torchrl_sql.games import resolve_games
+from torchrl_sql.games import FRAME_STACK, resolve_games
 
 if TYPE_CHECKING:
     Games = tuple[str, ...]
@@ -294,6 +294,8 @@ class InitConfig:
     """Do not train the encoder, loaded or not."""
     sha256: str | None = None
     """Of the policy; the run writes it here when it starts. Given before, it refuses another policy."""
+    source: str | None = None
+    """Name of the run that the policy is of; the run writes it here when it starts."""
 
 
 @dataclass(kw_only=True)
@@ -459,6 +461,12 @@ def _check_together(config: RunConfig) -> None:
         )
         require(method.value_prior_std is None or not scalar, "method.value_prior_std", "null with scalar heads")
         require(method.v_min < method.v_max, "method.v_min", f"less than method.v_max={method.v_max}")
+    if method.name == "cpc":
+        require(
+            data.n_steps >= FRAME_STACK,
+            "data.n_steps",
+            f"at least {FRAME_STACK} with method.name=cpc (stacks that share frames tell one another)",
+        )
     require(
         config.optim.warmup_gradient_steps < trainer.num_gradient_steps,
         "optim.warmup_gradient_steps",

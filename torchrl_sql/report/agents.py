@@ -138,12 +138,12 @@ def deciding_settings(config: RunConfig) -> dict[str, Any]:
     """Settings that decide what is learned, beside the seeds and the places of the data and of the first weights."""
     values = asdict(config)
     trainer = ("num_gradient_steps", "target_update_interval_gradient_steps", "precision")
-    places = ("data.store", "data.prefetch", "init.policy", "init.sha256")
+    places = ("data.store", "data.prefetch", "init.policy", "init.sha256", "online.offline_store")
     collection = {key: value for key, value in values["collection"].items() if key != "seed"}
     return {"collection": collection} | {
         f"{section}.{key}": value
-        for section in ("data", "model", "method", "init", "optim", "trainer")
-        for key, value in values[section].items()
+        for section in ("data", "model", "method", "init", "online", "optim", "trainer")
+        for key, value in (values[section] or {}).items()
         if (section != "trainer" or key in trainer) and f"{section}.{key}" not in places
     }
 

@@ -106,7 +106,7 @@ def build_trainer(
     # Before any data is opened: the network refuses names that it does not know.
     network = method.network(config.model, config.games, memory_format=memory_format)
     if config.init.policy is not None and not continues:
-        config.init.sha256 = load_initial(network, config, ranks)
+        config.init.source, config.init.sha256 = load_initial(network, config, ranks)
     if config.init.freeze:
         freeze_encoder(network)
     network.to(device)

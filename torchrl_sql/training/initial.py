@@ -24,7 +24,7 @@ _GIVEN = re.compile(r"(?:.*\.)?(?:input_mean|support)")
 """Not learned: what the data and the settings say."""
 
 
-def load_initial(network: nn.Module, config: RunConfig, ranks: Ranks) -> str:
+def load_initial(network: nn.Module, config: RunConfig, ranks: Ranks) -> tuple[str, str]:
     """Fill a fresh network with what ``config.init`` names; nothing is loaded in part.
 
     ``load: encoder`` takes what maps frames to the feature map, ``load: all`` everything that is learned, of per-game
@@ -36,7 +36,7 @@ def load_initial(network: nn.Module, config: RunConfig, ranks: Ranks) -> str:
         ranks (Ranks): rank 0 reads the file for all.
 
     Returns:
-        SHA-256 of the policy, as its file says.
+        The name of the policy's run, and its SHA-256, as its file says.
 
     Raises:
         CheckpointError: if the file is damaged or of another format.
@@ -88,7 +88,7 @@ def load_initial(network: nn.Module, config: RunConfig, ranks: Ranks) -> str:
             "starting from %s (method %s, sha256 %s): %s weights loaded; new: %s",
             path, before.method.name, source["sha256"], f"{loaded:,}", ", ".join(new) or "nothing",
         )  # fmt: skip
-    return str(source["sha256"])
+    return before.name, str(source["sha256"])
 
 
 def freeze_encoder(network: nn.Module) -> None:

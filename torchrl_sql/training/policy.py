@@ -170,6 +170,16 @@ def read_policy_file(path: Path) -> tuple[Trained, dict[str, str]]:
         return Trained(network.eval(), config, int(metadata["gradient_step"])), metadata
 
 
+def policy_digest(path: Path) -> str:
+    """SHA-256 of metadata and weights, as a policy file says of itself.
+
+    Raises:
+        CheckpointError: if it is not such a file.
+    """
+    with wrong_content(path):
+        return _read(path)[0]["sha256"]
+
+
 def _heads(weights: Mapping[str, Tensor]) -> list[str]:
     """Names of the per-game heads' weights and biases."""
     return [name for name in weights if name.endswith((".heads.weight", ".heads.bias"))]

@@ -28,7 +28,7 @@ from torchrl_sql.training.device import describe_device, resolve_device
 from torchrl_sql.training.lock import RunLock
 from torchrl_sql.training.logs import RunLog
 from torchrl_sql.training.online import OnlineReplay
-from torchrl_sql.training.policy import POLICY_FILE, export_policy
+from torchrl_sql.training.policy import POLICY_FILE, export_policy, policy_digest
 from torchrl_sql.training.ranks import Ranks, process_group
 from torchrl_sql.training.scores import Evaluate, Scores
 from torchrl_sql.training.signals import Interrupted, StopSignals
@@ -121,7 +121,10 @@ def _train(config: RunConfig, ranks: Ranks, signals: StopSignals, lock: RunLock 
             same_data = content["data_fingerprint"] == about["data_fingerprint"]
             num_steps_taken = int(content["trainer"]["step"])
         if config.init.policy is not None and config.init.sha256 is None:
-            config.init.sha256 = before.init.sha256  # what it started from; the file may be gone
+            source = expand_path(config.init.policy)
+            there = ranks.on_main(lambda: policy_digest(source) if source.is_file() else None)
+            config.init.sha256 = there or before.init.sha256  # the file that it started from may be gone
+            config.init.source = before.init.source
         _check_same_run(config, before, same_data=same_data)
         if num_steps_taken >= config.trainer.num_gradient_steps:
             ranks.on_main(lambda: _export_once(config, path))
