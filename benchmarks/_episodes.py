@@ -29,7 +29,7 @@ def play(game: str, *, seed: int = 0, max_steps: int = 27_000) -> Iterator[Episo
     """Whole episodes without end, frames ``[T + 1, 84, 84]``; those of ``max_steps`` are truncated."""
     rng = np.random.default_rng(seed)
     legal = np.array(GAMES[game].minimal_actions)
-    vector = AtariVector(game, 1, Emulator(max_env_frames=4 * max_steps), num_threads=1)
+    vector = AtariVector(game, 1, Emulator(max_env_frames=4 * max_steps))
     while True:
         frames, actions, rewards, done, action = [], [], [], False, int(rng.choice(legal))
         frames.append(vector.reset(rng.integers(0, 2**31, 1))[0, -1].copy())

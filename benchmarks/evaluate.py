@@ -68,7 +68,7 @@ PLAYED = ("Assault", "Breakout", "Freeway", "SpaceInvaders")
 
 def emulator_rate(seconds: float) -> float:
     """Agent steps per second of one emulator thread, the games in equal shares."""
-    vectors = [AtariVector(game, 8, num_threads=1) for game in PLAYED]
+    vectors = [AtariVector(game, 8, num_processes=1) for game in PLAYED]
     for vector in vectors:
         vector.reset(np.arange(8))
     rng, steps, spent = np.random.default_rng(0), 0, 0.0
@@ -85,7 +85,7 @@ def emulator_rate(seconds: float) -> float:
 
 def reset_seconds() -> float:
     """Time to start an episode in an emulator that exists."""
-    vector = AtariVector("Breakout", 1, num_threads=1)
+    vector = AtariVector("Breakout", 1)
     vector.reset(np.array([0]))
     start = time.perf_counter()
     for seed in range(10):

@@ -45,7 +45,7 @@ print(json.dumps({**figures, "resident_bytes": 1024 * resource.getrusage(resourc
 def play(game: str, num_steps: int, seed: int = 0) -> dict[str, np.ndarray]:
     """Rows of whole episodes, padding included, about ``num_steps`` of them."""
     rng = np.random.default_rng(seed)
-    vector = AtariVector(game, 1, num_threads=1)
+    vector = AtariVector(game, 1)
     minimal = GAMES[game].minimal_actions
     rows: dict[str, list[np.ndarray]] = {"observation": [], "action": [], "reward": [], "terminal": []}
 

@@ -54,7 +54,7 @@ def test_illegal_actions_act_as_noop():
     assert (noop != up).any()
 
 
-def test_partial_reset_leaves_the_others_and_takes_the_place_of_the_automatic_one():
+def test_partial_reset_leaves_the_others_and_nothing_is_reset_by_itself():
     vector = AtariVector("Breakout", 2, Emulator(max_env_frames=40))
     vector.reset(np.array([0, 1]))
     for _ in range(10):
@@ -64,8 +64,11 @@ def test_partial_reset_leaves_the_others_and_takes_the_place_of_the_automatic_on
     observation = vector.reset(np.array([7]), np.array([True, False]))
     assert not observation[0, :3].any()
     np.testing.assert_array_equal(observation[1], last)
+    with pytest.raises(ValueError, match=r"copies must be reset before a step, got \[1\] without an episode"):
+        vector.step(np.array([1, 1]))
+    vector.reset(np.array([8]), np.array([False, True]))
     observation, _, _, _ = vector.step(np.array([1, 1]))
-    assert not observation[0, :2].any() and observation[0, 2:].any(axis=(1, 2)).all()
+    assert not observation[:, :2].any() and observation[:, 2:].any(axis=(2, 3)).all()
 
 
 @pytest.mark.parametrize(
@@ -74,8 +77,6 @@ def test_partial_reset_leaves_the_others_and_takes_the_place_of_the_automatic_on
         ({"sticky_action_probability": -0.1}, r"sticky_action_probability must be in \[0, 1\], got -0.1"),
         ({"sticky_action_probability": 1.5}, r"sticky_action_probability must be in \[0, 1\], got 1.5"),
         ({"max_env_frames": 0}, "max_env_frames must be at least 1, got 0"),
-        ({"mode": 0}, "mode must be None, the game's default: others are not supported yet, got 0"),
-        ({"difficulty": 1}, "difficulty must be None, the game's default: others are not supported yet, got 1"),
     ],
 )
 def test_emulators_that_cannot_be_had_are_refused(setting, message):

@@ -35,7 +35,7 @@ def _enjoy(args: argparse.Namespace) -> None:
     times per second. Nothing is added to tables of scores.
     """
     check_agent(args.agent)
-    from torchrl_sql.envs.atari import FRAME_SKIP
+    from torchrl_sql.envs.console import FRAME_SKIP
     from torchrl_sql.evaluation.agents import make_agents
     from torchrl_sql.evaluation.films import check_file, check_window, film, show, write_film
     from torchrl_sql.evaluation.rollout import rollout

@@ -17,7 +17,7 @@ import tensorstore as ts
 from torchrl_sql.data.catalogue import ABSENT, contradiction, list_recording
 from torchrl_sql.data.frames import open_frame_array
 from torchrl_sql.files import json_field, read_json, write_text
-from torchrl_sql.games import GAMES, NUM_ACTIONS
+from torchrl_sql.games import NUM_ACTIONS, find_game
 
 RUN_FORMAT = "torchrl_sql.run"
 VERSION = 2
@@ -152,8 +152,10 @@ class Recording:
     def __init__(self, path: Path, manifest: Manifest | None = None) -> None:
         self.path = path
         self.manifest = manifest if manifest is not None else Manifest.read(path / "manifest.json")
-        if self.game not in GAMES:
-            raise ValueError(f"{path / 'manifest.json'}: unknown game {self.game!r}")
+        try:
+            find_game(self.game)
+        except ValueError as error:
+            raise ValueError(f"{path / 'manifest.json'}: {error}") from error
 
     @property
     def game(self) -> str:

@@ -18,7 +18,7 @@ import numpy as np
 from torchrl_sql.data.chunks import StoredFrames
 from torchrl_sql.data.recording import Recording
 from torchrl_sql.data.store import FrameStore
-from torchrl_sql.games import FRAME_SHAPE, GAMES, NUM_ACTIONS, illegal_actions
+from torchrl_sql.games import FRAME_SHAPE, NUM_ACTIONS, find_game, illegal_actions
 
 _NUM_PADDING_ROWS = 3
 _TIME_LIMIT_STEPS = 27_000
@@ -115,7 +115,8 @@ class _Log:
         step = np.repeat(recording.first_steps() - np.cumsum(lengths) + lengths, lengths) + np.arange(lengths.sum())
         frame = np.repeat(episodes["first_frame"] - np.cumsum(lengths) + lengths, lengths) + np.arange(lengths.sum())
         minimal = np.zeros(NUM_ACTIONS, np.int32)
-        minimal[list(GAMES[recording.game].minimal_actions)] = np.arange(len(GAMES[recording.game].minimal_actions))
+        legal = find_game(recording.game).minimal_actions
+        minimal[list(legal)] = np.arange(len(legal))
         self.frame = rows("<i8", -1, frame)
         self.scalars = {
             "action": rows("<i4", 0, minimal[recording.actions[step]]),

@@ -144,7 +144,7 @@ class FrameStore:
             ValueError: if the game is unknown or the store holds none of it, or if a recording of it is damaged or is
                 not there any more.
         """
-        resolve_games([game])
+        (game,) = resolve_games([game])
         recordings = self._read(f"{game}/*")
         if not recordings:
             held = ", ".join(self.games) or "no games"
@@ -178,7 +178,7 @@ class FrameStore:
         """Opens the recording named ``run`` for writing: a new one, or an existing one to append to, see
         :class:`RecordingWriter`.
         """
-        resolve_games([game])
+        (game,) = resolve_games([game])
         if not _RECORDING_NAME.fullmatch(run):
             raise ValueError(f"run must be made of letters, digits, '.', '_' and '-', got {run!r}")
         return RecordingWriter(

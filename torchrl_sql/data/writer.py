@@ -262,7 +262,7 @@ class RecordingWriter:
             self._warned = True
             logger.warning(
                 "%s, episode %d: not legal in %s, act as NOOP: %s of %d actions. An index into the minimal set "
-                "becomes a full action through GAMES[%r].minimal_actions",
+                "becomes a full action through find_game(%r).minimal_actions",
                 *(self._path, self._num_episodes, game, illegal, len(actions), game),
             )
 

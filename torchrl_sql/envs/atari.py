@@ -12,21 +12,16 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from ale_py import ALEInterface, LoggerMode
-from ale_py.vector_env import AtariVectorEnv
-from gymnasium.vector import AutoresetMode
 from tensordict import TensorDict, TensorDictBase
 from torchrl.data import Binary, Bounded, Categorical, Composite, Unbounded
 from torchrl.envs import EnvBase
 
-from torchrl_sql.games import FRAME_SHAPE, FRAME_STACK, GAMES, NUM_ACTIONS, legal_action_mask, resolve_games
-
-FRAME_SKIP = 4
+from torchrl_sql.envs.console import Settings
+from torchrl_sql.envs.consoles import RemoteConsole
+from torchrl_sql.games import FRAME_SHAPE, FRAME_STACK, NUM_ACTIONS, find_game, legal_action_mask
 
 SCREEN_SHAPE = (210, 160)
 """Height and width of the emulator's picture; its pixels are wide: on a television it is four by three."""
-
-ALEInterface.setLoggerMode(LoggerMode.Error)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,28 +32,19 @@ class Emulator:
         sticky_action_probability (float): that an emulator frame repeats the previous action instead of the given one;
             0.25 in Machado et al. (2018) and in DQN-Replay.
         max_env_frames (int): emulator frames (four per agent step) after which an episode is truncated.
-        mode (int, optional): of the game; only its default, None, is supported yet.
-        difficulty (int, optional): likewise.
 
     Raises:
-        ValueError: for a probability outside [0, 1], an episode without a frame, or another mode or difficulty.
+        ValueError: for a probability outside [0, 1], or an episode without a frame.
     """
 
     sticky_action_probability: float = 0.25
     max_env_frames: int = 108_000
-    mode: int | None = None
-    difficulty: int | None = None
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.sticky_action_probability <= 1.0:
             raise ValueError(f"sticky_action_probability must be in [0, 1], got {self.sticky_action_probability}")
         if self.max_env_frames < 1:
             raise ValueError(f"max_env_frames must be at least 1, got {self.max_env_frames}")
-        for name in ("mode", "difficulty"):
-            if getattr(self, name) is not None:
-                raise ValueError(
-                    f"{name} must be None, the game's default: others are not supported yet, got {getattr(self, name)}"
-                )
 
 
 DEFAULT_EMULATOR = Emulator()
@@ -66,23 +52,24 @@ DEFAULT_EMULATOR = Emulator()
 
 
 class AtariVector:
-    """``N`` independent copies of one game, stepped by C++ threads.
+    """``N`` independent copies of one game, or variation of a game, played by other processes.
 
     A finished copy must be reset by the caller before its next step: there is no hidden automatic reset, so no junk
     step. The same seed gives the same frames, whatever ``num_envs`` is.
 
     Args:
-        game (str): a name from :data:`torchrl_sql.games.GAMES`.
+        game (str): its name, as :func:`torchrl_sql.games.find_game` takes it.
         num_envs (int): number of copies, ``N``.
         emulator (Emulator): how they run.
 
     Keyword Args:
-        num_threads (int): emulator threads; 0 takes one per core.
+        num_processes (int): that play them; 0 takes one per core, shared with all other games of this process.
         screen (bool): give the game's picture in colour, uint8 ``[N, 1, 210, 160, 3]``, in place of the observation
             (the maximum over two frames here too, so that flickering objects stay visible).
 
     Raises:
         ValueError: for an unknown game or no copies.
+        ChildProcessError: by all methods, if a process that plays has ended.
     """
 
     def __init__(
@@ -91,53 +78,65 @@ class AtariVector:
         num_envs: int,
         emulator: Emulator = DEFAULT_EMULATOR,
         *,
-        num_threads: int = 0,
+        num_processes: int = 0,
         screen: bool = False,
     ):
-        (self.game,) = resolve_games([game])
+        known = find_game(game)
+        self.game = known.name
         if num_envs < 1:
             raise ValueError(f"num_envs must be at least 1, got {num_envs}")
         self.num_envs = num_envs
-        self._env = AtariVectorEnv(
-            GAMES[game].rom,
-            num_envs,
-            num_threads=num_threads,
-            repeat_action_probability=emulator.sticky_action_probability,
-            max_num_frames_per_episode=emulator.max_env_frames,
-            full_action_space=True,
-            grayscale=not screen,
-            img_height=(SCREEN_SHAPE if screen else FRAME_SHAPE)[0],
-            img_width=(SCREEN_SHAPE if screen else FRAME_SHAPE)[1],
-            stack_num=1 if screen else FRAME_STACK,
-            frameskip=FRAME_SKIP,
-            maxpool=True,
-            noop_max=0,
-            use_fire_reset=False,
-            reward_clipping=False,
-            # An explicit reset of a finished copy takes the place of the automatic one.
-            autoreset_mode=AutoresetMode.NEXT_STEP,
+        settings = Settings(
+            rom=known.rom,
+            mode=known.mode,
+            difficulty=known.difficulty,
+            sticky_action_probability=emulator.sticky_action_probability,
+            max_env_frames=emulator.max_env_frames,
+            shape=SCREEN_SHAPE if screen else FRAME_SHAPE,
+            colour=screen,
         )
+        self._consoles = [RemoteConsole(settings, num_processes=num_processes) for _ in range(num_envs)]
+        stack = (1, *SCREEN_SHAPE, 3) if screen else (FRAME_STACK, *FRAME_SHAPE)
+        self._observation = np.zeros((num_envs, *stack), np.uint8)
+        self._finished = np.ones(num_envs, np.bool_)
         legal = legal_action_mask([game])[0].numpy()
         self._emulated_action = np.where(legal, np.arange(NUM_ACTIONS), 0)
-        self._paddle_strength = np.ones(num_envs, np.float32)
+
+    @property
+    def runs(self) -> bool:
+        """Whether the processes that play do."""
+        return all(console.runs for console in self._consoles)
 
     def reset(self, seeds: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
         """Starts new episodes.
 
         Args:
-            seeds (array): int ``[number of copies reset]``, one per copy in ascending order.
+            seeds (array): int ``[number of copies reset]`` in 0..2^32-1, one per copy in ascending order.
             mask (array, optional): bool ``[N]``, the copies to reset; default all.
 
         Returns:
             uint8 ``[N, 4, 84, 84]``: the stacks of all copies, oldest frame first.
         """
-        options = None if mask is None else {"reset_mask": np.asarray(mask, dtype=np.bool_)}
-        observation, _ = self._env.reset(seed=np.asarray(seeds, dtype=np.int64), options=options)
-        return observation
+        indices = np.arange(self.num_envs) if mask is None else np.flatnonzero(mask)
+        for index, seed in zip(indices.tolist(), np.asarray(seeds).tolist(), strict=True):
+            self._consoles[index].start(seed)
+        self._observation[indices] = 0
+        for index in indices.tolist():
+            self._consoles[index].receive(self._observation[index, -1])
+        self._finished[indices] = False
+        return self._observation.copy()
 
     def send(self, actions: np.ndarray) -> None:
-        """Starts a step with full-set actions, int ``[N]`` in 0..17, without waiting; :meth:`recv` collects it."""
-        self._env.ale.send(self._emulated_action[actions], self._paddle_strength)
+        """Starts a step with full-set actions, int ``[N]`` in 0..17, without waiting; :meth:`recv` collects it.
+
+        Raises:
+            ValueError: if the episode of a copy has ended.
+        """
+        if self._finished.any():
+            finished = np.flatnonzero(self._finished)
+            raise ValueError(f"copies must be reset before a step, got {finished} without an episode")
+        for console, action in zip(self._consoles, self._emulated_action[actions].tolist(), strict=True):
+            console.act(action)
 
     def recv(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """Waits for the step started by :meth:`send`.
@@ -146,8 +145,13 @@ class AtariVector:
             observation uint8 ``[N, 4, 84, 84]``, raw reward int32 ``[N]``, terminated bool ``[N]``, truncated bool
             ``[N]``. The observation of a finished copy is its episode's last.
         """
-        observation, reward, terminated, truncated, _ = self._env.recv()
-        return observation, reward, terminated, truncated & ~terminated
+        observation = np.empty_like(self._observation)
+        observation[:, :-1] = self._observation[:, 1:]
+        answers = [console.receive(observation[i, -1]) for i, console in enumerate(self._consoles)]
+        self._observation = observation
+        reward, terminated, truncated = (np.array(column) for column in zip(*answers, strict=True))
+        self._finished = terminated | truncated
+        return observation.copy(), reward.astype(np.int32), terminated, truncated
 
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """:meth:`send` followed by :meth:`recv`."""
@@ -170,7 +174,7 @@ def replay_episode(
         for each action: the observation uint8 ``[4, 84, 84]`` and the screen uint8 ``[210, 160, 3]`` on which it was
         taken, and the raw reward that followed.
     """
-    views = [AtariVector(game, 1, emulator, num_threads=1, screen=screen) for screen in (False, True)]
+    views = [AtariVector(game, 1, emulator, screen=screen) for screen in (False, True)]
     observation, screen = (view.reset(np.array([seed]))[0] for view in views)
     for action in actions:
         for view in views:
@@ -188,13 +192,13 @@ class AtariEnv(EnvBase):
     ``[N]`` in 0..17. ``set_seed`` makes every later episode reproducible.
 
     Args:
-        game (str): a name from :data:`torchrl_sql.games.GAMES`.
+        game (str): its name, as :func:`torchrl_sql.games.find_game` takes it.
         num_envs (int): number of copies, ``N``.
         emulator (Emulator): how they run.
 
     Keyword Args:
         game_id (int): what to write under ``game_id``: the game's place in the policy's list of games.
-        num_threads (int): emulator threads; 0 takes one per core.
+        num_processes (int): see :class:`AtariVector`.
         device (torch.device or str): where tensors are written and actions read; emulation is on the CPU.
 
     Examples:
@@ -210,11 +214,11 @@ class AtariEnv(EnvBase):
         emulator: Emulator = DEFAULT_EMULATOR,
         *,
         game_id: int = 0,
-        num_threads: int = 0,
+        num_processes: int = 0,
         device: torch.device | str = "cpu",
     ):
         super().__init__(device=device, batch_size=[num_envs])
-        self._vector = AtariVector(game, num_envs, emulator, num_threads=num_threads)
+        self._vector = AtariVector(game, num_envs, emulator, num_processes=num_processes)
         self._rng = np.random.default_rng()
         self._game_id = torch.full((num_envs,), game_id, dtype=torch.int64)
         self.observation_spec = Composite(

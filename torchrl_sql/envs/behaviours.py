@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from torchrl_sql.games import ACTION_NAMES, GAMES
+from torchrl_sql.games import ACTION_NAMES, find_game
 
 NOOP, FIRE, UP, RIGHT, LEFT, DOWN, RIGHTFIRE, LEFTFIRE = (
     ACTION_NAMES.index(name) for name in ("NOOP", "FIRE", "UP", "RIGHT", "LEFT", "DOWN", "RIGHTFIRE", "LEFTFIRE")
@@ -156,15 +156,16 @@ def describe(game: str, behaviours: Sequence[Behaviour]) -> str:
         repeat = f"the last action is repeated with a probability of up to {behaviour.repeat_probability[1]:.0%}"
         return f"{1 / len(behaviours):.0%} of episodes ({behaviour.name}): {skill}{noises[behaviour.noise]}; {repeat}."
 
-    reflex = [f"Always: {REFLEXES[game][0]}"] if game in REFLEXES else []
-    return " ".join([f"The script: {SKILLS[game].description}", *reflex, *map(one, behaviours)])
+    base = find_game(game).base
+    reflex = [f"Always: {REFLEXES[base][0]}"] if base in REFLEXES else []
+    return " ".join([f"The script: {SKILLS[base].description}", *reflex, *map(one, behaviours)])
 
 
 class SkillMixture:
     """A behaviour policy of one game: each episode draws a behaviour of the mixture and its noise.
 
     Args:
-        game (str): a game of :data:`SKILLS`.
+        game (str): a game of :data:`SKILLS`, or a variation of one, for which its script serves, too.
         behaviours (sequence of Behaviour): kinds of episodes, equally likely.
 
     Raises:
@@ -172,11 +173,12 @@ class SkillMixture:
     """
 
     def __init__(self, game: str, behaviours: Sequence[Behaviour] = weak_skills()):
-        if game not in SKILLS:
+        known = find_game(game)
+        if known.base not in SKILLS:
             raise ValueError(f"game must have a scripted skill ({', '.join(SKILLS)}), got {game!r}")
-        self._skill = SKILLS[game].act
-        self._reflex = REFLEXES[game][1] if game in REFLEXES else lambda frame: None
-        self._legal = np.array(GAMES[game].minimal_actions)
+        self._skill = SKILLS[known.base].act
+        self._reflex = REFLEXES[known.base][1] if known.base in REFLEXES else lambda frame: None
+        self._legal = np.array(known.minimal_actions)
         self._behaviours = tuple(behaviours)
         self.behaviour_names = tuple(behaviour.name for behaviour in behaviours)
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from torchrl_sql.envs.atari import DEFAULT_EMULATOR, Emulator
 from torchrl_sql.envs.slots import Slot, Slots
-from torchrl_sql.games import GAMES
+from torchrl_sql.games import find_game
 
 _COMMIT_INTERVAL_AGENT_STEPS = 10_000
 
@@ -78,7 +78,7 @@ def collect(
     Args:
         writer (EpisodeWriter): where episodes go; those it already holds are not played again.
         policy (BehaviourPolicy): what chooses the actions.
-        game (str): a name from :data:`torchrl_sql.games.GAMES`.
+        game (str): its name, as :func:`torchrl_sql.games.find_game` takes it.
         num_agent_steps (int): transitions wanted, those already in ``writer`` included.
         emulator (Emulator): how the game runs.
 
@@ -111,13 +111,13 @@ def _play(
     policy: BehaviourPolicy, game: str, emulator: Emulator, *, seed: int, first_index: int, num_envs: int | None
 ) -> Iterator[_Episode]:
     """Episodes ``first_index`` and so on, in this order, without end."""
-    game_index = list(GAMES).index(game)
+    seed_key = find_game(game).seed_key
     indices = count(first_index)
     finished: dict[int, _Episode] = {}
 
     def start(slot: Slot[_Episode] | None = None) -> None:
         index = next(indices)
-        rng = np.random.default_rng([seed, game_index, index])
+        rng = np.random.default_rng([seed, *seed_key, index])
         emulator_seed = int(rng.integers(2**31 - 1))
         slots.start(_Episode(index, *policy.start_episode(rng)), game, emulator_seed, slot=slot)
 

@@ -24,10 +24,11 @@ _kept: dict[tuple[int, str, Emulator], list[AtariVector]] = {}
 
 
 def _take(game: str, emulator: Emulator) -> AtariVector:
-    try:
-        return _kept[os.getpid(), game, emulator].pop()
-    except (KeyError, IndexError):
-        return AtariVector(game, 1, emulator, num_threads=1)
+    idle = _kept.get((os.getpid(), game, emulator), [])
+    while idle:
+        if (vector := idle.pop()).runs:
+            return vector
+    return AtariVector(game, 1, emulator)
 
 
 def _keep(vector: AtariVector, emulator: Emulator) -> None:

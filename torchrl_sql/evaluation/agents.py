@@ -19,7 +19,7 @@ from torchrl_sql.evaluation.policies import ConstantPolicy, RandomPolicy, digest
 from torchrl_sql.evaluation.protocol import WHOLE, AgentId, Decoding, Protocol, Share
 from torchrl_sql.evaluation.rollout import Rollout
 from torchrl_sql.evaluation.runner import evaluate
-from torchrl_sql.games import ACTION_NAMES, GAMES
+from torchrl_sql.games import ACTION_NAMES, find_game
 from torchrl_sql.methods import make_method
 from torchrl_sql.statistics.intervals import interquartile_mean
 from torchrl_sql.statistics.scores import human_normalised, split_by_reference
@@ -164,7 +164,8 @@ class Agent:
         for row in episodes:
             if (row.emulator, row.epsilon, row.evaluation_seed) != (protocol.emulator, protocol.epsilon, protocol.seed):
                 return None
-            returns[row.game].append(row.episode_return)
+            if row.game in returns:  # not a variation of one
+                returns[row.game].append(row.episode_return)
         if any(len(values) < protocol.num_episodes for values in returns.values()):
             return None
         return {game: fmean(values) for game, values in returns.items()}
@@ -190,7 +191,7 @@ class TrainedAgent(Agent):
             :func:`torchrl_sql.training.export_policy` writes it.
 
     Keyword Args:
-        games (sequence of str, optional): some of its games; default all.
+        games (sequence of str, optional): some of its games, or variations of them; default all its games.
         decoding (str, optional): how actions follow from its outputs; default its method's usual one.
         device (str, optional): ``cpu``, ``cuda`` or ``auto``; default as in training.
 
@@ -340,5 +341,5 @@ def make_agents(
         yield ConstantAgent(action, games)
     else:
         for action in range(len(ACTION_NAMES)):
-            if knowing := [game for game in games if action in GAMES[game].minimal_actions]:
+            if knowing := [game for game in games if action in find_game(game).minimal_actions]:
                 yield ConstantAgent(action, knowing)

@@ -18,7 +18,7 @@ from torchrl_sql.envs import Emulator, replay_episode
 from torchrl_sql.evaluation.protocol import AgentId
 from torchrl_sql.evaluation.rollout import Rollout
 from torchrl_sql.files import replacing
-from torchrl_sql.games import ACTION_NAMES, GAMES
+from torchrl_sql.games import ACTION_NAMES, find_game
 
 MAX_AGENT_STEPS = 900
 """Where a clip ends: a minute, at 15 agent steps per second."""
@@ -132,7 +132,7 @@ def _draw(
 ) -> Iterator[Image.Image]:
     """One picture per agent step, of what :func:`replay_episode` shows."""
     font, small = ImageFont.load_default(17), ImageFont.load_default(13)
-    actions = GAMES[episode.game].minimal_actions
+    actions = find_game(episode.game).minimal_actions
     values = np.array(episode.action_values)[:, actions] if episode.action_values else None
     score = 0.0
     for step, (stack, screen, reward) in enumerate(views):

@@ -31,7 +31,7 @@ class EpisodeResult:
     Attributes:
         agent (str): name of the :class:`AgentId`, whose other fields are columns too.
         seed (int): its training seed.
-        game (str): name in :data:`torchrl_sql.games.GAMES`.
+        game (str): name as :func:`torchrl_sql.games.find_game` takes it.
         episode (int): number of the episode within (agent, decoding, gradient step, seed, game), from 0.
         episode_seed (int): emulator seed; decided by the evaluation seed, the game and the episode's number.
         episode_return (float): sum of the raw, unclipped game rewards.

@@ -72,7 +72,7 @@ def check_action_set(policy: torch.nn.Module) -> None:
         raise ValueError(
             f"the policy must act in the full set of {NUM_ACTIONS} actions (torchrl_sql.games.ACTION_NAMES: "
             f"{', '.join(ACTION_NAMES[:4])}, ...), but its action spec has {number}: a policy of a game's minimal "
-            "action set must have its outputs mapped by torchrl_sql.games.GAMES[game].minimal_actions first"
+            "action set must have its outputs mapped by torchrl_sql.games.find_game(game).minimal_actions first"
         )
     if isinstance(spec, OneHot):
         raise ValueError("the policy's action must be an index in 0..17 (Categorical spec), got a one-hot spec")

@@ -23,7 +23,7 @@ from torchrl_sql.envs.atari import DEFAULT_EMULATOR
 from torchrl_sql.envs.context import Context, first_context, next_context
 from torchrl_sql.envs.slots import Slot, Slots
 from torchrl_sql.evaluation.policies import check_action_set
-from torchrl_sql.games import GAMES, NUM_ACTIONS, legal_action_mask
+from torchrl_sql.games import NUM_ACTIONS, find_game, legal_action_mask, place_of
 from torchrl_sql.modules import sample_index
 
 CALIBRATION_INTERVAL_AGENT_STEPS = 50
@@ -126,7 +126,7 @@ class _Playing:
 
 def episode_seed(seed: int, game: str, episode: int) -> int:
     """The emulator seed of an episode, in 0..2^31-1."""
-    return int(np.random.SeedSequence([seed, list(GAMES).index(game), episode]).generate_state(1)[0] & 0x7FFFFFFF)
+    return int(np.random.SeedSequence([seed, *find_game(game).seed_key, episode]).generate_state(1)[0] & 0x7FFFFFFF)
 
 
 def rollout(
@@ -151,7 +151,8 @@ def rollout(
             alone; with ``context_steps`` K also ``context``, the last K steps (:func:`torchrl_sql.envs.next_context`),
             and ``return_uniform``, another such number. Writes ``action`` ``[B]`` integers in 0..17 and maybe
             ``action_value`` ``[B, 18]``. Where its parameters are, the batch is put.
-        games (sequence of str): the policy's games; their order is the meaning of ``game_id``.
+        games (sequence of str): the policy's games; their order is the meaning of ``game_id``. A variation that is not
+            among them is played as its game.
         episodes (sequence of (str, int)): games and episode numbers to play; a number stands for the same emulator
             and exploration noise in every evaluation of the same ``seed``.
         emulator (Emulator): how the games run.
@@ -170,8 +171,10 @@ def rollout(
         ValueError: for a game that the policy does not know, a bad probability, or a policy of another action set.
     """
     for game, _ in episodes:
-        if game not in games:
-            raise ValueError(f"episodes must be of the policy's games ({', '.join(games)}), got {game}")
+        if place_of(game, games) is None:
+            raise ValueError(
+                f"episodes must be of the policy's games ({', '.join(games)}) or variations of them, got {game}"
+            )
     if not 0.0 <= epsilon <= 1.0:
         raise ValueError(f"epsilon must be in [0, 1], got {epsilon}")
     check_action_set(policy)
@@ -186,7 +189,9 @@ def rollout(
         game, episode = next((key for key in queue if slot is not None and key[0] == slot.game), queue[0])
         queue.remove((game, episode))
         new = Rollout(game, episode, episode_seed(seed, game, episode))
-        playing = _Playing(new, games.index(game), recorded=record(game, episode))
+        place = place_of(game, games)
+        assert place is not None
+        playing = _Playing(new, place, recorded=record(game, episode))
         slots.start(playing, game, new.episode_seed, slot=slot)
 
     with Slots[_Playing](emulator, num_threads=num_emulator_threads) as slots:

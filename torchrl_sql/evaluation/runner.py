@@ -26,7 +26,7 @@ from torchrl_sql.evaluation.protocol import WHOLE, AgentId, Protocol, Share
 from torchrl_sql.evaluation.rollout import Rollout, episode_seed, rollout
 from torchrl_sql.evaluation.tables import TableWriter, part_of
 from torchrl_sql.files import write_text
-from torchrl_sql.games import resolve_games
+from torchrl_sql.games import place_of, resolve_games
 from torchrl_sql.provenance import software_versions
 
 
@@ -63,6 +63,7 @@ def evaluate(
             parameters by which its rows can be told from another's. With a folder, the default of its checkpoint is a
             hash of the policy's parameters.
         policy_games (sequence of str, optional): the games in the order of the policy's ``game_id``; default ``games``.
+            A variation that is not among them is played as its game.
         gamma (float, optional): discount of training, if the policy writes Q-values as ``action_value`` ``[B, 18]``:
             they are recorded beside the realised returns, see :class:`CalibrationPoint`.
         folder (Path, optional): where ``scores.csv`` (and, with ``gamma``, ``calibration.csv``) are: episodes they
@@ -85,9 +86,11 @@ def evaluate(
     """
     games = resolve_games(games)
     policy_games = games if policy_games is None else policy_games
-    unknown = [game for game in games if game not in policy_games]
+    unknown = [game for game in games if place_of(game, policy_games) is None]
     if unknown:
-        raise ValueError(f"games must be among those the policy has ({', '.join(policy_games)}), got {unknown}")
+        raise ValueError(
+            f"games must be among those the policy has ({', '.join(policy_games)}) or variations of them, got {unknown}"
+        )
     check_action_set(policy)
     agent = _identify(policy, agent, hashed=folder is not None)
     episodes = [

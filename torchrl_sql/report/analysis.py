@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from torchrl_sql.evaluation.episodes import EpisodeResult, returns_of
-from torchrl_sql.games import GAMES
+from torchrl_sql.games import find_game
 from torchrl_sql.report.model import Agent, GameData, ReportData, Returns
 from torchrl_sql.report.selection import Selection, select
 from torchrl_sql.statistics.calibration import Calibration, calibrate
@@ -291,9 +291,10 @@ class Analysis:
         if constants := self.data.constant_actions.get(game):
             name, returns = max(constants.items(), key=lambda item: item[1].mean)
             add(BEST_CONSTANT, returns, f"always {name}")
-        published = {RANDOM: GAMES[game].random_score, HUMAN: GAMES[game].human_score}
+        known = find_game(game)
+        published = {RANDOM: known.random_score, HUMAN: known.human_score}
         if data is None or data.rewards == "clipped":
-            published[DQN] = GAMES[game].dqn_score
+            published[DQN] = known.dqn_score
         for label, score in published.items():
             if score is not None:
                 policies[label] = Score(Interval(score, math.nan, math.nan), returns=np.array([score]))

@@ -22,7 +22,7 @@ from torchrl_sql.evaluation.episodes import (
 )
 from torchrl_sql.evaluation.protocol import AgentId
 from torchrl_sql.evaluation.tables import files_of
-from torchrl_sql.games import GAMES
+from torchrl_sql.games import find_game
 from torchrl_sql.methods import make_method
 from torchrl_sql.report.agents import arrange, deciding_settings, find_agents, named
 from torchrl_sql.report.dataset import constant_actions, game_data, other_data
@@ -202,7 +202,8 @@ def _choose_games(
 ) -> tuple[tuple[str, ...], list[str]]:
     """The games of the page, and what is to be said of others."""
     evaluated = {episode.game for episode in episodes}
-    wanted = tuple(games or (main_runs[0].config.games if main_runs else (g for g in GAMES if g in evaluated)))
+    in_order = sorted(evaluated, key=lambda game: find_game(game).seed_key)
+    wanted = tuple(games or (main_runs[0].config.games if main_runs else in_order))
     shown = tuple(game for game in wanted if game in evaluated)
     if not shown or (games and shown != wanted):
         raise ValueError(f"games must have been evaluated, got {wanted}, and episodes of {tuple(sorted(evaluated))}")

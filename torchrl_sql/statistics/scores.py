@@ -15,7 +15,7 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
-from torchrl_sql.games import GAMES
+from torchrl_sql.games import find_game
 
 Reference = Literal["human", "dqn"]
 """Whose published score is 1 on the normalised scale; the published random score is 0."""
@@ -59,10 +59,9 @@ def split_by_reference(games: Iterable[str], reference: Reference) -> tuple[tupl
 def _reference_scores(game: str, reference: Reference) -> tuple[float, float] | None:
     if reference not in ("human", "dqn"):
         raise ValueError(f"reference must be 'human' or 'dqn', got {reference!r}")
-    if game not in GAMES:
-        raise ValueError(f"game must be one of the 60 games of DQN-Replay, got {game!r}")
-    one = GAMES[game].human_score if reference == "human" else GAMES[game].dqn_score
-    zero = GAMES[game].random_score
+    known = find_game(game)
+    one = known.human_score if reference == "human" else known.dqn_score
+    zero = known.random_score
     return None if one is None or zero is None else (zero, one)
 
 

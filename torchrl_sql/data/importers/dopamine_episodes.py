@@ -15,7 +15,7 @@ import numpy as np
 
 from torchrl_sql.data.importers.dopamine_buffer import NUM_PADDING_ROWS, Segment
 from torchrl_sql.data.importers.job import Episode, Position
-from torchrl_sql.games import FRAME_SHAPE, GAMES
+from torchrl_sql.games import FRAME_SHAPE, find_game
 
 PADDING = "padding"
 NO_EPISODE_START = "episode start missing"
@@ -176,7 +176,7 @@ class _EpisodeBuilder:
         self.segments = segments
         self.open_checkpoint = open_checkpoint
         self.game = game
-        self.full_actions = np.array(GAMES[game].minimal_actions, np.uint8)
+        self.full_actions = np.array(find_game(game).minimal_actions, np.uint8)
         self.max_episode_steps = max_episode_steps
         self.rewards = rewards
         self.place = _Place()

@@ -25,7 +25,7 @@ import numpy as np
 
 from torchrl_sql.data.importers.job import Episode, EpisodeSource, Format, ImportJob, ImportSummary, Position
 from torchrl_sql.data.importers.pool import run_imports
-from torchrl_sql.games import FRAME_SHAPE, FRAME_STACK, GAMES, NUM_ACTIONS, resolve_games
+from torchrl_sql.games import FRAME_SHAPE, FRAME_STACK, GAMES, NUM_ACTIONS, find_game
 
 if TYPE_CHECKING:
     from minari import EpisodeData, MinariDataset
@@ -114,7 +114,7 @@ class MinariSource(EpisodeSource):
     ) -> None:
         self._source = os.fspath(source)
         spec = self._dataset.spec
-        self.game = _game_of(spec.env_spec, spec.dataset_id) if game is None else resolve_games([game])[0]
+        self.game = _game_of(spec.env_spec, spec.dataset_id, game)
         self.description = f"Minari data set {spec.dataset_id}"
         self.rewards = _rewards(spec.env_spec, spec.dataset_id, rewards)
         self.request = {
@@ -237,14 +237,21 @@ def _to_frames(observations: np.ndarray) -> np.ndarray | None:
     return None
 
 
-def _game_of(env_spec: Any, dataset_id: str) -> str:
-    """The game of ``ALE/MsPacman-v5``, ``PongNoFrameskip-v4`` and the like."""
-    env_id = getattr(env_spec, "id", "")
-    rom = getattr(env_spec, "kwargs", {}).get("game")
+def _game_of(env_spec: Any, dataset_id: str, given: str | None) -> str:
+    """The given game, if it can be, or that of ``ALE/MsPacman-v5``, ``PongNoFrameskip-v4`` and the like."""
+    env_id, kwargs = getattr(env_spec, "id", ""), getattr(env_spec, "kwargs", {})
+    chosen = {name: kwargs[name] for name in ("mode", "difficulty") if kwargs.get(name) is not None}
+    if given is not None:
+        game = find_game(given)
+        for name, value in chosen.items():
+            if value != getattr(game, name):
+                raise ValueError(f"{dataset_id}: {name} must be {getattr(game, name)}, as in {game.name}, got {value}")
+        return game.name
+    rom = kwargs.get("game")
     name = re.sub(r"(-ram)?((NoFrameskip|Deterministic)?-v\d+)?$", "", env_id.rpartition("/")[2])
     for game in GAMES.values():
         if rom == game.rom or name.lower() == game.name.lower():
-            return game.name
+            return find_game(game.name + "".join(f"-{key[0]}{value}" for key, value in chosen.items())).name
     raise ValueError(f"{dataset_id} comes from {env_id or 'an environment it does not name'}: give the argument game")
 
 
@@ -265,9 +272,6 @@ def _rewards(env_spec: Any, dataset_id: str, given: Literal["raw", "clipped"] | 
     kwargs, unknown = env_spec.kwargs, []
     found: Literal["raw", "clipped"] | None = None
     num_frames: Any = kwargs.get("frameskip", _STEP_FRAMES)
-    for name in ("mode", "difficulty"):
-        if kwargs.get(name):
-            raise ValueError(f"{dataset_id}: {name} must be the game's first, got {kwargs[name]}")
     for wrapper in env_spec.additional_wrappers:
         arguments = wrapper.kwargs or {}
         if arguments.get("terminal_on_life_loss") or wrapper.name == "EpisodicLifeEnv":
@@ -299,7 +303,7 @@ def _rewards(env_spec: Any, dataset_id: str, given: Literal["raw", "clipped"] | 
 
 def _full_actions(game: str, action_space: Any, dataset_id: str) -> np.ndarray:
     """The full action of each action of the data set."""
-    minimal = GAMES[game].minimal_actions
+    minimal = find_game(game).minimal_actions
     num_actions = getattr(action_space, "n", None)
     if num_actions == NUM_ACTIONS:
         return np.arange(NUM_ACTIONS)

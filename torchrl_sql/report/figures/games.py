@@ -12,7 +12,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from torchrl_sql.games import GAMES
+from torchrl_sql.games import find_game
 from torchrl_sql.report.analysis import BEHAVIOUR, BEST_BEHAVIOUR, BEST_CONSTANT, DQN, Analysis
 from torchrl_sql.report.figures.look import DQN_MARK, STEPS, bar_style, draw_bar, published_style
 from torchrl_sql.report.style import COLOURS, WIDTH, Plot, new_figure
@@ -39,7 +39,7 @@ def few_games_plot(analysis: Analysis) -> Plot:
         for row, policy in enumerate(policies):
             if policy in known[game]:
                 draw_bar(axes, row, known[game][policy].mean, 0.62, **bar_style(policy, analysis))
-        human = GAMES[game].human_score
+        human = find_game(game).human_score
         if human is not None and axes.get_xlim()[0] < human < 1.2 * axes.get_xlim()[1]:
             axes.axvline(human, color=COLOURS["muted"][0], linewidth=0.8, dashes=(3, 2))
         axes.set_yticks(range(len(policies)), policies)
