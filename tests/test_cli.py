@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -106,6 +107,35 @@ def test_collect_train_evaluate_report_inspect(tmp_path, capsys):
     ]
     assert main(["report", str(run)]) == 0
     assert "Scaled QL" in (run / "report.html").read_text()
+
+
+def test_variations_are_games_from_the_store_to_the_page(tmp_path, capsys):
+    store, run = tmp_path / "store", tmp_path / "run"
+    common = ["scale=cpu", *TINY, f"data.store={store}", "data.games=[Freeway,Breakout-m4-d0]"]
+    assert main(["collect", *common]) == 0
+    assert sorted(path.name for path in store.iterdir() if path.is_dir()) == ["Breakout-m4", "Freeway"]
+    assert main(["train", *common, f"run_dir={run}", "name=small"]) == 0
+    # Freeway-m1 is played as Freeway; Breakout is not a variation of Breakout-m4.
+    assert main(["evaluate", str(run), "--games", "Breakout"]) == 1
+    assert "(Freeway, Breakout-m4) or variations of them, got ['Breakout']" in capsys.readouterr().err
+    assert main(["evaluate", str(run), "--games", "Freeway-m9"]) == 1
+    assert "mode of Freeway must be one of 0, 1, 2, 3, 4, 5, 6, 7, got 'Freeway-m9'" in capsys.readouterr().err
+    assert main(["evaluate", str(run), "--games", "Freeway,Breakout-m4"]) == 0
+    assert main(["evaluate", str(run), "--games", "Freeway-m1-d1", "--video"]) == 0
+    assert {row.game for row in read_episodes(run / "scores.csv")} == {"Freeway", "Breakout-m4", "Freeway-m1-d1"}
+    assert [path.name.partition("-small")[0] for path in (run / "clips").iterdir()] == ["Freeway-m1-d1"]
+    capsys.readouterr()
+    assert main(["report", str(run), "--json"]) == 0
+    assert "Not shown, though episodes are in the tables: Freeway-m1-d1." in capsys.readouterr().out
+    assert main(["report", str(run), "--games", "Freeway,Breakout-m4,Freeway-m1-d1", "--json"]) == 0
+    page = json.loads(capsys.readouterr().out)
+    scores = {(row["policy"], row["game"]) for row in page["tables"]["score_table"] if row["mean_return"] is not None}
+    played = [("Scaled QL", game) for game in ("Freeway", "Breakout-m4", "Freeway-m1-d1")]
+    published = [("Random", "Freeway"), ("Human", "Freeway")]  # scores of the game are not its variations'
+    assert {*played, *published} <= scores and not {policy for policy, game in scores if "-" in game} & {
+        "Random",
+        "Human",
+    }
 
 
 def test_train_prints_its_configuration(capsys):

@@ -71,6 +71,19 @@ def test_episodes_equal_those_of_ales_vector_emulator(game, max_env_frames, scre
         assert rewards or game not in ("Breakout", "Pong")
 
 
+def test_every_game_starts_as_in_ales_vector_emulator():
+    for game in GAMES:
+        theirs, ours = ales_own(game, Emulator(), screen=False), AtariVector(game, 1)
+        last = GAMES[game].minimal_actions[-1]
+        for seed in (1, 2):  # the second after some play
+            expected, found = theirs.reset(seed=np.array([seed]))[0], ours.reset(np.array([seed]))
+            for _ in range(6):
+                np.testing.assert_array_equal(found, expected, err_msg=f"{game}, seed {seed}")
+                # ALE's own takes places in the actions that its game accepts: in Skiing, 3 is LEFT.
+                place = [action.value for action in theirs.ale.get_action_set()].index(last)
+                expected, found = theirs.step(np.array([place]))[0], ours.step(np.array([last]))[0]
+
+
 @pytest.mark.parametrize("game", ["Freeway-m1", "Freeway-d1", "Breakout-m12-d1", "Pong-m1-d3"])
 def test_variations_equal_gymnasiums(game):
     known = find_game(game)

@@ -32,10 +32,8 @@ START, ACT = b"s", b"a"
 
 _STATE_HEAD = struct.Struct("<6iI")
 """Of a serialized ``ALEState``: paddles, frame numbers, mode and difficulty, and the size of the machine's state."""
-_GENERATOR = re.compile(rb"(?:\d+ ){624}(?P<position>\d+)$")
-"""The random numbers of sticky actions, at the end of the machine's state: a Mersenne Twister, and how many of its 624
-numbers were drawn, in decimals.
-"""
+_GENERATOR = re.compile(rb"(?:\d+ ){624}\d+$")
+"""The random numbers of sticky actions, at the end of the machine's state: a Mersenne Twister in decimals."""
 
 
 class Settings(NamedTuple):
@@ -63,21 +61,19 @@ class Console:
     """One copy of a game: four frames per action, the maximum of the last two, scaled down by area.
 
     Bit for bit what :class:`ale_py.vector_env.AtariVectorEnv` gives in the modes that it has, but for the time that it
-    takes to start an episode: the ROM is loaded once, not each time.
+    takes to start an episode: that loads the ROM anew for each seed, which takes as long as hundreds of steps. The seed
+    decides sticky actions, no more, so that here the state just after loading serves all seeds. In the few games that
+    take actions while they are loaded (Berzerk, Double Dunk) they are sticky, too: those are loaded anew.
     """
 
     def __init__(self, settings: Settings) -> None:
-        self._max_env_frames = settings.max_env_frames
+        self._settings = settings
         self._num_env_frames = 0
         self._ale = ale = ALEInterface()
         ale.setFloat("repeat_action_probability", settings.sticky_action_probability)
-        ale.setInt("random_seed", 0)
-        ale.loadROM(roms.get_rom_path(settings.rom))
-        ale.setMode(settings.mode)
-        ale.setDifficulty(settings.difficulty)
-        self._loaded = ale.cloneState(include_rng=True).serialize()
-        if _with_seed(self._loaded, 0) != self._loaded:
-            raise RuntimeError("ale-py must write its states as version 0.12.1 does, for episodes to be seeded by them")
+        self._load(0)
+        loaded = ale.cloneState(include_rng=True).serialize()
+        self._loaded = loaded if _with_seed(loaded, 0) == loaded else None
         height, width = ale.getScreenDims()
         channels = (3,) if settings.colour else ()
         self._get_screen = ale.getScreenRGB if settings.colour else ale.getScreenGrayscale
@@ -86,7 +82,10 @@ class Console:
 
     def start(self, seed: int) -> np.ndarray:
         """Begins an episode and returns its first frame."""
-        self._ale.restoreState(ALEState(_with_seed(self._loaded, seed)))
+        if self._loaded is None:
+            self._load(seed)
+        else:
+            self._ale.restoreState(ALEState(_with_seed(self._loaded, seed)))
         self._ale.reset_game()
         self._num_env_frames = 0
         self._get_screen(self._screens[0])
@@ -100,12 +99,18 @@ class Console:
             reward += self._ale.act(action)
             self._num_env_frames += 1
             terminated = self._ale.game_over()
-            truncated = not terminated and self._num_env_frames >= self._max_env_frames
+            truncated = not terminated and self._num_env_frames >= self._settings.max_env_frames
             if terminated or truncated:
                 break  # as ALE does: this frame is not seen, the maximum is over earlier ones
             if remaining <= 2:
                 self._get_screen(self._screens[remaining - 1])
         return reward, terminated, truncated, self._frame()
+
+    def _load(self, seed: int) -> None:
+        self._ale.setInt("random_seed", seed)
+        self._ale.loadROM(roms.get_rom_path(self._settings.rom))
+        self._ale.setMode(self._settings.mode)
+        self._ale.setDifficulty(self._settings.difficulty)
 
     def _frame(self) -> np.ndarray:
         np.maximum(*self._screens, out=self._screens[0])
@@ -113,18 +118,14 @@ class Console:
 
 
 def _with_seed(state: bytes, seed: int) -> bytes:
-    """A state just after loading a ROM as it would be by this seed: with other sticky actions to come."""
+    """A serialized state, as of a ROM that was just loaded, with the random numbers of a seed, none of them drawn."""
     *head, size = _STATE_HEAD.unpack_from(state)
     machine, rest = state[_STATE_HEAD.size : _STATE_HEAD.size + size], state[_STATE_HEAD.size + size :]
-    generator = _GENERATOR.search(machine)
-    if generator is None:
+    if (numbers := _GENERATOR.search(machine)) is None:
         return b""
-    numbers = np.random.RandomState(seed)
-    # Loading draws none, but for starting actions in some games.
-    numbers.randint(2**32, size=int(generator["position"]) % 624, dtype=np.uint32)
-    _, key, position, *_ = numbers.get_state()
+    _, key, position, *_ = np.random.RandomState(seed).get_state()
     text = " ".join(map(str, [*key.tolist(), position])).encode()
-    machine = machine[: generator.start() - LENGTH.size] + LENGTH.pack(len(text)) + text
+    machine = machine[: numbers.start() - LENGTH.size] + LENGTH.pack(len(text)) + text
     return _STATE_HEAD.pack(*head, len(machine)) + machine + rest
 
 

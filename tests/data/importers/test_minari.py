@@ -209,8 +209,8 @@ def test_rewards_are_what_the_environment_or_the_user_says(lab, store, write_wit
         (spec(("AtariPreprocessing", {"frame_skip": 1})), None, "steps must be of 4 emulator frames, got 1"),
         (spec(PREPROCESSING, frameskip=4), None, "steps must be of 4 emulator frames, got 16"),
         (spec(frameskip=(2, 5)), None, r"steps must be of 4 emulator frames, got \[2, 5\]"),
-        (spec(PREPROCESSING, mode=12), None, "mode must be the game's first, got 12"),
-        (spec(PREPROCESSING, difficulty=1), None, "difficulty must be the game's first, got 1"),
+        (spec(PREPROCESSING, mode=1), None, "mode must be 0, as in Pong, got 1"),
+        (spec(PREPROCESSING, difficulty=1), None, "difficulty must be 0, as in Pong, got 1"),
         (spec(PREPROCESSING, ("ClipReward", {"min_reward": -9, "max_reward": 9})), None, r"clipped to \[-1, 1\], got"),
         (spec(PREPROCESSING, ("ClipReward", {})), "raw", "rewards are clipped by its environment, cannot take them as"),
         (
@@ -224,6 +224,13 @@ def test_other_steps_episodes_and_rewards_are_refused(lab, store, write_with, en
     with pytest.raises(ValueError, match=f"pong/test-v0: .*{message}"):
         import_minari(write_with(env, played(lab)), store.path, game="Pong", rewards=given)
     assert store.games == ()
+
+
+@pytest.mark.parametrize("given", [None, "Pong-m1-d2"])
+def test_the_environments_mode_and_difficulty_make_a_variation(lab, store, write_with, given):
+    data_set = write_with(spec(PREPROCESSING, mode=1, difficulty=2), played(lab))
+    import_minari(data_set, store.path, game=given)
+    assert store.games == ("Pong-m1-d2",)
 
 
 def test_rewards_that_are_not_clipped_are_not_taken_as_clipped(lab, store, write):
