@@ -107,13 +107,15 @@ class Console:
         return reward, terminated, truncated, self._frame()
 
     def _load(self, seed: int) -> None:
+        rom = roms.get_rom_path(self._settings.rom)
+        assert rom is not None
         self._ale.setInt("random_seed", seed)
-        self._ale.loadROM(roms.get_rom_path(self._settings.rom))
+        self._ale.loadROM(rom)
         self._ale.setMode(self._settings.mode)
         self._ale.setDifficulty(self._settings.difficulty)
 
     def _frame(self) -> np.ndarray:
-        np.maximum(*self._screens, out=self._screens[0])
+        np.maximum(self._screens[0], self._screens[1], out=self._screens[0])
         return self._resize(self._screens[0])
 
 
@@ -123,8 +125,8 @@ def _with_seed(state: bytes, seed: int) -> bytes:
     machine, rest = state[_STATE_HEAD.size : _STATE_HEAD.size + size], state[_STATE_HEAD.size + size :]
     if (numbers := _GENERATOR.search(machine)) is None:
         return b""
-    _, key, position, *_ = np.random.RandomState(seed).get_state()
-    text = " ".join(map(str, [*key.tolist(), position])).encode()
+    twister = np.random.RandomState(seed).get_state(legacy=False)["state"]
+    text = " ".join(map(str, [*twister["key"].tolist(), twister["pos"]])).encode()
     machine = machine[: numbers.start() - LENGTH.size] + LENGTH.pack(len(text)) + text
     return _STATE_HEAD.pack(*head, len(machine)) + machine + rest
 

@@ -30,7 +30,7 @@ class _ConsoleProcess:
         with theirs:
             self._process = subprocess.Popen(
                 [sys.executable, "-P", console.__file__],
-                stdin=theirs,
+                stdin=theirs.fileno(),
                 env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
                 start_new_session=True,  # Ctrl-C is for this process
             )
@@ -120,7 +120,7 @@ class RemoteConsole:
         Returns:
             reward, terminated, truncated.
         """
-        view = memoryview(frame).cast("B")
+        view = frame.data.cast("B")
         try:
             size, *_ = self._connection.recvmsg_into([self._header, view], 0, socket.MSG_WAITALL)
             received = max(size - len(self._header), 0)
