@@ -6,7 +6,7 @@
 All sides play the same games with sticky actions, from running emulators; resets between episodes count, creating the
 emulators does not. One agent step is four emulator frames.
 
-- ``emulator``: :class:`torchrl_sql.envs.AtariVector` on one core, random actions, nothing else.
+- ``emulator``: :class:`torchrl_sql.envs.AtariVector` in one process, random actions, nothing else.
 - ``network``: the policy's forward on one core, at the number of rows that evaluation uses.
 - ``evaluation``: :func:`torchrl_sql.evaluation.rollout.rollout` with that network and one torch thread.
 - ``gym_loop``: one game at a time, one copy, gymnasium's ``AtariPreprocessing`` (OpenCV) in TorchRL's ``GymWrapper``
@@ -15,11 +15,11 @@ emulators does not. One agent step is four emulator frames.
 
 With ``--before`` both versions play what a quickstart plays, in turns, each in a process of its own: ``evaluation`` of
 an untrained network and ``constant`` actions as ``torchrl-sql evaluate`` does, ``collection`` into a store. Seconds are
-after imports, emulators' creation included; beside them is the time on all cores, which suffers less from other work on
-the machine, and a digest of the returns or of the store's files, which must be the same.
+after imports, emulators' creation included; beside them is the time on all cores by all processes, imports included,
+which suffers less from other work on the machine, and a digest of the returns or of the store's files, which must be the same.
 
 With one core for emulators and one for the network, the limit of the pipeline is the slower of the two rates. Emulator
-threads also use what the network leaves of its core, so a step's whole work is compared with two cores as well.
+processes also use what the network leaves of its core, so a step's whole work is compared with two cores as well.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ import contextlib
 import io
 import json
 import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -67,7 +68,7 @@ PLAYED = ("Assault", "Breakout", "Freeway", "SpaceInvaders")
 
 
 def emulator_rate(seconds: float) -> float:
-    """Agent steps per second of one emulator thread, the games in equal shares."""
+    """Agent steps per second of one emulator process, the games in equal shares."""
     vectors = [AtariVector(game, 8, num_processes=1) for game in PLAYED]
     for vector in vectors:
         vector.reset(np.arange(8))
@@ -196,10 +197,16 @@ PLAYS = {"evaluation": play_evaluation, "constant": play_constants, "collection"
 def measure(name: str, policy: NetworkPolicy, num_episodes: int) -> dict[str, Any]:
     """Seconds of one of the plays, here."""
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
-        started, processor = time.perf_counter(), time.process_time()
+        started = time.perf_counter()
         outcome = PLAYS[name](policy, num_episodes, Path(folder))
-        seconds = {"seconds": time.perf_counter() - started, "processor_seconds": time.process_time() - processor}
-    return seconds | {"digest": sha256(outcome.encode()).hexdigest()[:16]}
+        seconds = time.perf_counter() - started
+    return {"seconds": seconds, "digest": sha256(outcome.encode()).hexdigest()[:16]}
+
+
+def processor_seconds() -> float:
+    """Of all processes started here that have ended, and of those that they started."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def compare(before: Path, args: argparse.Namespace) -> dict[str, Any]:
@@ -212,8 +219,10 @@ def compare(before: Path, args: argparse.Namespace) -> dict[str, Any]:
             for side, checkout in sides.items():
                 words = [sys.executable, __file__, "--measure", name, "--episodes", str(args.episodes)]
                 environment = os.environ | {"PYTHONPATH": str(checkout)}
+                used = processor_seconds()
                 said = subprocess.run(words, env=environment, capture_output=True, text=True, check=True).stdout
-                results[-1][side] = json.loads(said.splitlines()[-1])
+                result = json.loads(said.splitlines()[-1])
+                results[-1][side] = result | {"processor_seconds": processor_seconds() - used}
             digests = {result["digest"] for result in results[-1].values()}
             print(name, {side: round(result["seconds"], 1) for side, result in results[-1].items()}, flush=True)
             if len(digests) > 1:

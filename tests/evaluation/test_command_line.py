@@ -160,7 +160,10 @@ def test_weights_of_another_list_of_games_are_refused(other_heads, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["RUN", "--games", "Pong"], "games must be among those the policy has (Breakout, Freeway), got ['Pong']"),
+        (
+            ["RUN", "--games", "Pong"],
+            "games must be among those the policy has (Breakout, Freeway) or variations of them, got ['Pong']",
+        ),
         (["RUN", "--games", "Pog"], "did you mean Pong"),
         (["RUN", "--episodes", "0"], "num_episodes must be at least 1, got 0"),
         (["RUN", "--epsilon", "2"], "epsilon must be in [0, 1], got 2.0"),

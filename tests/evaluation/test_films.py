@@ -112,7 +112,10 @@ def test_enjoy_films_a_policy_file(policy, tmp_path, capsys):
     [
         (["POLICY"], "there is no display for a window: give --out FILE.gif or FILE.mp4"),
         (["POLICY", "--out", "a.png"], "must be a .gif or .mp4, got a.png"),
-        (["POLICY", "--out", "OUT", "--game", "Pong"], "must be of the policy's games (Breakout, Freeway), got Pong"),
+        (
+            ["POLICY", "--out", "OUT", "--game", "Pong"],
+            "must be of the policy's games (Breakout, Freeway) or variations of them, got Pong",
+        ),
         (["POLICY", "--episodes", "0"], "--episodes must be at least 1, got 0"),
         (["POLICY", "--seconds", "0"], "--seconds must be greater than 0, got 0.0"),
         (["random", "--out", "OUT"], "random needs"),

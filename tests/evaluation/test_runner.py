@@ -164,7 +164,10 @@ def test_an_episode_that_ends_otherwise_when_played_again_is_refused(tmp_path):
             r"holds episodes of a .* from checkpoint 'none' .* wanted checkpoint 'sha256:ff'",
         ),
         ({"protocol": replace(SHORT, seed=1)}, r"with evaluation seed 0, wanted .* seed 1"),
-        ({"policy_games": ["Freeway"]}, r"games must be among those the policy has \(Freeway\), got \['Breakout'\]"),
+        (
+            {"policy_games": ["Freeway"]},
+            r"games must be among those the policy has \(Freeway\) or variations of them, got \['Breakout'\]",
+        ),
         ({"games": "Breakut"}, "did you mean Breakout"),
     ],
 )

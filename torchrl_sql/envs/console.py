@@ -11,7 +11,6 @@ settings, then requests, and answers each with what :class:`Console` gives. It e
 from __future__ import annotations
 
 import json
-import re
 import selectors
 import signal
 import socket
@@ -32,8 +31,6 @@ START, ACT = b"s", b"a"
 
 _STATE_HEAD = struct.Struct("<6iI")
 """Of a serialized ``ALEState``: paddles, frame numbers, mode and difficulty, and the size of the machine's state."""
-_GENERATOR = re.compile(rb"(?:\d+ ){624}\d+$")
-"""The random numbers of sticky actions, at the end of the machine's state: a Mersenne Twister in decimals."""
 
 
 class Settings(NamedTuple):
@@ -72,8 +69,9 @@ class Console:
         self._ale = ale = ALEInterface()
         ale.setFloat("repeat_action_probability", settings.sticky_action_probability)
         self._load(0)
-        loaded = ale.cloneState(include_rng=True).serialize()
-        self._loaded = loaded if _with_seed(loaded, 0) == loaded else None
+        state = ale.cloneState(include_rng=True).serialize()
+        loaded = _Loaded(state)
+        self._loaded = loaded if loaded.with_seed(0) == state else None
         height, width = ale.getScreenDims()
         channels = (3,) if settings.colour else ()
         self._get_screen = ale.getScreenRGB if settings.colour else ale.getScreenGrayscale
@@ -85,7 +83,7 @@ class Console:
         if self._loaded is None:
             self._load(seed)
         else:
-            self._ale.restoreState(ALEState(_with_seed(self._loaded, seed)))
+            self._ale.restoreState(ALEState(self._loaded.with_seed(seed)))
         self._ale.reset_game()
         self._num_env_frames = 0
         self._get_screen(self._screens[0])
@@ -119,16 +117,25 @@ class Console:
         return self._resize(self._screens[0])
 
 
-def _with_seed(state: bytes, seed: int) -> bytes:
-    """A serialized state, as of a ROM that was just loaded, with the random numbers of a seed, none of them drawn."""
-    *head, size = _STATE_HEAD.unpack_from(state)
-    machine, rest = state[_STATE_HEAD.size : _STATE_HEAD.size + size], state[_STATE_HEAD.size + size :]
-    if (numbers := _GENERATOR.search(machine)) is None:
-        return b""
-    twister = np.random.RandomState(seed).get_state(legacy=False)["state"]
-    text = " ".join(map(str, [*twister["key"].tolist(), twister["pos"]])).encode()
-    machine = machine[: numbers.start() - LENGTH.size] + LENGTH.pack(len(text)) + text
-    return _STATE_HEAD.pack(*head, len(machine)) + machine + rest
+class _Loaded:
+    """The state of a game that was just loaded, as ALE serializes it, for any seed.
+
+    Its machine's state ends with the random numbers of sticky actions: a Mersenne Twister in decimals, and its size
+    before it.
+    """
+
+    def __init__(self, state: bytes) -> None:
+        *self._head, size = _STATE_HEAD.unpack_from(state)
+        end = _STATE_HEAD.size + size
+        machine, self._rest = state[_STATE_HEAD.size : end], state[end:]
+        self._machine = machine.rstrip(b"0123456789 ")[: -LENGTH.size]
+
+    def with_seed(self, seed: int) -> bytes:
+        """The state with the random numbers of a seed, none of them drawn."""
+        twister = np.random.RandomState(seed).get_state(legacy=False)["state"]
+        numbers = " ".join(map(str, [*twister["key"].tolist(), twister["pos"]])).encode()
+        machine = self._machine + LENGTH.pack(len(numbers)) + numbers
+        return _STATE_HEAD.pack(*self._head, len(machine)) + machine + self._rest
 
 
 class AreaResize:
