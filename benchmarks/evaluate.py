@@ -15,8 +15,9 @@ emulators does not. One agent step is four emulator frames.
 
 With ``--before`` both versions play what a quickstart plays, in turns, each in a process of its own: ``evaluation`` of
 an untrained network and ``constant`` actions as ``torchrl-sql evaluate`` does, ``collection`` into a store. Seconds are
-after imports, emulators' creation included; beside them is the time on all cores by all processes, imports included,
-which suffers less from other work on the machine, and a digest of the returns or of the store's files, which must be the same.
+after imports, emulators' creation included. Beside them is the time on all cores by all processes, imports included,
+which suffers less from other work on the machine, and a digest of the returns or of the store's files, which must be
+the same.
 
 With one core for emulators and one for the network, the limit of the pipeline is the slower of the two rates. Emulator
 processes also use what the network leaves of its core, so a step's whole work is compared with two cores as well.
