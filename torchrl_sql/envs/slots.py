@@ -1,7 +1,6 @@
 """Emulators that play episodes, each at its own pace.
 
-Starting an episode takes as long as some hundred steps (the emulator computes palettes that nobody uses), and runs in
-the background. Creating an emulator takes as long again and holds the interpreter's lock, so that emulators are kept.
+Creating an emulator takes as long as some hundred steps, so that starts run in the background, and emulators are kept.
 """
 
 from __future__ import annotations
