@@ -55,7 +55,8 @@ class AtariVector:
     """``N`` independent copies of one game, or variation of a game, played by other processes.
 
     A finished copy must be reset by the caller before its next step: there is no hidden automatic reset, so no junk
-    step. The same seed gives the same frames, whatever ``num_envs`` is.
+    step. The same seed gives the same frames, whatever ``num_envs`` is. Each observation is an array of its own, from
+    which the next one is made: whoever changes it changes that, too.
 
     Args:
         game (str): its name, as :func:`torchrl_sql.games.find_game` takes it.
@@ -120,11 +121,12 @@ class AtariVector:
         indices = np.arange(self.num_envs) if mask is None else np.flatnonzero(mask)
         for index, seed in zip(indices.tolist(), np.asarray(seeds).tolist(), strict=True):
             self._consoles[index].start(seed)
+        self._observation = self._observation.copy()
         self._observation[indices] = 0
         for index in indices.tolist():
             self._consoles[index].receive(self._observation[index, -1])
         self._finished[indices] = False
-        return self._observation.copy()
+        return self._observation
 
     def send(self, actions: np.ndarray) -> None:
         """Starts a step with full-set actions, int ``[N]`` in 0..17, without waiting; :meth:`recv` collects it.
@@ -151,7 +153,7 @@ class AtariVector:
         self._observation = observation
         reward, terminated, truncated = (np.array(column) for column in zip(*answers, strict=True))
         self._finished = terminated | truncated
-        return observation.copy(), reward.astype(np.int32), terminated, truncated
+        return observation, reward.astype(np.int32), terminated, truncated
 
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """:meth:`send` followed by :meth:`recv`."""
@@ -238,7 +240,7 @@ class AtariEnv(EnvBase):
 
     def _observe(self, observation: np.ndarray, **entries: torch.Tensor) -> TensorDict:
         return TensorDict(
-            observation=torch.from_numpy(observation),
+            observation=torch.tensor(observation),
             game_id=self._game_id.clone(),
             **entries,
             batch_size=self.batch_size,
