@@ -106,3 +106,14 @@ def test_an_emulator_that_fails_is_named(players, monkeypatch):
     monkeypatch.setattr(Slot, "receive", fail)
     with pytest.raises(EmulatorError, match="emulator 3 of Freeway failed at step 2 of its episode 0: Error in worker"):
         play(together, 1, np.random.default_rng(0))
+
+
+def test_a_process_that_dies_is_an_emulator_that_fails(players):
+    together = players()
+    together.begin({})
+    together._slots[0]._vector._consoles[0]._process._process.kill()
+    with pytest.raises(
+        EmulatorError, match=r"emulator \d of \w+ failed at step \d of its episode 0: .* ended by SIGKILL"
+    ):
+        for _ in range(2):  # the first step may be sent before it is dead
+            together.step(np.zeros(4, int), {})

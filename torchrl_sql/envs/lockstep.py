@@ -114,8 +114,8 @@ class Lockstep:
         Raises:
             EmulatorError: if an emulator fails.
         """
-        for slot, action in zip(self._slots, actions.tolist(), strict=True):
-            slot.send(action)
+        for episode, action in zip(self.episodes, actions.tolist(), strict=True):
+            self._send(episode, action)
         for episode, action in zip(self.episodes, actions.tolist(), strict=True):
             self._receive(episode, action)
         ended = [episode for episode in self.episodes if episode.over]
@@ -150,7 +150,7 @@ class Lockstep:
                 self._start(episodes[row])
                 for action in actions[row]:
                     if not episodes[row].over:
-                        self._slots[episodes[row].emulator].send(action)
+                        self._send(episodes[row], action)
                         self._receive(episodes[row], action)
                 if episodes[row].over is (row == rows[-1]) or len(episodes[row].actions) < len(actions[row]):
                     raise ValueError(f"episode {episodes[row]} is not what it was: is this another version of ale-py?")
@@ -174,6 +174,10 @@ class Lockstep:
         episode.frames.append(slot.observation[-1].copy())
         self.observation[index] = slot.observation
 
+    def _send(self, episode: PlayedEpisode, action: int) -> None:
+        with self._naming(episode):
+            self._slots[episode.emulator].send(action)
+
     def _receive(self, episode: PlayedEpisode, action: int) -> None:
         index = episode.emulator
         slot = self._slots[index]
@@ -191,7 +195,7 @@ class Lockstep:
         """Says which emulator failed."""
         try:
             yield
-        except RuntimeError as error:
+        except (RuntimeError, ChildProcessError) as error:
             self._failed = True
             game = self.games[self.game_id[episode.emulator]]
             raise EmulatorError(
