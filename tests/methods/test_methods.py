@@ -19,7 +19,7 @@ MODELS = {"mgdt": "mgdt_small", "bc_transformer": "mgdt_small"}
 
 def make(choice):
     model = [f"model={MODELS[choice]}"] if choice in MODELS else []
-    words = ["scale=cpu", f"method={choice}", "data.store=x", f"data.games=[{','.join(GAMES)}]"]
+    words = ["scale=cpu", f"method={choice}", "data.store=x", f"data.games=[{','.join(GAMES)}]", "data.n_steps=4"]
     config = compose_run_config(words + model)
     method = make_method(config.method)
     return method, method.network(config.model, config.games)
