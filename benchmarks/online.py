@@ -146,7 +146,12 @@ def recipe_env() -> EnvBase:
     """As sota-implementations/dqn/utils_atari.py makes it, with uint8 pixels, which take a quarter of its floats."""
     gymnasium.register_envs(ale_py)
     env = GymEnv(
-        "BreakoutNoFrameskip-v4", frame_skip=4, from_pixels=True, pixels_only=False, categorical_action_encoding=True
+        "BreakoutNoFrameskip-v4",
+        frame_skip=4,
+        from_pixels=True,
+        pixels_only=False,
+        categorical_action_encoding=True,
+        full_action_space=True,
     )
     return TransformedEnv(
         env,
