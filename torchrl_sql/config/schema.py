@@ -363,7 +363,7 @@ class OnlineConfig:
     final_epsilon: float = setting(probability)
     """Probability of a random legal action once it has decayed."""
     epsilon_decay_agent_steps: int = setting(at_least(1))
-    """From 1 to the final one, linearly, after the first steps."""
+    """From 1 to the final one, linearly, once learning has begun."""
     capacity_transitions_per_game: int | None = setting(at_least(1))
     """The learner sees the newest episodes that hold at most so many; null for all. All stay in the store."""
     commit_interval_gradient_steps: int = setting(at_least(1))

@@ -57,6 +57,7 @@ class GrowingStore:
         self._source, self._about = source, dict(about)
         self._writers: dict[str, RecordingWriter] = {}
         self._labels: dict[str, dict[str, list[float]]] = {}
+        self._num_committed: dict[str, int] = {}
 
     def open(self, manifests: Mapping[str, str] | None = None) -> None:
         """Opens the recordings for writing, as they were in an earlier state; what came after it is dropped.
@@ -72,7 +73,7 @@ class GrowingStore:
         for game in self.games:
             self._take_back(game, None if manifests is None else manifests[game])
             writer = self.store.writer(game, source=self._source, behaviours=["agent"], metadata=self._about)
-            self._writers[game] = writer
+            self._writers[game], self._num_committed[game] = writer, writer.num_episodes
             known = {} if manifests is None else self.store.recording(game).manifest.metadata[_LABELS]
             self._labels[game] = {name: list(values) for name, values in known.items()}
 
@@ -126,7 +127,9 @@ class GrowingStore:
         """
         with _saying_what_stays(self):
             for game, writer in self._writers.items():
-                writer.commit(metadata=self._about | {_LABELS: self._labels[game]})
+                if writer.num_episodes > self._num_committed[game]:
+                    writer.commit(metadata=self._about | {_LABELS: self._labels[game]})
+                    self._num_committed[game] = writer.num_episodes
         return [self.store.recording(game) for game in self.games]
 
     def close(self) -> None:

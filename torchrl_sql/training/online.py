@@ -30,7 +30,7 @@ class Pace:
         agent_steps_per_gradient_step (float): of all emulators together; four is a replay ratio of 1/4.
         first_agent_steps (int): random steps before the first gradient step; more, until each game has an episode.
         final_epsilon (float): probability of a random legal action in the end.
-        epsilon_decay_agent_steps (int): from 1 to there, linearly, after the first steps.
+        epsilon_decay_agent_steps (int): from 1 to there, linearly, from the first gradient step on.
         commit_interval_gradient_steps (int): finished episodes are shown to the learner at its multiples.
         seed (int): of exploration.
     """
@@ -43,9 +43,9 @@ class Pace:
     seed: int = 0
 
     def epsilon(self, agent_step: int) -> float:
-        """Probability of a random action at an agent step, from 0."""
-        done = (agent_step - self.first_agent_steps) / self.epsilon_decay_agent_steps
-        return round(1.0 - (1.0 - self.final_epsilon) * min(max(done, 0.0), 1.0), 6)
+        """Probability of a random action, so many agent steps after learning began."""
+        done = min(agent_step / self.epsilon_decay_agent_steps, 1.0)
+        return round(1.0 - (1.0 - self.final_epsilon) * done, 6)
 
 
 class _Shown(NamedTuple):
@@ -100,7 +100,7 @@ class OnlineReplay:
         self._stream: torch.cuda.Stream | None = None
         self._legal = legal_action_mask(players.games).numpy()[players.game_id]
         self._num_ticks = 0
-        self._first_ticks = 0
+        self._first_ticks: int | None = None  # before learning began; None as long as it has not
         self._unpublished: list[PlayedEpisode] = []
         self._shown: deque[_Shown] = deque(maxlen=2)
         self._returns: list[float] = []
@@ -124,7 +124,7 @@ class OnlineReplay:
             self.growing.open()
             self.players.begin(self._labels(0))
             while self.num_agent_steps < self.pace.first_agent_steps or not self.growing.num_episodes:
-                self._tick(0, exploring=True)
+                self._tick(0)
             self._first_ticks = self._num_ticks
             self._publish(0)
 
@@ -197,7 +197,7 @@ class OnlineReplay:
         """``agent_steps``, ``epsilon``, and the mean ``episode_return`` (raw) of what ended since the last call."""
         self._wait()
         returns, self._returns = self._returns, []
-        played = {"agent_steps": float(self.num_agent_steps), "epsilon": self.pace.epsilon(self.num_agent_steps)}
+        played = {"agent_steps": float(self.num_agent_steps), "epsilon": self._epsilon}
         return played | ({"episode_return": float(np.mean(returns))} if returns else {})
 
     def shutdown(self) -> None:
@@ -240,6 +240,7 @@ class OnlineReplay:
 
     def _play_ahead(self, gradient_step: int) -> None:
         """Begins to play what is owed at a gradient step, with the weights of now."""
+        assert self._first_ticks is not None
         first = self._first_ticks * len(self.players)
         owed = first + self.pace.agent_steps_per_gradient_step * gradient_step
         if self.num_agent_steps >= owed:
@@ -270,16 +271,21 @@ class OnlineReplay:
         while self.num_agent_steps < owed:
             self._tick(gradient_step)
 
-    def _labels(self, gradient_step: int) -> dict[str, float]:
-        step = self.num_agent_steps
-        return {"agent_step": step, "gradient_step": gradient_step, "epsilon": self.pace.epsilon(step)}
+    @property
+    def _epsilon(self) -> float:
+        if self._first_ticks is None:
+            return 1.0
+        return self.pace.epsilon((self._num_ticks - self._first_ticks) * len(self.players))
 
-    def _tick(self, gradient_step: int, *, exploring: bool = False) -> None:
+    def _labels(self, gradient_step: int) -> dict[str, float]:
+        return {"agent_step": self.num_agent_steps, "gradient_step": gradient_step, "epsilon": self._epsilon}
+
+    def _tick(self, gradient_step: int) -> None:
         """One step of each emulator."""
         key, counter = np.array([self.pace.seed, 1], np.uint64), np.array([0, 0, self._num_ticks, 0], np.uint64)
         bits = np.random.Philox(key=key, counter=counter).random_raw(2 * len(self.players)).reshape(2, -1)
         chance, choice = (bits >> np.uint64(11)) * 2.0**-53
-        explores = (chance < self.pace.epsilon(self.num_agent_steps)) | exploring
+        explores = chance < self._epsilon
         # The index of the first legal action whose share of the legal ones reaches beyond the random number.
         cumulative = self._legal.cumsum(1)
         actions = (cumulative > choice[:, None] * cumulative[:, -1:]).argmax(1)
