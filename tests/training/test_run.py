@@ -82,7 +82,7 @@ def test_data_settings_reach_the_replay_buffer(make_config):
     mixture = {"mixture": [1, 3], "temperature": 2.0, "replacement": False}
     config = make_config(*(f"data.{key}={value}" for key, value in (part | mixture).items()))
     replay = build_trainer(config).replay
-    assert vars(replay._storage.subset) == part
+    assert vars(replay._storage.subset) == part | {"newest_steps": None}
     sampler = replay._sampler
     assert type(sampler) is GameMixtureSamplerWithoutReplacement
     assert (sampler.mixture, sampler.temperature, sampler.seed) == ((1.0, 3.0), 2.0, config.seed)

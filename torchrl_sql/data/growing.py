@@ -73,7 +73,8 @@ class GrowingStore:
         for game in self.games:
             self._take_back(game, None if manifests is None else manifests[game])
             writer = self.store.writer(game, source=self._source, behaviours=["agent"], metadata=self._about)
-            self._writers[game], self._num_committed[game] = writer, writer.num_episodes
+            self._writers[game] = writer
+            self._num_committed.pop(game, None)
             known = {} if manifests is None else self.store.recording(game).manifest.metadata[_LABELS]
             self._labels[game] = {name: list(values) for name, values in known.items()}
 
@@ -127,7 +128,8 @@ class GrowingStore:
         """
         with _saying_what_stays(self):
             for game, writer in self._writers.items():
-                if writer.num_episodes > self._num_committed[game]:
+                # The first commit also removes what an earlier start left behind the state that was taken back.
+                if writer.num_episodes != self._num_committed.get(game):
                     writer.commit(metadata=self._about | {_LABELS: self._labels[game]})
                     self._num_committed[game] = writer.num_episodes
         return [self.store.recording(game) for game in self.games]
