@@ -125,8 +125,54 @@ def test_an_earlier_state_that_is_lost_is_named(tmp_path):
     add(store, 0), add(store, 1)
     state = manifests(store.commit())
     store.close()
+    with pytest.raises(FileNotFoundError, match=r"is not a store"):
+        growing(tmp_path / "other").open(state)
+    FrameStore.create(tmp_path / "other" / "store", shard_frames=40)
     with pytest.raises(ValueError, match=r"manifest\.json is missing: the recording that is to be continued was there"):
         growing(tmp_path / "other").open(state)
+
+
+def test_a_store_that_somebody_writes_is_left_as_it_is(tmp_path):
+    writing = growing(tmp_path)
+    writing.open()
+    add(writing, 0), add(writing, 1)
+    state = manifests(writing.commit())
+    before = contents(tmp_path)
+    for manifest in (None, state):
+        with pytest.raises(BlockingIOError, match="is open in another writer"):
+            growing(tmp_path).open(manifest)
+    assert contents(tmp_path) == before
+    writing.close()
+
+
+def test_one_refusal_leaves_all_games_as_they_are(tmp_path):
+    ours = GrowingStore(tmp_path / "store", ["Pong"], source="a test", about={"played_by": 1}, shard_frames=40)
+    theirs = GrowingStore(tmp_path / "store", ["Freeway"], source="a test", about={"played_by": 2}, shard_frames=40)
+    for number, store in enumerate((ours, theirs)):
+        store.open()
+        add(store, number)
+        store.commit()
+        store.close()
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match=r"Freeway must hold nothing but what this run played"):
+        growing(tmp_path).open()
+    assert contents(tmp_path) == before
+
+
+def test_only_what_a_start_may_have_left_is_dropped(tmp_path):
+    store = growing(tmp_path)
+    store.open()
+    for number in range(4):
+        add(store, number)  # the label "step" is the number
+    store.commit()
+    store.close()
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match=r"Freeway holds \d+ transitions, to step 3, of a run whose checkpoints"):
+        growing(tmp_path).open(dropping={"step": 3})
+    assert contents(tmp_path) == before
+    store.open(dropping={"step": 4})
+    assert store.store.recording("Freeway").num_episodes == 0
+    store.close()
 
 
 def test_a_full_disk_leaves_what_was_committed(tmp_path, monkeypatch):

@@ -82,7 +82,15 @@ def test_emulators_that_play_something_else_do_not_continue(players):
     whole, other = players(), players()
     whole.begin({})
     states = [episode.state_dict() for episode in (*play(whole, 22, np.random.default_rng(0)), *whole.episodes)]
-    states[0]["actions"] = states[0]["actions"][:-1]  # 19 steps are not an episode
+    changed = states[0] | {"actions": states[0]["actions"][:-1]}  # 19 steps are not an episode
+    with pytest.raises(ValueError, match="is not what it was"):
+        other.play_again([changed, *states[1:]])
+
+
+def test_nor_do_those_that_see_something_else_in_as_many_steps(players):
+    whole, other = players(), players(seed=99)
+    whole.begin({})
+    states = [episode.state_dict() for episode in (*play(whole, 22, np.random.default_rng(0)), *whole.episodes)]
     with pytest.raises(ValueError, match="is not what it was"):
         other.play_again(states)
 

@@ -74,7 +74,7 @@ def test_value_of_a_distribution_is_its_expectation():
 
 
 def test_outputs_that_are_not_finite_are_refused():
-    with pytest.raises(ValueError, match="must be finite, got NaN or infinity"):
+    with pytest.raises(FloatingPointError, match="must be finite, got NaN or infinity"):
         NetworkPolicy(logits_actor([0.0] * 17 + [float("nan")]), GAMES)(batch())
 
 

@@ -1,11 +1,10 @@
 from __future__ import annotations
 
 import os
-import random
+import shutil
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,10 +20,10 @@ from torchrl_sql.envs.slots import Slot
 from torchrl_sql.games import GAMES
 from torchrl_sql.training import Interrupted, train
 from torchrl_sql.training.build import build_trainer
-from torchrl_sql.training.checkpoint import CheckpointError, list_checkpoints, load_checkpoint
+from torchrl_sql.training.checkpoint import list_checkpoints, load_checkpoint
 from torchrl_sql.training.logs import read_scalars
 from torchrl_sql.training.online import Pace
-from torchrl_sql.training.trainer import Trainer
+from torchrl_sql.training.trainer import NonFiniteError, Trainer
 
 TINY = [
     "scale=cpu",
@@ -81,24 +80,74 @@ def assert_same_run(folder, other):
         assert scalars[0][name] == scalars[1][name], name
 
 
+KILLED = """
+import importlib, os, signal, sys
+from torchrl_sql.cli import main
+module, kind, name, number = sys.argv[1:5]
+kind = getattr(importlib.import_module(module), kind)
+original, calls = getattr(kind, name), []
+
+def call(*args, **options):
+    calls.append(1)
+    if len(calls) == int(number):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(*args, **options)
+
+setattr(kind, name, call)
+sys.exit(main(["train-online", *sys.argv[5:]]))
+"""
+
+
+@pytest.mark.slow
 def test_a_run_killed_at_any_instant_ends_as_if_it_had_not_been(played, tmp_path):
-    folder, rng = tmp_path / "killed", random.Random(os.getpid())
-    command = [sys.executable, "-m", "torchrl_sql", "train-online", *TINY, f"run_dir={folder}"]
-    for kill in range(3):
-        before = len(list_checkpoints(folder / "checkpoints")) and list_checkpoints(folder / "checkpoints")[-1]
-        with open(tmp_path / "log", "a") as log:
-            process = subprocess.Popen(command, stdout=log, stderr=log)
-        if kill < 2:
-            deadline = time.monotonic() + 120
-            # Somewhere in the first steps after a checkpoint that this start wrote: those to come are not there yet.
-            while not (made := list_checkpoints(folder / "checkpoints")) or made[-1] == before:
-                assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()
-            time.sleep(rng.uniform(0, 0.5))
-            process.kill()
-        process.wait()
-    assert process.returncode == 0, (tmp_path / "log").read_text()
-    assert "continuing" in (tmp_path / "log").read_text()
+    folder, log = tmp_path / "killed", tmp_path / "log"
+    commit, update = (
+        ("torchrl_sql.data.writer", "RecordingWriter", "commit"),
+        ("torchrl_sql.training.trainer", "Trainer", "update"),
+    )
+    kills = [
+        (*commit, 2),  # in the first commit, between two games, before there is a checkpoint
+        (*update, 8),  # two checkpoints later, with steps since
+        ("torchrl_sql.data.growing", "GrowingStore", "add", 3),  # episodes that are played again are written
+        (*commit, 4),
+        (*update, 10**9),  # not any more
+    ]
+    for kill in kills:
+        command = [sys.executable, "-c", KILLED, *map(str, kill), *TINY, f"run_dir={folder}"]
+        with open(log, "a") as file:
+            code = subprocess.run(command, stdout=file, stderr=file, timeout=300).returncode
+        assert code == (0 if kill == kills[-1] else -signal.SIGKILL), log.read_text()
+    assert "continuing" in log.read_text()
     assert_same_run(folder, played)
+
+
+def test_the_network_that_acts_has_the_learners_weights_of_the_step_before(make_config):
+    trainer = build_trainer(make_config())
+    before = {}
+    for _ in range(4):
+        batch = trainer.replay.sample()
+        acting, learner = trainer.replay._acting.state_dict(), trainer.replay._policy.state_dict()
+        assert all(torch.equal(value, learner[name]) for name, value in acting.items())
+        assert not before or any(not torch.equal(value, acting[name]) for name, value in before.items())
+        before = {name: value.clone() for name, value in acting.items()}
+        trainer.update(batch)
+    trainer.replay.shutdown()
+
+
+def test_a_network_that_diverged_stops_the_run_with_files_to_inspect(make_config, monkeypatch):
+    config, update = make_config(), Trainer.update
+
+    def diverging(self, batch):
+        metrics = update(self, batch)
+        if self.step == 10:
+            with torch.no_grad():
+                next(iter(self.loss.parameters())).fill_(torch.nan)
+        return metrics
+
+    monkeypatch.setattr(Trainer, "update", diverging)
+    with pytest.raises(NonFiniteError):
+        train(config)
+    assert (Path(config.run_dir) / "nonfinite" / "state.pt").exists()
 
 
 def test_an_interrupted_run_continues_exactly(played, make_config, monkeypatch):
@@ -258,8 +307,19 @@ def test_a_run_whose_store_is_gone_does_not_continue(make_config, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             train(config)
     (Path(config.run_dir) / "store").rename(Path(config.run_dir) / "elsewhere")
-    with pytest.raises(CheckpointError, match="the recording that is to be continued was there"):
+    with pytest.raises(FileNotFoundError, match="is not a store"):
         train(config)
+    assert not (Path(config.run_dir) / "store").exists()
+
+
+def test_a_run_whose_checkpoints_are_gone_does_not_wipe_what_it_played(make_config):
+    config = make_config()
+    train(config)
+    before = contents(Path(config.run_dir) / "store")
+    shutil.rmtree(Path(config.run_dir) / "checkpoints")
+    with pytest.raises(ValueError, match="of a run whose checkpoints are gone"):
+        train(config)
+    assert contents(Path(config.run_dir) / "store") == before
 
 
 @pytest.mark.parametrize(
@@ -268,6 +328,10 @@ def test_a_run_whose_store_is_gone_does_not_continue(make_config, monkeypatch):
         (["data.first_fraction=0.5"], "data.first_fraction must be 1.0 online"),
         (["online.num_emulators=3"], "online.num_emulators must be a multiple of the number of games, 2, got 3"),
         (["online.offline_fraction=0.5"], "online.offline_fraction must be 0 without online.offline_store"),
+        (
+            ["online.offline_store=x", "online.offline_fraction=0.1"],
+            "such that a batch of data.batch_size=4 has a",
+        ),
         (["online.commit_interval_gradient_steps=2"], "must be at least trainer.log_interval_gradient_steps=3"),
         (["online.shard_frames=30"], "online.shard_frames must be a multiple of 20"),
         (["online.final_epsilon=2"], r"online.final_epsilon must be in \[0, 1\]"),

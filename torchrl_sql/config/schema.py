@@ -509,8 +509,12 @@ def _check_online(config: RunConfig, online: OnlineConfig, require: Callable[[bo
         "online.offline_fraction",
         "0 without online.offline_store, greater with one",
     )
-    num_own = config.data.batch_size - round(online.offline_fraction * config.data.batch_size)
-    require(num_own > 0, "online.offline_fraction", "small enough for a transition of one's own in each batch")
+    num_offline = round(online.offline_fraction * config.data.batch_size)
+    require(
+        online.offline_store is None or 0 < num_offline < config.data.batch_size,
+        "online.offline_fraction",
+        f"such that a batch of data.batch_size={config.data.batch_size} has a transition of either kind",
+    )
 
 
 def check_ranks(config: RunConfig, num_ranks: int) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +16,7 @@ import numpy as np
 from torchrl_sql.data.catalogue import ABSENT, list_recording
 from torchrl_sql.data.recording import MEMBERS, Recording, Tail, open_recording, restore_recording
 from torchrl_sql.data.store import FrameStore, recording_folders
-from torchrl_sql.data.writer import RecordingWriter
+from torchrl_sql.data.writer import RecordingWriter, lock
 
 _RECORDING = "0"
 
@@ -29,7 +31,7 @@ class GrowingStore:
     equal files, whatever was committed when, and whatever was committed and dropped again meanwhile.
 
     Args:
-        path (path): of the store; made if absent.
+        path (path): of the store; made by :meth:`open` if absent.
         games (sequence of str): what is played.
 
     Keyword Args:
@@ -39,7 +41,7 @@ class GrowingStore:
         shard_frames (int): frames per file, see :meth:`FrameStore.create`. Each commit writes the last file again.
 
     Attributes:
-        store (FrameStore): what is written.
+        store (FrameStore): what is written; from :meth:`open` on.
         games (tuple of str): as given.
     """
 
@@ -53,47 +55,67 @@ class GrowingStore:
         shard_frames: int = 4000,
     ) -> None:
         self.games = tuple(games)
-        self.store = FrameStore.create(path, shard_frames=shard_frames, exist_ok=True)
-        self._source, self._about = source, dict(about)
+        self._path, self._shard_frames = Path(path), shard_frames
+        self._source, self._about = source, json.loads(json.dumps(about))  # as it is read
         self._writers: dict[str, RecordingWriter] = {}
         self._labels: dict[str, dict[str, list[float]]] = {}
         self._num_committed: dict[str, int] = {}
 
-    def open(self, manifests: Mapping[str, str] | None = None) -> None:
+    def open(self, manifests: Mapping[str, str] | None = None, *, dropping: Mapping[str, float] | None = None) -> None:
         """Opens the recordings for writing, as they were in an earlier state; what came after it is dropped.
 
         Args:
             manifests (mapping, optional): the text of each game's manifest at that time
                 (:meth:`~torchrl_sql.data.recording.Manifest.to_json`); default: a state without episodes.
 
+        Keyword Args:
+            dropping (mapping, optional): without ``manifests``, only episodes whose labels are below these numbers are
+                dropped.
+
         Raises:
-            ValueError: if the store holds other recordings of these games, or their earlier state is lost.
+            ValueError: if the store holds other recordings of these games, episodes that may not be dropped, or their
+                earlier state is lost. Nothing is changed then.
             BlockingIOError: if another process writes them.
         """
+        if manifests is None:
+            self.store = FrameStore.create(self._path, shard_frames=self._shard_frames, exist_ok=True)
+        else:
+            self.store = FrameStore.open(self._path)
+        with ExitStack() as stack:
+            folders = {game: self.store.path / game / _RECORDING for game in self.games}
+            for folder in folders.values():
+                if folder.is_dir():
+                    stack.enter_context(lock(folder))
+            found = {game: self._check(folder) for game, folder in folders.items()}  # all, before any is changed
+            if manifests is None:
+                for recording in found.values():
+                    _check_droppable(recording, dropping)
+            for game, folder in folders.items():
+                recording = found[game]
+                if manifests is not None:
+                    restore_recording(folder, manifests[game])
+                elif recording is not None:
+                    restore_recording(folder, _emptied(recording))
+                elif not folder.exists():
+                    list_recording(folder, ABSENT)  # somebody may have deleted what an earlier start made
         for game in self.games:
-            self._take_back(game, None if manifests is None else manifests[game])
             writer = self.store.writer(game, source=self._source, behaviours=["agent"], metadata=self._about)
             self._writers[game] = writer
             self._num_committed.pop(game, None)
             known = {} if manifests is None else self.store.recording(game).manifest.metadata[_LABELS]
             self._labels[game] = {name: list(values) for name, values in known.items()}
 
-    def _take_back(self, game: str, manifest: str | None) -> None:
-        folder = self.store.path / game / _RECORDING
-        if manifest is None and not (folder / "manifest.json").exists():
-            list_recording(folder, ABSENT)  # somebody may have deleted what an earlier start made
-        others = [path for path in recording_folders(self.store.path, f"{game}/*") if path != folder]
-        recording = open_recording(folder)
+    def _check(self, folder: Path) -> Recording | None:
+        """The recording in a folder, which must be this run's, and the only one of its game."""
+        others = [path for path in recording_folders(self.store.path, f"{folder.parent.name}/*") if path != folder]
+        recording = open_recording(folder) if folder.exists() else None
         about = None if recording is None else {key: recording.manifest.metadata.get(key) for key in self._about}
         if others or (recording is not None and (about, recording.manifest.source) != (self._about, self._source)):
             raise ValueError(
-                f"{self.store.path / game} must hold nothing but what this run played, with {self._about}, got "
+                f"{folder.parent} must hold nothing but what this run played, with {self._about}, got "
                 f"{others[0].name if others else about}; choose another folder"
             )
-        if manifest is not None:
-            restore_recording(folder, manifest)
-        elif recording is not None:
-            restore_recording(folder, _emptied(recording))
+        return recording
 
     def add(
         self,
@@ -138,6 +160,18 @@ class GrowingStore:
         """Ends the writers; what was not published is dropped."""
         for writer in self._writers.values():
             writer.close(commit=False)
+
+
+def _check_droppable(recording: Recording | None, limits: Mapping[str, float] | None) -> None:
+    if recording is None or not recording.num_episodes:
+        return
+    for label, limit in (limits or {}).items():
+        greatest = max(recording.manifest.metadata[_LABELS][label])
+        if greatest >= limit:
+            raise ValueError(
+                f"{recording.path.parent} holds {recording.num_steps:,} transitions, to {label} {greatest:,.0f}, of a "
+                "run whose checkpoints are gone: choose another folder, or delete it to begin anew"
+            )
 
 
 def _emptied(recording: Recording) -> str:

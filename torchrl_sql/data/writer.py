@@ -66,7 +66,7 @@ class RecordingWriter:
         self._path.mkdir(parents=True, exist_ok=True)
         metadata = None if metadata is None else _json_copy(metadata)
         with ExitStack() as stack:  # Closes what is open so far if the recording turns out not to be appendable.
-            stack.enter_context(_lock(self._path))
+            stack.enter_context(lock(self._path))
             file = self._path / "manifest.json"
             recording = open_recording(self._path)
             committed = None if recording is None else recording.manifest
@@ -361,7 +361,12 @@ class RecordingWriter:
 
 
 @contextmanager
-def _lock(path: Path) -> Iterator[None]:
+def lock(path: Path) -> Iterator[None]:
+    """Keeps other writers away from a recording's folder.
+
+    Raises:
+        BlockingIOError: if one has it open.
+    """
     descriptor = os.open(path / ".lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o644)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -33,6 +34,7 @@ class PlayedEpisode:
             the episode.
         actions (list of int), rewards (list of float): of each step; rewards are raw.
         terminated, truncated (bool): how it ended.
+        crc32 (int): of all observations and rewards so far.
     """
 
     emulator: int
@@ -43,6 +45,7 @@ class PlayedEpisode:
     rewards: list[float] = field(default_factory=list, repr=False)
     terminated: bool = False
     truncated: bool = False
+    crc32: int = 0
 
     @property
     def over(self) -> bool:
@@ -52,7 +55,8 @@ class PlayedEpisode:
     def state_dict(self) -> dict[str, Any]:
         """All that is needed to play it again."""
         actions = torch.tensor(self.actions, dtype=torch.uint8)
-        return {"emulator": self.emulator, "number": self.number, "labels": dict(self.labels), "actions": actions}
+        return {"emulator": self.emulator, "number": self.number, "labels": dict(self.labels), "actions": actions,
+                "crc32": self.crc32}  # fmt: skip
 
 
 class Lockstep:
@@ -152,7 +156,7 @@ class Lockstep:
                     if not episodes[row].over:
                         self._send(episodes[row], action)
                         self._receive(episodes[row], action)
-                if episodes[row].over is (row == rows[-1]) or len(episodes[row].actions) < len(actions[row]):
+                if episodes[row].over is (row == rows[-1]) or episodes[row].crc32 != states[row]["crc32"]:
                     raise ValueError(f"episode {episodes[row]} is not what it was: is this another version of ale-py?")
             return episodes[rows[-1]]
 
@@ -172,6 +176,7 @@ class Lockstep:
         with self._naming(episode):
             slot.start(self.games[self.game_id[index]], int(seeds[0] & 0x7FFFFFFF))
         episode.frames.append(slot.observation[-1].copy())
+        episode.crc32 = zlib.crc32(episode.frames[-1].tobytes())
         self.observation[index] = slot.observation
 
     def _send(self, episode: PlayedEpisode, action: int) -> None:
@@ -186,6 +191,8 @@ class Lockstep:
         episode.actions.append(action)
         episode.rewards.append(slot.reward)
         episode.terminated, episode.truncated = slot.terminated, slot.truncated
+        seen = zlib.crc32(slot.observation[-1].tobytes(), episode.crc32)
+        episode.crc32 = zlib.crc32(np.float64(slot.reward).tobytes(), seen)
         if not slot.terminated:
             episode.frames.append(slot.observation[-1].copy())
         self.observation[index] = slot.observation

@@ -32,7 +32,8 @@ class NetworkPolicy(TensorDictModuleBase):
         decoding ("greedy" or "sampled"): the argmax, or a draw from the softmax of ``action_value``.
 
     Raises:
-        ValueError: for another decoding and, when playing, values that are not finite.
+        ValueError: for another decoding.
+        FloatingPointError: when playing, for values that are not finite.
     """
 
     def __init__(self, actor: QValueActor, games: Sequence[str], *, decoding: str = "greedy"):
@@ -72,10 +73,10 @@ def check_outputs(values: Tensor) -> Tensor:
     """The values, if they are finite.
 
     Raises:
-        ValueError: if not.
+        FloatingPointError: if not.
     """
     if not values.isfinite().all():
-        raise ValueError("the network's outputs must be finite, got NaN or infinity: its training diverged")
+        raise FloatingPointError("the network's outputs must be finite, got NaN or infinity: its training diverged")
     return values
 
 

@@ -174,7 +174,10 @@ def build_online_replay(
         other = options | {"seed": config.seed + 1}
         data = replace(config.data, batch_size=num_offline)
         offline = method.replay(data, FrameStore.open(expand_path(online.offline_store)), **other)
-    sections = {"online": asdict(online), **{key: asdict(getattr(config, key)) for key in ("model", "method", "optim")}}
+    sections = {key: asdict(getattr(config, key)) for key in ("online", "data", "model", "method", "optim", "init")}
+    for section, key in (("data", "store"), ("data", "prefetch"), ("init", "policy")):
+        del sections[section][key]
+    sections["data"]["games"] = list(config.games)
     growing = GrowingStore(
         expand_path(config.data.store),
         config.games,
@@ -200,4 +203,5 @@ def build_online_replay(
             seed=config.seed,
         ),
         offline=offline,
+        first_checkpoint_step=config.trainer.checkpoint_interval_gradient_steps,
     )

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -20,6 +21,7 @@ from torchrl_sql.data import FrameStore, OfflineAtariReplay, Recording
 from torchrl_sql.data.growing import GrowingStore
 from torchrl_sql.envs.lockstep import Lockstep, PlayedEpisode
 from torchrl_sql.games import legal_action_mask
+from torchrl_sql.training.trainer import NonFiniteError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +79,8 @@ class OnlineReplay:
 
     Keyword Args:
         offline (OfflineAtariReplay, optional): its batches are appended to those of the store.
+        first_checkpoint_step (float): gradient step of the first saved state: :meth:`begin` refuses a store that holds
+            what was played at twice as many, which a start without any state cannot have left.
 
     Call :meth:`begin` or :meth:`load_state_dict` before anything else.
     """
@@ -90,11 +94,13 @@ class OnlineReplay:
         pace: Pace,
         *,
         offline: OfflineAtariReplay | None = None,
+        first_checkpoint_step: float = math.inf,
     ) -> None:
         if players.games != growing.games:
             raise ValueError(f"players and store must have the same games, got {players.games} and {growing.games}")
         self.growing, self.players, self.pace = growing, players, pace
         self._make_replay, self._offline = make_replay, offline
+        self._first_checkpoint_step = first_checkpoint_step
         self._replay: OfflineAtariReplay | None = None
         self._policy, self._acting = policy, deepcopy(policy).eval()
         self._stream: torch.cuda.Stream | None = None
@@ -121,7 +127,7 @@ class OnlineReplay:
             OSError: if the disk is full.
         """
         with self._ending_if_it_fails():
-            self.growing.open()
+            self.growing.open(dropping={"gradient_step": 2 * self._first_checkpoint_step})
             self.players.begin(self._labels(0))
             while self.num_agent_steps < self.pace.first_agent_steps or not self.growing.num_episodes:
                 self._tick(0)
@@ -186,7 +192,8 @@ class OnlineReplay:
     def seek(self, step: int) -> None:
         """Makes the batch of this gradient step the next one; what was played stays."""
         assert self._replay is not None
-        self._wait()
+        with suppress(NonFiniteError):  # the weights that played are those that the caller goes back from
+            self._wait()
         while self._shown[-1].step > step and len(self._shown) > 1:
             self._unpublished = self._shown.pop().episodes + self._unpublished
             self._replay.show(self._shown[-1].recordings, until=self._next_commit(self._shown[-1].step))
@@ -236,7 +243,11 @@ class OnlineReplay:
         """Until nothing is played."""
         if self._playing is not None:
             playing, self._playing = self._playing, None
-            playing.result()
+            try:
+                playing.result()
+            except FloatingPointError as error:  # of the acting network
+                assert self._replay is not None
+                raise NonFiniteError(str(error), step=self._replay.sampler.step) from error
 
     def _play_ahead(self, gradient_step: int) -> None:
         """Begins to play what is owed at a gradient step, with the weights of now."""
