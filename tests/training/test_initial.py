@@ -86,6 +86,16 @@ def test_heads_of_games_that_the_source_does_not_know_are_new_and_named(make_con
     assert "new: the head of Breakout" in caplog.messages[-1] and "head of Freeway" not in caplog.messages[-1]
 
 
+def test_a_variation_starts_with_the_head_of_its_game(make_config, source, caplog):
+    config = make_config(f"init.policy={source}", "init.load=all", "data.games=[Pong,Freeway-m1,Freeway]")
+    network = make_method(config.method).network(config.model, config.games)
+    with caplog.at_level(logging.INFO, "torchrl_sql.training.initial"):
+        load_initial(network, config, Ranks(0, 1, torch.device("cpu")))
+    ours, theirs = short(network.state_dict())["heads.weight"], weights_of(source)["heads.weight"]
+    assert torch.equal(ours[1], theirs[1]) and torch.equal(ours[2], theirs[1])  # of Breakout and Freeway
+    assert caplog.messages[-1].endswith("new: the head of Pong")
+
+
 def test_a_source_of_another_kind_gives_its_encoder(make_config, source):
     _, online, _ = build(make_config(f"init.policy={source}", "method=cql_mse"))
     theirs = weights_of(source)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from torchrl_sql.config import ConfigError, QNetworkConfig, RunConfig, run_config_from_yaml
 from torchrl_sql.files import expand_path
+from torchrl_sql.games import find_game
 from torchrl_sql.methods import make_method
 from torchrl_sql.training.policy import read_policy_file
 from torchrl_sql.training.ranks import Ranks
@@ -20,6 +21,7 @@ logger = logging.getLogger(__name__)
 
 _ENCODER = re.compile(r"(?:.*\.)?encoder\.(.+)")
 _HEADS = re.compile(r"(?:.*\.)?heads\.(?:weight|bias)")
+_ONE_HEAD = "all games"
 _GIVEN = re.compile(r"(?:.*\.)?(?:input_mean|support)")
 """Not learned: what the data and the settings say."""
 
@@ -28,7 +30,8 @@ def load_initial(network: nn.Module, config: RunConfig, ranks: Ranks) -> tuple[s
     """Fill a fresh network with what ``config.init`` names; nothing is loaded in part.
 
     ``load: encoder`` takes what maps frames to the feature map, ``load: all`` everything that is learned, of per-game
-    heads those of games that both runs have, by name. The rest stays as it is, and the log names it.
+    heads those of games that both runs have, by name; a variation of a game starts with the head of the game. The rest
+    stays as it is, and the log names it.
 
     Args:
         network (nn.Module): of the run, on the CPU.
@@ -75,11 +78,12 @@ def load_initial(network: nn.Module, config: RunConfig, ranks: Ranks) -> tuple[s
             {name: value for name, value in weights.items() if not (_HEADS.fullmatch(name) or _GIVEN.fullmatch(name))}
             for weights in (ours, theirs)
         )
-        shared = [game for game in _head_names(config) if game in _head_names(before)]
-        new = [f"the head of {game}" for game in _head_names(config) if game not in shared]
+        sources = {name: _source_of(name, _head_names(before)) for name in _head_names(config)}
+        shared = {name: source for name, source in sources.items() if source is not None}
+        new = [f"the head of {name}" for name in sources if name not in shared]
         if shared:
             _check_heads(shared, (ours, config), (theirs, before), path)
-            here |= _heads(ours, config, shared)
+            here |= _heads(ours, config, {name: name for name in shared})
             there |= _heads(theirs, before, shared)
     _copy(here, there, path)
     if ranks.is_main:
@@ -132,7 +136,7 @@ def _copy(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], path: object
 
 
 def _check_heads(
-    shared: Sequence[str],
+    shared: Iterable[str],
     ours: tuple[Mapping[str, Tensor], RunConfig],
     theirs: tuple[Mapping[str, Tensor], RunConfig],
     path: object,
@@ -146,20 +150,28 @@ def _check_heads(
         )
 
 
-def _heads(weights: Mapping[str, Tensor], config: RunConfig, shared: Sequence[str]) -> dict[str, Tensor]:
-    """Views of the shared heads' weights."""
+def _heads(weights: Mapping[str, Tensor], config: RunConfig, shared: Mapping[str, str]) -> dict[str, Tensor]:
+    """Views of the weights of heads: those that ``shared`` names, called what it names them for."""
     names = _head_names(config)
     return {
-        f"{name} of {game}": weights[name][names.index(game)] for name in weights if _HEADS.fullmatch(name)
-        for game in shared
+        f"{name} of {ours}": weights[name][names.index(head)] for name in weights if _HEADS.fullmatch(name)
+        for ours, head in shared.items()
     }  # fmt: skip
+
+
+def _source_of(name: str, heads: Sequence[str]) -> str | None:
+    """Which of another network's heads becomes this one: its own, or that of the game that it is a variation of."""
+    if name in heads or name == _ONE_HEAD:
+        return name if name in heads else None
+    base = find_game(name).base
+    return base if base in heads else None
 
 
 def _head_names(config: RunConfig) -> list[str]:
     """What each head is for, in their order; none in a network without heads."""
     if not isinstance(config.model, QNetworkConfig) or make_method(config.method).values == "none":
         return []
-    return list(config.games) if config.model.per_game_heads else ["all games"]
+    return list(config.games) if config.model.per_game_heads else [_ONE_HEAD]
 
 
 def _kind_of_values(weights: Mapping[str, Tensor], config: RunConfig) -> str:
