@@ -90,6 +90,26 @@ def test_the_losss_state_holds_the_networks_weights(choice):
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+@pytest.mark.filterwarnings("ignore:torch._dynamo.config.inline_inbuilt:FutureWarning")
+@pytest.mark.parametrize("choice", ["mae", "cpc"])
+def test_losses_that_prepare_an_encoder_are_one_graph_and_finite_in_lower_precision(choice):
+    method, network = make(choice)
+    loss = method.loss(network)
+    results = []
+    for call in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager", dynamic=False)):
+        torch.manual_seed(0)
+        results.append(call(batch(choice)))
+    for key, value in results[0].items():
+        torch.testing.assert_close(results[1][key], value)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.manual_seed(0)
+        rounded = loss(batch(choice))
+    for key, value in rounded.items():
+        assert value.dtype == torch.float32
+        if key.startswith("loss_"):
+            torch.testing.assert_close(value, results[0][key], rtol=0.05, atol=0.05)
+
+
 @pytest.mark.parametrize("choice", ["cql_c51", "cql_hl_gauss", "cql_mse"])
 def test_q_learnings_target_network_follows_when_it_is_told_to(choice):
     method, network = make(choice)
