@@ -298,9 +298,18 @@ def test_runs_that_play_share_a_store_per_seed(tmp_path):
         assert "data" not in task.settings and task.settings["online.num_emulators"] == 4
 
 
-@pytest.mark.parametrize(("data", "words"), [("play", []), ("a/store", ["online=cpu"])])
-def test_runs_that_play_need_a_study_whose_data_they_play(tmp_path, data, words):
-    study = load_study(find_study("dqn_replay_mini"))
-    changed = replace(study, data=data, common=["scale=cpu", *words])
-    with pytest.raises(ConfigError, match=r"runs.breakout must have the setting online=NAME if data is play, and only"):
+def test_a_study_whose_data_is_play_has_runs_that_play(tmp_path):
+    changed = replace(load_study(find_study("dqn_replay_mini")), common=["scale=cpu"])
+    with pytest.raises(ConfigError, match=r"runs.breakout must have the setting online=NAME, for the study's data is"):
         plan_study(changed, tmp_path)
+
+
+def test_in_a_study_with_other_data_a_run_that_plays_has_a_store_of_its_own_and_waits_for_its_source_only(tmp_path):
+    tasks = {task.name: task for task in plan_study(load_study(find_study("transfer_online")), tmp_path)}
+    ql, scratch, zero = (
+        tasks[name] for name in ("train-ql-seed1", "train-scratch-seed1", "evaluate-pre_ql-seed1-greedy")
+    )
+    assert (ql.after, scratch.after, zero.after) == (["train-pre_ql-seed1"], [], ["train-pre_ql-seed1"])
+    config = compose_run_config(ql.arguments[1:])
+    assert config.data.store == f"{tmp_path}/ql/seed1/store" and "ql/seed1/store" in ql.makes
+    assert zero.arguments[zero.arguments.index("--games") + 1].split(",") == list(config.games)

@@ -35,6 +35,8 @@ class StudyRun:
     """What it takes from that policy: ``encoder`` or ``all``."""
     decode: list[str] = field(default_factory=lambda: ["greedy"])
     """Decodings to evaluate, of ``torchrl-sql evaluate``; none for a run that only prepares others."""
+    games: list[str] | None = None
+    """What is evaluated: some of its games, or variations of them; ``None`` for all its games."""
     seeds: list[int] | None = None
     """``None`` for the study's."""
 
@@ -66,8 +68,9 @@ class StudyConfig:
     """Overrides of every run."""
     seeds: list[int] = field(default_factory=lambda: [0])
     data: str
-    """``collect``, ``import`` with the arguments of that command but ``--out``, the path of a store, or ``play``: the
-    runs are online, and what those of one seed play goes to one store, ``stores/seedS``."""
+    """``collect``, ``import`` with the arguments of that command but ``--out``, the path of a store, or ``play``: all
+    runs are online, and what those of one seed play goes to one store, ``stores/seedS``. In a study with other data,
+    a run with ``online=NAME`` plays into a store of its own."""
     runs: dict[str, StudyRun]
     report: StudyReport = field(default_factory=StudyReport)
 

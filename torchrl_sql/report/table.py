@@ -99,6 +99,7 @@ class Table:
         return tabulate(
             self._texts(details), self.header, tablefmt="simple", disable_numparse=True,
             colalign=["left", *["right"] * (len(self.header) - 1)], maxheadercolwidths=MAX_HEADING,
+            break_long_words=False, break_on_hyphens=False,
         )  # fmt: skip
 
     def _texts(self, details: bool = True) -> list[list[str]]:

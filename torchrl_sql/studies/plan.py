@@ -85,11 +85,12 @@ def plan_study(study: StudyConfig, folder: Path, *, num_ranks: int = 1) -> list[
     for name, run in study.runs.items():
         chosen = tuple(f"{setting_key(word)}." for word in run.set if setting_key(word) in ("method", "model"))
         shared = [word for word in study.common if not word.startswith(chosen)]
-        common = combined(shared, run.set, [f"name={name}"], [] if plays_data else [f"data.store={quoted(store)}"])
+        plays = any(setting_key(word) == "online" for word in [*shared, *run.set])
+        common = combined(shared, run.set, [f"name={name}"], [] if plays else [f"data.store={quoted(store)}"])
         if run.load is not None:
             common = combined(common, [f"init.load={run.load}"])
-        if plays_data != any(setting_key(word) == "online" for word in common):
-            raise ConfigError(f"runs.{name} must have the setting online=NAME if data is play, and only then")
+        if plays_data and not plays:
+            raise ConfigError(f"runs.{name} must have the setting online=NAME, for the study's data is play")
         compose = _Seeded(common)
         for seed in study.seeds_of(name):
             place = f"{name}/seed{seed}"
@@ -99,31 +100,32 @@ def plan_study(study: StudyConfig, folder: Path, *, num_ranks: int = 1) -> list[
                 own_store = folder / "stores" / f"seed{seed}"
                 words.append(f"data.store={quoted(own_store)}")
                 config.data = replace(config.data, store=str(own_store))
-            settings, before = (
-                _deciding(config) | ({} if makes_store or plays_data else {"data": study.data}),
-                data,
-            )
+            settings = _deciding(config) | ({} if makes_store or plays else {"data": study.data})
+            before = [] if plays else data
             if run.from_ is not None:
                 policy = folder / run.from_ / f"seed{seed}" / "policy.safetensors"
                 words.append(f"init.policy={quoted(policy)}")
                 config.init = replace(config.init, policy=str(policy))
-                before = [*data, f"train-{run.from_}-seed{seed}"]
+                before = [*before, f"train-{run.from_}-seed{seed}"]
             check_ranks(config, num_ranks)
             _check_axis(study.report.x, name, config)
-            plays = config.trainer.evaluation_interval_gradient_steps is not None
+            scored = config.trainer.evaluation_interval_gradient_steps is not None
             trained = add(
                 f"train-{name}-seed{seed}", "train", words, group=f"train-{name}", after=before, run_dir=config.run_dir,
                 config=config.to_yaml(), settings=settings,
-                makes=[f"{place}/{made}" for made in (*_OF_TRAINING, *(_OF_EVALUATION if plays else ()))]
-                + [f"stores/seed{seed}/{game}" for game in config.games if plays_data],
+                makes=[f"{place}/{made}" for made in (*_OF_TRAINING, *(_OF_EVALUATION if scored else ()))]
+                + [f"stores/seed{seed}/{game}" for game in config.games if plays_data]
+                + [f"{place}/store"] * (plays and not plays_data),
             )  # fmt: skip
             previous = trained
             for decoding in run.decode:  # one after the other: they share a table
                 words = [config.run_dir, "--decoding", decoding, *evaluation_options(config.evaluation)]
+                played = {} if run.games is None else {"games": run.games}
+                words += ["--games", ",".join(run.games)] if run.games else []
                 words += ["--video"] * (name == main and decoding == run.decode[0])
                 previous = add(
                     f"evaluate-{name}-seed{seed}-{decoding}", "evaluate", words, group=f"evaluate-{name}-{decoding}",
-                    after=[previous.name], settings={"decoding": decoding} | asdict(config.evaluation),
+                    after=[previous.name], settings={"decoding": decoding} | played | asdict(config.evaluation),
                     makes=[f"{place}/{made}" for made in _OF_EVALUATION],
                 )  # fmt: skip
                 ends.append(previous.name)
