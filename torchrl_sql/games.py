@@ -17,7 +17,6 @@ import difflib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 from importlib import resources
 from typing import TYPE_CHECKING
 
@@ -112,7 +111,6 @@ _GROUPS = {"train40": TRAIN_40, "heldout5": HELDOUT_5, "all": tuple(GAMES)}
 _NAME = re.compile(r"(?P<base>.+?)(-m(?P<mode>[0-9]+))?(-d(?P<difficulty>[0-9]+))?", re.DOTALL)
 
 
-@cache
 def find_game(name: str) -> Game:
     """The game of a name such as ``"Freeway"``, or the variation of a name such as ``"Freeway-m1-d1"``.
 

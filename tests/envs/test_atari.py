@@ -84,6 +84,12 @@ def test_emulators_that_cannot_be_had_are_refused(setting, message):
         Emulator(**setting)
 
 
+@pytest.mark.parametrize("seeds", [[1], [1, 2, 3], [-1, 2], [1, 2**31], 1])
+def test_seeds_that_cannot_be_had_are_refused(seeds):
+    with pytest.raises(ValueError, match=r"seeds must be 2 numbers in 0\.\.2\^31-1, one per copy that is reset, got"):
+        AtariVector("Breakout", 2).reset(np.array(seeds))
+
+
 def test_unknown_game():
     with pytest.raises(ValueError, match="did you mean Breakout"):
         AtariVector("Breakut", 1)

@@ -112,14 +112,19 @@ class AtariVector:
         """Starts new episodes.
 
         Args:
-            seeds (array): int ``[number of copies reset]`` in 0..2^32-1, one per copy in ascending order.
+            seeds (array): int ``[number of copies reset]`` in 0..2^31-1, one per copy in ascending order.
             mask (array, optional): bool ``[N]``, the copies to reset; default all.
 
         Returns:
             uint8 ``[N, 4, 84, 84]``: the stacks of all copies, oldest frame first.
         """
         indices = np.arange(self.num_envs) if mask is None else np.flatnonzero(mask)
-        for index, seed in zip(indices.tolist(), np.asarray(seeds).tolist(), strict=True):
+        seeds = np.asarray(seeds)
+        if seeds.shape != indices.shape or (seeds < 0).any() or (seeds >= 2**31).any():
+            raise ValueError(
+                f"seeds must be {len(indices)} numbers in 0..2^31-1, one per copy that is reset, got {seeds}"
+            )
+        for index, seed in zip(indices.tolist(), seeds.tolist(), strict=True):
             self._consoles[index].start(seed)
         self._observation = self._observation.copy()
         self._observation[indices] = 0

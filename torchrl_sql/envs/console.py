@@ -154,21 +154,19 @@ class AreaResize:
         """uint8 ``[height, width]`` or ``[height, width, channels]``, in and out."""
         if self._same:
             return picture
-        picture = picture.astype(np.float32)
-        sums = self._sum(picture, *self._columns, axis=1)
-        sums = self._sum(sums, *self._rows, axis=0)
+        sums = _weighted_sums(np.ascontiguousarray(picture.swapaxes(0, 1)), *self._columns)
+        sums = _weighted_sums(np.ascontiguousarray(sums.swapaxes(0, 1)), *self._rows)
         return np.rint(sums, out=sums).astype(np.uint8)
 
-    def _sum(self, picture: np.ndarray, sources: np.ndarray, weights: np.ndarray, *, axis: int) -> np.ndarray:
-        shape = [1] * picture.ndim
-        shape[axis] = -1
-        total = picture.take(sources[0], axis)
-        total *= weights[0].reshape(shape)
-        for source, weight in zip(sources[1:], weights[1:], strict=True):
-            term = picture.take(source, axis)
-            term *= weight.reshape(shape)
-            total += term
-        return total
+
+def _weighted_sums(rows: np.ndarray, sources: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """New rows, float32: sums of the old ones, ``[n, new]`` of them with their weights."""
+    terms = rows.take(sources.ravel(), 0, mode="clip").reshape(*sources.shape, *rows.shape[1:])
+    terms = terms * weights.reshape(*weights.shape, *[1] * (rows.ndim - 1))
+    total = terms[0]
+    for term in terms[1:]:
+        total += term
+    return total
 
 
 def _weights(length: int, new: int) -> tuple[np.ndarray, np.ndarray]:

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import atexit
 import json
+import math
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import weakref
 from itertools import count
 
@@ -51,6 +53,7 @@ class _ConsoleProcess:
 _processes: dict[int, list[_ConsoleProcess]] = {}
 """By the process that started them: they are not for its forks."""
 _turn = count()
+_starting = threading.Lock()
 
 
 @atexit.register
@@ -61,14 +64,15 @@ def _stop_processes() -> None:
 
 def _next_process(num_processes: int) -> _ConsoleProcess:
     """The process whose turn it is, of the first ``num_processes``."""
-    processes = _processes.setdefault(os.getpid(), [])
     place = next(_turn) % num_processes
-    while len(processes) <= place:
-        processes.append(_ConsoleProcess())
-    if not processes[place].runs:
-        processes[place].stop()
-        processes[place] = _ConsoleProcess()
-    return processes[place]
+    with _starting:
+        processes = _processes.setdefault(os.getpid(), [])
+        while len(processes) <= place:
+            processes.append(_ConsoleProcess())
+        if not processes[place].runs:
+            processes[place].stop()
+            processes[place] = _ConsoleProcess()
+        return processes[place]
 
 
 class RemoteConsole:
@@ -89,7 +93,7 @@ class RemoteConsole:
         self._process = _next_process(num_processes or len(os.sched_getaffinity(0)))
         self._connection, theirs = socket.socketpair()
         weakref.finalize(self, self._connection.close)
-        self._header = bytearray(ANSWER.size)
+        self._answer = bytearray(ANSWER.size + math.prod(settings.shape) * (3 if settings.colour else 1))
         text = json.dumps(settings._asdict()).encode()
         with theirs:
             try:
@@ -115,23 +119,22 @@ class RemoteConsole:
         """Waits for an answer.
 
         Args:
-            frame (array): contiguous uint8, where the newest frame is put.
+            frame (array): uint8, where the newest frame is put.
 
         Returns:
             reward, terminated, truncated.
         """
-        view = frame.data.cast("B")
-        try:
-            size, *_ = self._connection.recvmsg_into([self._header, view], 0, socket.MSG_WAITALL)
-            received = max(size - len(self._header), 0)
-            while size > 0 and received < len(view):  # a signal came between
-                received += (part := self._connection.recv_into(view[received:]))
-                size = part
-        except ConnectionError as error:
-            raise self._lost() from error
-        if size == 0:
-            raise self._lost()
-        return ANSWER.unpack(self._header)
+        buffer, received = memoryview(self._answer), 0
+        while received < len(buffer):
+            try:
+                size = self._connection.recv_into(buffer[received:], 0, socket.MSG_WAITALL)
+            except ConnectionError as error:
+                raise self._lost() from error
+            if size == 0:
+                raise self._lost()
+            received += size  # all of it, unless a signal came between
+        frame[...] = np.frombuffer(buffer, np.uint8, offset=ANSWER.size).reshape(frame.shape)
+        return ANSWER.unpack_from(buffer)
 
     def _send(self, data: bytes) -> None:
         try:
