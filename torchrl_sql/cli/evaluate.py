@@ -34,7 +34,10 @@ def add_commands(commands: Any) -> None:
         "RUN/checkpoints/*.pt), a policy.safetensors, random, noop, constant_ACTION, or constant: each legal action of "
         "each game",
     )
-    evaluate.add_argument("--games", help="train40, heldout5, all, or names separated by commas (default: the run's)")
+    evaluate.add_argument(
+        "--games",
+        help="train40, heldout5, all, or names separated by commas, e.g. Freeway,Freeway-m1 (default: the run's)",
+    )
     evaluate.add_argument(
         "--episodes", type=int, help="per game, those in the table included (default: the run's, or 16)"
     )

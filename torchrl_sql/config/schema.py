@@ -111,7 +111,8 @@ class DataConfig:
     store: str = setting(path)
     """Path of the store; ``~`` and ``$NAME`` are expanded where the work runs, not where it is launched."""
     games: Games = MISSING
-    """``train40``, ``heldout5``, ``all``, names separated by commas, or a list of names; here resolved to names."""
+    """``train40``, ``heldout5``, ``all``, names separated by commas, or a list of names; here resolved to names.
+    ``Freeway-m1-d1`` is Freeway in mode 1 at difficulty 1."""
     first_fraction: float = setting(fraction)
     """The first such part of each recording, counted in steps."""
     last_fraction: float = setting(fraction)
@@ -289,7 +290,7 @@ class InitConfig:
     continued does not read it again."""
     load: str = field(default="encoder", metadata={"bound": one_of("encoder", "all")})
     """encoder: what maps frames to the feature map. all: everything that is learned, of per-game heads those of games
-    that both runs have. What is not loaded is new."""
+    that both runs have, and of games whose variations this run has. What is not loaded is new."""
     freeze: bool = False
     """Do not train the encoder, loaded or not."""
     sha256: str | None = None
