@@ -18,8 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
-from torchrl_sql.envs import AtariVector, Emulator
-from torchrl_sql.envs.console import AreaResize
+from torchrl_sql.envs import AtariVector, Emulator, consoles
+from torchrl_sql.envs.console import IGNORED_SIGNALS, AreaResize
 from torchrl_sql.games import GAMES, find_game
 
 
@@ -112,6 +112,31 @@ def test_variations_equal_gymnasiums(game):
     assert (play(known.base) != theirs).any()
 
 
+@pytest.mark.parametrize("game", ["Freeway-m1", "Breakout-m12-d1", "BeamRider-d1"])
+def test_a_variation_begun_anew_after_play_is_that_of_a_console_just_made(game):
+    played = AtariVector(game, 1)
+    for seed in (3, 4):
+        fresh, found = AtariVector(game, 1), played.reset(np.array([seed]))
+        expected = fresh.reset(np.array([seed]))
+        for action in np.random.default_rng(seed).choice(find_game(game).minimal_actions, (40, 1)):
+            np.testing.assert_array_equal(found, expected)
+            (expected, *rest), (found, *ours) = fresh.step(action), played.step(action)
+            assert [column.tolist() for column in ours] == [column.tolist() for column in rest]
+
+
+def test_a_step_that_nobody_received_is_not_taken_for_the_next_episodes_beginning():
+    vector, fresh = AtariVector("Freeway", 2), AtariVector("Freeway", 2)
+    vector.reset(np.array([1, 2]))
+    vector.send(np.array([2, 2]))
+    with pytest.raises(RuntimeError, match="a step of freeway is under way"):
+        vector.send(np.array([2, 2]))
+    np.testing.assert_array_equal(vector.reset(np.array([3, 4])), fresh.reset(np.array([3, 4])))
+    for _ in range(3):
+        np.testing.assert_array_equal(vector.step(np.array([2, 0]))[0], fresh.step(np.array([2, 0]))[0])
+    with pytest.raises(RuntimeError, match="nothing was asked of freeway"):
+        vector.recv()
+
+
 def test_every_game_plays_its_last_mode_at_its_last_difficulty():
     for game in GAMES.values():
         if len(game.modes) * len(game.difficulties) > 1:
@@ -166,9 +191,41 @@ def test_a_process_that_dies_is_named_and_replaced():
 def test_signals_are_for_the_process_that_plays_for_itself():
     vector = AtariVector("Pong", 1, num_processes=1)
     vector.reset(np.array([0]))
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+    for number in IGNORED_SIGNALS:
         process_of(vector).send_signal(number)
     assert vector.step(np.array([0]))[0].any() and vector.runs
+
+
+def test_also_while_that_process_starts():
+    process = consoles._ConsoleProcess()
+    process._process.send_signal(signal.SIGTERM)
+    assert process.stop() == 0
+
+
+FORKS = """
+import os, signal, threading, numpy as np
+from torchrl_sql.envs import AtariVector, consoles
+vector = AtariVector("Pong", 1, num_processes=1)
+with consoles._starting:  # as another thread holds it while it starts a process
+    pid = os.fork()
+    if pid == 0:
+        signal.alarm(50)
+        seen = AtariVector("Pong", 1, num_processes=1).reset(np.array([0])).any()
+        consoles._stop_processes()
+        os._exit(0 if seen else 1)
+assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+if os.fork() == 0:  # holds the connections of its parent
+    signal.alarm(50)
+    signal.pause()
+(process,) = consoles._processes[os.getpid()]
+assert process.stop() == 0
+"""
+
+
+def test_forks_neither_wait_for_a_lock_nor_keep_processes_from_ending():
+    began = time.monotonic()
+    subprocess.run([sys.executable, "-c", FORKS], check=True, timeout=120, stdin=subprocess.DEVNULL)
+    assert time.monotonic() - began < 45
 
 
 @pytest.mark.parametrize("how", ["kill", "exit"])

@@ -29,6 +29,9 @@ ANSWER = struct.Struct("<i??")
 """Reward, terminated, truncated; the newest frame follows."""
 START, ACT = b"s", b"a"
 
+IGNORED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+"""Are for the process that started this one, which ends it; they are blocked when it starts."""
+
 _STATE_HEAD = struct.Struct("<6iI")
 """Of a serialized ``ALEState``: paddles, frame numbers, mode and difficulty, and the size of the machine's state."""
 
@@ -220,9 +223,9 @@ def _serve(selector: selectors.BaseSelector, connection: socket.socket, console:
 
 def main() -> None:
     """Serves until the standard input ends."""
-    # Signals are for the process that started this one, which ends it.
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+    for number in IGNORED_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, IGNORED_SIGNALS)
     ALEInterface.setLoggerMode(LoggerMode.Error)
     control = socket.socket(fileno=0)
     with selectors.DefaultSelector() as selector:
@@ -232,8 +235,8 @@ def main() -> None:
                 connection = key.fileobj
                 assert isinstance(connection, socket.socket)
                 if connection is control:
-                    _, descriptors, *_ = socket.recv_fds(control, 1, 1)
-                    if not descriptors:
+                    data, descriptors, *_ = socket.recv_fds(control, 1, 1)
+                    if not descriptors and not data:
                         return
                     selector.register(socket.socket(fileno=descriptors[0]), selectors.EVENT_READ)
                     continue

@@ -16,12 +16,13 @@ import subprocess
 import sys
 import threading
 import weakref
+from contextlib import suppress
 from itertools import count
 
 import numpy as np
 
 from torchrl_sql.envs import console
-from torchrl_sql.envs.console import ACT, ANSWER, LENGTH, REQUEST, START, Settings
+from torchrl_sql.envs.console import ACT, ANSWER, IGNORED_SIGNALS, LENGTH, REQUEST, START, Settings
 
 _EXIT_SECONDS = 60
 
@@ -29,13 +30,17 @@ _EXIT_SECONDS = 60
 class _ConsoleProcess:
     def __init__(self) -> None:
         self._control, theirs = socket.socketpair()
-        with theirs:
-            self._process = subprocess.Popen(
-                [sys.executable, "-P", console.__file__],
-                stdin=theirs.fileno(),
-                env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
-                start_new_session=True,  # Ctrl-C is for this process
-            )
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, IGNORED_SIGNALS)  # until it ignores them
+        try:
+            with theirs:
+                self._process = subprocess.Popen(
+                    [sys.executable, "-P", console.__file__],
+                    stdin=theirs.fileno(),
+                    env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
+                    start_new_session=True,  # Ctrl-C is for this process
+                )
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
     @property
     def runs(self) -> bool:
@@ -46,14 +51,29 @@ class _ConsoleProcess:
 
     def stop(self) -> int:
         """Ends the process and returns how it ended."""
+        with suppress(OSError):
+            self._control.shutdown(socket.SHUT_RDWR)  # forks of this process may hold it, too
         self._control.close()
-        return self._process.wait(_EXIT_SECONDS)
+        try:
+            return self._process.wait(_EXIT_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            return self._process.wait()
 
 
 _processes: dict[int, list[_ConsoleProcess]] = {}
 """By the process that started them: they are not for its forks."""
 _turn = count()
 _starting = threading.Lock()
+
+
+def _forget_lock() -> None:
+    """In a fork, which may be made while another thread holds it."""
+    global _starting
+    _starting = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_forget_lock)
 
 
 @atexit.register
@@ -89,12 +109,17 @@ class RemoteConsole:
     """
 
     def __init__(self, settings: Settings, *, num_processes: int = 0) -> None:
-        self._rom = settings.rom
+        self._settings = settings
         self._process = _next_process(num_processes or len(os.sched_getaffinity(0)))
-        self._connection, theirs = socket.socketpair()
-        weakref.finalize(self, self._connection.close)
         self._answer = bytearray(ANSWER.size + math.prod(settings.shape) * (3 if settings.colour else 1))
-        text = json.dumps(settings._asdict()).encode()
+        self._connect()
+
+    def _connect(self) -> None:
+        """Has a copy made that nothing was asked of yet."""
+        self._connection, theirs = socket.socketpair()
+        self._closing = weakref.finalize(self, self._connection.close)
+        self._awaits_answer = False
+        text = json.dumps(self._settings._asdict()).encode()
         with theirs:
             try:
                 self._process.hand_over(theirs)
@@ -108,11 +133,22 @@ class RemoteConsole:
         return self._process.runs
 
     def start(self, seed: int) -> None:
-        """Begins an episode; its answer has the first frame."""
+        """Begins an episode; its answer has the first frame. An answer that nobody received is dropped."""
+        if self._awaits_answer:
+            self._closing()
+            self._connect()
+        self._awaits_answer = True
         self._send(REQUEST.pack(START, seed))
 
     def act(self, action: int) -> None:
-        """Plays a step."""
+        """Plays a step.
+
+        Raises:
+            RuntimeError: if the answer to an earlier request was not received.
+        """
+        if self._awaits_answer:
+            raise RuntimeError(f"a step of {self._settings.rom} is under way: receive it first, or begin anew")
+        self._awaits_answer = True
         self._send(REQUEST.pack(ACT, action))
 
     def receive(self, frame: np.ndarray) -> tuple[int, bool, bool]:
@@ -123,7 +159,12 @@ class RemoteConsole:
 
         Returns:
             reward, terminated, truncated.
+
+        Raises:
+            RuntimeError: if there is no request without answer.
         """
+        if not self._awaits_answer:
+            raise RuntimeError(f"nothing was asked of {self._settings.rom}")
         buffer, received = memoryview(self._answer), 0
         while received < len(buffer):
             try:
@@ -133,6 +174,7 @@ class RemoteConsole:
             if size == 0:
                 raise self._lost()
             received += size  # all of it, unless a signal came between
+        self._awaits_answer = False
         frame[...] = np.frombuffer(buffer, np.uint8, offset=ANSWER.size).reshape(frame.shape)
         return ANSWER.unpack_from(buffer)
 
@@ -144,8 +186,10 @@ class RemoteConsole:
 
     def _lost(self) -> ChildProcessError:
         code = self._process.stop()
-        how = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
-        return ChildProcessError(
-            f"the process that plays {self._rom} ended {how}: free memory if it was killed for want of it, and start "
-            "the command again"
-        )
+        if code == -signal.SIGKILL:
+            how = "by SIGKILL: free memory if it was killed for want of it, and start the command again"
+        elif code < 0:
+            how = f"by {signal.Signals(-code).name}: start the command again"
+        else:
+            how = f"with exit code {code}: its own message was printed before"
+        return ChildProcessError(f"the process that plays {self._settings.rom} ended {how}")

@@ -95,7 +95,6 @@ class Lockstep:
         self._seed = seed
         self._slots: list[Slot[None]] = [Slot(emulator, None) for _ in range(num_emulators)]
         self._starters = ThreadPoolExecutor(len(os.sched_getaffinity(0)), thread_name_prefix="start")
-        self._failed = False
 
     def __len__(self) -> int:
         return len(self._slots)
@@ -164,9 +163,9 @@ class Lockstep:
         return [episode for episode in episodes if episode.over]
 
     def close(self) -> None:
-        """Gives the emulators back. None may have a step under way."""
+        """Gives the emulators back."""
         self._starters.shutdown()
-        for slot in [] if self._failed else self._slots:  # after a failure no one knows which are in order
+        for slot in self._slots:
             slot.release()
 
     def _start(self, episode: PlayedEpisode) -> None:
@@ -203,7 +202,6 @@ class Lockstep:
         try:
             yield
         except (RuntimeError, ChildProcessError) as error:
-            self._failed = True
             game = self.games[self.game_id[episode.emulator]]
             raise EmulatorError(
                 f"emulator {episode.emulator} of {game} failed at step {len(episode.actions)} of its episode "

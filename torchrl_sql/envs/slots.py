@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
-from types import TracebackType
 from typing import Generic, Self, TypeVar
 
 import numpy as np
@@ -19,7 +18,7 @@ Episode = TypeVar("Episode")
 
 _MAX_KEPT = 64
 _kept: dict[tuple[int, str, Emulator], list[AtariVector]] = {}
-"""Idle emulators by process (their threads do not survive a fork), game and settings."""
+"""Idle emulators by process (forks would share their connections), game and settings."""
 
 
 def _take(game: str, emulator: Emulator) -> AtariVector:
@@ -71,9 +70,8 @@ class Slot(Generic[Episode]):
     def release(self) -> None:
         """Gives the emulator back."""
         if self._vector is not None:
-            self.receive()
-            _keep(self._vector, self._emulator)
-            self._vector = None
+            _keep(self._vector, self._emulator)  # what it was asked last is dropped when it begins anew
+            self._vector, self._stepping = None, False
 
     def send(self, action: int) -> None:
         """Starts a step with one of the 18 actions, without waiting for it."""
@@ -97,16 +95,13 @@ class Slots(Generic[Episode]):
     Args:
         emulator (Emulator): how they run.
 
-    Keyword Args:
-        num_threads (int, optional): of the starts; default one per core.
-
     Attributes:
-        num_threads (int): likewise.
+        num_threads (int): of the starts: one per core.
     """
 
-    def __init__(self, emulator: Emulator, *, num_threads: int | None = None) -> None:
+    def __init__(self, emulator: Emulator) -> None:
         self._emulator = emulator
-        self.num_threads = num_threads or len(os.sched_getaffinity(0))
+        self.num_threads = len(os.sched_getaffinity(0))
         self._starters = ThreadPoolExecutor(self.num_threads, thread_name_prefix="start")
         self._slots: list[Slot[Episode]] = []
         self._starting: deque[tuple[Slot[Episode], Future[None]]] = deque()
@@ -115,14 +110,10 @@ class Slots(Generic[Episode]):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self._starters.shutdown(cancel_futures=True)
-        if kind is None:
-            for slot in self._slots:
-                slot.release()
-        # Else (a signal raises between any two instructions) no one knows which of them have a step under way.
+        for slot in self._slots:
+            slot.release()
 
     def __len__(self) -> int:
         return len(self._starting) + len(self._stepping)

@@ -139,7 +139,6 @@ def rollout(
     seed: int = 0,
     num_parallel: int | None = None,
     rows_per_forward: int | None = None,
-    num_emulator_threads: int | None = None,
     record: Callable[[str, int], bool] = lambda game, episode: False,
     on_decision: Callable[[], None] = lambda: None,
 ) -> Iterator[Rollout]:
@@ -163,7 +162,6 @@ def rollout(
         num_parallel (int, optional): episodes played at a time; default two forwards of them.
         rows_per_forward (int, optional): ``B``; default by the policy's device, 16 or (CUDA) 128. What the network
             computes may depend on it in the last bits.
-        num_emulator_threads (int, optional): default one per core.
         record (callable): whether to keep the actions and values of (game, episode).
         on_decision (callable): is called before each forward; what it raises ends the rollout.
 
@@ -194,7 +192,7 @@ def rollout(
         playing = _Playing(new, place, recorded=record(game, episode))
         slots.start(playing, game, new.episode_seed, slot=slot)
 
-    with Slots[_Playing](emulator, num_threads=num_emulator_threads) as slots:
+    with Slots[_Playing](emulator) as slots:
         for _ in range(min(num_parallel or 2 * rows, len(queue))):
             start()
         while slots:

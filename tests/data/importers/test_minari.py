@@ -233,6 +233,12 @@ def test_the_environments_mode_and_difficulty_make_a_variation(lab, store, write
     assert store.games == ("Pong-m1-d2",)
 
 
+def test_an_environment_without_mode_and_difficulty_is_no_variation(lab, store, write_with):
+    with pytest.raises(ValueError, match=r"pong/test-v0: mode must be 1, as in Pong-m1, got 0"):
+        import_minari(write_with(spec(PREPROCESSING), played(lab)), store.path, game="Pong-m1")
+    assert store.games == ()
+
+
 def test_rewards_that_are_not_clipped_are_not_taken_as_clipped(lab, store, write):
     with pytest.raises(ImportFailedError, match=r"pong/test-v0, episode 0: rewards must be within \[-1, 1\].* got "):
         import_minari(write(played(lab)), store.path, game="Pong", rewards="clipped")

@@ -243,7 +243,9 @@ def _game_of(env_spec: Any, dataset_id: str, given: str | None) -> str:
     chosen = {name: kwargs[name] for name in ("mode", "difficulty") if kwargs.get(name) is not None}
     if given is not None:
         game = find_game(given)
-        for name, value in chosen.items():
+        default = find_game(game.base)
+        for name in ("mode", "difficulty") if env_spec is not None else ():
+            value = chosen.get(name, getattr(default, name))
             if value != getattr(game, name):
                 raise ValueError(f"{dataset_id}: {name} must be {getattr(game, name)}, as in {game.name}, got {value}")
         return game.name
