@@ -79,8 +79,9 @@ def train(config: RunConfig, *, stop: StopSignals | None = None, evaluate: Evalu
     with signals as flags, process_group(resolve_device(config.trainer.device)) as ranks:
         check_ranks(config, ranks.world_size)
         folder = expand_path(config.run_dir)
+        fingerprint = _fingerprint(config)  # before there is a folder: data that is missing leaves none
         with _own(folder, ranks) as lock, _kernels_in(folder / "compiled"):
-            return _train(config, ranks, flags, lock, Scores(config, ranks, flags, evaluate))
+            return _train(config, fingerprint, ranks, flags, lock, Scores(config, ranks, flags, evaluate))
 
 
 @contextmanager
@@ -106,11 +107,13 @@ def _kernels_in(folder: Path) -> Iterator[None]:
             os.environ[_CACHE_VARIABLE] = before
 
 
-def _train(config: RunConfig, ranks: Ranks, signals: StopSignals, lock: RunLock | None, scores: Scores) -> Path:
+def _train(
+    config: RunConfig, fingerprint: str, ranks: Ranks, signals: StopSignals, lock: RunLock | None, scores: Scores
+) -> Path:
     folder = expand_path(config.run_dir)
     about: dict[str, Any] = {
         "games": list(config.games),
-        "data_fingerprint": _fingerprint(config),
+        "data_fingerprint": fingerprint,
         "versions": software_versions() | {"device": describe_device(ranks.device)},
     }
     latest = _load_latest(folder / "checkpoints", ranks)
