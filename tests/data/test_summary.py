@@ -61,7 +61,7 @@ def test_actions_that_the_game_does_not_know_are_named(store, lab, caplog):
             writer.add_episode(e.frames, actions, e.rewards, True)
     (warning,) = caplog.messages
     assert "episode 1: not legal in Breakout, act as NOOP: UP 2 of 8 actions" in warning
-    assert "GAMES['Breakout'].minimal_actions" in warning
+    assert "find_game('Breakout').minimal_actions" in warning
     assert "not legal in Breakout, act as NOOP: UP 10" in format_summaries(list(summarise(store)), codec="zstd")
 
 
