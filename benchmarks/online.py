@@ -64,6 +64,7 @@ from torchrl_sql.envs import AtariEnv
 from torchrl_sql.envs.lockstep import Lockstep
 from torchrl_sql.methods import make_method
 from torchrl_sql.provenance import describe_benchmark
+from torchrl_sql.training import Trainer
 from torchrl_sql.training.build import build_trainer
 
 GAME = "Breakout"
@@ -130,18 +131,15 @@ def learner(store: Path, folder: Path, encoder: str, num_steps: int) -> dict[str
         ["scale=cpu", "method=dqn_c51", f"data.games={GAME}", f"data.store={store}", f"run_dir={folder}",
          f"model.encoder={encoder}", "data.n_steps=3"]
     )  # fmt: skip
-    trainer = build_trainer(config)
-    list(trainer.train(5, log_interval=50))
-    clock = Clock()
-    list(trainer.train(5 + num_steps, log_interval=50))
-    rates = clock.rates(num_steps)
-    trainer.replay.shutdown()
-    return rates
+    return _rates(build_trainer(config), num_steps)
 
 
 def online(folder: Path, encoder: str, ratio: int, num_steps: int) -> dict[str, float]:
     """Gradient steps of a run that plays."""
-    trainer = build_trainer(run_config(folder, ratio, encoder))
+    return _rates(build_trainer(run_config(folder, ratio, encoder)), num_steps)
+
+
+def _rates(trainer: Trainer, num_steps: int) -> dict[str, float]:
     list(trainer.train(5, log_interval=50))
     clock = Clock()
     list(trainer.train(5 + num_steps, log_interval=50))
