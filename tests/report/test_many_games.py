@@ -70,7 +70,9 @@ def test_findings_speak_of_the_family_once_and_of_published_agents(analysis):
     assert sizes.index("31M") < sizes.index("60M") < sizes.index("79M")
     assert sizes.endswith("the last is higher than the first.")
     assert not any("IQM" in text and "than Scaled QL" in text for text in found)
-    assert len([text for text in found if text.startswith("Human-normalised IQM")]) == 3  # two of cloning, one of sizes
+    assert len([text for text in found if text.startswith("Human-normalised IQM over 38")]) == 3  # cloning 2, sizes 1
+    (areas,) = (text for text in found if "areas" in text)  # cloning that samples has no learning curve
+    assert "over 1,250,000 to 6,250,000 gradient steps: Scaled QL 79M" in areas and "is higher than BC greedy" in areas
     games = [game for game in analysis.published_games if game != "Carnival"]
     (published,) = (text for text in found if "JOWA's rerun" in text)
     assert published.startswith(f"Over the {len(games)} games shared with published agents, Scaled QL 79M has")

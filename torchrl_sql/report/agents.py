@@ -43,6 +43,7 @@ def find_agents(runs: Sequence[RunConfig], episodes: Sequence[EpisodeResult], x:
         if ConstantAgent.action_of(row.agent) is None and row.decoding not in of_agent:
             of_agent.append(row.decoding)
     parameters = {name: _num_parameters(config) for name, config in configs.items()}
+    paces = {name: config.online.agent_steps_per_gradient_step for name, config in configs.items() if config.online}
     places = {name: _place(config, x, parameters[name]) for name, config in configs.items()} if x else {}
     families = _families(configs, x)
     places_of = Counter((families[name], place) for name, place in places.items())
@@ -60,6 +61,7 @@ def find_agents(runs: Sequence[RunConfig], episodes: Sequence[EpisodeResult], x:
             label=labels.get(name, name) + (f" {decoding}" if len(of_agent) > 1 else ""),
             num_parameters=parameters.get(name),
             x=places.get(name),
+            agent_steps_per_gradient_step=paces.get(name),
             family=families[name] + (f" {decoding}" if len(of_agent) > 1 else "") if name in places else None,
         )
         for name, of_agent in decodings.items()

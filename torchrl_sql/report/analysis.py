@@ -16,6 +16,7 @@ from torchrl_sql.games import find_game
 from torchrl_sql.report.model import Agent, GameData, ReportData, Returns
 from torchrl_sql.report.selection import Selection, select
 from torchrl_sql.statistics.calibration import Calibration, calibrate
+from torchrl_sql.statistics.curves import area_under_curve
 from torchrl_sql.statistics.intervals import (
     Interval,
     Verdict,
@@ -41,6 +42,7 @@ MANY_GAMES = 5
 
 ALL = "IQM"
 """Stands in the place of a game for the human-normalised interquartile mean over games."""
+GRADIENT_STEPS = "gradient steps"
 BEHAVIOUR = "Behaviour mean"
 BEST_BEHAVIOUR = "Best behaviour"
 BEST_CONSTANT = "Best constant"
@@ -176,14 +178,62 @@ class Analysis:
     # Lines along an axis
 
     @cached_property
+    def _curves(self) -> dict[str, dict[int, RunReturns]]:
+        """``{label: {gradient step: returns}}`` of agents that were evaluated in full at two checkpoints or more."""
+        steps = {agent: self.selection[agent.label].complete for agent in self.agents}
+        return {
+            agent.label: {step: self._returns(agent, step) for step in complete}
+            for agent, complete in steps.items()
+            if len(complete) > 1
+        }
+
+    @cached_property
+    def paces(self) -> set[float | None]:
+        """Agent steps per gradient step of the agents that have learning curves; None of those that do not play."""
+        return {agent.agent_steps_per_gradient_step for agent in self.agents if agent.label in self._curves}
+
+    @property
+    def _pace(self) -> float | None:
+        """That of all agents that have learning curves, if they have the same."""
+        return next(iter(self.paces)) if len(self.paces) == 1 else None
+
+    @property
+    def steps_axis(self) -> str:
+        """What learning curves are against: agent steps if all their agents played equally many per gradient step."""
+        pace = self._pace
+        return GRADIENT_STEPS if pace is None else f"agent steps since learning began ({pace:g} per gradient step)"
+
+    @cached_property
     def learning_curves(self) -> list[Line]:
-        """Returns against gradient steps, of agents that were evaluated in full at two checkpoints or more."""
-        steps = {agent.label: self.selection[agent.label].complete for agent in self.agents}
+        """Returns along :attr:`steps_axis`, of agents that were evaluated in full at two checkpoints or more."""
+        scale = self._pace or 1.0
         return [
-            Line(agent.label, agent, {step: self._returns(agent, step) for step in steps[agent.label]})
+            Line(agent.label, agent, {scale * step: runs for step, runs in self._curves[agent.label].items()})
             for agent in self.agents
-            if len(steps[agent.label]) > 1
+            if agent.label in self._curves
         ]
+
+    @cached_property
+    def area_steps(self) -> list[int]:
+        """Gradient steps at which the main agent and those that it is compared with were evaluated in full, ascending.
+
+        Of the latter, one that has fewer than two of them in common with those before it does not count. Empty if the
+        main agent has no curve.
+        """
+        steps = [*self._curves.get(self.main.label, ())]
+        for agent in self.against:
+            shared = [step for step in steps if step in self._curves.get(agent.label, ())]
+            steps = shared if len(shared) > 1 else steps
+        return steps
+
+    @cached_property
+    def areas(self) -> dict[str, RunReturns]:
+        """Mean returns over the span of :attr:`area_steps`, by label of the agents that were evaluated at each."""
+        return {
+            label: area_under_curve({step: curve[step] for step in self.area_steps})
+            for label, curve in self._curves.items()
+            if self.area_steps and {*self.area_steps} <= curve.keys()
+        }
 
     @cached_property
     def lines(self) -> list[Line]:
@@ -195,16 +245,31 @@ class Analysis:
 
     def along(self, lines: Sequence[Line]) -> dict[str, dict[str, dict[float, Interval]]]:
         """Scores of lines, ``{game: {line: {x: mean raw return}}}``; those of :data:`ALL` are human-normalised IQMs."""
-        whole = self.aggregate_games("human")
         scores: dict[str, dict[str, dict[float, Interval]]] = {game: {} for game in (ALL, *self.data.games)}
         for line in lines:
             for x, runs in line.runs.items():
-                means = game_means(runs)
-                if whole and {*whole} <= {*runs.games}:
-                    means[ALL] = aggregates(runs.select(whole).normalised("human"))["IQM"]
-                for game, mean in means.items():
+                for game, mean in self.scores_of(runs).items():
                     scores[game].setdefault(line.label, {})[x] = mean
         return {game: of_game for game, of_game in scores.items() if of_game}
+
+    def scores_of(self, runs: RunReturns) -> dict[str, Interval]:
+        """Mean return in each game, and the human-normalised IQM as that of :data:`ALL` if all its games are there."""
+        whole = self.aggregate_games("human")
+        scores = game_means(runs)
+        if whole and {*whole} <= {*runs.games}:
+            scores[ALL] = aggregates(runs.select(whole).normalised("human"))["IQM"]
+        return scores
+
+    def area_verdicts(self, other: str) -> dict[str, Verdict]:
+        """How the main agent's area compares with another agent's in each game of both, and in :data:`ALL`."""
+        pair = _in_common(self.areas[self.main.label], self.areas[other])
+        if pair is None:
+            return {}
+        differences, whole = game_differences(*pair), self.aggregate_games("human")
+        if whole and {*whole} <= {*pair[0].games}:
+            ours, theirs = (runs.select(whole).normalised("human") for runs in pair)
+            differences[ALL] = aggregate_differences(ours, theirs)["IQM"]
+        return {game: verdict(difference) for game, difference in differences.items()}
 
     # Statistics
 
@@ -326,22 +391,16 @@ class Analysis:
             if all(game in agent.scores for agent in published_agents())
         ]
 
-    def _in_common(self, other: str) -> tuple[RunReturns, RunReturns] | None:
-        """The main agent's returns and another's, in the games of both."""
-        ours, theirs = self.runs[self.main.label], self.runs[other]
-        games = [game for game in ours.games if game in theirs.games]
-        return (ours.select(games), theirs.select(games)) if games else None
-
     def probability_of_improvement(self, other: str) -> Interval | None:
         """Chance that a run of the main agent beats a run of another agent in the same game, by raw returns."""
-        pair = self._in_common(other)
+        pair = _in_common(self.runs[self.main.label], self.runs[other])
         return None if pair is None else probability_of_improvement(*pair)
 
     def verdicts(self, other: str) -> dict[str, Verdict]:
         """How the main agent compares with another policy in each game known of both, by their difference."""
         runs = self.runs[self.main.label]
         if other in self.runs:
-            pair = self._in_common(other)
+            pair = _in_common(runs, self.runs[other])
             differences = {} if pair is None else game_differences(*pair)
         else:
             differences = {
@@ -350,3 +409,9 @@ class Analysis:
                 if (score := self.policies[game].get(other)) is not None and score.returns is not None
             }
         return {game: verdict(difference) for game, difference in differences.items()}
+
+
+def _in_common(x: RunReturns, y: RunReturns) -> tuple[RunReturns, RunReturns] | None:
+    """The returns of two agents in the games of both."""
+    games = [game for game in x.games if game in y.games]
+    return (x.select(games), y.select(games)) if games else None

@@ -21,6 +21,7 @@ def caveats(analysis: Analysis) -> list[str]:
         *_of_episodes(analysis),
         *_of_protocols(analysis),
         *_of_checkpoints(analysis),
+        *_of_curves(analysis),
         *_of_calibration(analysis),
         *_of_data(analysis),
         *_of_training(analysis),
@@ -148,6 +149,30 @@ def _of_checkpoints(analysis: Analysis) -> Iterator[str]:
             elif len({*ends.values()}) > 1:
                 listed = ", ".join(f"{low} at {step:,}" for step, (low, _) in ends.items())
                 texts.append((label, f"episodes per game and seed differ between checkpoints: {listed}"))
+    yield from _together(texts)
+
+
+def _of_curves(analysis: Analysis) -> Iterator[str]:
+    curves = {label: which.complete for label, which in analysis.selection.items() if len(which.complete) > 1}
+    if len(analysis.paces) > 1:
+        paces = ", ".join(f"{pace:g}" for pace in sorted(pace for pace in analysis.paces if pace is not None))
+        none = ", or none" if None in analysis.paces else ""
+        yield f"Learning curves are against gradient steps; their agents played {paces} agent steps in each{none}."
+    if curves and analysis.main.label not in curves:
+        yield f"No areas under learning curves: {analysis.main.label} was evaluated in full at one gradient step only."
+    if not analysis.areas:
+        return
+    without = [label for label, runs in analysis.runs.items() if runs.trained and label not in analysis.areas]
+    if without:
+        yield (
+            f"No area under the learning curve of {', '.join(without)}: not evaluated in full at each of the "
+            f"{len(analysis.area_steps)} gradient steps that areas are over."
+        )
+    texts: list[tuple[str, str]] = []
+    for label in analysis.areas:
+        if others := [f"{step:,}" for step in curves[label] if step not in analysis.area_steps]:
+            text = f"the area under the learning curve leaves out {', '.join(others)} gradient steps, at which not all"
+            texts.append((label, f"{text} that are compared were evaluated in full"))
     yield from _together(texts)
 
 

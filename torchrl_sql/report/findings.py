@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
-from torchrl_sql.report.analysis import BEHAVIOUR, BEST_CONSTANT, HUMAN, MANY_GAMES, Analysis
-from torchrl_sql.report.score_tables import published_iqm
+from torchrl_sql.report.analysis import ALL, BEHAVIOUR, BEST_CONSTANT, HUMAN, MANY_GAMES, Analysis
+from torchrl_sql.report.score_tables import area_span, published_iqm
 from torchrl_sql.report.text import format_interval, format_score, format_x, name_games, plural, sentence, two_digits
 from torchrl_sql.statistics.intervals import Interval, Verdict, aggregates, verdict
 from torchrl_sql.statistics.scores import split_by_reference
@@ -45,6 +46,7 @@ def findings(analysis: Analysis) -> list[Finding]:
     return [
         *_aggregate_findings(analysis),
         *_game_findings(analysis),
+        *_area_findings(analysis),
         *_seed_findings(analysis),
         *_human_findings(analysis),
         *_published_findings(analysis),
@@ -82,16 +84,41 @@ def _game_findings(analysis: Analysis) -> list[Finding]:
     names |= {BEHAVIOUR: "the behaviour mean of the data", BEST_CONSTANT: "the best constant action"}
     found = []
     for policy, name in names.items():
-        verdicts = analysis.verdicts(policy)
-        texts: dict[Verdict, str] = {
-            "higher": f"{main} scores higher than {name} on",
-            "not distinguishable": f"{sentence(name)} is not distinguishable from {main} on",
-            "lower": f"{sentence(name)} scores higher than {main} on",
-        }
-        for relation, text in texts.items():
-            games = [game for game, of_game in verdicts.items() if of_game == relation]
-            if games and (policy, relation) != (BEST_CONSTANT, "higher"):
-                found.append(Finding(_KINDS[relation], f"{text} {name_games(games, len(verdicts))}."))
+        sentences = _by_game(main, name, analysis.verdicts(policy))
+        found += [each for each in sentences if (policy, each.kind) != (BEST_CONSTANT, "for")]
+    return found
+
+
+def _by_game(main: str, name: str, verdicts: Mapping[str, Verdict], where: str = "") -> list[Finding]:
+    """A sentence per verdict, with the games that have it."""
+    other = name if where else sentence(name)
+    texts: dict[Verdict, str] = {
+        "higher": f"{main} scores higher than {name}",
+        "not distinguishable": f"{other} is not distinguishable from {main}",
+        "lower": f"{other} scores higher than {main}",
+    }
+    games = {relation: [game for game, of_game in verdicts.items() if of_game == relation] for relation in texts}
+    return [
+        Finding(_KINDS[relation], f"{where}{text} on {name_games(games[relation], len(verdicts))}.")
+        for relation, text in texts.items()
+        if games[relation]
+    ]
+
+
+def _area_findings(analysis: Analysis) -> list[Finding]:
+    """The main agent's area under its learning curve against each agent's that it is compared with."""
+    main = analysis.main.label
+    found = []
+    for other in (agent.label for agent in analysis.against if {main, agent.label} <= analysis.areas.keys()):
+        verdicts = analysis.area_verdicts(other)
+        if ALL in verdicts:
+            relation = verdicts[ALL]
+            ours, theirs = (_iqm(analysis.scores_of(analysis.areas[label])[ALL]) for label in (main, other))
+            text = f"Human-normalised IQM of the areas under learning curves, over {area_span(analysis)}"
+            text += f": {main} {ours} is {_RELATIONS[relation]} {other} {theirs}."
+            found.append(Finding(_KINDS[relation], text))
+        else:
+            found += _by_game(main, other, verdicts, f"Over the learning curve, {area_span(analysis)}, ")
     return found
 
 

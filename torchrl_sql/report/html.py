@@ -19,7 +19,7 @@ from torchrl_sql.files import replacing, write_text
 from torchrl_sql.report.analysis import Analysis
 from torchrl_sql.report.caveats import caveats
 from torchrl_sql.report.figures.aggregates import aggregate_plot, profile_plot
-from torchrl_sql.report.figures.curves import STEPS_AXIS, line_plots, training_plots
+from torchrl_sql.report.figures.curves import line_plots, training_plots
 from torchrl_sql.report.figures.games import few_games_plot, many_games_plots
 from torchrl_sql.report.figures.values import calibration_plots
 from torchrl_sql.report.findings import findings
@@ -173,7 +173,7 @@ def _plots(analysis: Analysis) -> dict[str, list[Plot]]:
         "aggregates": draw(lambda: [aggregate_plot(analysis), profile_plot(analysis)]),
         "games": draw(lambda: many_games_plots(analysis) if many else [few_games_plot(analysis)]),
         "learning": draw(
-            lambda: line_plots(analysis, analysis.learning_curves, name="learning_curve", axis=STEPS_AXIS)
+            lambda: line_plots(analysis, analysis.learning_curves, name="learning_curve", axis=analysis.steps_axis)
         ),
         "calibration": draw(lambda: calibration_plots(analysis)),
         "training": draw(lambda: training_plots(analysis)),

@@ -27,6 +27,7 @@ class Agent:
         x (float, optional): its place on the page's axis, see :attr:`ReportData.x`.
         family (str, optional): what agents that differ in ``x`` only have in common, e.g. ``"BC"``: a line joins their
             scores, and they are not compared with one another.
+        agent_steps_per_gradient_step (float, optional): that it played while it learned; None if it learned offline.
     """
 
     agent: str
@@ -35,6 +36,7 @@ class Agent:
     num_parameters: int | None = None
     x: float | None = None
     family: str | None = None
+    agent_steps_per_gradient_step: float | None = None
 
 
 @dataclass(frozen=True, eq=False)

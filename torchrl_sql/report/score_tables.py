@@ -186,6 +186,48 @@ def seed_table(analysis: Analysis) -> Table:
     )  # fmt: skip
 
 
+def area_span(analysis: Analysis) -> str:
+    """The gradient steps that areas under learning curves are over."""
+    steps = analysis.area_steps
+    return f"{min(steps, default=0):,} to {max(steps, default=0):,} gradient steps"
+
+
+def area_table(analysis: Analysis) -> Table:
+    """Agents by the areas under their learning curves; of many games, only that of all is shown."""
+    steps, main = analysis.area_steps, analysis.main.label
+    verdicts = {label: analysis.area_verdicts(label) for label in analysis.areas if label != main}
+    records = [
+        {
+            "policy": label,
+            "game": game,
+            "mean_over_steps": score.point,
+            **ends(score),
+            "first_gradient_step": steps[0],
+            "last_gradient_step": steps[-1],
+            "num_evaluations": len(steps),
+            "num_seeds": len(runs.seeds),
+            "main_agent_is": verdicts.get(label, {}).get(game),
+        }
+        for label, runs in analysis.areas.items()
+        for game, score in analysis.scores_of(runs).items()
+    ]
+    aggregated = any(record["game"] == ALL for record in records)
+    brief = analysis.many_games and aggregated
+
+    def cell(record: Record) -> Cell:
+        number = two_digits if record["game"] == ALL else format_score
+        return Cell(number(record["mean_over_steps"]), interval_of(record, number))
+
+    return Table.crossed(
+        "learning_areas",
+        f"Area under the learning curve: mean score over {area_span(analysis)}, by the trapezoidal rule over "
+        f"{plural(len(steps), 'evaluation')}, with 95% intervals {over_units(analysis)}"
+        + ("; IQM: of the games' human-normalised areas." if aggregated else "."),
+        records, cell, by="policy", across="game", heading="Agent", order=[*analysis.runs, ALL, *analysis.data.games],
+        shown=lambda record: record["game"] == ALL or not brief,
+    )  # fmt: skip
+
+
 def published_iqm(scores: Mapping[str, float], games: Sequence[str]) -> float:
     """Human-normalised IQM of one score per game."""
     return float(interquartile_mean(np.array([normalised_score(scores[game], game, "human") for game in games])))

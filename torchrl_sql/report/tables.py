@@ -12,6 +12,7 @@ from torchrl_sql.report.context_tables import (
 )
 from torchrl_sql.report.score_tables import (
     aggregate_table,
+    area_table,
     comparison_table,
     published_table,
     score_table,
@@ -29,7 +30,8 @@ def all_tables(analysis: Analysis) -> dict[str, Table]:
         comparison_table(analysis),
         seed_table(analysis),
         curve_table(analysis, analysis.lines, name="scores_along_axis", axis=analysis.data.x or ""),
-        curve_table(analysis, analysis.learning_curves, name="learning_curves", axis="gradient steps"),
+        curve_table(analysis, analysis.learning_curves, name="learning_curves", axis=analysis.steps_axis),
+        area_table(analysis),
         calibration_table(analysis),
         published_table(analysis),
         data_table(analysis),

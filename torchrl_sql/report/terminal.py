@@ -21,7 +21,7 @@ def summary_text(analysis: Analysis) -> str:
     tables = all_tables(analysis)
 
     def lines() -> Iterator[str]:
-        for name in ("score_table", "seeds", "aggregate_human_normalised"):
+        for name in ("score_table", "seeds", "aggregate_human_normalised", "learning_areas"):
             if table := tables.get(name):
                 yield fill(table.caption, WIDTH) + "\n"
                 yield table.to_text(details=name != "score_table" or not analysis.many_games) + "\n"

@@ -10,14 +10,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator, NullLocator
 
-from torchrl_sql.report.analysis import ALL, Analysis, Line
+from torchrl_sql.report.analysis import ALL, GRADIENT_STEPS, Analysis, Line
 from torchrl_sql.report.figures.look import CAP_SIZE, STEPS, colour, point_style
 from torchrl_sql.report.model import Curve
 from torchrl_sql.report.style import COLOURS, SMALL_WIDTH, WIDTH, Plot, new_figure
 from torchrl_sql.statistics.intervals import Interval
 from torchrl_sql.statistics.scores import Array
 
-STEPS_AXIS = "gradient steps"
 PANELS_IN_ONE_PLOT = 10
 MAX_POINTS = 150
 """Of a training curve; longer ones are shown as means of so many blocks."""
@@ -69,7 +68,7 @@ def _panels(
             _draw_line(axes, line, analysis, curves.get(line.label, {}))
         drawn |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
         axes.set_title("Human-normalised IQM" if name == ALL else name, fontsize=8.5)
-        _set_axis(axes, axis, lines, label=False)
+        _set_axis(axes, axis, lines, steps=axis == analysis.steps_axis, label=False)
         axes.tick_params(axis="both", labelsize=7, labelcolor=COLOURS["muted"][0])
         axes.yaxis.set_major_locator(MaxNLocator(3 if columns > 1 else 5, steps=STEPS))
     for axes in list(grid.flat)[len(panels) :]:
@@ -93,13 +92,13 @@ def _draw_line(axes: Axes, line: Line, analysis: Analysis, points: Mapping[float
     )  # fmt: skip
 
 
-def _set_axis(axes: Axes, axis: str, lines: Sequence[Line] = (), *, label: bool = True) -> None:
+def _set_axis(axes: Axes, axis: str, lines: Sequence[Line] = (), *, steps: bool, label: bool = True) -> None:
     axes.set_xlabel(axis if label else "")
     axes.grid()
     places = sorted({x for line in lines for x in line.runs})
-    if axis != STEPS_AXIS and places and places[0] > 0 and places[-1] / places[0] >= WIDE_AXIS:
+    if not steps and places and places[0] > 0 and places[-1] / places[0] >= WIDE_AXIS:
         axes.set_xscale("log")
-    if axis == STEPS_AXIS:
+    if steps:
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.xaxis.set_major_locator(MaxNLocator(5 if label else 4, steps=STEPS))
     else:
@@ -130,7 +129,7 @@ def _metric_plot(analysis: Analysis, index: int, metric: str) -> Plot:
         )  # fmt: skip
         labelled.add(curve.label)
     axes.set_title(metric)
-    _set_axis(axes, STEPS_AXIS)
+    _set_axis(axes, GRADIENT_STEPS, steps=True)
     axes.yaxis.set_major_locator(MaxNLocator(5, steps=STEPS))
     axes.tick_params(axis="y", labelsize=8.5, labelcolor=COLOURS["muted"][0])
     if len(labelled) > 1:
