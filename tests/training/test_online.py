@@ -83,39 +83,46 @@ def assert_same_run(folder, other):
 KILLED = """
 import importlib, os, signal, sys
 from torchrl_sql.cli import main
-module, kind, name, number = sys.argv[1:5]
+module, kind, name, number, signal_number = sys.argv[1:6]
 kind = getattr(importlib.import_module(module), kind)
 original, calls = getattr(kind, name), []
 
 def call(*args, **options):
     calls.append(1)
     if len(calls) == int(number):
-        os.kill(os.getpid(), signal.SIGKILL)
+        os.kill(os.getpid(), int(signal_number))
     return original(*args, **options)
 
 setattr(kind, name, call)
-sys.exit(main(["train-online", *sys.argv[5:]]))
+sys.exit(main(["train-online", *sys.argv[6:]]))
 """
+COMMIT, UPDATE, ADD, SEND = (
+    ("torchrl_sql.data.writer", "RecordingWriter", "commit"),
+    ("torchrl_sql.training.trainer", "Trainer", "update"),
+    ("torchrl_sql.data.growing", "GrowingStore", "add"),
+    ("torchrl_sql.envs.slots", "Slot", "send"),
+)
+
+
+def run_signalled(function, number, sent, folder, log):
+    """Runs TINY in ``folder``, with a signal before that call of a function; returns the exit code."""
+    command = [sys.executable, "-c", KILLED, *function, str(number), str(int(sent)), *TINY, f"run_dir={folder}"]
+    with open(log, "a") as file:
+        return subprocess.run(command, stdout=file, stderr=file, timeout=300).returncode
 
 
 @pytest.mark.slow
 def test_a_run_killed_at_any_instant_ends_as_if_it_had_not_been(played, tmp_path):
     folder, log = tmp_path / "killed", tmp_path / "log"
-    commit, update = (
-        ("torchrl_sql.data.writer", "RecordingWriter", "commit"),
-        ("torchrl_sql.training.trainer", "Trainer", "update"),
-    )
     kills = [
-        (*commit, 2),  # in the first commit, between two games, before there is a checkpoint
-        (*update, 8),  # two checkpoints later, with steps since
-        ("torchrl_sql.data.growing", "GrowingStore", "add", 3),  # episodes that are played again are written
-        (*commit, 4),
-        (*update, 10**9),  # not any more
+        (COMMIT, 2),  # in the first commit, between two games, before there is a checkpoint
+        (UPDATE, 8),  # two checkpoints later, with steps since
+        (ADD, 3),  # episodes that are played again are written
+        (COMMIT, 4),
+        (UPDATE, 10**9),  # not any more
     ]
     for kill in kills:
-        command = [sys.executable, "-c", KILLED, *map(str, kill), *TINY, f"run_dir={folder}"]
-        with open(log, "a") as file:
-            code = subprocess.run(command, stdout=file, stderr=file, timeout=300).returncode
+        code = run_signalled(*kill, signal.SIGKILL, folder, log)
         assert code == (0 if kill == kills[-1] else -signal.SIGKILL), log.read_text()
     assert "continuing" in log.read_text()
     assert_same_run(folder, played)
@@ -164,6 +171,25 @@ def test_an_interrupted_run_continues_exactly(played, make_config, monkeypatch):
         with pytest.raises(Interrupted):
             train(make_config())
     assert_same_run(train(make_config()), played)
+
+
+@pytest.mark.slow
+def test_a_run_that_is_asked_to_stop_while_it_plays_before_learning_stops_there(played, make_config, tmp_path):
+    """The first steps are 25 of each of 4 emulators."""
+    config, folder, log = make_config(), tmp_path / "run", tmp_path / "log"
+    assert run_signalled(SEND, 10, signal.SIGTERM, folder, log) == 130, log.read_text()
+    assert "stopped before the first gradient step of this start" in log.read_text()
+    assert FrameStore.open(folder / "store").recordings == () and not list_checkpoints(folder / "checkpoints")
+
+    assert run_signalled(UPDATE, 11, signal.SIGINT, folder, log) == 130, log.read_text()
+    before = contents(folder / "store")
+    saved = list_checkpoints(folder / "checkpoints")[-1]
+
+    log.write_text("")
+    assert run_signalled(SEND, 2, signal.SIGUSR2, folder, log) == 130, log.read_text()  # while it plays again
+    assert "stopped before the first gradient step of this start" in log.read_text()
+    assert contents(folder / "store") == before and list_checkpoints(folder / "checkpoints")[-1] == saved
+    assert_same_run(train(config), played)
 
 
 def test_reading_ahead_changes_nothing(played, make_config):

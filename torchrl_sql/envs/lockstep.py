@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -128,12 +128,15 @@ class Lockstep:
         list(self._starters.map(self._start, [self.episodes[episode.emulator] for episode in ended]))
         return ended
 
-    def play_again(self, states: Sequence[Mapping[str, Any]]) -> list[PlayedEpisode]:
+    def play_again(
+        self, states: Sequence[Mapping[str, Any]], on_step: Callable[[], None] = lambda: None
+    ) -> list[PlayedEpisode]:
         """Continues where other emulators of this kind were.
 
         Args:
             states (sequence of mapping): :meth:`PlayedEpisode.state_dict` of the episodes under way and of any that had
                 ended before, in any order.
+            on_step (callable): is called before each step, by several threads; what it raises ends the playing.
 
         Returns:
             Those that had ended, in the order given.
@@ -152,6 +155,7 @@ class Lockstep:
             for row in rows:
                 self._start(episodes[row])
                 for action in actions[row]:
+                    on_step()
                     if not episodes[row].over:
                         self._send(episodes[row], action)
                         self._receive(episodes[row], action)

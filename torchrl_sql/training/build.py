@@ -78,6 +78,7 @@ def build_trainer(
     *,
     memory_format: torch.memory_format | None = None,
     continues: bool = False,
+    on_tick: Callable[[], None] = lambda: None,
 ) -> Trainer:
     """Everything a run needs, from its configuration; ``init.sha256`` of a run that starts from another is set there.
 
@@ -89,6 +90,7 @@ def build_trainer(
         memory_format (torch.memory_format, optional): layout of the convolutions; default what suits the device.
         continues (bool): the caller loads a checkpoint; ``init.policy`` is not read, nothing is measured on the data,
             and nothing played yet.
+        on_tick (callable): of :class:`OnlineReplay`, where the run plays.
 
     Raises:
         ValueError, FileNotFoundError: if the store does not hold the games asked for, or the batch cannot be divided
@@ -122,7 +124,7 @@ def build_trainer(
     if config.online is None:
         replay = method.replay(config.data, FrameStore.open(expand_path(config.data.store)), **options)
     else:
-        replay = build_online_replay(config, config.online, method, network, **options)
+        replay = build_online_replay(config, config.online, method, network, on_tick=on_tick, **options)
         if not continues:
             replay.begin()
     for name, buffer in () if continues else network.named_buffers():
@@ -153,7 +155,13 @@ def build_trainer(
 
 
 def build_online_replay(
-    config: RunConfig, online: OnlineConfig, method: Method, network: nn.Module, **options: Any
+    config: RunConfig,
+    online: OnlineConfig,
+    method: Method,
+    network: nn.Module,
+    *,
+    on_tick: Callable[[], None] = lambda: None,
+    **options: Any,
 ) -> OnlineReplay:
     """What a run that plays samples from; the store is made, nothing is played yet.
 
@@ -162,6 +170,9 @@ def build_online_replay(
         online (OnlineConfig): its section.
         method (Method): likewise.
         network (nn.Module): whose parameters learn.
+
+    Keyword Args:
+        on_tick (callable): of :class:`OnlineReplay`.
         options: of :meth:`Method.replay`.
 
     Raises:
@@ -204,4 +215,5 @@ def build_online_replay(
         ),
         offline=offline,
         first_checkpoint_step=config.trainer.checkpoint_interval_gradient_steps,
+        on_tick=on_tick,
     )

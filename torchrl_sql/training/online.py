@@ -81,6 +81,8 @@ class OnlineReplay:
         offline (OfflineAtariReplay, optional): its batches are appended to those of the store.
         first_checkpoint_step (float): gradient step of the first saved state: :meth:`begin` refuses a store that holds
             what was played at twice as many, which a start without any state cannot have left.
+        on_tick (callable): is called often by :meth:`begin` and :meth:`load_state_dict`, by several threads; what it
+            raises ends them, and the store stays as it was committed.
 
     Call :meth:`begin` or :meth:`load_state_dict` before anything else.
     """
@@ -95,12 +97,13 @@ class OnlineReplay:
         *,
         offline: OfflineAtariReplay | None = None,
         first_checkpoint_step: float = math.inf,
+        on_tick: Callable[[], None] = lambda: None,
     ) -> None:
         if players.games != growing.games:
             raise ValueError(f"players and store must have the same games, got {players.games} and {growing.games}")
         self.growing, self.players, self.pace = growing, players, pace
         self._make_replay, self._offline = make_replay, offline
-        self._first_checkpoint_step = first_checkpoint_step
+        self._first_checkpoint_step, self._on_tick = first_checkpoint_step, on_tick
         self._replay: OfflineAtariReplay | None = None
         self._policy, self._acting = policy, deepcopy(policy).eval()
         self._stream: torch.cuda.Stream | None = None
@@ -130,6 +133,7 @@ class OnlineReplay:
             self.growing.open(dropping={"gradient_step": 2 * self._first_checkpoint_step})
             self.players.begin(self._labels(0))
             while self.num_agent_steps < self.pace.first_agent_steps or not self.growing.num_episodes:
+                self._on_tick()
                 self._tick(0)
             self._first_ticks = self._num_ticks
             self._publish(0)
@@ -179,7 +183,7 @@ class OnlineReplay:
         with self._ending_if_it_fails():
             self.growing.open(state["manifests"])
             self._num_ticks, self._first_ticks = int(state["num_ticks"]), int(state["first_ticks"])
-            for episode in self.players.play_again(state["episodes"]):
+            for episode in self.players.play_again(state["episodes"], self._on_tick):
                 self._keep(episode)
             self._returns = list(state["returns"])
             recordings = [self.growing.store.recording(game) for game in self.players.games]

@@ -136,7 +136,7 @@ def _train(
             if scores.is_due(num_steps_taken):
                 scores.complete(config, path)
             return folder
-    trainer = build_trainer(config, ranks, continues=latest is not None)
+    trainer = build_trainer(config, ranks, continues=latest is not None, on_tick=signals.check)
     about["config"] = config.to_yaml()
     if ranks.is_main:
         num_parameters = sum(parameter.numel() for parameter in trainer.loss.parameters())

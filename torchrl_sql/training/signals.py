@@ -10,7 +10,7 @@ from typing import Any, Self
 
 
 class Interrupted(KeyboardInterrupt):
-    """Training stopped at somebody's wish, after saving a checkpoint.
+    """Training stopped at somebody's wish, after saving a checkpoint or before a gradient step.
 
     Attributes:
         requeue (bool): whether the job is to be queued again (SIGUSR2 on any rank).
@@ -57,6 +57,16 @@ class StopSignals:
         """Put the former handlers back."""
         while self._previous:
             signal.signal(*self._previous.popitem())
+
+    def check(self) -> None:
+        """Ends what comes before gradient steps and has nothing to save.
+
+        Raises:
+            Interrupted: if any of these was received.
+        """
+        if self.stop:
+            message = "stopped before the first gradient step of this start; the same command continues"
+            raise Interrupted(message, requeue=self.requeue)
 
     def __enter__(self) -> Self:
         return self.install()
