@@ -95,7 +95,7 @@ def test_areas_are_over_the_steps_that_all_compared_have_and_the_page_says_so():
         curve("ours", OURS_CURVE), curve("bc", {200: 6.0, 300: 99.0, 400: 30.0}), curve("third", {100: 1.0, 400: 1.0}),
         agents=(OURS, BC, THIRD), against=["BC"],
     )  # fmt: skip
-    assert analysis.area_steps == [200, 400]
+    assert analysis.learning.area_steps == [200, 400]
     assert {row[0].text: row[1].text for row in area_table(analysis).rows} == {"Ours": "22.0", "BC": "19.0"}
     said = caveats(analysis)
     both = "gradient steps, at which not all that are compared were evaluated in full."
@@ -111,7 +111,7 @@ def test_an_agent_with_other_evaluations_costs_only_its_own_area():
         curve("ours", OURS_CURVE), curve("bc", {100: 1.0, 401: 2.0, 402: 3.0}), curve("third", OURS_CURVE),
         agents=(OURS, BC, THIRD),
     )  # fmt: skip
-    assert analysis.area_steps == [100, 200, 400] and [*analysis.areas] == ["Ours", "Third"]
+    assert analysis.learning.area_steps == [100, 200, 400] and [*analysis.learning.areas] == ["Ours", "Third"]
     assert any(text.startswith("No area under the learning curve of BC: ") for text in caveats(analysis))
 
 
@@ -141,7 +141,7 @@ def test_unequal_numbers_of_episodes_leave_areas_of_means():
 def test_random_play_has_no_area_and_needs_no_excuse():
     random = episodes("random", "Breakout", [1.0, 2.0], gradient_step=0)
     analysis = make(curve("ours", OURS_CURVE), random, agents=(OURS, Agent(agent="random", label="random")))
-    assert [*analysis.areas] == ["Ours"] and not any("No area" in text for text in caveats(analysis))
+    assert [*analysis.learning.areas] == ["Ours"] and not any("No area" in text for text in caveats(analysis))
 
 
 # What curves are against

@@ -13,10 +13,10 @@ import numpy as np
 
 from torchrl_sql.evaluation.episodes import EpisodeResult, returns_of
 from torchrl_sql.games import find_game
+from torchrl_sql.report.learning import LearningCurves
 from torchrl_sql.report.model import Agent, GameData, ReportData, Returns
 from torchrl_sql.report.selection import Selection, select
 from torchrl_sql.statistics.calibration import Calibration, calibrate
-from torchrl_sql.statistics.curves import area_under_curve
 from torchrl_sql.statistics.intervals import (
     Interval,
     Verdict,
@@ -42,7 +42,6 @@ MANY_GAMES = 5
 
 ALL = "IQM"
 """Stands in the place of a game for the human-normalised interquartile mean over games."""
-GRADIENT_STEPS = "gradient steps"
 BEHAVIOUR = "Behaviour mean"
 BEST_BEHAVIOUR = "Best behaviour"
 BEST_CONSTANT = "Best constant"
@@ -178,62 +177,24 @@ class Analysis:
     # Lines along an axis
 
     @cached_property
-    def _curves(self) -> dict[str, dict[int, RunReturns]]:
-        """``{label: {gradient step: returns}}`` of agents that were evaluated in full at two checkpoints or more."""
+    def learning(self) -> LearningCurves:
+        """Returns at gradient steps, of agents that were evaluated in full at two checkpoints or more."""
         steps = {agent: self.selection[agent.label].complete for agent in self.agents}
-        return {
-            agent.label: {step: self._returns(agent, step) for step in complete}
+        runs = {
+            agent: {step: self._returns(agent, step) for step in complete}
             for agent, complete in steps.items()
             if len(complete) > 1
         }
-
-    @cached_property
-    def paces(self) -> set[float | None]:
-        """Agent steps per gradient step of the agents that have learning curves; None of those that do not play."""
-        return {agent.agent_steps_per_gradient_step for agent in self.agents if agent.label in self._curves}
-
-    @property
-    def _pace(self) -> float | None:
-        """That of all agents that have learning curves, if they have the same."""
-        return next(iter(self.paces)) if len(self.paces) == 1 else None
-
-    @property
-    def steps_axis(self) -> str:
-        """What learning curves are against: agent steps if all their agents played equally many per gradient step."""
-        pace = self._pace
-        return GRADIENT_STEPS if pace is None else f"agent steps since learning began ({pace:g} per gradient step)"
+        return LearningCurves(runs, self.main, self.against)
 
     @cached_property
     def learning_curves(self) -> list[Line]:
-        """Returns along :attr:`steps_axis`, of agents that were evaluated in full at two checkpoints or more."""
-        scale = self._pace or 1.0
+        """Those of :attr:`learning`, along its axis."""
+        scale = self.learning.pace or 1.0
         return [
-            Line(agent.label, agent, {scale * step: runs for step, runs in self._curves[agent.label].items()})
-            for agent in self.agents
-            if agent.label in self._curves
+            Line(agent.label, agent, {scale * step: runs for step, runs in curve.items()})
+            for agent, curve in self.learning.runs.items()
         ]
-
-    @cached_property
-    def area_steps(self) -> list[int]:
-        """Gradient steps at which the main agent and those that it is compared with were evaluated in full, ascending.
-
-        Of the latter, one that has fewer than two of them in common with those before it does not count. Empty if the
-        main agent has no curve.
-        """
-        steps = [*self._curves.get(self.main.label, ())]
-        for agent in self.against:
-            shared = [step for step in steps if step in self._curves.get(agent.label, ())]
-            steps = shared if len(shared) > 1 else steps
-        return steps
-
-    @cached_property
-    def areas(self) -> dict[str, RunReturns]:
-        """Mean returns over the span of :attr:`area_steps`, by label of the agents that were evaluated at each."""
-        return {
-            label: area_under_curve({step: curve[step] for step in self.area_steps})
-            for label, curve in self._curves.items()
-            if self.area_steps and {*self.area_steps} <= curve.keys()
-        }
 
     @cached_property
     def lines(self) -> list[Line]:
@@ -262,7 +223,7 @@ class Analysis:
 
     def area_verdicts(self, other: str) -> dict[str, Verdict]:
         """How the main agent's area compares with another agent's in each game of both, and in :data:`ALL`."""
-        pair = _in_common(self.areas[self.main.label], self.areas[other])
+        pair = _in_common(self.learning.areas[self.main.label], self.learning.areas[other])
         if pair is None:
             return {}
         differences, whole = game_differences(*pair), self.aggregate_games("human")

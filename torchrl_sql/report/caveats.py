@@ -153,26 +153,27 @@ def _of_checkpoints(analysis: Analysis) -> Iterator[str]:
 
 
 def _of_curves(analysis: Analysis) -> Iterator[str]:
-    curves = {label: which.complete for label, which in analysis.selection.items() if len(which.complete) > 1}
-    if len(analysis.paces) > 1:
-        paces = ", ".join(f"{pace:g}" for pace in sorted(pace for pace in analysis.paces if pace is not None))
-        none = ", or none" if None in analysis.paces else ""
+    learning = analysis.learning
+    if len(learning.paces) > 1:
+        paces = ", ".join(f"{pace:g}" for pace in sorted(pace for pace in learning.paces if pace is not None))
+        none = ", or none" if None in learning.paces else ""
         yield f"Learning curves are against gradient steps; their agents played {paces} agent steps in each{none}."
-    if curves and analysis.main.label not in curves:
-        yield f"No areas under learning curves: {analysis.main.label} was evaluated in full at one gradient step only."
-    if not analysis.areas:
+    if learning.runs and learning.main not in learning.runs:
+        yield f"No areas under learning curves: {learning.main.label} was evaluated in full at one gradient step only."
+    if not learning.areas:
         return
-    without = [label for label, runs in analysis.runs.items() if runs.trained and label not in analysis.areas]
+    without = [label for label, runs in analysis.runs.items() if runs.trained and label not in learning.areas]
     if without:
         yield (
             f"No area under the learning curve of {', '.join(without)}: not evaluated in full at each of the "
-            f"{len(analysis.area_steps)} gradient steps that areas are over."
+            f"{len(learning.area_steps)} gradient steps that areas are over."
         )
     texts: list[tuple[str, str]] = []
-    for label in analysis.areas:
-        if others := [f"{step:,}" for step in curves[label] if step not in analysis.area_steps]:
-            text = f"the area under the learning curve leaves out {', '.join(others)} gradient steps, at which not all"
-            texts.append((label, f"{text} that are compared were evaluated in full"))
+    for label in learning.areas:
+        steps = analysis.selection[label].complete
+        if left_out := ", ".join(f"{step:,}" for step in steps if step not in learning.area_steps):
+            text = f"the area under the learning curve leaves out {left_out} gradient steps, at which not all that are"
+            texts.append((label, f"{text} compared were evaluated in full"))
     yield from _together(texts)
 
 

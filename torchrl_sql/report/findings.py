@@ -109,11 +109,11 @@ def _area_findings(analysis: Analysis) -> list[Finding]:
     """The main agent's area under its learning curve against each agent's that it is compared with."""
     main = analysis.main.label
     found = []
-    for other in (agent.label for agent in analysis.against if {main, agent.label} <= analysis.areas.keys()):
+    for other in (agent.label for agent in analysis.against if {main, agent.label} <= analysis.learning.areas.keys()):
         verdicts = analysis.area_verdicts(other)
         if ALL in verdicts:
             relation = verdicts[ALL]
-            ours, theirs = (_iqm(analysis.scores_of(analysis.areas[label])[ALL]) for label in (main, other))
+            ours, theirs = (_iqm(analysis.scores_of(analysis.learning.areas[label])[ALL]) for label in (main, other))
             text = f"Human-normalised IQM of the areas under learning curves, over {area_span(analysis)}"
             text += f": {main} {ours} is {_RELATIONS[relation]} {other} {theirs}."
             found.append(Finding(_KINDS[relation], text))

@@ -173,7 +173,7 @@ def _plots(analysis: Analysis) -> dict[str, list[Plot]]:
         "aggregates": draw(lambda: [aggregate_plot(analysis), profile_plot(analysis)]),
         "games": draw(lambda: many_games_plots(analysis) if many else [few_games_plot(analysis)]),
         "learning": draw(
-            lambda: line_plots(analysis, analysis.learning_curves, name="learning_curve", axis=analysis.steps_axis)
+            lambda: line_plots(analysis, analysis.learning_curves, name="learning_curve", axis=analysis.learning.axis)
         ),
         "calibration": draw(lambda: calibration_plots(analysis)),
         "training": draw(lambda: training_plots(analysis)),

@@ -188,14 +188,14 @@ def seed_table(analysis: Analysis) -> Table:
 
 def area_span(analysis: Analysis) -> str:
     """The gradient steps that areas under learning curves are over."""
-    steps = analysis.area_steps
+    steps = analysis.learning.area_steps
     return f"{min(steps, default=0):,} to {max(steps, default=0):,} gradient steps"
 
 
 def area_table(analysis: Analysis) -> Table:
     """Agents by the areas under their learning curves; of many games, only that of all is shown."""
-    steps, main = analysis.area_steps, analysis.main.label
-    verdicts = {label: analysis.area_verdicts(label) for label in analysis.areas if label != main}
+    steps, main = analysis.learning.area_steps, analysis.main.label
+    verdicts = {label: analysis.area_verdicts(label) for label in analysis.learning.areas if label != main}
     records = [
         {
             "policy": label,
@@ -208,7 +208,7 @@ def area_table(analysis: Analysis) -> Table:
             "num_seeds": len(runs.seeds),
             "main_agent_is": verdicts.get(label, {}).get(game),
         }
-        for label, runs in analysis.areas.items()
+        for label, runs in analysis.learning.areas.items()
         for game, score in analysis.scores_of(runs).items()
     ]
     aggregated = any(record["game"] == ALL for record in records)

@@ -30,7 +30,7 @@ def all_tables(analysis: Analysis) -> dict[str, Table]:
         comparison_table(analysis),
         seed_table(analysis),
         curve_table(analysis, analysis.lines, name="scores_along_axis", axis=analysis.data.x or ""),
-        curve_table(analysis, analysis.learning_curves, name="learning_curves", axis=analysis.steps_axis),
+        curve_table(analysis, analysis.learning_curves, name="learning_curves", axis=analysis.learning.axis),
         area_table(analysis),
         calibration_table(analysis),
         published_table(analysis),

@@ -10,8 +10,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator, NullLocator
 
-from torchrl_sql.report.analysis import ALL, GRADIENT_STEPS, Analysis, Line
+from torchrl_sql.report.analysis import ALL, Analysis, Line
 from torchrl_sql.report.figures.look import CAP_SIZE, STEPS, colour, point_style
+from torchrl_sql.report.learning import GRADIENT_STEPS
 from torchrl_sql.report.model import Curve
 from torchrl_sql.report.style import COLOURS, SMALL_WIDTH, WIDTH, Plot, new_figure
 from torchrl_sql.statistics.intervals import Interval
@@ -68,7 +69,7 @@ def _panels(
             _draw_line(axes, line, analysis, curves.get(line.label, {}))
         drawn |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
         axes.set_title("Human-normalised IQM" if name == ALL else name, fontsize=8.5)
-        _set_axis(axes, axis, lines, steps=axis == analysis.steps_axis, label=False)
+        _set_axis(axes, axis, lines, steps=axis == analysis.learning.axis, label=False)
         axes.tick_params(axis="both", labelsize=7, labelcolor=COLOURS["muted"][0])
         axes.yaxis.set_major_locator(MaxNLocator(3 if columns > 1 else 5, steps=STEPS))
     for axes in list(grid.flat)[len(panels) :]:
