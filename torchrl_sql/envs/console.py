@@ -107,6 +107,10 @@ class Console:
                 self._get_screen(self._screens[remaining - 1])
         return reward, terminated, truncated, self._frame()
 
+    def inside(self) -> tuple[np.ndarray, int]:
+        """The machine's memory, uint8 ``[128]``, and the lives that are left."""
+        return self._ale.getRAM(), self._ale.lives()
+
     def _load(self, seed: int) -> None:
         rom = roms.get_rom_path(self._settings.rom)
         assert rom is not None
