@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torchrl_sql
-from torchrl_sql.cli import bench, config, data, enjoy, evaluate, launch, report, study, train
+from torchrl_sql.cli import bench, config, data, enjoy, evaluate, launch, probe, report, study, train
 from torchrl_sql.files import expand_path
 
 DESCRIPTION = """\
@@ -113,7 +113,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"torchrl-sql {torchrl_sql.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=CommandParser)
-    for group in (study, train, evaluate, enjoy, report, data, launch, bench, config):
+    for group in (study, train, evaluate, enjoy, report, probe, data, launch, bench, config):
         group.add_commands(commands)
     completion = commands.add_parser(
         "completion",

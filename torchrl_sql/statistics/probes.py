@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 from numpy.typing import NDArray
 from scipy import linalg
@@ -18,14 +20,16 @@ _FIT, _CHOOSE, _TEST = range(3)
 _MIN_EPISODES = 4
 _BLOCK = 4096
 """Features of which products are summed at a time."""
+_ROUNDING = 1e-12
+"""Share of the features' mean square that differences between states must exceed to be any."""
 
 
 class LinearProbe:
-    """Ridge regression from features to labels, one label at a time.
+    """Ridge regression from features to labels.
 
-    The first half of the episodes fits, the next quarter chooses among :data:`PENALTIES`, then both fit again, and the
-    last quarter tests. Features are neither scaled nor selected, so that what a network gives more weight to is easier
-    to read. With fewer states than features, products of states take the place of the features.
+    The first half of the episodes fits, the next quarter chooses among :data:`PENALTIES` for each label, then both fit
+    again, and the last quarter tests. Features are neither scaled nor selected, so that what a network gives more
+    weight to is easier to read. With fewer states than features, products of states take the place of the features.
 
     Args:
         features (array): ``[N, D]`` of ``N`` states.
@@ -40,42 +44,52 @@ class LinearProbe:
         if not np.isfinite(features).all():
             raise ValueError("features must be finite numbers")
         self._products = np.zeros((len(features), len(features)))
-        self._least = 0.0  # mean squared distance that is more than rounding
+        self._least = 0.0
         for start in range(0, features.shape[1], _BLOCK):
-            block = features[:, start : start + _BLOCK].astype(np.float64)
-            self._least += 1e-12 * np.square(block).sum(1).mean()
+            block = features[:, start : start + _BLOCK].astype(np.float32)
+            self._least += _ROUNDING * float(np.square(block).sum(1).mean())
             block -= block.mean(0)
             self._products += block @ block.T
 
-    def r2(self, label: Array) -> float:
-        """Share of the label's variance in the test states that is read: 1 is perfect, 0 no better than their mean.
+    def r2(self, labels: Mapping[str, Array]) -> dict[str, float]:
+        """Share of each label's variance in the test states that is read: 1 is perfect, 0 no better than their mean.
 
         Args:
-            label (array): ``[N]``; states in which it is NaN are left out.
+            labels (mapping): name -> ``[N]``; states in which a label is NaN are left out.
 
         Raises:
-            ValueError: if :func:`why_unread` has an answer.
+            ValueError: if :func:`why_unread` has an answer for one.
         """
-        if (reason := why_unread(label, self._parts)) is not None:
-            raise ValueError(f"a label must be one that can be read, but it is {reason}")
-        known = np.isfinite(label)
-        fit, choose, test = ((self._parts == part) & known for part in (_FIT, _CHOOSE, _TEST))
-        penalty = max(PENALTIES, key=lambda penalty: self._score(label, fit, choose, penalty))
-        return self._score(label, fit | choose, test, penalty)
+        together: dict[bytes, list[str]] = {}  # those of the same states
+        for name, label in labels.items():
+            if (reason := why_unread(label, self._parts)) is not None:
+                raise ValueError(f"labels must be such as can be read, but {name} is {reason}")
+            together.setdefault(np.isfinite(label).tobytes(), []).append(name)
+        scores: dict[str, float] = {}
+        for names in together.values():
+            values = np.stack([labels[name] for name in names], axis=1)
+            fit, choose, test = ((self._parts == part) & np.isfinite(values[:, 0]) for part in (_FIT, _CHOOSE, _TEST))
+            chosen = np.stack([self._score(values, fit, choose, penalty) for penalty in PENALTIES]).argmax(0)
+            finals = {place: self._score(values, fit | choose, test, PENALTIES[place]) for place in {*chosen.tolist()}}
+            scores |= {
+                name: float(finals[place][index])
+                for index, (name, place) in enumerate(zip(names, chosen.tolist(), strict=True))
+            }
+        return {name: scores[name] for name in labels}
 
-    def _score(self, label: Array, fit: NDArray[np.bool_], test: NDArray[np.bool_], penalty: float) -> float:
-        """R^2 on ``test`` of the regression, with intercept, that ``fit`` gives."""
+    def _score(self, values: Array, fit: NDArray[np.bool_], test: NDArray[np.bool_], penalty: float) -> Array:
+        """R^2 of each of the values ``[N, L]`` on ``test``, of the regression with intercept that ``fit`` gives."""
         products, across = self._products[np.ix_(fit, fit)], self._products[np.ix_(test, fit)]
         column, mean = products.mean(0), products.mean()
         centred = products - column - column[:, None] + mean
         scale = np.trace(centred) / len(centred)
-        if scale <= self._least:  # all states look alike
-            predicted = np.full(test.sum(), label[fit].mean())
-        else:
+        predicted = values[fit].mean(0)
+        if scale > self._least:
             centred[np.diag_indices_from(centred)] += penalty * scale
-            weights = linalg.solve(centred, label[fit] - label[fit].mean(), assume_a="pos")
-            predicted = label[fit].mean() + (across - column - across.mean(1, keepdims=True) + mean) @ weights
-        return float(1 - np.square(label[test] - predicted).sum() / np.square(label[test] - label[test].mean()).sum())
+            weights = linalg.cho_solve(linalg.cho_factor(centred), values[fit] - predicted)
+            predicted = predicted + (across - column - across.mean(1, keepdims=True) + mean) @ weights
+        missed = np.square(values[test] - predicted).sum(0)
+        return 1 - missed / np.square(values[test] - values[test].mean(0)).sum(0)
 
 
 def split_episodes(episodes: NDArray[np.int64]) -> NDArray[np.int64]:
