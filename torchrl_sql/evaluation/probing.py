@@ -162,14 +162,20 @@ def probe(
         ValueError: if a game has no labels, a network no encoder of stacked frames, or no label can be read.
     """
     encoders: dict[str, _Encoder] = {}
-    about = []
+    about: list[dict[str, Any]] = []
     for path in policies:
         trained, metadata = read_policy_file(path)
         config = trained.config
+        for other in about:
+            if (other["name"], other["seed"]) == (config.name, config.seed):
+                raise ValueError(
+                    f"policies must be of different runs, got {config.name} of seed {config.seed} in "
+                    f"{other['policy']} and {path}"
+                )
         begun = _Encoder(RANDOM, config, _untrained(config), path)
         encoders.setdefault(begun.digest, begun)
         ours = _Encoder(config.name, config, trained.network, path)
-        encoders[f"{path}"] = ours
+        encoders[str(path)] = ours
         about.append({
             "name": config.name, "seed": config.seed, "method": config.method.name,
             "gradient_step": trained.gradient_step, "policy": str(path), "sha256": metadata["sha256"],

@@ -59,8 +59,9 @@ def probe_plot(result: ProbeResult) -> Plot:
         axes.errorbar(points, heights, xerr=[points - low, high - points], linewidth=1.0, label=agent, **style)
     axes.set_yticks(range(len(rows)), rows)
     axes.set_ylim(len(rows) - 0.5, -0.5)
-    axes.set_xlim(_LEAST - 0.03, 1.03)
-    axes.axvline(0, color=COLOURS["muted"][0], linewidth=0.8)
+    axes.set_xlim(right=1.03)
+    if axes.get_xlim()[0] < 0:
+        axes.axvline(0, color=COLOURS["muted"][0], linewidth=0.8)
     axes.grid(axis="x")
     for border in range(1, len(rows)):
         axes.axhline(border - 0.5, color=COLOURS["rule"][0], linewidth=0.5)

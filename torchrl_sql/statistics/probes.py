@@ -46,7 +46,9 @@ class LinearProbe:
         self._products = np.zeros((len(features), len(features)))
         self._least = 0.0
         for start in range(0, features.shape[1], _BLOCK):
-            block = features[:, start : start + _BLOCK].astype(np.float32)
+            block = features[:, start : start + _BLOCK].astype(
+                np.float64
+            )  # in float32 rounding would exceed the least penalty
             self._least += _ROUNDING * float(np.square(block).sum(1).mean())
             block -= block.mean(0)
             self._products += block @ block.T
