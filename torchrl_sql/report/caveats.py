@@ -169,11 +169,11 @@ def _of_curves(analysis: Analysis) -> Iterator[str]:
             f"{len(learning.area_steps)} gradient steps that areas are over."
         )
     texts: list[tuple[str, str]] = []
-    for label in learning.areas:
-        steps = analysis.selection[label].complete
-        if left_out := ", ".join(f"{step:,}" for step in steps if step not in learning.area_steps):
+    for agent, curve in learning.runs.items():
+        left_out = ", ".join(f"{step:,}" for step in curve if step not in learning.area_steps)
+        if left_out and agent.label in learning.areas:
             text = f"the area under the learning curve leaves out {left_out} gradient steps, at which not all that are"
-            texts.append((label, f"{text} compared were evaluated in full"))
+            texts.append((agent.label, f"{text} compared were evaluated in full"))
     yield from _together(texts)
 
 

@@ -47,6 +47,7 @@ def findings(analysis: Analysis) -> list[Finding]:
         *_aggregate_findings(analysis),
         *_game_findings(analysis),
         *_area_findings(analysis),
+        *_zero_shot_findings(analysis),
         *_seed_findings(analysis),
         *_human_findings(analysis),
         *_published_findings(analysis),
@@ -119,6 +120,24 @@ def _area_findings(analysis: Analysis) -> list[Finding]:
             found.append(Finding(_KINDS[relation], text))
         else:
             found += _by_game(main, other, verdicts, f"Over the learning curve, {area_span(analysis)}, ")
+    return found
+
+
+def _zero_shot_findings(analysis: Analysis) -> list[Finding]:
+    """Scores before the first gradient step, where they are known."""
+    found = []
+    for agent in (analysis.main, *analysis.against):
+        runs = analysis.learning.runs.get(agent, {}).get(0)
+        if runs is None:
+            continue
+        scores = analysis.scores_of(runs)
+        shown = {ALL: scores[ALL]} if analysis.many_games and ALL in scores else scores
+        listed = ", ".join(
+            f"{game} {_iqm(score) if game == ALL else f'{format_score(score.point)} {format_interval(score)}'}"
+            for game, score in shown.items()
+        )
+        source = "" if agent.starts_as is None else f" (the network of {agent.starts_as[0]}, at its last step)"
+        found.append(Finding("note", f"Zero-shot scores of {agent.label}, before its first step{source}: {listed}."))
     return found
 
 
