@@ -103,9 +103,9 @@ def test_areas_are_over_the_steps_that_all_compared_have_and_the_page_says_so():
     assert analysis.learning.area_steps == [200, 400]
     assert {row[0].text: row[1].text for row in area_table(analysis).rows} == {"Ours": "22.0", "BC": "19.0"}
     said = caveats(analysis)
-    both = "gradient steps, at which not all that are compared were evaluated in full."
-    assert f"Ours: the area under the learning curve leaves out 100 {both}" in said
-    assert f"BC: the area under the learning curve leaves out 300 {both}" in said
+    both = "gradient steps, where not all that are compared were evaluated in full."
+    assert f"Ours: the area under the learning curve leaves out the scores at 100 {both}" in said
+    assert f"BC: the area under the learning curve leaves out the scores at 300 {both}" in said
     why = "not evaluated in full at each of the 2 gradient steps that areas are over."
     assert f"No area under the learning curve of Third: {why}" in said
     assert len({line.label for line in analysis.learning_curves}) == 3
@@ -162,7 +162,7 @@ def test_a_curve_begins_with_the_scores_of_the_network_that_the_agent_started_as
     assert ("note", text) in findings(analysis)
     assert sum("Zero-shot" in text for _, text in findings(analysis)) == 1
     assert area_table(analysis).rows[0][1].text == "18.0"  # BC has no step 0
-    text = "Ours: the area under the learning curve leaves out 0 gradient steps, at which not all that are compared"
+    text = "Ours: the area under the learning curve leaves out the scores at 0 gradient steps, where not all"
     assert any(caveat.startswith(text) for caveat in caveats(analysis))
 
 

@@ -172,8 +172,10 @@ def _of_curves(analysis: Analysis) -> Iterator[str]:
     for agent, curve in learning.runs.items():
         left_out = ", ".join(f"{step:,}" for step in curve if step not in learning.area_steps)
         if left_out and agent.label in learning.areas:
-            text = f"the area under the learning curve leaves out {left_out} gradient steps, at which not all that are"
-            texts.append((agent.label, f"{text} compared were evaluated in full"))
+            text = (
+                f"the area under the learning curve leaves out the scores at {left_out} gradient steps, where not all"
+            )
+            texts.append((agent.label, f"{text} that are compared were evaluated in full"))
     yield from _together(texts)
 
 
