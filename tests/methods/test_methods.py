@@ -127,7 +127,8 @@ def test_q_learnings_target_network_follows_when_it_is_told_to(choice):
 
 
 @pytest.mark.parametrize(
-    ("choice", "decoding"), [(choice, each) for choice in list_choices("method") for each in make(choice)[0].decodings]
+    ("choice", "decoding"),
+    [(choice, each) for choice in list_choices("method") for each in make(choice)[0].settings.decodings],
 )
 def test_the_policy_knows_the_games_actions(choice, decoding):
     method, network = make(choice)
@@ -146,3 +147,23 @@ def test_an_unknown_method_is_named():
         ConfigError, match=r"method\.name must be one of cql, bc, mgdt, bc_transformer, mae, cpc, got 'x'"
     ):
         make_method(MethodConfig(name="x"))
+
+
+@pytest.mark.parametrize(("choice", "counts"), [("dqn_c51", False), ("cql_c51", True)])
+def test_actions_that_nobody_plays_count_only_where_a_penalty_corrects_them(choice, counts):
+    """Breakout has NOOP, FIRE, RIGHT and LEFT, Freeway NOOP, UP and DOWN."""
+    method, network = make(choice)
+    data = transitions()
+    data["action"] = torch.tensor([0, 2, 1, 5, 3, 0])
+
+    def objective():
+        loss = method.loss(network)
+        method.target_updater(loss).step()  # the target network is a copy
+        return loss(data)["loss_qvalue"]
+
+    before = objective()
+    with torch.no_grad():
+        heads = next(module for name, module in network.named_modules() if name.endswith("heads"))
+        bias = heads.bias.view(2, -1, 18)  # the last atoms of UPFIRE: the greatest return
+        bias[:, -5:, 10] += 20
+    assert (objective() != before) == counts

@@ -222,6 +222,18 @@ def test_a_run_is_not_continued_from_another_start(make_config, source):
         train(make_config(f"init.policy={source}", "init.sha256=abc", *words))
 
 
+def test_a_run_whose_start_was_given_with_its_digest_continues(make_config, source):
+    words = [f"init.policy={source}", f"init.sha256={read_policy_file(source)[1]['sha256']}"]
+    folder = train(make_config(*words))
+    assert train(make_config(*words)) == folder
+    assert load_run_config(folder / "config.yaml").init.source == read_policy_file(source)[0].config.name
+
+
+def test_a_digest_of_nothing_is_refused(make_config):
+    with pytest.raises(ConfigError, match=r"init.sha256 must be null without init.policy, got 'abc'"):
+        make_config("init.sha256=abc")
+
+
 def test_nor_from_another_policy_in_its_place(make_config, source, tmp_path):
     other = train(make_config("seed=5", name="other")) / POLICY_FILE
     train(make_config(f"init.policy={source}"))

@@ -207,6 +207,9 @@ class MethodConfig:
     model: ClassVar[type[ModelConfig]] = QNetworkConfig
     """The kind of network it trains."""
 
+    decodings: ClassVar[tuple[str, ...]] = ("greedy", "sampled")
+    """Ways to act, none for a method that does not; the first is the usual one, by which checkpoints are compared."""
+
     name: str = MISSING
     """Of ``torchrl_sql.methods.METHODS``."""
 
@@ -228,6 +231,9 @@ class QLearningConfig(MethodConfig):
     double_q: bool = MISSING
     gamma: float = setting(fraction)
     """Discount per agent step (four emulator frames)."""
+    mask_illegal_actions: bool = False
+    """Leave actions that a game does not know out of targets and penalty. Without a penalty nothing would ever correct
+    their values."""
 
 
 @dataclass(kw_only=True)
@@ -246,6 +252,8 @@ class SequenceConfig(MethodConfig):
 class DecisionTransformerConfig(SequenceConfig):
     """Return-conditioned: it also models the return, and asks for a high one when it acts."""
 
+    decodings = ("expert", "expert_128", "sampled", "greedy")
+
     kappa: float = setting(at_least(0))
     """How strongly the decoding ``expert`` prefers high returns."""
 
@@ -253,6 +261,8 @@ class DecisionTransformerConfig(SequenceConfig):
 @dataclass(kw_only=True)
 class AutoencodingConfig(MethodConfig):
     """Masked auto-encoding: what is hidden, and the decoder."""
+
+    decodings = ()
 
     mask_share: float = setting(probability)
     """Share of the feature map's places that the decoder does not see."""
@@ -264,6 +274,8 @@ class AutoencodingConfig(MethodConfig):
 @dataclass(kw_only=True)
 class ContrastiveConfig(MethodConfig):
     """Contrastive prediction of the state ``data.n_steps`` later."""
+
+    decodings = ()
 
     width: int = setting(at_least(1))
     """Of the two layers on top of the encoder."""
@@ -423,6 +435,12 @@ class RunConfig:
         """Names of the games; their order is the meaning of ``game_id``."""
         return self.data.games
 
+    @property
+    def deciding_trainer_keys(self) -> tuple[str, ...]:
+        """The settings of ``trainer`` that decide what is learned; the negatives of CPC are those of a microbatch."""
+        keys = ("num_gradient_steps", "target_update_interval_gradient_steps", "precision")
+        return (*keys, "microbatch_size") if self.method.name == "cpc" else keys
+
     def to_yaml(self) -> str:
         """The resolved configuration, as :func:`torchrl_sql.config.load_run_config` reads it."""
         return f"format: {CONFIG_FORMAT}\n{OmegaConf.to_yaml(OmegaConf.create(asdict(self)))}"
@@ -462,6 +480,7 @@ def _check_together(config: RunConfig) -> None:
         )
         require(method.value_prior_std is None or not scalar, "method.value_prior_std", "null with scalar heads")
         require(method.v_min < method.v_max, "method.v_min", f"less than method.v_max={method.v_max}")
+    require(config.init.policy is not None or config.init.sha256 is None, "init.sha256", "null without init.policy")
     if method.name == "cpc":
         require(
             data.n_steps >= FRAME_STACK,

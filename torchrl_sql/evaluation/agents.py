@@ -215,7 +215,7 @@ class TrainedAgent(Agent):
         method = make_method(config.method)
         if method.values == "none":
             raise ValueError(f"{path} must hold a network that acts, got one of method {config.method.name!r}")
-        usual = method.decodings[0]
+        usual = config.method.decodings[0]
         prepare_cpu(config.num_threads)  # as in training: the last bits of outputs depend on it
         agent = AgentId(
             name=config.name,

@@ -64,7 +64,6 @@ class DecisionTransformer(TransformerCloning):
 
     settings: DecisionTransformerConfig
     label = "MGDT"
-    decodings = ("expert", "expert_128", "sampled", "greedy")
     return_token = True
 
     @property

@@ -35,9 +35,6 @@ class Method(ABC):
     values: ClassVar[Literal["q", "logits", "none"]]
     """What ``action_value`` means: expected returns, a policy's logits; ``none`` for a method that does not act."""
 
-    decodings: ClassVar[tuple[str, ...]] = ("greedy", "sampled")
-    """Ways to act, see :meth:`policy`; the first is the usual one, by which checkpoints are compared."""
-
     def __init__(self, settings: MethodConfig) -> None:
         self.settings = settings
 
@@ -126,7 +123,7 @@ class Method(ABC):
             games (sequence of str): in the order of ``game_id``.
 
         Keyword Args:
-            decoding (str): one of :attr:`decodings`; ``greedy`` or ``sampled``, if the method has no other.
+            decoding (str): one of ``settings.decodings``; ``greedy`` or ``sampled``, if the method has no other.
 
         Raises:
             ValueError: for another decoding.

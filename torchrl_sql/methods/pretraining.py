@@ -23,7 +23,6 @@ class _Pretraining(Method):
     """Of the model's settings, those of the encoder count, and of pooling where there is pooling."""
 
     values = "none"
-    decodings = ()
 
     def features(self, network: nn.Module, batch: TensorDictBase) -> Tensor:
         """Of the states; what follows them is not looked at."""

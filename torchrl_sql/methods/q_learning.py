@@ -40,6 +40,7 @@ class QLearning(Method):
             v_min=settings.v_min,
             v_max=settings.v_max,
             value_prior_std=settings.value_prior_std,
+            mask_illegal_actions=settings.mask_illegal_actions,
             **options,
         )
 

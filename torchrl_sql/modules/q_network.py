@@ -133,7 +133,7 @@ class MultiGameQNetwork(nn.Module):
         self.num_games = num_games
         self.initial_bias = initial_bias
         self.register_buffer("input_mean", None if input_mean is None else input_mean.to(torch.get_default_dtype()))
-        self.register_buffer("legal_actions", legal_actions)
+        self.register_buffer("legal_actions", legal_actions, persistent=False)  # a fact, not learned
         self.memory_format = memory_format
         self.encoder.to(memory_format=memory_format)  # type: ignore[call-overload]  # not in torch's annotations
         self.reset_parameters()

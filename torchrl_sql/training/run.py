@@ -47,8 +47,6 @@ _RESULT_SECTIONS = ("data", "model", "method", "optim", "init")
 _OTHER_DATA_KEYS = ("store", "games", "prefetch")
 """Not compared as they are: what the store holds has its fingerprint, and games their resolved names."""
 
-_RESULT_TRAINER_KEYS = ("num_gradient_steps", "target_update_interval_gradient_steps", "precision")
-
 
 def train(config: RunConfig, *, stop: StopSignals | None = None, evaluate: Evaluate | None = None) -> Path:
     """Train a run, or continue it from its newest checkpoint; a finished run returns at once.
@@ -123,11 +121,12 @@ def _train(
             before = run_config_from_yaml(content["config"], source=f"the configuration in {path}")
             same_data = content["data_fingerprint"] == about["data_fingerprint"]
             num_steps_taken = int(content["trainer"]["step"])
-        if config.init.policy is not None and config.init.sha256 is None:
-            source = expand_path(config.init.policy)
-            there = ranks.on_main(lambda: policy_digest(source) if source.is_file() else None)
-            config.init.sha256 = there or before.init.sha256  # the file that it started from may be gone
+        if config.init.policy is not None:
             config.init.source = before.init.source
+            if config.init.sha256 is None:
+                source = expand_path(config.init.policy)
+                there = ranks.on_main(lambda: policy_digest(source) if source.is_file() else None)
+                config.init.sha256 = there or before.init.sha256  # the file that it started from may be gone
         _check_same_run(config, before, same_data=same_data)
         if num_steps_taken >= config.trainer.num_gradient_steps:
             ranks.on_main(lambda: _export_once(config, path))
@@ -370,7 +369,7 @@ def _check_same_run(now: RunConfig, before: RunConfig, *, same_data: bool) -> No
             del flat[f"data.{key}"]
         del flat["init.policy"]  # a place; init.sha256 says what it held
         flat |= {"seed": config.seed, "data.games": list(config.games)}
-        flat |= {f"trainer.{key}": values["trainer"][key] for key in _RESULT_TRAINER_KEYS}
+        flat |= {f"trainer.{key}": values["trainer"][key] for key in config.deciding_trainer_keys}
         flat |= {f"online.{key}": value for key, value in (values["online"] or {}).items() if key != "offline_store"}
         return flat
 
