@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from torchrl_sql.cli import parse
+from torchrl_sql.cli.study import read_study
 from torchrl_sql.config import ConfigError, compose_run_config
 from torchrl_sql.config.study import combined, find_study, list_studies, load_study
 from torchrl_sql.studies.plan import (
@@ -69,6 +70,48 @@ def test_training_that_evaluates_owns_the_table_too(make_study, tmp_path):
     assert made(("scale=cpu", f"scale=cpu, {interval}")) and not made()
 
 
+def test_training_whose_scores_others_cannot_make_is_done_again_with_another_protocol(make_study, tmp_path):
+    interval = "trainer.evaluation_interval_gradient_steps=3, trainer.checkpoint_interval_gradient_steps=3"
+
+    def key(more):
+        study = make_study(("scale=cpu", f"scale=cpu, {more}"))
+        return {task.name: task.key for task in plan_study(study, tmp_path)}["train-q-seed0"]
+
+    assert key(interval) != key(f"{interval}, evaluation.epsilon=0.5")
+    assert key("num_threads=1") == key("evaluation.epsilon=0.5")
+    assert key(interval) != key(interval.replace("=3", "=6"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("[greedy, sampled]", "[greedy, expert]"), r"runs.bc.decode must be among greedy, sampled .* got 'expert'"),
+        (("[method=bc], decode: [greedy, sampled]", "[method=mae]"), "runs.bc.decode must be empty with method mae"),
+        (("q: {}", "q: {games: [Pong]}"), r"runs.q.games must be its games \(Breakout, Freeway\) or .* got 'Pong'"),
+        (("data: collect", "data: import 'x"), 'data must be a command line, got "import \'x"'),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_played_is_refused_before_anything_is_trained(make_study, tmp_path, change, message):
+    with pytest.raises(ConfigError, match=message):
+        plan_study(make_study(change), tmp_path)
+
+
+def test_two_runs_that_would_play_into_one_recording_are_refused(tmp_path):
+    study = load_study(find_study("dqn_replay_mini"))
+    twice = replace(study, runs=study.runs | {"again": study.runs["breakout"]})
+    with pytest.raises(ConfigError, match="train-breakout-seed0 and train-again-seed0 would both make"):
+        plan_study(twice, tmp_path)
+
+
+def test_the_number_of_workers_is_no_other_import(make_study, tmp_path):
+    def first(words):
+        return plan_study(make_study(("data: collect", f"data: import dqn-replay X {words}")), tmp_path)[0]
+
+    assert first("--workers 2 --games Pong").key == first("--workers 8 --games Pong").key != first("--games Alien").key
+    assert "8" in first("--workers 8").arguments
+
+
 def test_data_that_is_there_is_not_made(make_study, tmp_path):
     tasks = plan_study(make_study(("data: collect", "data: /data/store")), tmp_path)
     assert tasks[0].name == "train-q-seed0" and tasks[0].after == []
@@ -127,6 +170,9 @@ def test_the_tasks_of_every_study_at_every_scale_are_commands(tmp_path, name, sc
         parse(task.arguments)
     trained = [task for task in tasks if task.kind == "train"]
     assert len(trained) == len({task.key for task in trained})
+    first = {task.group: task for task in reversed(trained)}
+    for task in first.values():
+        assert compose_run_config(task.arguments[1:]).to_yaml() == task.config
 
 
 @pytest.mark.parametrize("name", ["comparison", "data_quality", "scaling", "ablation", "multitask", "transfer_offline"])
@@ -211,6 +257,13 @@ def test_fifteen_hundred_seeds_are_planned_quickly(tmp_path):
 def test_two_runs_never_share_a_folder(tmp_path, values):
     with pytest.raises(ConfigError, match="would share the folder"):
         plan_training([*TRAIN, values], tmp_path)
+
+
+def test_launched_runs_that_play_keep_their_stores_in_their_folders(tmp_path):
+    for task in plan_training(["scale=cpu", "online=cpu", "data.games=Breakout", "seed=0,1"], tmp_path):
+        assert f"store: {task.run_dir}/store\n" in task.config
+    given = plan_training(["scale=cpu", "online=cpu", "data.games=Breakout", "data.store=mine"], tmp_path)
+    assert "store: mine\n" in given[0].config
 
 
 @pytest.mark.parametrize(
@@ -298,6 +351,20 @@ def test_runs_that_play_share_a_store_per_seed(tmp_path):
         assert "data" not in task.settings and task.settings["online.num_emulators"] == 4
 
 
+def test_settings_of_the_command_line_are_for_all_runs():
+    assert "optim.eps=1e-4" in read_study("multitask", ["optim.eps=1e-4"], None).common
+    with pytest.raises(ConfigError, match="data.batch_size is not one for all runs, only_Assault, .* set it"):
+        read_study("multitask", ["data.batch_size=256"], None)
+
+
+def test_seeds_trained_apart_see_the_same_data(tmp_path):
+    def collected(seeds, *overrides):
+        study = read_study("comparison", ["data.games=[Pong]", *overrides], seeds)
+        return plan_study(study, tmp_path)[0].key
+
+    assert collected([1]) == collected([2]) == collected(None) != collected([1], "collection.seed=1")
+
+
 def test_a_study_whose_data_is_play_has_runs_that_play(tmp_path):
     changed = replace(load_study(find_study("dqn_replay_mini")), common=["scale=cpu"])
     with pytest.raises(ConfigError, match=r"runs.breakout must have the setting online=NAME, for the study's data is"):
@@ -312,4 +379,5 @@ def test_in_a_study_with_other_data_a_run_that_plays_has_a_store_of_its_own_and_
     assert (ql.after, scratch.after, zero.after) == (["train-pre_ql-seed1"], [], ["train-pre_ql-seed1"])
     config = compose_run_config(ql.arguments[1:])
     assert config.data.store == f"{tmp_path}/ql/seed1/store" and "ql/seed1/store" in ql.makes
+    assert config.to_yaml() == ql.config  # what a launched job reads
     assert zero.arguments[zero.arguments.index("--games") + 1].split(",") == list(config.games)

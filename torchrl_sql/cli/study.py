@@ -57,13 +57,26 @@ def _numbers(text: str) -> list[int]:
 
 
 def read_study(name: str, overrides: Sequence[str], seeds: Sequence[int] | None) -> StudyConfig:
-    """A study with its scale, its store, settings of its runs, and seeds, from the command line."""
+    """A study with its scale, its store, settings of all its runs, and seeds, from the command line.
+
+    Data that the study collects keeps the seed of its file, so that seeds trained apart see the same.
+
+    Raises:
+        ConfigError: for a study or settings that cannot be, and for settings that runs of the study decide.
+    """
+    from torchrl_sql.config import ConfigError
     from torchrl_sql.config.study import check_study, combined, find_study, load_study, setting_key
 
     given = {setting_key(word): word.partition("=")[2] for word in overrides}
     study = load_study(find_study(name), scale=given.get("scale"), store=given.get("data.store"))
     rest = [word for word in overrides if setting_key(word) not in ("scale", "data.store")]
-    changed = replace(study, common=combined(study.common, rest), seeds=list(seeds or study.seeds))
+    for key in map(setting_key, rest):
+        if own := [run for run, each in study.runs.items() if key in map(setting_key, each.set)]:
+            raise ConfigError(
+                f"{key} is not one for all runs, {', '.join(own)} of {name} set it: use a copy of its file"
+            )
+    data_seed = [f"collection.seed={study.seeds[0]}"] if seeds else []
+    changed = replace(study, common=combined(study.common, data_seed, rest), seeds=list(seeds or study.seeds))
     check_study(changed)
     return changed
 
@@ -74,7 +87,10 @@ def _quickstart(args: argparse.Namespace) -> None:
     Collects emulator data, trains one network for all games with CQL + C51 and one by behavioural cloning, evaluates
     them in the emulator and writes report.html. Run again, it continues where it was.
     """
-    args.seeds = None if args.seed is None else [args.seed]
+    if args.seed is not None:
+        args.seeds, args.overrides = [args.seed], [*args.overrides, f"collection.seed={args.seed}"]
+    else:
+        args.seeds = None
     _study(args)
 
 

@@ -125,7 +125,7 @@ def load_study(path: Path, *, scale: str | None = None, store: str | None = None
     """
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"{path} must hold a study: {error}") from None
     try:
         if isinstance(content, dict):
@@ -270,5 +270,5 @@ def _plain(value: Any) -> Any:
     return {key: _plain(each) for key, each in value.items()} if isinstance(value, dict) else value
 
 
-def _list(names: Iterable[str]) -> str:
-    return ", ".join(names) or "none"
+def _list(names: Iterable[Any]) -> str:
+    return ", ".join(map(str, names)) or "none"

@@ -18,7 +18,8 @@ from hydra.errors import OverrideParseException
 
 from torchrl_sql.config import ConfigError, EvaluationConfig, InitConfig, RunConfig, check_ranks, compose_run_config
 from torchrl_sql.config.schema import folder_name as name_bound
-from torchrl_sql.config.study import StudyConfig, combined, setting_key
+from torchrl_sql.config.study import StudyConfig, StudyRun, combined, setting_key
+from torchrl_sql.games import place_of
 from torchrl_sql.studies.task import Task
 
 RUNS = Path("runs")
@@ -29,9 +30,6 @@ _MAX_NAME_BYTES = 255
 
 _DECIDED = ("name", "run_dir", "seed", "data.store")
 """Keys that a study gives to its runs itself."""
-
-_OF_RESULT = ("num_gradient_steps", "target_update_interval_gradient_steps", "precision")
-"""Settings of the trainer that decide what is learned."""
 
 _OF_TRAINING = ("checkpoints", "logs", "nonfinite", "config.yaml", "versions.json", "policy.safetensors", ".lock")
 _OF_EVALUATION = ("scores.csv", "calibration.csv", "evaluation_versions.json", "clips")
@@ -78,8 +76,12 @@ def plan_study(study: StudyConfig, folder: Path, *, num_ranks: int = 1) -> list[
         settings = {"games": list(config.games)} | asdict(config.collection)
         data = [add("collect", "collect", words, settings=settings, makes=["store"]).name]
     elif makes_store:
-        words = [*shlex.split(study.data)[1:], "--out", str(store)]
-        data = [add("import", "import", words, settings={"data": study.data}, makes=["store"]).name]
+        try:
+            words = [*shlex.split(study.data)[1:], "--out", str(store)]
+        except ValueError as error:
+            raise ConfigError(f"data must be a command line, got {study.data!r}: {error}") from None
+        source = re.sub(r"\s--workers[\s=]\S+", "", study.data)  # how fast, not what
+        data = [add("import", "import", words, settings={"data": source}, makes=["store"]).name]
     main = study.report.main or next(iter(study.runs))
     ends: list[str] = []
     for name, run in study.runs.items():
@@ -95,12 +97,12 @@ def plan_study(study: StudyConfig, folder: Path, *, num_ranks: int = 1) -> list[
         for seed in study.seeds_of(name):
             place = f"{name}/seed{seed}"
             words = [*common, f"run_dir={quoted(folder / place)}", f"seed={seed}"]
-            config = replace(compose(seed), run_dir=str(folder / place))
+            config = _placed(compose(seed), folder / place)
             if plays_data:
                 own_store = folder / "stores" / f"seed{seed}"
                 words.append(f"data.store={quoted(own_store)}")
                 config.data = replace(config.data, store=str(own_store))
-            settings = _deciding(config) | ({} if makes_store or plays else {"data": study.data})
+            settings = _deciding(config) | ({} if makes_store or plays else {"data": str(store)})
             before = [] if plays else data
             if run.from_ is not None:
                 policy = folder / run.from_ / f"seed{seed}" / "policy.safetensors"
@@ -108,8 +110,14 @@ def plan_study(study: StudyConfig, folder: Path, *, num_ranks: int = 1) -> list[
                 config.init = replace(config.init, policy=str(policy))
                 before = [*before, f"train-{run.from_}-seed{seed}"]
             check_ranks(config, num_ranks)
+            _check_played(name, run, config)
             _check_axis(study.report.x, name, config)
             scored = config.trainer.evaluation_interval_gradient_steps is not None
+            if scored:  # training makes these scores, and nothing else could make them again
+                settings["trainer.evaluation_interval_gradient_steps"] = (
+                    config.trainer.evaluation_interval_gradient_steps
+                )
+                settings |= {f"evaluation.{key}": value for key, value in asdict(config.evaluation).items()}
             trained = add(
                 f"train-{name}-seed{seed}", "train", words, group=f"train-{name}", after=before, run_dir=config.run_dir,
                 config=config.to_yaml(), settings=settings,
@@ -139,6 +147,11 @@ def plan_study(study: StudyConfig, folder: Path, *, num_ranks: int = 1) -> list[
                     makes=["constant"],
                 )  # fmt: skip
                 ends.append(constant.name)
+    makers: dict[str, str] = {}
+    for task in tasks:
+        if task.kind == "train" and (both := [path for path in task.makes if path in makers]):
+            raise ConfigError(f"{makers[both[0]]} and {task.name} would both make {folder / both[0]}")
+        makers |= dict.fromkeys(task.makes, task.name)
     add("report", "report", [str(folder)], after=ends, tolerant=True, makes=["report.html"])
     return tasks
 
@@ -173,7 +186,7 @@ def plan_training(overrides: Sequence[str], root: Path, *, num_ranks: int = 1) -
         else:
             config = compose_run_config(own)
         check_ranks(config, num_ranks)
-        config.run_dir = str((root if len(combinations) == 1 else root / folder_name(label)).resolve())
+        config = _placed(config, (root if len(combinations) == 1 else root / folder_name(label)).resolve())
         agent = ",".join(part for part in label.split(",") if part and not part.startswith("seed="))
         if agent and not any(override.startswith("name=") for override in own):
             config.name = f"{config.name}-{folder_name(agent)}"
@@ -305,12 +318,19 @@ def _follow_seed(zero: Any, one: Any, seed: int) -> Any:
     return seed
 
 
+def _placed(config: RunConfig, folder: Path) -> RunConfig:
+    """The configuration of a run in another folder, with the store that an online run keeps there."""
+    inside = config.data.store == f"{config.run_dir}/store"
+    data = replace(config.data, store=f"{folder}/store") if inside else config.data
+    return replace(config, run_dir=str(folder), data=data)
+
+
 def _deciding(config: RunConfig) -> dict[str, Any]:
     """Settings that decide what a run learns, by key."""
     content = asdict(config)
     for key in ("name", "run_dir", "num_threads", "collection", "evaluation"):
         del content[key]
-    content["trainer"] = {key: content["trainer"][key] for key in _OF_RESULT}
+    content["trainer"] = {key: content["trainer"][key] for key in config.deciding_trainer_keys}
     content["data"] |= {"games": list(config.games)}
     del content["data"]["store"], content["data"]["prefetch"]
     if config.init == InitConfig():
@@ -318,6 +338,19 @@ def _deciding(config: RunConfig) -> dict[str, Any]:
     sections = {key: value for key, value in content.items() if isinstance(value, dict)}
     flat = {f"{section}.{key}": value for section, values in sections.items() for key, value in values.items()}
     return {"seed": config.seed} | flat
+
+
+def _check_played(name: str, run: StudyRun, config: RunConfig) -> None:
+    """Before anything is trained, checks that a run can be evaluated as the study says."""
+    known = config.method.decodings
+    if unknown := [decoding for decoding in run.decode if decoding not in known]:
+        may = f"among {', '.join(known)}" if known else "empty"
+        raise ConfigError(f"runs.{name}.decode must be {may} with method {config.method.name}, got {unknown[0]!r}")
+    for game in run.games or ():
+        if place_of(game, config.games) is None:
+            raise ConfigError(
+                f"runs.{name}.games must be its games ({', '.join(config.games)}) or variations of them, got {game!r}"
+            )
 
 
 def _check_axis(x: str | None, run: str, config: RunConfig) -> None:
