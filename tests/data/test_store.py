@@ -577,3 +577,21 @@ def test_creation_that_was_killed_can_be_repeated(tmp_path):
     (tmp_path / "store").mkdir()
     (tmp_path / "store" / "store.json.tmp").write_text("{")
     assert FrameStore.create(tmp_path / "store").games == ()
+
+
+CREATES = """
+import sys
+from torchrl_sql.data import FrameStore
+for path in sys.stdin:
+    FrameStore.create(path.strip(), exist_ok=True)
+"""
+
+
+def test_processes_may_create_one_store_at_the_same_time(tmp_path):
+    command = [sys.executable, "-c", CREATES]
+    processes = [subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(3)]
+    for number in range(50):
+        for process in processes:
+            process.stdin.write(f"{tmp_path / str(number)}\n")
+            process.stdin.flush()
+    assert [process.communicate(timeout=60)[1] for process in processes] == [""] * 3

@@ -37,7 +37,7 @@ def test_the_rank_is_the_least_number_of_singular_values_that_sum_to_99_percent(
 
 def test_features_of_zeros_are_described_too():
     assert described([[0.0, 0.0], [0.0, 0.0]]) == pytest.approx(
-        {"feature_rank": 1, "feature_dormant": 1, "feature_cosine": -1, "feature_norm": 0}
+        {"feature_rank": 1, "feature_dormant": 1, "feature_cosine": 1, "feature_norm": 0}
     )
 
 

@@ -304,6 +304,29 @@ def test_a_disk_that_fills_while_acting_stops_the_run_and_room_continues_it(play
     assert contents(small_disk / "store") == contents(played / "store")
 
 
+def test_a_disk_without_room_for_any_checkpoint_stops_the_run_and_room_continues_it(played, small_disk, make_config):
+    """The store lies elsewhere: it holds what was played until the third checkpoint failed."""
+    config = make_config(f"data.store={small_disk.parent / 'store'}", f"run_dir={small_disk / 'run'}")
+    with pytest.raises(OSError, match="3 checkpoints in a row could not be written"):
+        train(config)
+    assert FrameStore.open(small_disk.parent / "store").recording("Breakout").num_steps > 0
+    subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
+    train(config)
+    assert contents(small_disk.parent / "store") == contents(played / "store")
+
+
+def test_a_run_continues_where_its_offline_store_was_moved(played, make_config, tmp_path):
+    shutil.copytree(played / "store", tmp_path / "before")
+    words = ["online.offline_fraction=0.5", "trainer.num_gradient_steps=9"]
+    first = make_config(f"online.offline_store={tmp_path / 'before'}", *words)
+    through = weights(train(first))
+    for checkpoint in list_checkpoints(Path(first.run_dir) / "checkpoints")[1:]:
+        checkpoint.unlink()
+    (tmp_path / "before").rename(tmp_path / "after")
+    again = weights(train(make_config(f"online.offline_store={tmp_path / 'after'}", *words)))
+    assert all(torch.equal(value, again[key]) for key, value in through.items())
+
+
 def test_the_store_of_another_run_is_not_touched(played, make_config):
     before = contents(played / "store")
     with pytest.raises(ValueError, match="must hold nothing but what this run played"):

@@ -12,6 +12,8 @@ from __future__ import annotations
 import fcntl
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from torchrl_sql.files import write_text
@@ -21,7 +23,7 @@ RECORDINGS_FILE = "recordings.txt"
 ABSENT = "-"
 """State of a recording before its first commit."""
 
-_LOCK_FILE = ".lock"
+LOCK_FILE = ".lock"
 
 _LINE = re.compile(r"([\w.-]+/[\w.-]+) (-|[0-9a-f]{8})( [0-9a-f]{8})?")
 
@@ -71,14 +73,21 @@ def list_recording(recording: Path, *states: str) -> None:
     store = recording.parent.parent
     if not (store / RECORDINGS_FILE).exists():
         return
-    # Writers of other recordings may be at it, on other hosts too: NFS passes on locks of files, not of folders.
-    lock = os.open(store / _LOCK_FILE, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o644)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with locked(store):
         before = read_list(store)
         if before.get(_name(recording)) != states:
             lines = sorted((before | {_name(recording): states}).items())
             write_text(store / RECORDINGS_FILE, "".join(f"{' '.join((name, *listed))}\n" for name, listed in lines))
+
+
+@contextmanager
+def locked(store: Path) -> Iterator[None]:
+    """Waits for all others that change a store's own files, on other hosts too, and keeps them away."""
+    # NFS passes on locks of files, not of folders.
+    lock = os.open(store / LOCK_FILE, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o644)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
     finally:
         os.close(lock)
 

@@ -26,7 +26,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
-from torchrl_sql.data.catalogue import RECORDINGS_FILE, read_list
+from torchrl_sql.data.catalogue import LOCK_FILE, RECORDINGS_FILE, locked, read_list
 from torchrl_sql.data.frames import Codec, Encoding
 from torchrl_sql.data.recording import VERSION, Recording, fingerprint, open_recording
 from torchrl_sql.data.writer import RecordingWriter
@@ -87,20 +87,20 @@ class FrameStore:
             ValueError: for an unknown codec, or chunk and shard sizes that do not fit together.
         """
         folder = Path(path)
-        if (folder / "store.json").exists():
-            if not exist_ok:
-                raise FileExistsError(f"{folder} is a store already; open it, or choose another path")
-            return cls.open(folder)
-        if folder.exists() and any(
-            entry.name != RECORDINGS_FILE and not entry.name.endswith(".tmp") for entry in folder.iterdir()
-        ):
-            raise FileExistsError(f"{folder} must be an empty or new folder to create a store in")
         encoding = Encoding(codec=codec, chunk_frames=chunk_frames, shard_frames=shard_frames, zstd_level=zstd_level)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / RECORDINGS_FILE, "")
         text = json.dumps({"format": STORE_FORMAT, "version": VERSION, **asdict(encoding)}, indent=1, sort_keys=True)
-        write_text(folder / "store.json", text + "\n")
-        return cls(folder, encoding)
+        folder.mkdir(parents=True, exist_ok=True)
+        there = {entry.name for entry in folder.iterdir() if not entry.name.endswith(".tmp")}
+        if "store.json" not in there and not there <= {RECORDINGS_FILE, LOCK_FILE}:
+            raise FileExistsError(f"{folder} must be an empty or new folder to create a store in")
+        with locked(folder):
+            if not (folder / "store.json").exists():
+                write_text(folder / RECORDINGS_FILE, "")
+                write_text(folder / "store.json", text + "\n")
+                return cls(folder, encoding)
+        if not exist_ok:
+            raise FileExistsError(f"{folder} is a store already; open it, or choose another path")
+        return cls.open(folder)
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> FrameStore:

@@ -15,7 +15,7 @@ import torch
 
 from torchrl_sql.envs.atari import DEFAULT_EMULATOR, Emulator
 from torchrl_sql.envs.slots import Slot
-from torchrl_sql.games import FRAME_SHAPE, FRAME_STACK
+from torchrl_sql.games import FRAME_SHAPE, FRAME_STACK, resolve_games
 
 
 class EmulatorError(OSError):
@@ -88,7 +88,7 @@ class Lockstep:
     ) -> None:
         if num_emulators < 1 or num_emulators % len(games):
             raise ValueError(f"num_emulators must be a multiple of the {len(games)} games, got {num_emulators}")
-        self.games = tuple(games)
+        self.games = tuple(resolve_games(games))
         self.game_id = np.arange(num_emulators) % len(games)
         self.observation = np.zeros((num_emulators, FRAME_STACK, *FRAME_SHAPE), np.uint8)
         self.episodes: list[PlayedEpisode] = []

@@ -28,6 +28,7 @@ from torchrl_sql.training.online import OnlineReplay, Pace
 from torchrl_sql.training.parallel import AveragedAfterwards, LossCall, Replicated, SingleProcess
 from torchrl_sql.training.ranks import Ranks
 from torchrl_sql.training.trainer import Replay, Trainer
+from torchrl_sql.training.writer import MAX_FAILURES
 
 
 def check_here(config: RunConfig) -> None:
@@ -186,7 +187,7 @@ def build_online_replay(
         data = replace(config.data, batch_size=num_offline)
         offline = method.replay(data, FrameStore.open(expand_path(online.offline_store)), **other)
     sections = {key: asdict(getattr(config, key)) for key in ("online", "data", "model", "method", "optim", "init")}
-    for section, key in (("data", "store"), ("data", "prefetch"), ("init", "policy")):
+    for section, key in (("data", "store"), ("data", "prefetch"), ("init", "policy"), ("online", "offline_store")):
         del sections[section][key]
     sections["data"]["games"] = list(config.games)
     growing = GrowingStore(
@@ -214,6 +215,7 @@ def build_online_replay(
             seed=config.seed,
         ),
         offline=offline,
-        first_checkpoint_step=config.trainer.checkpoint_interval_gradient_steps,
+        # After so many failures in a row training stops, at the latest before another checkpoint is due.
+        unsaved_steps=(MAX_FAILURES + 1) * config.trainer.checkpoint_interval_gradient_steps,
         on_tick=on_tick,
     )

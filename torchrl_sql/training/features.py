@@ -29,7 +29,8 @@ def describe_features(features_BD: Tensor) -> dict[str, Tensor]:
     Returns:
         ``feature_rank``, the least number of singular values that sum to 99% of all (Kumar et al. 2021);
         ``feature_dormant``, the share of features whose mean magnitude is at most a fortieth of the average feature's
-        (Sokar et al. 2023); ``feature_cosine``, the mean cosine over pairs of states; ``feature_norm``, the mean norm.
+        (Sokar et al. 2023); ``feature_cosine``, the mean cosine over pairs of states, where two without
+        any feature count as alike; ``feature_norm``, the mean norm.
     """
     features_BD = features_BD.float()
     finite = features_BD.isfinite().all()  # the trainer says what is wrong; singular values would raise
@@ -37,7 +38,8 @@ def describe_features(features_BD: Tensor) -> dict[str, Tensor]:
     rank = (values.cumsum(0) < _RANK_SHARE * values.sum()).sum() + 1.0
     magnitude_D = features_BD.abs().mean(0)
     norm_B = torch.linalg.vector_norm(features_BD, dim=-1)
-    sum_D = (features_BD / norm_B.clamp_min(1e-12).unsqueeze(-1)).sum(0)
+    dead_B = norm_B < 1e-12  # alike, as if they all pointed along one more axis
+    sum_D = torch.cat([features_BD / norm_B.clamp_min(1e-12).unsqueeze(-1), dead_B.unsqueeze(-1)], -1).sum(0)
     num_states = len(features_BD)
     return {
         "feature_rank": torch.where(finite, rank, torch.nan),

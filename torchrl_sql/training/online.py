@@ -79,8 +79,8 @@ class OnlineReplay:
 
     Keyword Args:
         offline (OfflineAtariReplay, optional): its batches are appended to those of the store.
-        first_checkpoint_step (float): gradient step of the first saved state: :meth:`begin` refuses a store that holds
-            what was played at twice as many, which a start without any state cannot have left.
+        unsaved_steps (float): :meth:`begin` refuses a store that holds what was played at this gradient step or later,
+            which no start that never saved a state can have left.
         on_tick (callable): is called often by :meth:`begin` and :meth:`load_state_dict`, by several threads; what it
             raises ends them, and the store stays as it was committed.
 
@@ -96,14 +96,14 @@ class OnlineReplay:
         pace: Pace,
         *,
         offline: OfflineAtariReplay | None = None,
-        first_checkpoint_step: float = math.inf,
+        unsaved_steps: float = math.inf,
         on_tick: Callable[[], None] = lambda: None,
     ) -> None:
         if players.games != growing.games:
             raise ValueError(f"players and store must have the same games, got {players.games} and {growing.games}")
         self.growing, self.players, self.pace = growing, players, pace
         self._make_replay, self._offline = make_replay, offline
-        self._first_checkpoint_step, self._on_tick = first_checkpoint_step, on_tick
+        self._unsaved_steps, self._on_tick = unsaved_steps, on_tick
         self._replay: OfflineAtariReplay | None = None
         self._policy, self._acting = policy, deepcopy(policy).eval()
         self._stream: torch.cuda.Stream | None = None
@@ -130,7 +130,7 @@ class OnlineReplay:
             OSError: if the disk is full.
         """
         with self._ending_if_it_fails():
-            self.growing.open(dropping={"gradient_step": 2 * self._first_checkpoint_step})
+            self.growing.open(dropping={"gradient_step": self._unsaved_steps})
             self.players.begin(self._labels(0))
             while self.num_agent_steps < self.pace.first_agent_steps or not self.growing.num_episodes:
                 self._on_tick()
