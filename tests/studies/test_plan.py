@@ -353,7 +353,7 @@ def test_runs_that_play_share_a_store_per_seed(tmp_path):
 
 def test_settings_of_the_command_line_are_for_all_runs():
     assert "optim.eps=1e-4" in read_study("multitask", ["optim.eps=1e-4"], None).common
-    with pytest.raises(ConfigError, match="data.batch_size is not one for all runs, only_Assault, .* set it"):
+    with pytest.raises(ConfigError, match=r"data.batch_size is not one for all runs, only_Assault, .* set it"):
         read_study("multitask", ["data.batch_size=256"], None)
 
 
