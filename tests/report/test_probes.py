@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
-from matplotlib import rc_context
+import io
+from dataclasses import replace
 
+from matplotlib import rc_context
+from PIL import Image
+
+from tests.builders import episodes
+from torchrl_sql.evaluation.episodes import EpisodeResult
 from torchrl_sql.evaluation.probing import ProbeProtocol, ProbeResult, ProbeScore, read_probes
+from torchrl_sql.evaluation.tables import TableWriter
+from torchrl_sql.report import Analysis, write_report
+from torchrl_sql.report.gather import gather
+from torchrl_sql.report.model import Picture
 from torchrl_sql.report.probes import probe_plot, probe_table
 from torchrl_sql.report.style import STYLE
 
@@ -51,6 +61,37 @@ def test_the_picture_has_a_dot_per_label_and_encoder_and_a_line_over_its_seeds()
     assert list(dots["random"][0].get_xdata()) == [0.25, -0.2, -0.2]  # what is less is drawn there
     assert plot.description == "Means over all labels: mae 0.56, ql 0.56, random -1.38, pixels 0.75"
     assert plot.png() and plot.svg
+
+
+def test_a_studys_page_shows_probes_and_reconstructions_and_keeps_them_as_files(tmp_path):
+    found = replace(result(), made={"command": "torchrl-sql probe runs", "date": "today", "commit": "c0ffee"})
+    found.write(tmp_path / "probes.json")
+    (tmp_path / "study.yaml").write_text("title: T\ndata: collect\nreport: {main: after}\nruns: {after: {}}")
+    folder = tmp_path / "after" / "seed0"
+    folder.mkdir(parents=True)
+    with TableWriter(folder / "scores.csv", EpisodeResult) as table:
+        table.append(episodes("after", "Breakout", [1.0, 2.0]))
+    data = gather([tmp_path])
+    assert data.probes == found and data.reconstructions == []
+    assert gather([folder]).probes is None  # of a study as a whole
+    picture = Picture(
+        name="reconstructions_mae", title="Reconstructions", caption="Frames of mae.", data=probe_picture()
+    )
+    page = write_report(Analysis(replace(data, reconstructions=[picture])), tmp_path / "report.html").read_text()
+    assert "What is in the encoders" in page and "torchrl-sql probe runs</code> on today, commit c0ffee" in page
+    assert 'aria-label="Means over all labels: mae 0.56' in page and 'alt="Frames of mae."' in page
+    files = tmp_path / "report_files"
+    assert (files / "reconstructions_mae.png").read_bytes() == picture.data
+    assert "Pong,ball x,mae,0.625,0.5,0.75,2" in (files / "probes.csv").read_text()
+    assert (files / "probes.png").exists() and (files / "probes.tex").exists()
+    plain = write_report(Analysis(gather([folder])), folder / "report.html").read_text()
+    assert "What is in the encoders" not in plain
+
+
+def probe_picture():
+    file = io.BytesIO()
+    Image.new("L", (8, 8)).save(file, "PNG")
+    return file.getvalue()
 
 
 def test_a_file_of_probes_holds_what_was_found(tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ from PIL import Image
 
 from torchrl_sql.cli import main
 from torchrl_sql.config import ConfigError
+from torchrl_sql.report.reconstructions import reconstructions
 from torchrl_sql.training import load_agent, load_policy, train
 from torchrl_sql.training.build import build_trainer
 from torchrl_sql.training.checkpoint import list_checkpoints
@@ -56,6 +59,27 @@ def test_reconstructions_are_drawn_as_frames_hidden_places_and_what_is_decoded(m
     assert decoded.std() > 0 and (decoded != frames).any()
     assert main(["reconstruct", str(folder), "--states=3", f"--out={tmp_path / 'again.png'}"]) == 0
     assert (tmp_path / "again.png").read_bytes() == (folder / "reconstructions.png").read_bytes()
+
+
+def test_a_page_has_the_reconstructions_of_each_agents_first_trained_run_whose_data_is_there(make_config, tmp_path):
+    words = ["method=mae", *METHODS["mae"], "trainer.num_gradient_steps=4"]
+    untrained = make_config(*words)
+    configs = [make_config(*words, f"seed={seed}", name=f"seed{seed}") for seed in (1, 2)]
+    folders = [train(config) for config in configs]
+    elsewhere = make_config(*words, "name=elsewhere", "data.store=/nowhere/store", name="seed1")
+    others = make_config("name=other", name="seed1")
+    runs = [
+        (tmp_path / "run", untrained),
+        *zip(folders, configs, strict=True),
+        (folders[0], elsewhere),
+        (folders[0], others),
+    ]
+    (picture,) = reconstructions(runs)
+    assert picture.name == f"reconstructions_{untrained.name}" and "seed 1 (Breakout, Freeway)" in picture.caption
+    file = tmp_path / "drawn.png"
+    assert main(["reconstruct", str(folders[0]), f"--out={file}"]) == 0
+    with Image.open(file) as drawn, Image.open(io.BytesIO(picture.data)) as shown:
+        np.testing.assert_array_equal(np.asarray(shown), np.asarray(drawn))
 
 
 def test_only_masked_autoencoders_reconstruct(make_config, capsys):

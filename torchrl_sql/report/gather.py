@@ -20,6 +20,7 @@ from torchrl_sql.evaluation.episodes import (
     read_calibration,
     read_episodes,
 )
+from torchrl_sql.evaluation.probing import PROBES, read_probes
 from torchrl_sql.evaluation.protocol import AgentId
 from torchrl_sql.evaluation.tables import files_of
 from torchrl_sql.games import find_game
@@ -27,6 +28,7 @@ from torchrl_sql.methods import make_method
 from torchrl_sql.report.agents import arrange, deciding_settings, find_agents, named
 from torchrl_sql.report.dataset import constant_actions, game_data, other_data
 from torchrl_sql.report.model import Agent, Clip, Curve, ReportData
+from torchrl_sql.report.reconstructions import reconstructions
 from torchrl_sql.report.text import name_games
 from torchrl_sql.training.features import FEATURE_METRICS
 from torchrl_sql.training.logs import read_scalars
@@ -129,6 +131,8 @@ def gather(
         curves=[curve for run in runs for curve in _curves(run, labels[run.config.name])]
         + [curve for run in _preparing(studies) for curve in _curves(run, run.config.name)],
         clips=_clips(main_runs, shown, ordered[0], episodes, step),
+        probes=read_probes(paths[0] / PROBES) if study is not None and (paths[0] / PROBES).is_file() else None,
+        reconstructions=reconstructions([*_preparing(studies), *runs]),
         settings=_settings(runs, labels),
         versions=_versions(runs, [*dict.fromkeys(table.parent for table in tables)]),
         sources=[path.parent if path.name == SCORES else path for path in paths],

@@ -24,6 +24,7 @@ from torchrl_sql.report.figures.games import few_games_plot, many_games_plots
 from torchrl_sql.report.figures.values import calibration_plots
 from torchrl_sql.report.findings import findings
 from torchrl_sql.report.model import Clip, ReportData
+from torchrl_sql.report.probes import probe_plot
 from torchrl_sql.report.style import COLOURS, Plot, draw
 from torchrl_sql.report.table import Table
 from torchrl_sql.report.tables import all_tables
@@ -79,6 +80,8 @@ def write_report(analysis: Analysis, out: str | os.PathLike[str]) -> Path:
         ]
         for name, table in tables.items()
     }
+    pictures = analysis.data.reconstructions
+    downloads |= {picture.name: [(f"{picture.name}.png", picture.data, "image/png")] for picture in pictures}
     page = _render(analysis, plots=plots, tables=tables, downloads=downloads, sources=sources, out=out)
     folder = _folder(out)
     folder.mkdir(parents=True, exist_ok=True)
@@ -149,6 +152,7 @@ def _render(
             many_games=analysis.many_games,
             behaviours=_behaviours(data),
             clips=[(clip, _data_uri(clip.data, clip.mime), _still(clip)) for clip in clips],
+            reconstructions=[(picture, _data_uri(picture.data, "image/png")) for picture in data.reconstructions],
             published_sources=dict.fromkeys(agent.source for agent in analysis.published.values()),
             files=_folder(out).name,
         )
@@ -177,6 +181,7 @@ def _plots(analysis: Analysis) -> dict[str, list[Plot]]:
         ),
         "calibration": draw(lambda: calibration_plots(analysis)),
         "training": draw(lambda: training_plots(analysis)),
+        "probes": draw(lambda: [] if analysis.data.probes is None else [probe_plot(analysis.data.probes)]),
     }
     first = groups["axis"] or groups["aggregates"] or groups["games"]
     return groups | {"lead": [first.pop(0)] if first else []}

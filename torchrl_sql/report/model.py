@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 
 from torchrl_sql.evaluation.episodes import CalibrationPoint, Decoding, EpisodeResult
+from torchrl_sql.evaluation.probing import ProbeResult
 from torchrl_sql.games import ACTION_NAMES, resolve_games
 from torchrl_sql.statistics.intervals import Interval, student
 from torchrl_sql.statistics.scores import Array
@@ -147,6 +148,16 @@ class Clip:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Picture:
+    """A PNG; ``name`` is its file's, without the ending."""
+
+    name: str
+    title: str
+    caption: str
+    data: bytes
+
+
+@dataclass(frozen=True, kw_only=True)
 class ReportData:
     """Everything a report shows.
 
@@ -168,6 +179,8 @@ class ReportData:
         game_data (sequence of GameData): at most one per game; a game without is shown without.
         constant_actions (mapping): game -> action name -> returns of always taking it; may be empty.
         curves, clips: may be empty.
+        probes (ProbeResult, optional): what is read from encoders.
+        reconstructions (sequence of Picture): of masked auto-encoders; may be empty.
         settings (mapping): title -> resolved settings (nested mappings are flattened).
         caveats (sequence of str): what a careful reader must know, beside what the report finds out by itself.
         versions (mapping): software and machine, name -> version.
@@ -190,6 +203,8 @@ class ReportData:
     constant_actions: Mapping[str, Mapping[str, Returns]] = field(default_factory=dict)
     curves: Sequence[Curve] = ()
     clips: Sequence[Clip] = ()
+    probes: ProbeResult | None = None
+    reconstructions: Sequence[Picture] = ()
     settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     caveats: Sequence[str] = ()
     versions: Mapping[str, str] = field(default_factory=dict)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,12 +12,38 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from torchrl_sql.config import RunConfig
 from torchrl_sql.data import FrameStore
 from torchrl_sql.files import expand_path
 from torchrl_sql.methods import make_method
+from torchrl_sql.report.model import Picture
 from torchrl_sql.training.policy import POLICY_FILE, read_policy
 
 _SCALE = 2
+
+
+def reconstructions(runs: Iterable[tuple[Path, RunConfig]]) -> list[Picture]:
+    """A picture of each masked auto-encoder, of its first run that is trained and whose data is there.
+
+    Args:
+        runs (iterable of (Path, RunConfig)): folders and configurations, of any methods.
+    """
+    first: dict[str, tuple[Path, RunConfig]] = {}
+    for folder, config in runs:
+        there = (folder / POLICY_FILE).is_file() and expand_path(config.data.store).exists()
+        if config.method.name == "mae" and there:
+            first.setdefault(config.name, (folder, config))
+    pictures = []
+    for name, (folder, config) in first.items():
+        file = io.BytesIO()
+        draw_reconstructions(folder).save(file, format="PNG")
+        caption = (
+            f"Frames from the data of {name}, seed {config.seed} ({', '.join(config.games)}): as they are; grey, the "
+            "places of the feature map that are hidden; as they are decoded from the other places."
+        )
+        title = f"Reconstructions of {name}"
+        pictures.append(Picture(name=f"reconstructions_{name}", title=title, caption=caption, data=file.getvalue()))
+    return pictures
 
 
 @torch.no_grad()

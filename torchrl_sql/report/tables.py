@@ -10,6 +10,7 @@ from torchrl_sql.report.context_tables import (
     protocol_table,
     settings_tables,
 )
+from torchrl_sql.report.probes import probe_table
 from torchrl_sql.report.score_tables import (
     aggregate_table,
     area_table,
@@ -34,6 +35,7 @@ def all_tables(analysis: Analysis) -> dict[str, Table]:
         area_table(analysis),
         calibration_table(analysis),
         published_table(analysis),
+        *([] if analysis.data.probes is None else [probe_table(analysis.data.probes)]),
         data_table(analysis),
         protocol_table(analysis),
         *settings_tables(analysis),
