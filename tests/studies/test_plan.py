@@ -47,6 +47,22 @@ def test_a_study_is_data_then_runs_then_evaluations_then_one_page(make_study, tm
     assert tasks["train-bc-seed1"].run_dir == str(tmp_path / "bc" / "seed1")
 
 
+def test_probes_read_the_encoders_of_runs_that_only_prepare_others_before_the_page(make_study, tmp_path):
+    asked = ("{main: q,", "{main: q, probes: [Pong, Freeway],")
+    unplayed = ("decode: [greedy, sampled], seeds: [1]", "decode: []")
+    tasks = {task.name: task for task in plan_study(make_study(asked, unplayed), tmp_path)}
+    assert tasks["probe"].arguments == [
+        "probe", *(str(tmp_path / "bc" / f"seed{seed}") for seed in (0, 1)), "--games", "Pong,Freeway",
+        "--out", str(tmp_path),
+    ]  # fmt: skip
+    assert tasks["probe"].after == ["train-bc-seed0", "train-bc-seed1"] and "probe" in tasks["report"].after
+    assert tasks["probe"].makes == ["probes.json", "probes.png"]
+    parse(tasks["probe"].arguments)
+    for changes in ([asked], [asked, unplayed, ("method=bc]", "method=mgdt, model=mgdt_small]")]):
+        with pytest.raises(ConfigError, match=r"report.probes needs a run with decode: \[\] and an encoder of stacked"):
+            plan_study(make_study(*changes), tmp_path)
+
+
 def test_a_task_is_the_command_that_makes_its_configuration(make_study, tmp_path):
     for task in plan_study(make_study(), tmp_path / "it's a study"):
         parse(task.arguments)

@@ -53,6 +53,9 @@ class StudyReport:
     """Episodes to play of every game's each legal action, always the same one; 0 for none."""
     x: str | None = None
     """What runs differ in along an axis: ``parameters``, or a key of their settings."""
+    probes: list[str] = field(default_factory=list)
+    """Games whose state is read from the encoders of runs that only prepare others, see ``torchrl-sql probe``; not from
+    transformers, which have none."""
 
 
 @dataclass(frozen=True, kw_only=True)

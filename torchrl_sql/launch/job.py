@@ -26,7 +26,7 @@ from torchrl_sql.studies.task import Task
 
 logger = logging.getLogger(__name__)
 
-_START_ANEW = ("bench", "report")
+_START_ANEW = ("bench", "probe", "report")
 """Commands that do not continue where they were stopped."""
 
 

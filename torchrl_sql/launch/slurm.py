@@ -45,13 +45,14 @@ class _Executor(SlurmExecutor):
 
 
 def resources(cluster: ClusterConfig, kind: str) -> ClusterConfig:
-    """What a job of this kind takes: training and bench all nodes, all else one process, and evaluation one GPU.
+    """What a job of this kind takes: training and bench all nodes, all else one process, evaluation and probes
+    with one GPU.
 
     All memory of a node (0) is for who takes whole nodes; the others get the partition's default.
     """
     if kind in ("train", "bench"):
         return cluster
-    num_gpus = min(1, cluster.gpus_per_node) if kind == "evaluate" else 0
+    num_gpus = min(1, cluster.gpus_per_node) if kind in ("evaluate", "probe") else 0
     memory = None if re.fullmatch(r"0+[KMGT]?", cluster.memory or "") else cluster.memory
     return replace(cluster, nodes=1, tasks_per_node=1, gpus_per_node=num_gpus, memory=memory)
 

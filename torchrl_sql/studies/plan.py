@@ -16,7 +16,15 @@ from typing import Any
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import OverrideParseException
 
-from torchrl_sql.config import ConfigError, EvaluationConfig, InitConfig, RunConfig, check_ranks, compose_run_config
+from torchrl_sql.config import (
+    ConfigError,
+    EvaluationConfig,
+    InitConfig,
+    QNetworkConfig,
+    RunConfig,
+    check_ranks,
+    compose_run_config,
+)
 from torchrl_sql.config.schema import folder_name as name_bound
 from torchrl_sql.config.study import StudyConfig, StudyRun, combined, setting_key
 from torchrl_sql.games import place_of
@@ -84,6 +92,7 @@ def plan_study(study: StudyConfig, folder: Path, *, num_ranks: int = 1) -> list[
         data = [add("import", "import", words, settings={"data": source}, makes=["store"]).name]
     main = study.report.main or next(iter(study.runs))
     ends: list[str] = []
+    prepared: list[tuple[str, int]] = []
     for name, run in study.runs.items():
         chosen = tuple(f"{setting_key(word)}." for word in run.set if setting_key(word) in ("method", "model"))
         shared = [word for word in study.common if not word.startswith(chosen)]
@@ -109,6 +118,8 @@ def plan_study(study: StudyConfig, folder: Path, *, num_ranks: int = 1) -> list[
                 words.append(f"init.policy={quoted(policy)}")
                 config.init = replace(config.init, policy=str(policy))
                 before = [*before, f"train-{run.from_}-seed{seed}"]
+            if not run.decode and isinstance(config.model, QNetworkConfig):
+                prepared.append((name, seed))
             check_ranks(config, num_ranks)
             _check_played(name, run, config)
             _check_axis(study.report.x, name, config)
@@ -147,6 +158,16 @@ def plan_study(study: StudyConfig, folder: Path, *, num_ranks: int = 1) -> list[
                     makes=["constant"],
                 )  # fmt: skip
                 ends.append(constant.name)
+    if study.report.probes:
+        if not prepared:
+            raise ConfigError("report.probes needs a run with decode: [] and an encoder of stacked frames, found none")
+        words = [str(folder / name / f"seed{seed}") for name, seed in prepared]
+        words += ["--games", ",".join(study.report.probes), "--out", str(folder)]
+        probed = add(
+            "probe", "probe", words, after=[f"train-{name}-seed{seed}" for name, seed in prepared],
+            settings={"games": study.report.probes}, makes=["probes.json", "probes.png"],
+        )  # fmt: skip
+        ends.append(probed.name)
     makers: dict[str, str] = {}
     for task in tasks:
         if task.kind == "train" and (both := [path for path in task.makes if path in makers]):
