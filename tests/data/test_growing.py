@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from torchrl_sql.data import AtariFrameStorage, FrameStore, OfflineAtariReplay, verify
+from torchrl_sql.data import AtariFrameStorage, FrameStore, OfflineAtariReplay, convert, verify
 from torchrl_sql.data.growing import GrowingStore
 
 GAMES = ("Pong", "Freeway")
@@ -16,7 +16,7 @@ LEGAL = ([0, 3, 4], [0, 2, 5])
 
 
 def growing(folder, **changes):
-    options = {"source": "a test", "about": {"played_by": 1}, "shard_frames": 40}
+    options = {"source": "a test", "about": {"played_by": 1}, "labels": ["step"], "shard_frames": 40}
     return GrowingStore(folder / "store", GAMES, **options | changes)
 
 
@@ -79,9 +79,99 @@ def test_labels_and_what_it_is_about_are_in_the_metadata(tmp_path):
         add(store, number)
     pong, freeway = store.commit()
     store.close()
-    assert pong.manifest.metadata == {"played_by": 1, "episodes": {"step": [0, 2, 4]}}
-    assert freeway.manifest.metadata["episodes"] == {"step": [1, 3]}
+    assert pong.manifest.metadata == {"played_by": 1, "labels": ["step"]}
+    assert {name: values.tolist() for name, values in pong.labels.items()} == {"step": [0.0, 2.0, 4.0]}
+    assert freeway.labels["step"].tolist() == [1.0, 3.0]
     assert store.num_episodes == 2
+
+
+def bytes_written():
+    """By all threads of this process, to files of any kind."""
+    with open("/proc/self/io") as file:
+        return int(dict(line.split(": ") for line in file)["wchar"])
+
+
+def test_what_a_commit_writes_does_not_grow_with_the_store(tmp_path):
+    """Each commit ends with as many frames in the last shard: after 8 episodes, and after 408."""
+    store = growing(tmp_path, labels=["step", "other"])
+    frames, zero = np.zeros((1, 84, 84), np.uint8), np.zeros(1)
+    store.open()
+
+    def commit_after(num_episodes):
+        for number in range(num_episodes):
+            for game in GAMES:
+                labels = {"step": 10**6 + number, "other": 0.123456789}
+                store.add(game, frames, zero.astype(int), zero, terminated=True, labels=labels)
+        before = bytes_written()
+        recordings = store.commit()
+        return bytes_written() - before, [len(recording.manifest.to_json()) for recording in recordings]
+
+    few, manifests_of_few = commit_after(8)
+    commit_after(392)
+    many, manifests_of_many = commit_after(8)
+    store.close()
+    assert store.store.recording("Pong").labels["other"].tolist() == [0.123456789] * 408
+    digits = 200  # of counts and checksums
+    assert max(manifests_of_many) < max(manifests_of_few) + digits
+    assert few - digits * 10 < many < few + digits * 10
+
+
+def test_a_store_of_before_there_was_a_file_of_labels_is_refused_and_left_as_it_is(tmp_path):
+    store = FrameStore.create(tmp_path / "store", shard_frames=40)
+    about = {"played_by": 1, "episodes": {"step": [0]}}
+    with store.writer("Pong", source="a test", behaviours=["agent"], metadata=about) as writer:
+        writer.add_episode(np.zeros((1, 84, 84), np.uint8), [0], [0.0], terminated=True)
+    before = contents(tmp_path)
+    for manifests in (None, {"Pong": store.recording("Pong").manifest.to_json()}):
+        with pytest.raises(
+            ValueError, match=r"must have labels\.f64 with \['step'\] .*, got none, as an older version"
+        ):
+            growing(tmp_path).open(manifests)
+    assert contents(tmp_path) == before
+    assert store.recording("Pong").labels == {}
+
+
+def test_labels_must_be_those_of_the_store(tmp_path):
+    store = growing(tmp_path)
+    store.open()
+    for labels in ({}, {"step": 1.0, "more": 2.0}, {"step": float("nan")}):
+        with pytest.raises(ValueError, match=r"labels must be finite numbers named \['step'\], got "):
+            store.add(
+                "Pong", np.zeros((1, 84, 84), np.uint8), np.zeros(1, int), np.zeros(1), terminated=True, labels=labels
+            )
+    add(store, 0), add(store, 1)
+    store.commit()
+    store.close()
+    with pytest.raises(ValueError, match=r"got \['step'\]: it can be trained on, but not be continued"):
+        growing(tmp_path, labels=["step", "more"]).open()
+
+
+def test_damaged_labels_are_found(tmp_path):
+    store = growing(tmp_path)
+    store.open()
+    add(store, 0), add(store, 1)
+    pong, _ = store.commit()
+    store.close()
+    file = pong.path / "labels.f64"
+    file.write_bytes(np.array([7.0], "<f8").tobytes())
+    with pytest.raises(ValueError, match=r"labels\.f64 is damaged: its CRC32 does not match"):
+        _ = store.store.recording("Pong").labels
+    (damage,) = verify(store.store)
+    assert (damage.file, damage.reason) == (file, "the CRC32 does not match the manifest")
+    file.unlink()
+    with pytest.raises(ValueError, match=r"labels\.f64 is missing: 1 committed records need 8 bytes"):
+        _ = store.store.recording("Pong").labels
+
+
+def test_a_converted_store_has_the_labels(tmp_path):
+    store = growing(tmp_path)
+    store.open()
+    for number in range(6):
+        add(store, number)
+    store.commit()
+    store.close()
+    for other in (convert(store.store, tmp_path / "lz4", codec="lz4"), store.store):
+        assert other.recording("Freeway").labels["step"].tolist() == [1.0, 3.0, 5.0]
 
 
 def test_a_store_begun_anew_is_empty(tmp_path):
@@ -146,8 +236,9 @@ def test_a_store_that_somebody_writes_is_left_as_it_is(tmp_path):
 
 
 def test_one_refusal_leaves_all_games_as_they_are(tmp_path):
-    ours = GrowingStore(tmp_path / "store", ["Pong"], source="a test", about={"played_by": 1}, shard_frames=40)
-    theirs = GrowingStore(tmp_path / "store", ["Freeway"], source="a test", about={"played_by": 2}, shard_frames=40)
+    options = {"source": "a test", "labels": ["step"], "shard_frames": 40}
+    ours = GrowingStore(tmp_path / "store", ["Pong"], about={"played_by": 1}, **options)
+    theirs = GrowingStore(tmp_path / "store", ["Freeway"], about={"played_by": 2}, **options)
     for number, store in enumerate((ours, theirs)):
         store.open()
         add(store, number)
@@ -237,7 +328,10 @@ def test_batches_come_from_what_is_shown_at_their_step(tmp_path, prefetch):
 
 
 def test_other_games_in_the_store_are_left_alone_and_deleted_ones_begun_anew(tmp_path):
-    first, second = growing(tmp_path), GrowingStore(tmp_path / "store", ["Breakout"], source="a test", about={})
+    first, second = (
+        growing(tmp_path),
+        GrowingStore(tmp_path / "store", ["Breakout"], source="a test", about={}, labels=[]),
+    )
     first.open()
     add(first, 0), add(first, 1)
     first.commit()

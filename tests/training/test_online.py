@@ -203,8 +203,8 @@ def test_what_was_played_is_a_store_in_time_order_with_labels(played):
     assert num_first == 100
     for game in ("Breakout", "Freeway"):
         recording = store.recording(game)
-        labels = recording.manifest.metadata["episodes"]
-        steps = np.array(labels["agent_step"])
+        labels = recording.labels
+        steps = labels["agent_step"]
         assert recording.num_episodes == len(steps) == len(labels["gradient_step"]) == len(labels["epsilon"])
         ends = steps + 4 * recording.episodes["num_steps"]  # of all four emulators together
         assert (np.diff(ends) >= 0).all()
@@ -215,9 +215,9 @@ def test_what_was_played_is_a_store_in_time_order_with_labels(played):
             epsilon_decay_agent_steps=200,
             commit_interval_gradient_steps=4,
         )
-        assert labels["epsilon"] == [pace.epsilon(max(0, step - 100)) for step in steps]
+        assert labels["epsilon"].tolist() == [pace.epsilon(max(0, step - 100)) for step in steps]
         # Steps 100 to 107 are owed at gradient step 1 and played with the weights of before it; and so on.
-        assert labels["gradient_step"] == [max(0, -(-(step - 100) // 8) - 1) for step in steps]
+        assert labels["gradient_step"].tolist() == [max(0, -(-(step - 100) // 8) - 1) for step in steps]
         assert set(recording.actions) <= set(GAMES[game].minimal_actions)
     assert recording.manifest.metadata["played_by"]["seed"] == 0
 

@@ -63,16 +63,17 @@ def convert(
 def _convert_recording(recording: Recording, new: FrameStore) -> Iterator[int]:
     """Yields the number of its frames done, after each episode."""
     manifest, frames = recording.manifest, StoredFrames([recording])
-    actions, rewards = recording.actions, recording.rewards
+    actions, rewards, labels = recording.actions, recording.rewards, recording.stored_labels
     with new.writer(
         recording.game,
         run=recording.name,
         source=manifest.source,
         rewards=manifest.rewards,
         behaviours=manifest.behaviours,
+        labels=manifest.labels,
     ) as writer:
         step, uncommitted = writer.num_steps, 0
-        for episode in recording.stored_episodes[writer.num_episodes :]:
+        for number, episode in enumerate(recording.stored_episodes[writer.num_episodes :], writer.num_episodes):
             first_frame, num_steps = int(episode["first_frame"]), int(episode["num_steps"])
             num_frames = num_steps + int(episode["has_final_frame"])
             steps = slice(step, step + num_steps)
@@ -84,6 +85,7 @@ def _convert_recording(recording: Recording, new: FrameStore) -> Iterator[int]:
                 behaviour=int(episode["component"]),
                 cut=bool(episode["cut"]),
                 num_later=int(episode["num_later"]),
+                labels=dict(zip(manifest.labels, labels[number].tolist(), strict=True)),
             )
             step, uncommitted = step + num_steps, uncommitted + num_frames
             if uncommitted >= new.encoding.shard_frames:
@@ -93,6 +95,6 @@ def _convert_recording(recording: Recording, new: FrameStore) -> Iterator[int]:
         writer.commit(metadata=manifest.metadata)
     # Rows of actions and rewards have no checksum each: what was read from them is compared as a whole.
     converted = new.recording(recording.game, recording.name).manifest
-    for key in ("actions", "rewards", "episodes"):
-        if converted.crc32[key] != manifest.crc32[key]:
+    for key in manifest.members:
+        if key != "chunks" and converted.crc32[key] != manifest.crc32[key]:
             raise ValueError(f"{recording.member_file(key)} is damaged: its CRC32 does not match the manifest")

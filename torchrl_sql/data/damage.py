@@ -59,7 +59,7 @@ def verify(store: FrameStore, *, progress: Callable[[int, int], None] = lambda d
             recording = open_recording(folder)
             if recording is None:
                 continue
-            checks += [_member_check(recording, key) for key in MEMBERS]
+            checks += [_member_check(recording, key) for key in recording.manifest.members]
             files = ShardFiles([recording])
             checks += [_shard_check(recording, files, shard) for shard in range(files.num_shards)]
         except (OSError, ValueError) as error:

@@ -14,21 +14,18 @@ from typing import Any
 import numpy as np
 
 from torchrl_sql.data.catalogue import ABSENT, list_recording
-from torchrl_sql.data.recording import MEMBERS, Recording, Tail, open_recording, restore_recording
+from torchrl_sql.data.recording import Recording, Tail, open_recording, restore_recording
 from torchrl_sql.data.store import FrameStore, recording_folders
 from torchrl_sql.data.writer import RecordingWriter, lock
 
 _RECORDING = "0"
 
-_LABELS = "episodes"
-"""In a recording's metadata: ``{label: [value of each episode]}``."""
-
 
 class GrowingStore:
     """Recordings of several games, one each, that one process writes and reads.
 
-    The metadata of each holds ``about`` and, under ``"episodes"``, the labels of its episodes. Equal episodes give
-    equal files, whatever was committed when, and whatever was committed and dropped again meanwhile.
+    The metadata of each is ``about``. Equal episodes give equal files, whatever was committed when, and whatever was
+    committed and dropped again meanwhile. What a commit writes does not grow with the store.
 
     Args:
         path (path): of the store; made by :meth:`open` if absent.
@@ -38,6 +35,7 @@ class GrowingStore:
         source (str): where the episodes come from, for people.
         about (mapping): JSON values that tell whose recordings these are. Others of these games are refused, and those
             of other games left alone.
+        labels (sequence of str): names of the numbers that are noted of each episode.
         shard_frames (int): frames per file, see :meth:`FrameStore.create`. Each commit writes the last file again.
 
     Attributes:
@@ -52,13 +50,14 @@ class GrowingStore:
         *,
         source: str,
         about: Mapping[str, Any],
+        labels: Sequence[str] = ("agent_step", "gradient_step", "epsilon"),
         shard_frames: int = 4000,
     ) -> None:
         self.games = tuple(games)
         self._path, self._shard_frames = Path(path), shard_frames
         self._source, self._about = source, json.loads(json.dumps(about))  # as it is read
+        self._labels = tuple(labels)
         self._writers: dict[str, RecordingWriter] = {}
-        self._labels: dict[str, dict[str, list[float]]] = {}
         self._num_committed: dict[str, int] = {}
 
     def open(self, manifests: Mapping[str, str] | None = None, *, dropping: Mapping[str, float] | None = None) -> None:
@@ -99,11 +98,10 @@ class GrowingStore:
                 elif not folder.exists():
                     list_recording(folder, ABSENT)  # somebody may have deleted what an earlier start made
         for game in self.games:
-            writer = self.store.writer(game, source=self._source, behaviours=["agent"], metadata=self._about)
-            self._writers[game] = writer
+            self._writers[game] = self.store.writer(
+                game, source=self._source, behaviours=["agent"], labels=self._labels, metadata=self._about
+            )
             self._num_committed.pop(game, None)
-            known = {} if manifests is None else self.store.recording(game).manifest.metadata[_LABELS]
-            self._labels[game] = {name: list(values) for name, values in known.items()}
 
     def _check(self, folder: Path) -> Recording | None:
         """The recording in a folder, which must be this run's, and the only one of its game."""
@@ -114,6 +112,12 @@ class GrowingStore:
             raise ValueError(
                 f"{folder.parent} must hold nothing but what this run played, with {self._about}, got "
                 f"{others[0].name if others else about}; choose another folder"
+            )
+        if recording is not None and recording.manifest.labels != self._labels:
+            found = list(recording.manifest.labels) or "none, as an older version of this package wrote it"
+            raise ValueError(
+                f"{folder} must have labels.f64 with {list(self._labels)} of each episode, got {found}: it can be "
+                "trained on, but not be continued; choose another folder"
             )
         return recording
 
@@ -133,9 +137,7 @@ class GrowingStore:
             OSError: if the disk is full.
         """
         with _saying_what_stays(self):
-            self._writers[game].add_episode(frames, actions, rewards, terminated)
-        for name, value in labels.items():
-            self._labels[game].setdefault(name, []).append(value)
+            self._writers[game].add_episode(frames, actions, rewards, terminated, labels=labels)
 
     @property
     def num_episodes(self) -> int:
@@ -152,7 +154,7 @@ class GrowingStore:
             for game, writer in self._writers.items():
                 # The first commit also removes what an earlier start left behind the state that was taken back.
                 if writer.num_episodes != self._num_committed.get(game):
-                    writer.commit(metadata=self._about | {_LABELS: self._labels[game]})
+                    writer.commit(metadata=self._about)
                     self._num_committed[game] = writer.num_episodes
         return [self.store.recording(game) for game in self.games]
 
@@ -166,7 +168,7 @@ def _check_droppable(recording: Recording | None, limits: Mapping[str, float] | 
     if recording is None or not recording.num_episodes:
         return
     for label, limit in (limits or {}).items():
-        greatest = max(recording.manifest.metadata[_LABELS][label])
+        greatest = max(recording.labels[label])
         if greatest >= limit:
             raise ValueError(
                 f"{recording.path.parent} holds {recording.num_steps:,} transitions, to {label} {greatest:,.0f}, of a "
@@ -177,7 +179,7 @@ def _check_droppable(recording: Recording | None, limits: Mapping[str, float] | 
 def _emptied(recording: Recording) -> str:
     """The manifest of a recording before its first episode."""
     counts = dict.fromkeys(("num_frames", "num_steps", "num_episodes", "num_sealed_chunks"), 0)
-    none: dict[str, Any] = {**counts, "tail": Tail(), "crc32": dict.fromkeys(MEMBERS, 0)}
+    none: dict[str, Any] = {**counts, "tail": Tail(), "crc32": dict.fromkeys(recording.manifest.members, 0)}
     return replace(recording.manifest, **none).to_json()
 
 

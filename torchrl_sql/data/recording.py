@@ -44,14 +44,17 @@ MEMBERS: dict[str, tuple[str, np.dtype, str]] = {
     "rewards": ("rewards.f32", np.dtype("<f4"), "num_steps"),
     "episodes": ("episodes.bin", EPISODE_DTYPE, "num_episodes"),
     "chunks": ("chunks.crc32c", CHECKSUM_DTYPE, "num_sealed_chunks"),
+    "labels": ("labels.f64", np.dtype("<f8"), "num_labels"),
 }
-"""Flat files of a recording: file name, record type, and which count of the manifest gives its length."""
+"""Flat files of a recording: file name, record type, and which count of the manifest gives its length. A recording
+without labels has none for them."""
 
 
 def never_written(key: str, values: np.ndarray) -> np.ndarray:
-    """Positions of actions or rewards that no writer accepts: their file is damaged."""
-    bad = {"actions": lambda: values >= NUM_ACTIONS, "rewards": lambda: ~np.isfinite(values)}
-    return np.flatnonzero(bad[key]()) if key in bad else np.zeros(0, np.int64)
+    """Positions of actions, rewards or labels that no writer accepts: their file is damaged."""
+    if key == "actions":
+        return np.flatnonzero(values >= NUM_ACTIONS)
+    return np.flatnonzero(~np.isfinite(values)) if key in ("rewards", "labels") else np.zeros(0, np.int64)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +83,8 @@ class Manifest:
         num_sealed_chunks (int): chunks in full shards, which are never written again.
         tail (Tail): checksums of the frames after them.
         crc32 (mapping): CRC32 of the committed part of each flat file.
-        metadata (mapping): JSON values of the writer's own, for example where an import stopped.
+        metadata (mapping): JSON values of the writer's own, for example where an import stopped; and ``"labels"``, the
+            names of the numbers that ``labels.f64`` has of each episode.
     """
 
     game: str
@@ -95,6 +99,21 @@ class Manifest:
     tail: Tail
     crc32: Mapping[str, int]
     metadata: Mapping[str, Any]
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Names of the numbers that were noted of each episode; of most recordings none."""
+        return tuple(self.metadata["labels"]) if "labels" in self.crc32 else ()
+
+    @property
+    def num_labels(self) -> int:
+        """Of all episodes together."""
+        return len(self.labels) * self.num_episodes
+
+    @property
+    def members(self) -> list[str]:
+        """Which of :data:`MEMBERS` the recording has."""
+        return [key for key in MEMBERS if key != "labels" or self.labels]
 
     @property
     def checksum(self) -> str:
@@ -123,6 +142,8 @@ class Manifest:
         del fields["components"]
         for key, kind in (("source", str), ("crc32", dict), ("metadata", dict), ("checksum", str)):
             json_field(fields, key, kind, path)
+        if "labels" in fields["crc32"]:
+            json_field(fields["metadata"], "labels", list, path)
         for key in ("num_frames", "num_steps", "num_episodes", "num_sealed_chunks"):
             if json_field(fields, key, int, path) < 0:
                 raise ValueError(f"{path}: {key} must be >= 0, got {fields[key]}")
@@ -191,6 +212,15 @@ class Recording:
     def rewards(self) -> np.ndarray:
         """float32 ``[num_steps]``, read into memory: as the source recorded them."""
         return self._read_member("rewards")
+
+    @property
+    def labels(self) -> dict[str, np.ndarray]:
+        """float64 ``[num_episodes]`` by name: what was noted of each episode, in the order in which they were played.
+
+        Raises:
+            ValueError: if they are damaged.
+        """
+        return dict(zip(self.manifest.labels, self.stored_labels[self._time_order].T, strict=True))
 
     @cached_property
     def episodes(self) -> np.ndarray:
@@ -284,6 +314,20 @@ class Recording:
         if (table["num_later"] > np.arange(len(table))).any():
             raise ValueError(f"{path} puts an episode before the first")
         return table
+
+    @cached_property
+    def stored_labels(self) -> np.ndarray:
+        """float64 ``[num_episodes, num labels]`` as stored.
+
+        Raises:
+            ValueError: as :attr:`labels`.
+        """
+        if not self.manifest.labels:
+            return np.zeros((self.num_episodes, 0))
+        values, path = self._read_member("labels"), self.path / MEMBERS["labels"][0]
+        if zlib.crc32(values.tobytes()) != self.manifest.crc32["labels"]:
+            raise ValueError(f"{path} is damaged: its CRC32 does not match the manifest")
+        return values.reshape(self.num_episodes, len(self.manifest.labels))
 
     @cached_property
     def _time_order(self) -> np.ndarray:

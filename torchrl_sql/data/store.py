@@ -10,6 +10,7 @@ Layout::
     STORE/<Game>/<run>/rewards.f32      four bytes per step, little endian: as the source recorded them
     STORE/<Game>/<run>/episodes.bin     one EPISODE_DTYPE record an episode
     STORE/<Game>/<run>/chunks.crc32c    four bytes per chunk in full shards: what each chunk of frames must be
+    STORE/<Game>/<run>/labels.f64       eight bytes per label of an episode, little endian; only where there are labels
 
 Readers see exactly what the manifest counts; bytes beyond it are the remains of a writer that was killed.
 File names are fixed by the format, so a manifest cannot point outside its folder.
@@ -173,6 +174,7 @@ class FrameStore:
         source: str,
         rewards: Literal["raw", "clipped"] = "raw",
         behaviours: Sequence[str] = ("behaviour",),
+        labels: Sequence[str] = (),
         metadata: Mapping[str, Any] | None = None,
     ) -> RecordingWriter:
         """Opens the recording named ``run`` for writing: a new one, or an existing one to append to, see
@@ -186,6 +188,7 @@ class FrameStore:
             source=source,
             rewards=rewards,
             behaviours=tuple(behaviours),
+            labels=tuple(labels),
             metadata=metadata,
             encoding=self.encoding,
         )

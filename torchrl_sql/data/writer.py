@@ -53,6 +53,7 @@ class RecordingWriter:
         source: str,
         rewards: Literal["raw", "clipped"],
         behaviours: tuple[str, ...],
+        labels: tuple[str, ...],
         metadata: Mapping[str, Any] | None,
         encoding: Encoding,
     ) -> None:
@@ -63,16 +64,18 @@ class RecordingWriter:
         self._path = path
         self._chunk_frames = encoding.chunk_frames
         self._shard_frames = shard_frames = encoding.shard_frames
+        self._labels = labels
+        metadata = None if metadata is None else self._with_labels(metadata)
         self._path.mkdir(parents=True, exist_ok=True)
-        metadata = None if metadata is None else _json_copy(metadata)
         with ExitStack() as stack:  # Closes what is open so far if the recording turns out not to be appendable.
             stack.enter_context(lock(self._path))
             file = self._path / "manifest.json"
             recording = open_recording(self._path)
             committed = None if recording is None else recording.manifest
-            for name, given in (("source", source), ("rewards", rewards), ("behaviours", behaviours)):
-                if committed is not None and getattr(committed, name) != given:
-                    raise ValueError(f"{name} of {file} is {getattr(committed, name)!r}, cannot append {given!r}")
+            given = {"source": source, "rewards": rewards, "behaviours": behaviours, "labels": labels}
+            for name, value in given.items():
+                if committed is not None and getattr(committed, name) != value:
+                    raise ValueError(f"{name} of {file} is {getattr(committed, name)!r}, cannot append {value!r}")
             if recording is None:
                 self._array = create_frame_array(self._path / "frames", encoding)
                 tail = np.zeros((0, *FRAME_SHAPE), np.uint8)
@@ -86,7 +89,8 @@ class RecordingWriter:
                     )
                 self._array = open_frame_array(self._path / "frames")
                 tail = self._recover_tail(recording)
-            self._files = {key: stack.enter_context(self._open_member(key, committed)) for key in MEMBERS}
+            members = [key for key in MEMBERS if key != "labels" or labels]
+            self._files = {key: stack.enter_context(self._open_member(key, committed)) for key in members}
             self._open = stack.pop_all()
         self._manifest = committed or Manifest(
             game=path.parent.name,
@@ -99,8 +103,8 @@ class RecordingWriter:
             num_episodes=0,
             num_sealed_chunks=0,
             tail=Tail(),
-            crc32=dict.fromkeys(MEMBERS, 0),
-            metadata={},
+            crc32=dict.fromkeys(members, 0),
+            metadata=self._with_labels({}),
         )
         self._state_on_disk = ABSENT if committed is None else committed.checksum
         if committed is not None:  # A writer may have been killed between the manifest and the list.
@@ -145,6 +149,7 @@ class RecordingWriter:
         behaviour: int = 0,
         cut: bool = False,
         num_later: int = 0,
+        labels: Mapping[str, float] | None = None,
     ) -> None:
         """Adds one episode of ``T`` steps. A warning names the first actions that the game does not know.
 
@@ -161,6 +166,7 @@ class RecordingWriter:
             cut (bool): the data does not show how the episode ended; it counts in no return and no number of episodes.
             num_later (int): how many of the episodes added so far, the last ones in the order of play, were played
                 after this one.
+            labels (mapping): a finite number for each of the recording's labels.
 
         Raises:
             ValueError: for other shapes, dtypes or values; the episode is not added.
@@ -192,6 +198,9 @@ class RecordingWriter:
 
         if not 0 <= num_later <= self._num_episodes:
             raise ValueError(f"num_later must lie in 0..{self._num_episodes}, got {num_later}")
+        labels = {} if labels is None else labels
+        if {*labels} != {*self._labels} or not np.isfinite([*labels.values()]).all():
+            raise ValueError(f"labels must be finite numbers named {list(self._labels)}, got {dict(labels)}")
 
         episode = np.zeros(1, EPISODE_DTYPE)
         episode[0] = (self._num_frames, num_steps, terminated, len(frames) > num_steps, behaviour, cut, num_later)
@@ -200,6 +209,8 @@ class RecordingWriter:
             self._append("actions", actions.astype(np.uint8))
             self._append("rewards", rewards.astype("<f4"))
             self._append("episodes", episode)
+            if self._labels:
+                self._append("labels", np.array([labels[name] for name in self._labels], "<f8"))
             self._hold(frames)
             self._num_frames += len(frames)
             self._num_steps += num_steps
@@ -227,7 +238,7 @@ class RecordingWriter:
                 num_sealed_chunks=self._num_flushed // self._chunk_frames,
                 tail=tail,
                 crc32=dict(self._crc32),
-                metadata=self._manifest.metadata if metadata is None else _json_copy(metadata),
+                metadata=self._manifest.metadata if metadata is None else self._with_labels(metadata),
             )
             list_recording(self._path, self._state_on_disk, manifest.checksum)
             write_text(self._path / "manifest.json", manifest.to_json())
@@ -278,6 +289,9 @@ class RecordingWriter:
         except BaseException:
             self._state = "failed"
             raise
+
+    def _with_labels(self, metadata: Mapping[str, Any]) -> dict[str, Any]:
+        return _json_copy({**metadata, "labels": self._labels} if self._labels else metadata)
 
     def _append(self, key: str, records: np.ndarray) -> None:
         data = records.tobytes()
