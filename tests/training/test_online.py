@@ -20,7 +20,7 @@ from torchrl_sql.envs.slots import Slot
 from torchrl_sql.games import GAMES
 from torchrl_sql.training import Interrupted, train
 from torchrl_sql.training.build import build_trainer
-from torchrl_sql.training.checkpoint import list_checkpoints, load_checkpoint
+from torchrl_sql.training.checkpoint import checkpoint_step, list_checkpoints, load_checkpoint
 from torchrl_sql.training.logs import read_scalars
 from torchrl_sql.training.online import Pace
 from torchrl_sql.training.trainer import NonFiniteError, Trainer
@@ -190,6 +190,24 @@ def test_a_run_that_is_asked_to_stop_while_it_plays_before_learning_stops_there(
     assert "stopped before the first gradient step of this start" in log.read_text()
     assert contents(folder / "store") == before and list_checkpoints(folder / "checkpoints")[-1] == saved
     assert_same_run(train(config), played)
+
+
+def test_a_run_that_is_stopped_in_its_evaluations_continues_exactly(played, make_config):
+    played_steps = []
+
+    def evaluate(checkpoint, listen):
+        played_steps.append(checkpoint_step(checkpoint))
+        if len(played_steps) in (1, 3):
+            signal.raise_signal(signal.SIGTERM)
+        listen()
+        return {"score": 1.0}
+
+    config = make_config("trainer.evaluation_interval_gradient_steps=6")
+    for step in (6, 12):
+        with pytest.raises(Interrupted, match=f"stopped at gradient step {step} of 24"):
+            train(config, evaluate=evaluate)
+    assert_same_run(train(config, evaluate=evaluate), played)
+    assert played_steps == [6, 6, 12, 12, 18, 24]
 
 
 def test_reading_ahead_changes_nothing(played, make_config):

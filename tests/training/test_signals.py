@@ -36,7 +36,7 @@ def test_signals_only_set_flags(numbers, requeue, capfd):
             receive(number)
         assert (signals.stop, signals.requeue) == (True, requeue)
     said = capfd.readouterr().err
-    assert said.count("saving after this gradient step") == 1 and said.strip().startswith(numbers[0].name)
+    assert said.count("stopping once all is saved") == 1 and said.strip().startswith(numbers[0].name)
 
 
 def test_a_second_interrupt_raises_at_once(capfd):

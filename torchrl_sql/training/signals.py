@@ -84,4 +84,4 @@ class StopSignals:
         if first:  # not through logging: its locks may be held where the signal came
             again = "; press Ctrl-C again to stop without saving" if number == signal.SIGINT else ""
             with suppress(OSError):  # nobody may read it any more: Ctrl-C ends a ``tee`` too
-                os.write(2, f"\n{signal.Signals(number).name}: saving after this gradient step{again}\n".encode())
+                os.write(2, f"\n{signal.Signals(number).name}: stopping once all is saved{again}\n".encode())
