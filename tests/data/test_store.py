@@ -348,6 +348,14 @@ def test_a_manifest_that_is_not_that_of_the_episodes_is_refused(store, lab, chan
     assert any(message in str(damage) for damage in verify(store))
 
 
+def test_a_manifest_with_labels_names_them(store, lab):
+    lab.write(store, "Pong", lab.make_episodes([(5, True, False)]))
+    recording = store.recording("Pong")
+    rewrite_manifest(recording, crc32={**recording.manifest.crc32, "labels": 0})
+    with pytest.raises(ValueError, match=r"manifest\.json: labels must be a JSON list, got None"):
+        store.recording("Pong")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
