@@ -380,7 +380,8 @@ def test_a_run_whose_store_is_gone_does_not_continue(make_config, monkeypatch):
 
 
 def test_a_run_whose_checkpoints_are_gone_does_not_wipe_what_it_played(make_config):
-    config = make_config()
+    """Its last whole episodes began at step 7; a start that never saved would have ended at the fourth checkpoint."""
+    config = make_config("trainer.checkpoint_interval_gradient_steps=1")
     train(config)
     before = contents(Path(config.run_dir) / "store")
     shutil.rmtree(Path(config.run_dir) / "checkpoints")
