@@ -88,7 +88,7 @@ def test_other_weights_and_other_seeds_of_the_episodes_read_otherwise(policies):
     assert of_agent(scores, "pixels") != of_agent(other.scores, "pixels")
 
 
-def test_centred_input_is_that_of_the_states_that_fit(policies, make_run):
+def test_input_is_centred_where_the_run_centres_it(policies, make_run):
     centred, plain = (
         make_run("name=run", "model.encoder=resnet_tiny", f"model.center_input={value}", steps=(3,))
         for value in ("true", "false")

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from torchrl_sql.statistics.probes import PENALTIES, LinearProbe, split_episodes, why_unread
+from torchrl_sql.statistics.probes import PENALTIES, LinearProbe, quarters_of, why_unread
 
 RNG = np.random.default_rng(0)
 EPISODES = np.repeat(np.arange(8), 25)
@@ -31,10 +31,10 @@ def test_features_that_know_nothing_of_the_label_read_nothing():
 
 
 def test_of_features_that_are_all_alike_the_mean_is_what_is_read():
-    # Fitted are episodes 0 to 5, whose mean is 1; tested 6 and 7, which have 1 and 3: errors 0 and 2, deviations 1.
-    label = np.tile([0.0, 2.0], 100)
-    label[150:] = np.tile([1.0, 3.0], 25)
-    assert r2(np.full((200, 5), 0.1), label) == pytest.approx(1 - (0 + 4) / (1 + 1))
+    # The four quarters have 0, 1, 2, 3. What others' mean misses: 2, 2/3, 2/3, 2; what the mean of all does: 1.5, 0.5,
+    # 0.5, 1.5.
+    label = np.repeat([0.0, 1.0, 2.0, 3.0], 50)
+    assert r2(np.full((200, 5), 0.1), label) == pytest.approx(1 - (4 + 4 / 9) / (2.25 + 0.25))
 
 
 def test_states_without_the_label_do_not_count():
@@ -60,19 +60,21 @@ def test_it_is_ridge_regression_with_an_intercept(seed, width):
     features = rng.standard_normal((80, width)) * rng.uniform(0.5, 2, width) + rng.normal(size=width)
     label = features @ rng.standard_normal(width) + rng.standard_normal(80)
     episodes = rng.permutation(np.repeat(np.arange(8), 10))
-    parts = split_episodes(episodes)
+    quarters = quarters_of(episodes)
 
-    def score(fit, test, penalty):
+    def missed(fit, test, penalty):
         x, y = features[fit] - features[fit].mean(0), label[fit] - label[fit].mean()
         scale = penalty * np.square(x).sum() / len(x)
         weights = np.linalg.solve(x.T @ x + scale * np.eye(width), x.T @ y)
-        missed = label[test] - label[fit].mean() - (features[test] - features[fit].mean(0)) @ weights
-        return 1 - np.square(missed).sum() / np.square(label[test] - label[test].mean()).sum()
+        return np.square(label[test] - label[fit].mean() - (features[test] - features[fit].mean(0)) @ weights).sum()
 
-    chosen = max(PENALTIES, key=lambda penalty: score(parts == 0, parts == 1, penalty))
-    near = [score(parts < 2, parts == 2, penalty) for penalty in PENALTIES if chosen / 11 < penalty < chosen * 11]
-    found = r2(features, label, episodes)
-    assert min(abs(found - each) for each in near) < 1e-4  # a tie may be decided by rounding
+    total = 0.0
+    for test, choose in ((0, 1), (1, 2), (2, 3), (3, 0)):
+        fit = ~np.isin(quarters, (test, choose))
+        best = min(PENALTIES, key=lambda penalty: missed(fit, quarters == choose, penalty))
+        total += missed(quarters != test, quarters == test, best)
+    # A tie of penalties may be decided by rounding.
+    assert abs(r2(features, label, episodes) - (1 - total / (80 * label.var()))) < 1e-3
 
 
 def test_more_features_than_a_block_are_read_too():
@@ -81,31 +83,37 @@ def test_more_features_than_a_block_are_read_too():
     assert r2(features, NOISE[:, 0]) > 0.999
 
 
-def test_half_of_the_episodes_fit_a_quarter_chooses_a_quarter_tests_and_none_does_two_of_these():
-    episodes = np.array([7, 3, 3, 9, 12, 5, 1, 1, 20, 30])  # in order: 1, 3, 5, 7 fit; 9, 12 choose; 20, 30 test
-    assert split_episodes(episodes).tolist() == [0, 0, 0, 1, 1, 0, 0, 0, 2, 2]
-    assert split_episodes(np.arange(5)).tolist() == [0, 0, 0, 1, 2]
+def test_quarters_are_of_whole_episodes_in_their_order():
+    episodes = np.array([7, 3, 3, 9, 12, 5, 1, 1, 20, 30])  # in order: 1, 3; 5, 7; 9, 12; 20, 30
+    assert quarters_of(episodes).tolist() == [1, 0, 0, 2, 2, 1, 0, 0, 3, 3]
+    assert quarters_of(np.arange(5)).tolist() == [0, 0, 1, 2, 3]
 
 
 @given(st.lists(st.integers(0, 40), min_size=4, max_size=200).filter(lambda numbers: len(set(numbers)) >= 4))
-def test_no_episode_is_in_two_parts_and_no_part_is_empty(numbers):
+def test_no_episode_is_in_two_quarters_and_no_quarter_is_empty(numbers):
     episodes = np.array(numbers)
-    parts = split_episodes(episodes)
-    assert all(len(set(parts[episodes == number])) == 1 for number in numbers)
-    assert set(parts) == {0, 1, 2}
+    quarters = quarters_of(episodes)
+    assert all(len(set(quarters[episodes == number])) == 1 for number in numbers)
+    assert set(quarters) == {0, 1, 2, 3}
+
+
+def test_what_one_episode_alone_shows_is_not_read():
+    # The label is the episode's number, and the features tell episodes apart, in no order: nothing holds for others.
+    features = np.eye(8)[EPISODES] + 0.01 * RNG.standard_normal((200, 8))
+    assert r2(features, RNG.permutation(8)[EPISODES].astype(float)) < 0.1
 
 
 def test_what_hardly_varies_is_not_read():
-    parts = np.repeat([0, 1, 2], 100)
-    label = np.arange(300.0)
-    assert why_unread(label, parts) is None
-    label[100:196] = 4.0
-    assert why_unread(label, parts) == "the same in 96% of the states that choose"
-    label[100:196:48] = 5.0
-    assert why_unread(label, parts) is None
-    label[200:] = np.nan
-    assert why_unread(label, parts) == "in none of the states that test"
-    with pytest.raises(ValueError, match=r"such as can be read, but lives is the same in 100% of the states that fit"):
+    quarters = np.repeat([0, 1, 2, 3], 50)
+    label = np.arange(200.0)
+    assert why_unread(label, quarters) is None
+    label[:192] = 4.0
+    assert why_unread(label, quarters) == "the same in 96% of the states"
+    label[::48] = 5.0
+    assert why_unread(label, quarters) is None
+    label[150:] = np.nan
+    assert why_unread(label, quarters) == "in no state of some quarter of the episodes"
+    with pytest.raises(ValueError, match=r"such as can be read, but lives is the same in 100% of the states"):
         LinearProbe(NOISE, EPISODES).r2({"lives": np.zeros(200)})
 
 

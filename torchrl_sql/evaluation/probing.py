@@ -19,7 +19,7 @@ from torchrl_sql.evaluation.policies import digest_of_weights
 from torchrl_sql.files import read_json, write_text
 from torchrl_sql.methods import make_method
 from torchrl_sql.modules.q_network import as_map, scale_frames
-from torchrl_sql.statistics.probes import LinearProbe, split_episodes, why_unread
+from torchrl_sql.statistics.probes import LinearProbe, quarters_of, why_unread
 from torchrl_sql.training.policy import POLICY_FILE, read_policy_file
 
 PROBES = "probes.json"
@@ -146,7 +146,7 @@ def probe(
 
     Features are the feature map, flattened: what ``init.load=encoder`` hands over, of the same width for all methods on
     an encoder, and before pooling, which an encoder's next user learns anew. Where a run centres its input, the mean
-    frame is that of the states to fit, as it would be of a new run's data.
+    frame is that of these states, as it would be of a new run's data.
 
     Args:
         policies (sequence of Path): files, see :func:`find_policies`.
@@ -190,14 +190,15 @@ def probe(
             game, num_episodes=protocol.num_episodes, states_per_episode=protocol.states_per_episode,
             emulator=emulator, seed=protocol.seed,
         )  # fmt: skip
-        parts = split_episodes(states.episode)
-        reasons = {name: why_unread(label, parts) for name, label in states.labels.items()}
+        quarters = quarters_of(states.episode)
+        reasons = {name: why_unread(label, quarters) for name, label in states.labels.items()}
         left_out += [f"{states.game}: {name} is {reason}" for name, reason in reasons.items() if reason is not None]
         labels = {name: label for name, label in states.labels.items() if reasons[name] is None}
         pixels = states.observation.reshape(len(states.observation), -1)
         scores += _scores(PIXELS, None, states, labels, pixels)
+        mean_frame = states.observation[:, -1].mean(0) / 255
         for encoder in encoders.values():
-            features = encoder.features(states.observation, states.observation[parts == 0, -1].mean(0) / 255, device)
+            features = encoder.features(states.observation, mean_frame, device)
             scores += _scores(encoder.agent, encoder.config.seed, states, labels, features)
     if not scores:
         raise ValueError(f"some label must be read, but none can: {'; '.join(left_out)}; more episodes may differ more")
