@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -92,9 +93,9 @@ def _subset(data: DataConfig) -> Subset:
 def other_data(method: DataConfig, others: Mapping[str, DataConfig]) -> list[str]:
     """What is to be said where not all agents (by label) were trained on the method's data, or the method on a part."""
     subset = _subset(method)
-    caveats = (
-        [] if subset == Subset() else [f"The data's statistics are those of the part that was trained on: {subset}."]
-    )
+    part = asdict(subset).items() - asdict(Subset()).items()
+    settings = ", ".join(f"{name}={value}" for name, value in sorted(part))
+    caveats = [f"The data's statistics are those of the part that was trained on: {settings}."] if part else []
     unlike = [label for label, data in others.items() if (data.store, _subset(data)) != (method.store, subset)]
     if unlike:
         caveats.append(
