@@ -111,6 +111,14 @@ def test_policies_are_found_in_folders_of_runs_and_of_studies(policies, tmp_path
         made(tmp_path / "study")
 
 
+@pytest.mark.parametrize("setting", ["encoder=nature", "center_input=false"])
+def test_encoders_of_other_shapes_or_inputs_are_not_compared(policies, make_run, setting):
+    other = make_run("name=other", "model.encoder=resnet_tiny", f"model.{setting}")
+    export_policy(other, other / POLICY_FILE)
+    with pytest.raises(ValueError, match=f"(?i)must have the same kind of encoder.* and .*model.{setting}"):
+        made(policies["ql"], other)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -30,6 +30,8 @@ RANDOM, PIXELS = "random", "pixels"
 
 _FORMAT, _VERSION = "torchrl_sql probes", 1
 _BATCH_SIZE = 128
+_KIND = ("encoder", "num_groups", "last_norm_scale", "center_input")
+"""Settings of the model that encoders must share to be compared."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,27 +161,10 @@ def probe(
 
     Raises:
         CheckpointError: if a policy file is damaged.
-        ValueError: if a game has no labels, a network no encoder of stacked frames, or no label can be read.
+        ValueError: if a game has no labels, a network no encoder of stacked frames, networks have different encoders,
+            two policies are of one run, or no label can be read.
     """
-    encoders: dict[str, _Encoder] = {}
-    about: list[dict[str, Any]] = []
-    for path in policies:
-        trained, metadata = read_policy_file(path)
-        config = trained.config
-        for other in about:
-            if (other["name"], other["seed"]) == (config.name, config.seed):
-                raise ValueError(
-                    f"policies must be of different runs, got {config.name} of seed {config.seed} in "
-                    f"{other['policy']} and {path}"
-                )
-        begun = _Encoder(RANDOM, config, _untrained(config), path)
-        encoders.setdefault(begun.digest, begun)
-        ours = _Encoder(config.name, config, trained.network, path)
-        encoders[str(path)] = ours
-        about.append({
-            "name": config.name, "seed": config.seed, "method": config.method.name,
-            "gradient_step": trained.gradient_step, "policy": str(path), "sha256": metadata["sha256"],
-        })  # fmt: skip
+    encoders, about = _read_encoders(policies)
     emulator = Emulator(
         sticky_action_probability=protocol.sticky_action_probability, max_env_frames=protocol.max_env_frames
     )
@@ -197,12 +182,40 @@ def probe(
         pixels = states.observation.reshape(len(states.observation), -1)
         scores += _scores(PIXELS, None, states, labels, pixels)
         mean_frame = states.observation[:, -1].mean(0) / 255
-        for encoder in encoders.values():
+        for encoder in encoders:
             features = encoder.features(states.observation, mean_frame, device)
             scores += _scores(encoder.agent, encoder.config.seed, states, labels, features)
     if not scores:
         raise ValueError(f"some label must be read, but none can: {'; '.join(left_out)}; more episodes may differ more")
     return ProbeResult(scores=scores, left_out=left_out, policies=about, protocol=protocol, made=made)
+
+
+def _read_encoders(policies: Sequence[Path]) -> tuple[list[_Encoder], list[dict[str, Any]]]:
+    """The encoders of policies, the different ones with which their runs began, and what is said of the policies."""
+    encoders: dict[str, _Encoder] = {}
+    about: list[dict[str, Any]] = []
+    kinds: dict[str, Path] = {}
+    for path in policies:
+        trained, metadata = read_policy_file(path)
+        config = trained.config
+        for other in about:
+            if (other["name"], other["seed"]) == (config.name, config.seed):
+                raise ValueError(
+                    f"policies must be of different runs, got {config.name} of seed {config.seed} in "
+                    f"{other['policy']} and {path}"
+                )
+        begun = _Encoder(RANDOM, config, _untrained(config), path)
+        kinds.setdefault(begun.kind, path)
+        if len(kinds) > 1:
+            found = " and ".join(f"{kind} in {where}" for kind, where in kinds.items())
+            raise ValueError(f"policies must have the same kind of encoder, to be compared, got {found}")
+        encoders.setdefault(begun.digest, begun)
+        encoders[str(path)] = _Encoder(config.name, config, trained.network, path)
+        about.append({
+            "name": config.name, "seed": config.seed, "method": config.method.name,
+            "gradient_step": trained.gradient_step, "policy": str(path), "sha256": metadata["sha256"],
+        })  # fmt: skip
+    return [*encoders.values()], about
 
 
 def _scores(
@@ -224,8 +237,9 @@ class _Encoder:
             )
         assert isinstance(config.model, QNetworkConfig)
         self.agent, self.config = agent, config
-        self.digest = f"{digest_of_weights(found[0])} {config.model.center_input}"
-        self._encoder, self._centred = found[0].eval(), config.model.center_input
+        self.digest = digest_of_weights(found[0])
+        self.kind = ", ".join(f"model.{key}={getattr(config.model, key)}" for key in _KIND)
+        self._encoder, self._centred, self._path = found[0].eval(), config.model.center_input, path
 
     @torch.no_grad()
     def features(self, observation: np.ndarray, mean_frame: np.ndarray, device: torch.device) -> np.ndarray:
@@ -240,7 +254,10 @@ class _Encoder:
             )
             return as_map(encoder(x)).flatten(1).float().cpu()
 
-        return torch.cat([flat(batch) for batch in torch.from_numpy(observation).split(_BATCH_SIZE)]).numpy()
+        features = torch.cat([flat(batch) for batch in torch.from_numpy(observation).split(_BATCH_SIZE)])
+        if not features.isfinite().all():
+            raise ValueError(f"{self._path} must hold an encoder whose features are finite numbers, got others")
+        return features.numpy()
 
 
 def _untrained(config: RunConfig) -> nn.Module:
