@@ -10,7 +10,7 @@ quickstart: $(STAMP)
 	$(BIN)/torchrl-sql quickstart --jobs 2
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # Two nodes of a real SLURM on this host, from Debian's packages; nothing is started as a service.
 test-slurm: $(STAMP)

@@ -6,6 +6,7 @@ import dataclasses
 import math
 from itertools import chain
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -16,11 +17,14 @@ from torchrl_sql.evaluation.episodes import EpisodeResult
 from torchrl_sql.evaluation.tables import TableWriter
 from torchrl_sql.report import Agent, Analysis, ReportData, summary_data, summary_text, write_report
 from torchrl_sql.report.agents import find_agents
+from torchrl_sql.report.analysis import Line
 from torchrl_sql.report.caveats import caveats
+from torchrl_sql.report.figures.curves import _shifts
 from torchrl_sql.report.findings import findings
 from torchrl_sql.report.gather import gather
 from torchrl_sql.report.score_tables import area_table
 from torchrl_sql.report.tables import all_tables
+from torchrl_sql.statistics.scores import RunReturns
 
 OURS, BC, THIRD = (Agent(agent=name.lower(), label=name) for name in ("Ours", "BC", "Third"))
 GAMES = ("Breakout", "Freeway")
@@ -249,3 +253,10 @@ def test_terminal_and_json_have_areas():
     (record, *_) = summary_data(analysis)["tables"]["learning_areas"]
     assert (record["policy"], record["num_evaluations"], record["num_seeds"]) == ("Ours", 3, 3)
     assert record["interval_over"] == "seeds" and math.isclose(record["mean_over_steps"], 18.0)
+
+
+def test_intervals_at_one_step_are_beside_each_other():
+    runs = RunReturns(games=("Pong",), seeds=(0,), values=np.zeros((1, 1, 1)), counts=np.ones((1, 1), np.int64))
+    lines = [Line(name, OURS, dict.fromkeys((500.0, 1000.0, 2000.0), runs)) for name in "abc"]
+    assert _shifts(lines) == pytest.approx([-50, 0, 50])  # 0.3 of the least gap, 500, for three lines
+    assert _shifts([Line("a", OURS, {500.0: runs})]) == [0]

@@ -33,6 +33,8 @@ COLOURS = {  # light theme, dark theme; told apart with every common colour visi
     "other": ("#8a4a9e", "#cb92dd"),
     "other2": ("#2a7f56", "#6cc394"),
     "other3": ("#8a6d00", "#d6b64a"),
+    "other4": ("#c43a63", "#f290ad"),
+    "other5": ("#4b5a6e", "#b4c2d6"),
     "data": ("#8b929c", "#808893"),
 }
 """Theme colours: the light one is drawn, and becomes the CSS variable ``--<name>`` in inline SVG."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -64,9 +65,12 @@ def _panels(
         left=0.1, right=0.97, top=1 - (legend_height + 0.2) / height, bottom=0.45 / height, wspace=0.26, hspace=0.62
     )
     drawn: dict[str, Any] = {}
+    shifts = _shifts(lines) if axis == analysis.learning.axis else [0.0] * len(lines)
     for axes, (name, curves) in zip(grid.flat, panels.items(), strict=False):
-        for line in lines:
-            _draw_line(axes, line, analysis, curves.get(line.label, {}))
+        for line, shift in zip(lines, shifts, strict=True):
+            _draw_line(
+                axes, line, analysis, {x + shift: interval for x, interval in curves.get(line.label, {}).items()}
+            )
         drawn |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
         axes.set_title("Human-normalised IQM" if name == ALL else name, fontsize=8.5)
         _set_axis(axes, axis, lines, steps=axis == analysis.learning.axis, label=False)
@@ -77,6 +81,13 @@ def _panels(
     figure.legend([*drawn.values()], [*drawn], loc="upper left", ncols=3, fontsize=8)
     figure.supxlabel(axis, fontsize=9, color=COLOURS["muted"][0], y=0.05 / height)
     return figure
+
+
+def _shifts(lines: Sequence[Line]) -> list[float]:
+    """How far each line is moved along a linear axis, so that intervals at the same place can be told apart."""
+    places = sorted({x for line in lines for x in line.runs})
+    gap = min((after - before for before, after in pairwise(places)), default=0.0)
+    return [0.3 * gap * (index - (len(lines) - 1) / 2) / len(lines) for index in range(len(lines))]
 
 
 def _draw_line(axes: Axes, line: Line, analysis: Analysis, points: Mapping[float, Interval]) -> None:

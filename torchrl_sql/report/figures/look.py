@@ -58,7 +58,7 @@ def _palettes(analysis: Analysis) -> list[tuple[tuple[str, ...], list[Agent]]]:
     for agent in analysis.agents:
         if agent not in [*ours, *theirs]:
             rest[agent.family or agent.agent].append(agent)
-    others = zip(cycle([("other",), ("other2",), ("other3",)]), rest.values(), strict=False)
+    others = zip(cycle([(name,) for name in COLOURS if name.startswith("other")]), rest.values(), strict=False)
     return [(("method", "method2", "method3"), ours), (("bc", "bc2"), theirs), *others]
 
 
