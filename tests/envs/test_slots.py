@@ -68,7 +68,8 @@ def test_the_one_that_waits_longest_is_next():
     assert all(one != other for one, other in pairwise(turns))
 
 
-def test_emulators_are_kept_and_one_left_in_the_middle_of_a_step_plays_on_as_new():
+def test_emulators_are_kept_and_one_left_in_the_middle_of_a_step_plays_on_as_new(monkeypatch):
+    monkeypatch.setattr("torchrl_sql.envs.slots._kept", {})  # whatever was played before
     with Slots(SHORT) as slots:
         slots.start(0, "Freeway", 5)
         slot = slots.next()

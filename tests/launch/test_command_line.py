@@ -102,7 +102,7 @@ def test_help_of_a_kind(here, capsys):
         (["study", "cluster=cpu"], "launch study needs the study's name"),
         (["study", "absent", "cluster=cpu"], "a study must be FILE.yaml or one of"),
         (["train", *TRAIN, "cluster=cpu", "--into", "100%j"], "must hold no %"),
-        (["train", *TRAIN, "cluster=cpu", "--into", "a\nb"], "must hold no %"),
+        (["train", *TRAIN, "cluster=cpu", "--into", "a\nb"], "must be a path, without control characters"),
         (["train", *TRAIN, "cluster=cpu", "--into", "a:b"], "must hold no %"),
     ],
 )
@@ -304,7 +304,10 @@ def test_a_study_launched_again_takes_only_what_is_left(launched, here, monkeypa
 
 def test_a_task_whose_table_another_one_makes_anew_is_launched_too(here, monkeypatch, capsys):
     put_on_path(here, "sbatch", "echo Submitted batch job 1", monkeypatch)
-    text, folder = STUDY.replace("seeds: [1]}", "seeds: [1], decode: [%s]}"), here / "runs" / "mine"
+    text = STUDY.replace("seeds: [1]}", "seeds: [1], decode: [%s]}").replace(
+        "method=bc", "method=mgdt, model=mgdt_small"
+    )
+    folder = here / "runs" / "mine"
     (here / "mine.yaml").write_text(text % "greedy, sampled, expert")
     for task in plan_study(load_study(here / "mine.yaml"), folder):
         task.write_record(seconds=1)

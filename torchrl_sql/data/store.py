@@ -94,11 +94,12 @@ class FrameStore:
         there = {entry.name for entry in folder.iterdir() if not entry.name.endswith(".tmp")}
         if "store.json" not in there and not there <= {RECORDINGS_FILE, LOCK_FILE}:
             raise FileExistsError(f"{folder} must be an empty or new folder to create a store in")
-        with locked(folder):
-            if not (folder / "store.json").exists():
-                write_text(folder / RECORDINGS_FILE, "")
-                write_text(folder / "store.json", text + "\n")
-                return cls(folder, encoding)
+        if "store.json" not in there:
+            with locked(folder):
+                if not (folder / "store.json").exists():
+                    write_text(folder / RECORDINGS_FILE, "")
+                    write_text(folder / "store.json", text + "\n")
+                    return cls(folder, encoding)
         if not exist_ok:
             raise FileExistsError(f"{folder} is a store already; open it, or choose another path")
         return cls.open(folder)

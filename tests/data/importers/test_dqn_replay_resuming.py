@@ -161,7 +161,8 @@ def logs(draw, dopamine, folder):
     log = dopamine.new_log(folder / "dqn", capacity=capacity, looks_at_every_row=draw(st.booleans()))
     for num_steps in draw(st.lists(st.integers(1, 30), min_size=2, max_size=12)):
         log.play(min(num_steps, limit))
-    if draw(st.booleans()):
+    # A flush right after a checkpoint, with the ring's last row unwritten, would read as one of a later lap: refused.
+    if draw(st.booleans()) and (0, log.add_count) not in log.logged:
         log.log_final()
     assume(log.logged)
     numbers = range(len(log.logged))
@@ -179,7 +180,8 @@ def test_any_episodes_across_any_borders(dopamine, lab, data):
         checkpoints = arguments["checkpoints"]
         expected = dopamine.expected(log, "Pong", checkpoints, limit=arguments["max_episode_steps"])
         first_lap_is_lost = log.flushed == 0 and log.add_count >= log.capacity
-        if first_lap_is_lost and not any((e.first_row - 3) % log.capacity == 0 for e in log.episodes):
+        last_lap = log.add_count - log.add_count % log.capacity
+        if first_lap_is_lost and not any(e.first_row - 3 == last_lap for e in log.episodes):
             with pytest.raises(ImportFailedError, match="must be padding"):  # It reads as the start of a run.
                 import_dqn_replay(folder / "dqn", folder / "store", **arguments)
             return
