@@ -92,7 +92,7 @@ def _game_findings(analysis: Analysis) -> list[Finding]:
 
 def _by_game(main: str, name: str, verdicts: Mapping[str, Verdict], where: str = "") -> list[Finding]:
     """A sentence per verdict, with the games that have it."""
-    other = name if where else sentence(name)
+    other = sentence(name) if name.startswith("the ") and not where else name  # agents are called what they are called
     texts: dict[Verdict, str] = {
         "higher": f"{main} scores higher than {name}",
         "not distinguishable": f"{other} is not distinguishable from {main}",
