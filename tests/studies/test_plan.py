@@ -381,6 +381,13 @@ def test_seeds_trained_apart_see_the_same_data(tmp_path):
     assert collected([1]) == collected([2]) == collected(None) != collected([1], "collection.seed=1")
 
 
+def test_the_seed_that_a_file_gives_its_data_stays(make_study, tmp_path):
+    make_study(("scale=cpu", "scale=cpu, collection.seed=7"))
+    for seeds in (None, [5]):
+        collected = plan_study(read_study(str(tmp_path / "study.yaml"), [], seeds), tmp_path)[0]
+        assert collected.settings["seed"] == 7
+
+
 def test_a_study_whose_data_is_play_has_runs_that_play(tmp_path):
     changed = replace(load_study(find_study("dqn_replay_mini")), common=["scale=cpu"])
     with pytest.raises(ConfigError, match=r"runs.breakout must have the setting online=NAME, for the study's data is"):

@@ -76,7 +76,7 @@ def read_study(name: str, overrides: Sequence[str], seeds: Sequence[int] | None)
                 f"{key} is not one for all runs, {', '.join(own)} of {name} set it: use a copy of its file"
             )
     data_seed = [f"collection.seed={study.seeds[0]}"] if seeds else []
-    changed = replace(study, common=combined(study.common, data_seed, rest), seeds=list(seeds or study.seeds))
+    changed = replace(study, common=combined(data_seed, study.common, rest), seeds=list(seeds or study.seeds))
     check_study(changed)
     return changed
 
