@@ -56,7 +56,7 @@ def finished(make_study, folder):
         return study, plan_study(study, folder)
 
     study, tasks = plan()
-    prepare_folder(study, tasks, folder, fresh=False, confirm=allow)
+    prepare_folder(study, tasks, folder, confirm=allow)
     for task in tasks:
         make(task)
     return plan
@@ -65,7 +65,7 @@ def finished(make_study, folder):
 def test_what_is_done_stays_done(finished, folder, asked):
     before = names(folder)
     study, tasks = finished()
-    prepare_folder(study, tasks, folder, fresh=False, confirm=allow)
+    prepare_folder(study, tasks, folder, confirm=allow)
     assert names(folder) == before and not asked
     assert [task.name for task in tasks if not task.is_done()] == ["report"]
     assert load_study(folder / "study.yaml") == study
@@ -90,7 +90,7 @@ def test_a_task_whose_files_are_gone_is_done_again(finished, folder):
 def test_what_shares_a_table_that_is_gone_is_done_again_too(finished, folder, asked):
     (folder / "bc" / "seed1" / "scores.csv").unlink()
     study, tasks = finished()
-    prepare_folder(study, tasks, folder, fresh=False, confirm=allow)
+    prepare_folder(study, tasks, folder, confirm=allow)
     greedy, sampled = (task for task in tasks if task.name.startswith("evaluate-bc"))
     make(greedy)
     assert greedy.is_done() and not sampled.is_done() and not asked
@@ -101,7 +101,7 @@ def test_only_what_changed_is_done_again_and_it_says_why(finished, folder, asked
     (folder / "q" / "seed0" / "my notes.txt").write_text("keep")
     study, tasks = finished(("cql_alpha=0.3", "cql_alpha=0.4"))
     assert "train-q-seed0: to do again: method.cql_alpha 0.3 -> 0.4" in format_tasks(tasks)
-    prepare_folder(study, tasks, folder, fresh=False, confirm=allow)
+    prepare_folder(study, tasks, folder, confirm=allow)
     gone = before - names(folder)
     assert gone and all(path.startswith(("q/", "tasks/train-q", "tasks/evaluate-q")) for path in gone)
     assert (folder / "q" / "seed0" / "my notes.txt").read_text() == "keep"
@@ -112,7 +112,7 @@ def test_only_what_changed_is_done_again_and_it_says_why(finished, folder, asked
 def test_more_seeds_leave_the_others_alone(finished, folder, asked):
     before = names(folder)
     study, tasks = finished(("seeds: [0, 1]", "seeds: [0, 1, 2]"))
-    prepare_folder(study, tasks, folder, fresh=False, confirm=allow)
+    prepare_folder(study, tasks, folder, confirm=allow)
     assert before == names(folder) and not asked
     to_do = [task.name for task in tasks if not task.is_done()]
     assert to_do == ["train-q-seed2", "evaluate-q-seed2-greedy", "report"]
@@ -166,8 +166,65 @@ def test_an_interrupted_first_task_is_known_as_the_study_s(make_study, folder):
     study = make_study()
     tasks = plan_study(study, folder)
     make(tasks[0], done=False)
-    prepare_folder(study, tasks, folder, fresh=False, confirm=allow)
+    prepare_folder(study, tasks, folder, confirm=allow)
     assert not tasks[0].is_done() and (folder / "store" / "inside").exists()
+
+
+def test_what_another_study_made_of_the_same_settings_is_copied(finished, make_study, folder, tmp_path, asked):
+    changes = ("runs:\n  q: {}", "runs:\n  q: {}\n  steeper: {set: [method.cql_alpha=0.4]}")
+    study, other = make_study(changes), tmp_path / "runs" / "other"
+    tasks = plan_study(study, other)
+    assert f"train-q-seed0: to be copied from {folder}" in format_tasks(tasks, reuse=folder)
+    prepare_folder(study, tasks, other, reuse=folder, confirm=allow)
+    to_do = [task.name for task in tasks if not task.is_done()]
+    assert to_do == [f"{kind}-steeper-seed{seed}{end}" for seed in (0, 1) for kind, end in
+                     (("train", ""), ("evaluate", "-greedy"))] + ["report"]  # fmt: skip
+    assert (other / "q" / "seed0" / "checkpoints" / "inside").read_text() == "q/seed0/checkpoints"
+    assert {path for path in names(folder) if not path.startswith(("tasks", "study.yaml", "report", ".lock"))} < names(
+        other
+    )
+    assert f"train-q-seed0: done in 0:01, copied from {folder}" in format_tasks(tasks)
+    assert not asked and not [path for path in other.rglob(".copy-*")]
+
+
+@pytest.mark.parametrize("what", ["changed", "not done", "its files are gone", "its data is other"])
+def test_nothing_else_is_copied(finished, make_study, folder, tmp_path, what):
+    study = make_study(*{
+        "changed": [("cql_alpha=0.3", "cql_alpha=0.4")],
+        "its data is other": [("method.cql_alpha=0.3", "method.cql_alpha=0.3, collection.seed=7")],
+    }.get(what, []))  # fmt: skip
+    tasks = plan_study(study, tmp_path / "other")
+    trained = next(task for task in tasks if task.name == "train-q-seed0")
+    if what == "not done":
+        record = folder / "tasks" / "train-q-seed0.json"
+        record.write_text(json.dumps(json.loads(record.read_text()) | {"seconds": None}))
+    elif what == "its files are gone":
+        (folder / "q" / "seed0" / "checkpoints").rename(tmp_path / "elsewhere")
+    prepare_folder(study, tasks, tmp_path / "other", reuse=folder, confirm=allow)
+    assert not trained.is_done() and trained.record() is None
+
+
+def test_what_was_begun_here_is_not_replaced_by_a_copy(finished, make_study, folder, tmp_path):
+    study, other = make_study(), tmp_path / "other"
+    tasks = plan_study(study, other)
+    trained = next(task for task in tasks if task.name == "train-q-seed0")
+    make(trained, done=False)
+    (other / "q" / "seed0" / "checkpoints" / "inside").write_text("half way")
+    prepare_folder(study, tasks, other, reuse=folder, confirm=allow)
+    assert (other / "q" / "seed0" / "checkpoints" / "inside").read_text() == "half way" and not trained.is_done()
+
+
+def test_only_another_study_that_is_at_rest_is_reused(finished, make_study, folder, tmp_path):
+    study = make_study()
+    tasks = plan_study(study, tmp_path / "other")
+    for place, problem in (
+        (tmp_path / "none", "must be the folder of a study"),
+        (tmp_path / "other", "of another study"),
+    ):
+        with pytest.raises(ValueError, match=problem):
+            prepare_folder(study, tasks, tmp_path / "other", reuse=place, confirm=allow)
+    with owned(folder), pytest.raises(ValueError, match="is in use by process"):
+        prepare_folder(study, tasks, tmp_path / "other", reuse=folder, confirm=allow)
 
 
 def test_records_cannot_lead_out_of_the_folder(finished, folder, tmp_path):
@@ -184,7 +241,7 @@ def test_a_damaged_record_is_named(finished, folder):
     (folder / "tasks" / "constant.json").write_text("{")
     study, tasks = finished()
     with pytest.raises(ValueError, match=r"constant.json must be the record of a task"):
-        prepare_folder(study, tasks, folder, fresh=False, confirm=allow)
+        prepare_folder(study, tasks, folder, confirm=allow)
 
 
 def test_the_contributor_s_recipe_is_a_study(tmp_path, monkeypatch, capsys):

@@ -197,6 +197,27 @@ def test_claims_are_studied_at_three_scales_with_three_seeds(name):
     assert load_study(find_study(name), store="store").seeds == [0, 1, 2]
 
 
+@pytest.mark.parametrize(
+    ("name", "scale", "shared"),
+    [
+        ("scaling", "cpu", ["scaled_ql", "hl_gauss", "mse", "bc", "mgdt"]),
+        ("scaling", "gpu", ["scaled_ql", "hl_gauss", "mse", "bc", "mgdt"]),
+        ("scaling", "paper", ["scaled_ql", "hl_gauss", "mse", "bc", "mgdt"]),
+        ("ablation", "cpu", ["scaled_ql", "no_cql"]),
+        ("ablation", "gpu", ["scaled_ql", "no_cql"]),
+        ("multitask", "cpu", ["scaled_ql"]),
+    ],
+)
+def test_runs_that_studies_name_alike_are_the_same(tmp_path, name, scale, shared):
+    def trainings(name):
+        study = load_study(find_study(name), scale=scale)
+        tasks = plan_study(replace(study, seeds=[0]), tmp_path / name)
+        return {task.name.split("-")[1]: task.key for task in tasks if task.kind == "train"}
+
+    here, there = trainings(name), trainings("comparison")
+    assert [run for run in here if here[run] == there.get(run)] == shared
+
+
 def test_a_run_with_another_model_leaves_out_settings_of_the_common_one(make_study, tmp_path):
     words = '["scale=cpu", "data.games=[Breakout,Freeway]", model.encoder=nature]'
     text = '[scale=cpu, "data.games=[Breakout,Freeway]", method.cql_alpha=0.3]'

@@ -11,7 +11,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torchrl_sql.cli.study import add_seeds, confirm, read_study, refuse_alive
+from torchrl_sql.cli.study import add_study_options, confirm, read_study, refuse_alive
 
 if TYPE_CHECKING:
     from torchrl_sql.config.cluster import ClusterConfig
@@ -82,7 +82,7 @@ def _add_launch_options(parser: argparse.ArgumentParser, *, new: bool = True) ->
         )
         parser.add_argument("--yes", action="store_true", help="study: delete what is to be made again without asking")
         parser.add_argument("--shares", type=int, metavar="N", help="evaluate: elements an evaluation is split into")
-        add_seeds(parser)
+        add_study_options(parser)
 
 
 def _launch(args: argparse.Namespace) -> None:
@@ -102,7 +102,7 @@ def _launch(args: argparse.Namespace) -> None:
     _, words = options.parse_known_args(args.arguments, namespace=args)  # they may follow the command's own
     if {"-h", "--help"} & set(words):
         parse(["launch", "--help"])
-    for option, kind in (("shares", "evaluate"), ("seeds", "study"), ("yes", "study")):
+    for option, kind in (("shares", "evaluate"), ("seeds", "study"), ("reuse", "study"), ("yes", "study")):
         given = getattr(args, option)
         if given is not None and given is not False and args.kind != kind:
             raise ValueError(f"--{option} belongs to launch {kind}, got it with launch {args.kind}")
@@ -177,8 +177,10 @@ def _launch_study(args: argparse.Namespace, words: Sequence[str], cluster: Clust
         return
     with owned(folder):
         launched = folder / "launch"
-        refuse_alive(folder)
-        prepare_folder(study, tasks, folder, fresh=False, confirm=(lambda what: True) if args.yes else confirm)
+        for each in (folder, *[args.reuse] * (args.reuse is not None)):
+            refuse_alive(each)
+        allow = (lambda what: True) if args.yes else confirm
+        prepare_folder(study, tasks, folder, reuse=args.reuse, confirm=allow)
         if launched.exists():
             number = 1 + len(list(folder.glob("launch-*")))
             launched.rename(folder / f"launch-{number}")

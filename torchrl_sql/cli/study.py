@@ -30,14 +30,17 @@ def add_commands(commands: Any) -> None:
         "study", help="several runs, their seeds and evaluations, and the page about them", description=_study.__doc__
     )
     study.add_argument("name", metavar="STUDY", help="a name in configs/study/, or FILE.yaml")
-    add_seeds(study)
+    add_study_options(study)
     _add_options(study)
     study.set_defaults(run_command=_study)
 
 
-def add_seeds(parser: argparse.ArgumentParser) -> None:
-    """Adds ``--seeds``."""
+def add_study_options(parser: argparse.ArgumentParser) -> None:
+    """Adds ``--seeds`` and ``--reuse``."""
     parser.add_argument("--seeds", type=_numbers, metavar="0,1,...", help="of training (default: the study's)")
+    parser.add_argument(
+        "--reuse", type=Path, metavar="FOLDER", help="of another study: copy what it has made of the same settings"
+    )
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
@@ -91,6 +94,7 @@ def _quickstart(args: argparse.Namespace) -> None:
         args.seeds, args.overrides = [args.seed], [*args.overrides, f"collection.seed={args.seed}"]
     else:
         args.seeds = None
+    args.reuse = None
     _study(args)
 
 
@@ -106,18 +110,20 @@ def _study(args: argparse.Namespace) -> None:
     folder = args.out or RUNS / Path(args.name).stem
     tasks = plan_study(study, folder)
     if args.dry_run:
-        print(format_tasks(tasks))
+        print(format_tasks(tasks, reuse=args.reuse))
         return
-    try:
-        refuse_alive(folder)
-    except OSError as error:
-        print(f"Make sure yourself that no launched job of {folder} is left: {error}")
+    for each in (folder, *[args.reuse] * (args.reuse is not None)):
+        try:
+            refuse_alive(each)
+        except OSError as error:
+            print(f"Make sure yourself that no launched job of {each} is left: {error}")
     run_study(
         study,
         tasks,
         folder,
         num_jobs=args.jobs,
         fresh=args.fresh,
+        reuse=args.reuse,
         confirm=(lambda what: True) if args.yes else confirm,
         say=lambda line: print(line, flush=True),
     )

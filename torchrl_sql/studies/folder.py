@@ -6,6 +6,7 @@ import fcntl
 import os
 import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +25,7 @@ def run_study(
     *,
     num_jobs: int = 1,
     fresh: bool = False,
+    reuse: Path | None = None,
     confirm: Callable[[str], bool],
     say: Callable[[str], None] = lambda line: None,
 ) -> Path:
@@ -37,6 +39,8 @@ def run_study(
     Keyword Args:
         num_jobs (int): tasks at the same time.
         fresh (bool): delete what an earlier run of a study made there first.
+        reuse (Path, optional): another study's folder: what tasks of the same name, settings and inputs made there is
+            copied, not made again.
         confirm (callable): is asked before anything is deleted, with what and why.
         say (callable): is given a line of progress for people.
 
@@ -48,7 +52,7 @@ def run_study(
         KeyboardInterrupt: if it was stopped.
     """
     with owned(folder):
-        prepare_folder(study, tasks, folder, fresh=fresh, confirm=confirm)
+        prepare_folder(study, tasks, folder, fresh=fresh, reuse=reuse, confirm=confirm)
         say(f"{sum(map(Task.is_done, tasks))} of {len(tasks)} tasks of {folder} are done")
 
         def start(task: Task) -> Start:
@@ -65,7 +69,7 @@ def run_study(
     return folder / "report.html"
 
 
-def format_tasks(tasks: Sequence[Task]) -> str:
+def format_tasks(tasks: Sequence[Task], *, reuse: Path | None = None) -> str:
     """Every task with its state, its command and what it waits for, for people."""
     lines = []
     for task in tasks:
@@ -74,19 +78,30 @@ def format_tasks(tasks: Sequence[Task]) -> str:
         if task.is_done():
             assert record is not None
             state = f"done in {format_seconds(record['seconds'])}"
+            if record["copied_from"] is not None:
+                state += f", copied from {record['copied_from']}"
         elif change is not None:
             state = f"to do again: {change}"
         elif record is not None and record["seconds"] is None:
             state = "started"
+        elif reuse is not None and task.done_in(reuse):
+            state = f"to be copied from {reuse}"
         lines += [f"{task.name}: {state}", f"  {task.command}"]
         lines += [f"  after {', '.join(task.after)}"] * bool(task.after)
     return "\n".join(lines)
 
 
 def prepare_folder(
-    study: StudyConfig, tasks: Sequence[Task], folder: Path, *, fresh: bool, confirm: Callable[[str], bool]
+    study: StudyConfig,
+    tasks: Sequence[Task],
+    folder: Path,
+    *,
+    fresh: bool = False,
+    reuse: Path | None = None,
+    confirm: Callable[[str], bool],
 ) -> None:
-    """Makes room for what is to do, and writes ``study.yaml``. Nothing is deleted that no task recorded as its own.
+    """Makes room for what is to do, writes ``study.yaml`` and copies what is to be reused. Nothing is deleted that no
+    task recorded as its own.
 
     Args and errors as of :func:`run_study`.
     """
@@ -117,6 +132,35 @@ def prepare_folder(
             task.write_record(seconds=None)
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / STUDY_FILE, study.to_yaml())
+    if reuse is not None:
+        _copy_done(tasks, folder, reuse)
+
+
+def _copy_done(tasks: Sequence[Task], folder: Path, other: Path) -> None:
+    """Copies what tasks that were not begun here have made in another study's folder."""
+    if not (other / STUDY_FILE).exists():
+        raise ValueError(f"--reuse must be the folder of a study, but {other / STUDY_FILE} is not there")
+    if other.resolve() == folder.resolve():
+        raise ValueError(f"--reuse must be the folder of another study, got {other}")
+    with owned(other):
+        for task in tasks:
+            record = task.done_in(other)
+            if record is None or task.record() is not None:
+                continue
+            task.write_record(seconds=None)  # what an interrupted copy leaves is the study's own
+            for path in task.makes:
+                if (other / path).exists() and not (folder / path).exists():
+                    _copy(other / path, folder / path)
+            task.write_record(seconds=record["seconds"], copied_from=other)
+
+
+def _copy(source: Path, path: Path) -> None:
+    """Copies a file or folder; under its name there is never a part of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".copy-") as part:
+        copy = Path(part, path.name)
+        (shutil.copytree if source.is_dir() else shutil.copy2)(source, copy)
+        copy.rename(path)
 
 
 def _is_resolved(file: Path) -> bool:

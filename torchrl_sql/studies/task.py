@@ -70,14 +70,18 @@ class Task:
         """
         return read_record(self.record_file) if self.folder is not None and self.record_file.exists() else None
 
-    def write_record(self, *, seconds: float | None) -> None:
-        """Records that the task starts (``None``) or how long it took; tasks outside studies have no record."""
+    def write_record(self, *, seconds: float | None, copied_from: Path | None = None) -> None:
+        """Records that the task starts (``None``) or how long it took, and in which study's folder if not in this one;
+        tasks outside studies have no record.
+        """
         if self.folder is None:
             return
         self.record_file.parent.mkdir(parents=True, exist_ok=True)
         names = ("key", "settings", "inputs", "makes", "command")
         content = {name: getattr(self, name) for name in names}
         content |= {"seconds": seconds, "written": datetime.now(UTC).isoformat(timespec="seconds")}
+        if copied_from is not None:
+            content["copied_from"] = str(copied_from)
         write_text(self.record_file, json.dumps(content, indent=1) + "\n")
 
     def is_done(self) -> bool:
@@ -90,6 +94,19 @@ class Task:
             return False
         assert self.folder is not None
         return Path(self.folder, self.makes[0]).exists()
+
+    def done_in(self, other: Path) -> dict[str, Any] | None:
+        """The record of the same task in another study's folder: same name, settings and inputs; ``None`` if it is not
+        done there.
+
+        Raises:
+            ValueError: if the record is damaged.
+        """
+        file = other / "tasks" / f"{self.name}.json"
+        record = None if self.tolerant or not file.exists() else read_record(file)
+        if record is None or record["key"] != self.key or record["seconds"] is None or record["makes"] != self.makes:
+            return None
+        return record if (other / self.makes[0]).exists() else None
 
     def change(self) -> str | None:
         """Why what was made earlier does not count any more; ``None`` if it does, or nothing was made."""
@@ -114,6 +131,7 @@ def read_record(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         record = {key: content[key] for key in ("key", "settings", "inputs", "makes", "seconds")}
+        record["copied_from"] = content.get("copied_from")
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{file} must be the record of a task: {error!r}; delete it") from None
     folder = file.parents[1].resolve()
