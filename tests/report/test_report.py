@@ -27,7 +27,7 @@ from torchrl_sql.report import (
 )
 from torchrl_sql.report.caveats import caveats
 from torchrl_sql.report.context_tables import curve_table, protocol_table
-from torchrl_sql.report.figures.curves import line_plots, thinned
+from torchrl_sql.report.figures.curves import line_plots, thinned, training_plots
 from torchrl_sql.report.figures.look import colour, marker
 from torchrl_sql.report.findings import findings
 from torchrl_sql.report.score_tables import (
@@ -400,6 +400,25 @@ def test_long_training_curves_are_means_of_blocks():
     assert (len(steps), steps[0], steps[-1], set(values)) == (150, 0.5, 298.5, {2.0})
     short = dataclasses.replace(curve, gradient_steps=[0, 5], values=[1, 3])
     assert [list(x) for x in thinned(short)] == [[0, 5], [1, 3]]
+
+
+def test_twelve_agents_are_told_apart_and_leave_room_for_their_curves():
+    names = [f"agent_{chr(ord('a') + index)}" for index in range(12)]
+    curves = [
+        Curve(agent=name, label=name, metric="TD loss", seed=0, gradient_steps=[1, 2, 3], values=[3, 2, 1])
+        for name in names
+    ]
+    agents = [Agent(agent=name, label=name) for name in names]
+    rows = [row for name in names for row in episodes(name, "Pong", [1, 2])]
+    data = make(games=["Pong"], agents=agents, episodes=rows, curves=curves, game_data=(), clips=())
+    analysis = Analysis(data)
+    looks = {(colour(agent, analysis), marker(agent, analysis)) for agent in analysis.agents}
+    assert len(looks) == len(names)
+    (plot,) = training_plots(analysis)
+    plot.png()  # lays it out
+    (axes,) = plot.figure.axes
+    inches = axes.get_position().height * plot.figure.get_figheight()
+    assert inches > 1 and len(plot.figure.legends[0].texts) == len(names)
 
 
 # What limits the numbers is said

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator, NullLocator
 
 from torchrl_sql.report.analysis import ALL, Analysis, Line
-from torchrl_sql.report.figures.look import CAP_SIZE, STEPS, colour, point_style
+from torchrl_sql.report.figures.look import CAP_SIZE, STEPS, colour, marker, point_style
 from torchrl_sql.report.learning import GRADIENT_STEPS
 from torchrl_sql.report.model import Curve
 from torchrl_sql.report.style import COLOURS, SMALL_WIDTH, WIDTH, Plot, new_figure
@@ -22,6 +22,8 @@ from torchrl_sql.statistics.scores import Array
 PANELS_IN_ONE_PLOT = 10
 MAX_POINTS = 150
 """Of a training curve; longer ones are shown as means of so many blocks."""
+LABELS_INSIDE = 4
+"""As many labels leave room for the lines of a small plot; more are beside them, and lines have markers."""
 WIDE_AXIS = 8
 """Where the ends of an axis are so many times apart, it is logarithmic."""
 
@@ -129,7 +131,9 @@ def training_plots(analysis: Analysis) -> list[Plot]:
 
 def _metric_plot(analysis: Analysis, index: int, metric: str) -> Plot:
     curves = [curve for curve in analysis.data.curves if curve.metric == metric]
-    figure, axes = new_figure(2.1, width=SMALL_WIDTH)
+    num_labels = len({curve.label for curve in curves})
+    legend_rows = 0 if num_labels <= LABELS_INSIDE else -(-num_labels // 2)
+    figure, axes = new_figure(2.1 + 0.17 * legend_rows, width=SMALL_WIDTH)
     labelled: set[str] = set()
     for curve in curves:
         agent = next((agent for agent in analysis.data.agents if agent.agent == curve.agent), None)
@@ -138,13 +142,17 @@ def _metric_plot(analysis: Analysis, index: int, metric: str) -> Plot:
             steps, values, color=colour(agent, analysis),
             linewidth=1.5 if len(curves) <= 2 else 1.1, alpha=1.0 if len(curves) <= 2 else 0.8,
             label=None if curve.label in labelled else curve.label,
+            marker=marker(agent, analysis) if legend_rows and agent is not None else None, markersize=3,
+            markevery=max(1, len(steps) // 4),
         )  # fmt: skip
         labelled.add(curve.label)
     axes.set_title(metric)
     _set_axis(axes, GRADIENT_STEPS, steps=True)
     axes.yaxis.set_major_locator(MaxNLocator(5, steps=STEPS))
     axes.tick_params(axis="y", labelsize=8.5, labelcolor=COLOURS["muted"][0])
-    if len(labelled) > 1:
+    if legend_rows:
+        figure.legend(loc="outside lower left", ncols=2)
+    elif num_labels > 1:
         axes.legend()
     else:
         axes.set_title(curves[0].label, loc="right", color=COLOURS["muted"][0], fontsize=8.5)

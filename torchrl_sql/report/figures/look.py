@@ -65,7 +65,8 @@ def _palettes(analysis: Analysis) -> list[tuple[tuple[str, ...], list[Agent]]]:
 def marker(agent: Agent, analysis: Analysis) -> str:
     """Tells apart the agents of one colour, and colours where they alone could fail."""
     groups = [agents for _, agents in _palettes(analysis)]
-    return next(("os^Dv"[(place + agents.index(agent)) % 5] for place, agents in enumerate(groups) if agent in agents))
+    place, agents = next((place, agents) for place, agents in enumerate(groups) if agent in agents)
+    return "os^Dv"[(place + place // 5 + agents.index(agent)) % 5]  # the other colours come again after five
 
 
 def point_style(agent: Agent, analysis: Analysis) -> dict[str, Any]:
