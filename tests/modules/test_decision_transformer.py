@@ -120,6 +120,7 @@ def test_batch_shapes():
     assert together["action_logits"].shape == (2, 3, 4, 18) and together["return_logits"].shape == (2, 3, 121)
     assert together["reward_logits"].shape == (2, 3, 4, 4) and together["reward_token"].shape == (2, 3, 4)
     torch.testing.assert_close(together[1, 2], network(batch[1, 2]))
+    assert network(batch[:0])["action_logits"].shape == (0, 3, 4, 18)
 
 
 @pytest.mark.parametrize("key", ["observation", "action", "return_to_go", ("next", "reward"), ("next", "terminated")])
@@ -130,10 +131,22 @@ def test_refuses_windows_of_another_length(key):
         tiny()(batch)
 
 
-@pytest.mark.parametrize("kwargs", [{"width": 96}, {"num_layers": 0}, {"num_steps": 0}, {"patch_size": 10}], ids=str)
+@pytest.mark.parametrize(
+    "kwargs", [{"width": 96}, {"num_layers": 0}, {"num_steps": 0}, {"patch_size": 10}, {"dropout": 1.0}], ids=str
+)
 def test_refuses_sizes_that_do_not_fit(kwargs):
     with pytest.raises(ValueError, match=next(iter(kwargs))):
         tiny(**kwargs)
+
+
+def test_features_are_of_the_last_step_that_is_no_padding():
+    network, batch = tiny().eval(), windows(3)
+    batch["mask"] = torch.tensor([[True] * 4, [True, True, False, False], [True] + [False] * 3])
+    inputs = [batch[key] for key in network.in_keys]
+    features = network.module.features(*inputs, mask=batch["mask"])
+    logits = network(batch)["action_logits"]
+    for row, last in enumerate((3, 1, 0)):
+        torch.testing.assert_close(network.module.action_head(features[row]), logits[row, last])
 
 
 def test_initial_weights_are_the_notebooks():
@@ -170,6 +183,9 @@ def test_returns_by_hand():
     # Of 128 draws none is 100 with probability F^128, F = (0.5^0.75 + 0.25^0.75) / (0.5^0.75 + 2 * 0.25^0.75).
     below = (0.5**0.75 + 0.25**0.75) / (0.5**0.75 + 2 * 0.25**0.75)
     assert [chosen("expert_128", u) for u in (0.99 * below**128, 1.01 * below**128)] == [1, 120]
+    assert chosen("expert_128", 1 - 2**-53) == 120  # whose 128th root rounds to 1
+    nearly_one = torch.tensor([1 - 2**-24])
+    assert policy("expert_128").choose_return(logits, nearly_one).item() == 120
 
 
 def test_the_largest_of_128_draws_has_their_distribution():
@@ -225,6 +241,9 @@ def test_decodings_that_need_what_is_not_there():
     play = DecisionTransformerPolicy(cloning, ["Pong"], decoding="sampled")
     assert "return_uniform" not in play.in_keys
     assert play(acting(windows(5)).exclude("return_uniform"))["action"].shape == (5,)
+    for key in ("uniform", "return_uniform"):
+        with pytest.raises(KeyError, match=key):
+            policy("expert")(acting(windows(5)).exclude(key))
     torch.nn.init.constant_(cloning.module.action_head.bias, torch.nan)
     with pytest.raises(FloatingPointError, match="must be finite"):
         play(acting(windows(5)))

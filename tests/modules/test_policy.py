@@ -73,6 +73,14 @@ def test_value_of_a_distribution_is_its_expectation():
     torch.testing.assert_close(NetworkPolicy(actor, GAMES)(state)["action_value"], expected)
 
 
+def test_a_policy_moves_with_all_it_needs():
+    actor = make_q_actor(GAMES, encoder="resnet_small", num_atoms=3, v_min=-1.0, v_max=2.0).eval()
+    policy = NetworkPolicy(actor, GAMES).to("meta")
+    for module in policy.modules():
+        assert not [name for name, value in vars(module).items() if isinstance(value, torch.Tensor)]
+    assert {value.device.type for value in [*policy.parameters(), *policy.buffers()]} == {"meta"}
+
+
 def test_outputs_that_are_not_finite_are_refused():
     with pytest.raises(FloatingPointError, match="must be finite, got NaN or infinity"):
         NetworkPolicy(logits_actor([0.0] * 17 + [float("nan")]), GAMES)(batch())

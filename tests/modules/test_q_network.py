@@ -96,6 +96,12 @@ def test_scalar_heads_and_leading_dimensions(batch_shape, mask):
     torch.testing.assert_close(out["action_value"].reshape(-1, 51, 18), flat["action_value"], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("encoder", ["resnet_small", "nature"])
+def test_a_batch_of_nothing(encoder):
+    out = make_q_actor(GAME_NAMES, encoder=encoder, mask_illegal_actions=True)(states(0))
+    assert out["action_value"].shape == (0, 51, 18) and out["action"].shape == (0,)
+
+
 def test_flatten_pooling_is_dqns_network():
     actor = make_q_actor(1, encoder="nature", pooling="flatten", num_atoms=None, feature_norm=False)
     # Mnih et al. 2015 with 18 actions.

@@ -52,6 +52,13 @@ def test_keys_weights_and_dispatch(make_actor, make_batch):
     torch.testing.assert_close(loss(batch)["loss_bc"], plain * batch["weight"])
 
 
+def test_dispatch_guesses_no_batch_size():
+    actor = QValueActor(nn.Linear(1, 3), spec=Categorical(3))
+    observation, action = torch.randn(5, 1), torch.zeros(5, 1, dtype=torch.int64)  # [5, 1] is no batch size
+    loss, _ = DiscreteBCLoss(actor)(observation=observation, action=action)
+    torch.testing.assert_close(loss, F.cross_entropy(actor.module[0](observation), action.squeeze(-1)))
+
+
 # tensordict 0.14 reads a setting that torch 2.13 has retired.
 @pytest.mark.filterwarnings("ignore:torch._dynamo.config.inline_inbuilt:FutureWarning")
 def test_on_the_multi_game_actor_compiled():

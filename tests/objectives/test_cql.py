@@ -380,6 +380,8 @@ def test_refuses_actors(make_actor):
         DistributionalCQLLoss(table_actor(2, torch.ones(5)))
     with pytest.raises(ValueError, match="not an accepted tensordict key"):
         make_loss(make_actor()).set_keys(observation="pixels")
+    with pytest.raises(ValueError, match="feature_norm must be a key that the network writes"):
+        make_loss(make_actor()).set_keys(feature_norm="typo")
 
 
 def test_refuses_batches(make_actor, make_batch):

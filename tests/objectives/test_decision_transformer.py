@@ -52,6 +52,22 @@ def test_by_hand():
     )
 
 
+def test_keys_that_the_network_does_not_write_are_refused():
+    loss = DecisionTransformerLoss(table())
+    with pytest.raises(ValueError, match=r"return_logits must be a key that the network writes \(.*\), got 'typo'"):
+        loss.set_keys(return_logits="typo")
+    loss = DecisionTransformerLoss(table(3))
+    loss.set_keys(mask="known")
+    assert "loss_return" not in loss.out_keys
+
+
+def test_its_mode_is_that_of_the_network():
+    network = make_decision_transformer(width=64, num_layers=1, dropout=0.5)
+    loss = DecisionTransformerLoss(network)
+    assert not loss.eval().training and not network.module.blocks[0].dropout.training
+    assert loss.train().training and network.module.blocks[0].dropout.training
+
+
 def test_averaged_over_classes_too():
     plain, averaged = (DecisionTransformerLoss(table(), class_averaged=flag)(batch()) for flag in (False, True))
     for name, num_classes in (("action", 2), ("reward", 3), ("return", 4)):

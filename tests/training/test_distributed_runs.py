@@ -145,8 +145,9 @@ def test_a_signal_to_a_rank_that_waits_stops_the_evaluation_of_rank_0(runs):
     assert [row.gradient_step for row in rows] == [4] * 4 + [8] * 4
 
 
-def test_random_states_of_every_rank_are_kept(runs):
+def test_random_states_of_every_rank_are_kept_and_differ(runs):
     assert [len(runs.state(name)["rng"]) for name in ("one", "two", "four")] == [1, 2, 4]
+    assert len({state.numpy().tobytes() for state in runs.state("four")["rng"]}) == 4
 
 
 def test_damaged_checkpoints_stop_every_rank_with_the_same_words(runs):

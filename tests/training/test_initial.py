@@ -114,15 +114,17 @@ def test_transformers_start_from_transformers(make_config):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        (["model.encoder=resnet_tiny"], "init.load=encoder needs model.encoder=resnet_small as in .*, got resnet_t"),
+        (["model.num_groups=1"], r"needs model.num_groups=32 as in .*, got 1: the same weights would compute"),
+        (["model.center_input=false"], "needs model.center_input=True as in .*, got False"),
+        (["init.load=all", "model.pooling=average"], "needs model.pooling=spatial_embedding as in .*, got average"),
+        (["init.load=all", "model.feature_norm=false"], "needs model.feature_norm=True as in .*, got False"),
+        (["init.load=all", "model.logit_scale=null"], r"needs model.logit_scale=learned as in .*, got 1\.0"),
+        (["init.load=all", "model.learn_logit_scale=false"], r"needs model.logit_scale=learned as in .*, got 30\.0"),
         (
-            ["model.encoder=resnet_tiny"],
-            r"network of the same sizes, got others: 0\.weight \(\[8, 4, 8, 8\] here, \[16, 4, 8, 8\] there\), .* and "
-            r"\d+ more; give this run the model settings",
-        ),
-        (["model.encoder=nature"], r"0\.bias \(\[32\] here, absent there\)"),
-        (
-            ["init.load=all", "model.pooling=average"],
-            r"heads\.weight of Breakout \(\[918, 32\] here, \[918, 256\] there\)",
+            ["init.load=all", "model.num_embeddings=4"],
+            r"network of the same sizes, got others: .*\(\[4, .* here, \[8, .* there\), .*; give this run the model "
+            "settings",
         ),
         (
             ["init.load=all", "method=cql_mse"],

@@ -156,6 +156,8 @@ class QNetworkConfig(ModelConfig):
     """An encoder of stacked frames: arguments of :func:`torchrl_sql.modules.make_q_actor`."""
 
     choices = "q_network, small"
+    encoder_settings: ClassVar[tuple[str, ...]] = ("encoder", "num_groups", "center_input")
+    """Settings by which encoders of equal weights differ."""
 
     encoder: str = MISSING
     """A name in :data:`torchrl_sql.modules.ENCODERS`; building the network, before data is opened, refuses others."""
@@ -192,7 +194,7 @@ class TransformerConfig(ModelConfig):
     num_layers: int = setting(at_least(1))
     patch_size: int = setting(at_least(1))
     """Side of a patch in pixels, a divisor of 84."""
-    dropout: float = setting(probability)
+    dropout: float = setting(Bound(lambda value: 0 <= value < 1, "in [0, 1)"))
     """On both branches of a block."""
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
-from torch import nn
+from torch import Tensor, nn
 from torchrl.objectives import LossModule
 
 from torchrl_sql.config import DataConfig, DecisionTransformerConfig, ModelConfig, SequenceConfig, TransformerConfig
@@ -48,6 +49,12 @@ class TransformerCloning(Method):
     def loss(self, network: nn.Module) -> LossModule:
         """Cross-entropies of what the tokens predict."""
         return DecisionTransformerLoss(network, class_averaged=self.settings.class_averaged)
+
+    def features(self, network: nn.Module, batch: TensorDictBase) -> Tensor:
+        """Of each window's last step, padding aside."""
+        module: Any = network
+        features: Tensor = module.module.features(*(batch[key] for key in module.in_keys), mask=batch["mask"])
+        return features
 
     def replay(self, data: DataConfig, store: FrameStore, **options: Any) -> OfflineAtariReplay:
         """Windows of steps; ``data.n_steps`` has no meaning for them."""

@@ -100,6 +100,8 @@ class DecisionTransformer(nn.Module):
             raise ValueError(f"num_layers and num_steps must be at least 1, got {num_layers} and {num_steps}")
         if patch_size < 1 or any(side % patch_size for side in FRAME_SHAPE):
             raise ValueError(f"patch_size must divide the frame's {FRAME_SHAPE}, got {patch_size}")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1), got {dropout}")
         self.num_steps = num_steps
         self.return_token = return_token
         self.num_patches = math.prod(side // patch_size for side in FRAME_SHAPE)
@@ -174,12 +176,19 @@ class DecisionTransformer(nn.Module):
         reward: Tensor,
         terminated: Tensor,
         return_to_go: Tensor | None = None,
+        *,
+        mask: Tensor,
     ) -> Tensor:
-        """What the last step's action is predicted from, ``[*B, D]``; arguments as of the network."""
+        """What the action of a window's last step is predicted from, ``[*B, D]``.
+
+        Arguments as of the network; of the steps, those count that ``mask`` ``[*B, K]`` marks, the first ones.
+        """
         batch_shape = self._check_shapes(observation, action, reward, terminated, return_to_go)
         reward_token = encode_reward(reward, terminated).squeeze(-1)
         x_BKTD = self._outputs(observation, action, reward_token, return_to_go, batch_shape)
-        return x_BKTD[..., -1, self._before_action, :]
+        x_BKD = x_BKTD[..., self._before_action, :]
+        last = (mask.sum(-1) - 1).clamp_min(0)[..., None, None].expand(*batch_shape, 1, x_BKD.shape[-1])
+        return x_BKD.gather(-2, last).squeeze(-2)
 
     @property
     def _before_action(self) -> int:
@@ -195,17 +204,17 @@ class DecisionTransformer(nn.Module):
         batch_shape: torch.Size,
     ) -> Tensor:
         """Of all tokens, ``[*B, K, T, D]``."""
-        num_windows = math.prod(batch_shape)
+        num_windows, width = math.prod(batch_shape), self.position.shape[-1]
         tokens = [
-            self._embed_frames(observation).reshape(num_windows, self.num_steps, self.num_patches, -1),
-            self.actions(action).reshape(num_windows, self.num_steps, 1, -1),
-            self.rewards(reward_token).reshape(num_windows, self.num_steps, 1, -1),
+            self._embed_frames(observation).reshape(num_windows, self.num_steps, self.num_patches, width),
+            self.actions(action).reshape(num_windows, self.num_steps, 1, width),
+            self.rewards(reward_token).reshape(num_windows, self.num_steps, 1, width),
         ]
         if self.returns is not None and return_to_go is not None:
-            tokens.insert(1, self.returns(encode_return(return_to_go)).reshape(num_windows, self.num_steps, 1, -1))
+            tokens.insert(1, self.returns(encode_return(return_to_go)).reshape(num_windows, self.num_steps, 1, width))
         x_BLD = (torch.cat(tokens, dim=2).flatten(1, 2) + self.position) * self.visible.unsqueeze(-1)
         x_BKTD = self._transform(x_BLD, self.attended).unflatten(1, (self.num_steps, self.tokens_per_step))
-        return x_BKTD.reshape(*batch_shape, self.num_steps, self.tokens_per_step, -1)
+        return x_BKTD.reshape(*batch_shape, *x_BKTD.shape[1:])
 
     def predict_return(self, frame: Tensor) -> Tensor:
         """``return_logits`` ``[B, 121]`` of windows that begin with these frames ``[B, 84, 84]`` uint8.
@@ -287,8 +296,8 @@ def make_decision_transformer(
 ) -> TensorDictModule:
     """Makes the network as a TensorDict module for :class:`torchrl_sql.objectives.DecisionTransformerLoss`.
 
-    The published sizes, as (width, layers): (512, 4) is called 10M and has 12.9M parameters, (768, 6) is called 40M and
-    has 43.1M, (1280, 10) is called 200M and has 197.9M. For the arguments see :class:`DecisionTransformer`.
+    The published sizes, as (width, layers): (512, 4) is called 10M and has 13.0M parameters, (768, 6) is called 40M and
+    has 43.0M, (1280, 10) is called 200M and has 197.6M. For the arguments see :class:`DecisionTransformer`.
 
     Returns:
         A module that reads the windows of :class:`torchrl_sql.data.AtariSequenceStorage` and writes the network's
@@ -359,8 +368,9 @@ class DecisionTransformerPolicy(TensorDictModuleBase):
         kappa (float): how strongly ``"expert"`` prefers high returns.
 
     Raises:
-        ValueError: for an unknown decoding, one that needs returns without return tokens and, when acting, for outputs
-            that are not finite.
+        ValueError: for an unknown decoding, or one that needs returns without return tokens.
+        FloatingPointError: when acting, for outputs that are not finite.
+        KeyError: when acting, for numbers to draw with that the batch lacks.
     """
 
     out_keys: ClassVar[list[NestedKey]] = ["action", "action_value"]
@@ -404,12 +414,14 @@ class DecisionTransformerPolicy(TensorDictModuleBase):
         inputs.append(torch.zeros_like(inputs[-1], dtype=torch.bool))  # nothing comes after the end of a game
         if self.network.return_token:
             return_logits = self.network.predict_return(context["observation"][:, 0])
-            token = self.choose_return(check_outputs(return_logits), tensordict.get("return_uniform", None))
+            uniform = None if self.decoding == "greedy" else tensordict["return_uniform"]
+            token = self.choose_return(check_outputs(return_logits), uniform)
             inputs.append((token + LOWEST_RETURN).unsqueeze(-1).expand_as(context["action"]))
         present = (context["mask"].sum(-1) - 1).clamp_min(0)  # rows without a step only fill the batch
         action_logits = self.network(*inputs)[0]
         logits_BA = check_outputs(action_logits[torch.arange(len(present), device=present.device), present])
-        tensordict["action"] = self.choose_action(logits_BA, tensordict["game_id"], tensordict.get("uniform", None))
+        uniform = None if self.decoding == "greedy" else tensordict["uniform"]
+        tensordict["action"] = self.choose_action(logits_BA, tensordict["game_id"], uniform)
         tensordict["action_value"] = logits_BA
         return tensordict
 
@@ -423,7 +435,8 @@ class DecisionTransformerPolicy(TensorDictModuleBase):
             tilt = torch.linspace(0, self.kappa, NUM_RETURNS, dtype=torch.float64, device=logits_BR.device)
             return sample_index((logits_BR + tilt).softmax(-1), uniform_B)
         if self.decoding == "expert_128":
-            return sample_index((self.return_temperature * logits_BR).softmax(-1), uniform_B ** (1 / self.num_draws))
+            largest_B = (uniform_B.double() ** (1 / self.num_draws)).clamp_max(1 - 2**-53)  # a power may round to 1
+            return sample_index((self.return_temperature * logits_BR).softmax(-1), largest_B)
         return sample_index(logits_BR.softmax(-1), uniform_B)
 
     def choose_action(self, logits_BA: Tensor, game_id_B: Tensor, uniform_B: Tensor | None) -> Tensor:

@@ -45,7 +45,7 @@ class NetworkPolicy(TensorDictModuleBase):
         self.actor = actor
         self.spec = actor.spec
         self.decoding = decoding
-        self.support = actor.support if isinstance(actor, DistributionalQValueActor) else None
+        self.is_distributional = isinstance(actor, DistributionalQValueActor)
         device = next(actor.parameters()).device
         self.register_buffer("legal", legal_action_mask(games).to(device), persistent=False)
 
@@ -56,8 +56,8 @@ class NetworkPolicy(TensorDictModuleBase):
         outputs = network.module(*(tensordict[key] for key in network.in_keys))
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         value_BA = outputs[network.out_keys.index("action_value")]
-        if self.support is not None:
-            value_BA = (value_BA.log_softmax(-2).exp() * self.support.unsqueeze(-1)).sum(-2)
+        if self.is_distributional:
+            value_BA = (value_BA.log_softmax(-2).exp() * self.actor.support.unsqueeze(-1)).sum(-2)
         check_outputs(value_BA)
         legal_BA = self.legal[tensordict["game_id"]]
         preference_BA = value_BA.double().masked_fill(~legal_BA, -torch.inf)

@@ -159,16 +159,18 @@ class MultiGameQNetwork(nn.Module):
         out = (
             self.heads(scaled, head).reshape(*batch_shape, *self.output_shape),
             norm.detach().reshape(*batch_shape, 1),
-            features.reshape(*batch_shape, -1),
+            features.reshape(*batch_shape, features.shape[-1]),
         )
         if self.legal_actions is None:
             return out
-        return (*out, self.legal_actions[game_id].reshape(*batch_shape, -1))
+        legal = self.legal_actions[game_id]
+        return (*out, legal.reshape(*batch_shape, legal.shape[-1]))
 
     def features(self, observation: Tensor, game_id: Tensor | None = None) -> Tensor:
         """The third output alone: ``[*B, D]``, before normalization."""
         batch_shape, game_id = self._check_shapes(observation, game_id)
-        return self._features(observation, game_id).reshape(*batch_shape, -1)
+        features = self._features(observation, game_id)
+        return features.reshape(*batch_shape, features.shape[-1])
 
     def _features(self, observation: Tensor, game_id_B: Tensor) -> Tensor:
         """``[B, D]`` of observations ``[*B, ...]``."""

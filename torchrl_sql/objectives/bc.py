@@ -97,7 +97,7 @@ class DiscreteBCLoss(LossModule):
     @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDict:
         keys, network = self.tensor_keys, self.actor_network
-        inputs = TensorDict({key: tensordict[key] for key in network.in_keys}, tensordict.batch_size)
+        inputs = TensorDict({key: tensordict[key] for key in network.in_keys})  # dispatch can only guess a batch size
         logits = action_values(network, self.actor_network_params, inputs, keys.action_value)
         batch_shape = logits.shape[:-1]
         action = action_index(tensordict[keys.action], logits.shape[-1], batch_shape, network.action_space)

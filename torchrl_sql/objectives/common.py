@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase, TensorDictParams, unravel_key
+from tensordict.nn import TensorDictModule
 from torch import Tensor
 from torchrl.modules import DistributionalQValueActor, QValueActor
 from torchrl.objectives import LossModule
@@ -106,6 +107,16 @@ def action_index(action: Tensor, num_actions: int, batch_shape: torch.Size, acti
         f"{action_space} action must be {expected} with *B={tuple(batch_shape)} and of integers, "
         f"got {tuple(action.shape)} of {action.dtype}"
     )
+
+
+def check_written(
+    loss: LossModule, network: TensorDictModule, outputs: Sequence[str], given: Mapping[str, NestedKey | None]
+) -> None:
+    """Raises ``ValueError`` where ``set_keys`` was given a key for an output that the network does not write."""
+    for name in outputs:
+        key = getattr(loss.tensor_keys, name)
+        if given.get(name) is not None and key not in network.out_keys:
+            raise ValueError(f"{name} must be a key that the network writes ({network.out_keys}), got {key!r}")
 
 
 def priority_weights(loss: LossModule, tensordict: TensorDictBase, batch_shape: torch.Size) -> Tensor | None:

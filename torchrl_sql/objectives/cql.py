@@ -20,6 +20,7 @@ from torchrl_sql.objectives.common import (
     check_actor,
     check_kept,
     check_reduction,
+    check_written,
     mask_illegal,
     mean_over_batch,
     next_inputs,
@@ -90,7 +91,7 @@ class DistributionalCQLLoss(LossModule):
     ``steps_to_next_obs`` ``[*B, 1]`` or ``[*B]`` integers (1 if absent); optional ``priority_weight`` ``[*B]``.
 
     Writes: ``td_error`` ``[*B, 1]`` into its input, each sample's TD loss, as priority;
-    in place where the batch is locked.
+    in place where the batch is locked, which must have the entry then.
 
     Returns:
         ``loss_qvalue`` and ``loss_cql`` (already weighted: the objective is their sum); detached means over the batch
@@ -237,6 +238,11 @@ class DistributionalCQLLoss(LossModule):
             check_number("gamma", float(gamma), 0, 1)
             self.gamma.fill_(gamma)
         return self
+
+    def set_keys(self, **kwargs: NestedKey) -> None:
+        """As TorchRL's; raises ``ValueError`` for a ``feature_norm`` that the network does not write."""
+        super().set_keys(**kwargs)
+        check_written(self, self.value_network, ["feature_norm"], kwargs)
 
     def _forward_value_estimator_keys(self, **kwargs: NestedKey) -> None:
         """Nothing to forward: the one-step (or n-step) target is computed here."""

@@ -10,14 +10,15 @@ from tensordict.nn import TensorDictModule, dispatch
 from torch import Tensor
 from torchrl.objectives import LossModule
 
-from torchrl_sql.objectives.common import check_reduction, priority_weights
+from torchrl_sql.objectives.common import check_reduction, check_written, priority_weights
 
 
 class DecisionTransformerLoss(LossModule):
     """Mean of the cross-entropies of return, actions and rewards (without return tokens, of the latter two).
 
-    Of the return only the window's first step counts. Padded steps count as zero loss: every stored step weighs the
-    same, and microbatches add up to their batch.
+    Of the return only the window's first step counts. Padded steps count as zero loss, so that microbatches add up to
+    their batch, and every stored step weighs the same in windows that begin at each, but for an episode's first
+    ``K - 1``, which are in fewer.
 
     Args:
         actor_network (TensorDictModule): writes ``action_logits``, ``reward_logits``, ``reward_token`` and maybe
@@ -77,6 +78,18 @@ class DecisionTransformerLoss(LossModule):
         self.reduction = reduction or "mean"
         self.use_prioritized_weights = use_prioritized_weights
         self.convert_to_functional(actor_network, "actor_network", create_target_params=False)
+
+    def set_keys(self, **kwargs: NestedKey) -> None:
+        """As TorchRL's; raises ``ValueError`` for outputs that the network does not write."""
+        super().set_keys(**kwargs)
+        outputs = ("action_logits", "reward_logits", "reward_token", "return_logits", "return_token")
+        check_written(self, self.actor_network, outputs, kwargs)
+
+    def train(self, mode: bool = True) -> DecisionTransformerLoss:
+        """Switches the network's dropout too: the network is not one of the loss's modules."""
+        super().train(mode)
+        self.actor_network.train(mode)
+        return self
 
     def _forward_value_estimator_keys(self, **kwargs: NestedKey) -> None:
         """Nothing to forward: there is no value target."""

@@ -71,7 +71,7 @@ class MaskedAutoencodingLoss(LossModule):
     @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDict:
         keys = self.tensor_keys
-        inputs = TensorDict({key: tensordict[key] for key in self.in_keys}, tensordict.batch_size)
+        inputs = TensorDict({key: tensordict[key] for key in self.in_keys})  # dispatch can only guess a batch size
         with self.actor_network_params.to_module(self.actor_network, preserve_module_state=False):
             self.actor_network(inputs)
         target = inputs[keys.target].detach()

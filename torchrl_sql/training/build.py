@@ -9,6 +9,7 @@ from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torchrl.objectives import LossModule
@@ -114,6 +115,8 @@ def build_trainer(
         freeze_encoder(network)
     network.to(device)
     loss = method.loss(network).to(device)
+    if ranks.rank:  # masks and dropout are drawn for each rank's own samples
+        torch.manual_seed(int(np.random.SeedSequence([config.seed, ranks.rank]).generate_state(1)[0]))
     options: dict[str, Any] = {
         "seed": config.seed,
         "rank": ranks.rank,

@@ -43,7 +43,8 @@ def load_initial(network: nn.Module, config: RunConfig, ranks: Ranks) -> tuple[s
 
     Raises:
         CheckpointError: if the file is damaged or of another format.
-        ConfigError: if the networks differ, with the names and shapes of what does; or if ``init.sha256`` is another's.
+        ConfigError: if the networks differ, with the settings, or the names and shapes, of what does; or if
+            ``init.sha256`` is another's.
         FileNotFoundError: if there is no such file.
     """
     path = expand_path(config.init.policy or "")
@@ -63,6 +64,7 @@ def load_initial(network: nn.Module, config: RunConfig, ranks: Ranks) -> tuple[s
             "init.load=encoder starts with new ones"
         )
     before = run_config_from_yaml(source["config"], source=f"the configuration in {path}")
+    _check_same_function(config, before, path)
     ours, theirs = network.state_dict(), source["weights"]
     if config.init.load == "encoder":
         here, there = _encoder(ours), _encoder(theirs)
@@ -106,6 +108,31 @@ def freeze_encoder(network: nn.Module) -> None:
         raise ConfigError("init.freeze must be false with a network that has no encoder of stacked frames, got true")
     for parameter in frozen:
         parameter.requires_grad_(False)
+
+
+def _check_same_function(ours: RunConfig, theirs: RunConfig, path: object) -> None:
+    """Raise where weights of the same names and shapes would compute something else."""
+    here, there = ours.model, theirs.model
+    if not isinstance(here, QNetworkConfig) or not isinstance(there, QNetworkConfig):
+        return
+    settings = {key: (getattr(here, key), getattr(there, key)) for key in QNetworkConfig.encoder_settings}
+    if ours.init.load == "all":
+        settings["pooling"] = here.pooling, there.pooling
+        settings["feature_norm"] = here.feature_norm, there.feature_norm
+        settings["logit_scale"] = _fixed_scale(here), _fixed_scale(there)
+    for key, (value, other) in settings.items():
+        if value != other:
+            raise ConfigError(
+                f"init.load={ours.init.load} needs model.{key}={other} as in {path}, got {value}: the same weights "
+                "would compute something else"
+            )
+
+
+def _fixed_scale(model: QNetworkConfig) -> float | str:
+    """What normalized features are multiplied with, unless it is one of the weights."""
+    if model.logit_scale is None:
+        return 1.0
+    return "learned" if model.learn_logit_scale else model.logit_scale
 
 
 def _encoder(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
