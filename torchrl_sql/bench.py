@@ -280,12 +280,7 @@ def _interpolate(step_seconds: Mapping[int, float], samples: int) -> float:
     sizes = sorted(step_seconds)
     if samples > sizes[-1]:
         raise ValueError(f"step_seconds must be known for {samples} samples or more, got up to {sizes[-1]}")
-    above = next(size for size in sizes if size >= samples)
-    below = max((size for size in sizes if size <= samples), default=above)
-    if above == below:
-        return step_seconds[above]
-    share = (samples - below) / (above - below)
-    return (1 - share) * step_seconds[below] + share * step_seconds[above]
+    return float(np.interp(samples, sizes, [step_seconds[size] for size in sizes]))
 
 
 def format_measurements(measured: Measurements) -> str:

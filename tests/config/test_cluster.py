@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from torchrl_sql.config import ConfigError
+from torchrl_sql.config import ConfigError, list_choices
 from torchrl_sql.config.cluster import (
     compose_cluster_config,
-    list_profiles,
     override_cluster_config,
     split_overrides,
 )
@@ -19,7 +18,7 @@ def test_a_shipped_profile():
     assert config.signal_delay_seconds == 120
 
 
-@pytest.mark.parametrize("name", list_profiles())
+@pytest.mark.parametrize("name", list_choices("cluster"))
 def test_every_shipped_profile_composes(name):
     assert compose_cluster_config([f"cluster={name}"]).nodes >= 1
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from torchrl_sql.config import ConfigError
-from torchrl_sql.config.study import find_study, list_studies, load_study
+from torchrl_sql.config import ConfigError, list_choices
+from torchrl_sql.config.study import find_study, load_study
 
 STUDY = """
 title: T
@@ -89,8 +89,8 @@ def test_mistakes_are_named(read, old, new, message):
 
 
 def test_every_study_of_the_project_can_be_read():
-    assert "quickstart" in list_studies()
-    for name in list_studies():
+    assert "quickstart" in list_choices("study")
+    for name in list_choices("study"):
         assert load_study(find_study(name), store="store").runs
 
 

@@ -235,6 +235,16 @@ def test_a_store_that_somebody_writes_is_left_as_it_is(tmp_path):
     writing.close()
 
 
+def test_of_several_games_the_one_that_somebody_writes_is_named(tmp_path):
+    store = growing(tmp_path)
+    store.open()
+    store.close()
+    for game in GAMES:
+        writing = store.store.writer(game, source="a test", behaviours=["agent"], labels=["step"])
+        with writing, pytest.raises(BlockingIOError, match=f"store/{game}/.* is open in another writer"):
+            growing(tmp_path).open()
+
+
 def test_one_refusal_leaves_all_games_as_they_are(tmp_path):
     options = {"source": "a test", "labels": ["step"], "shard_frames": 40}
     ours = GrowingStore(tmp_path / "store", ["Pong"], about={"played_by": 1}, **options)

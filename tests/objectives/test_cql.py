@@ -325,23 +325,6 @@ def test_bf16_autocast(make_actor, make_batch, target):
     total(out).backward()
 
 
-def test_finite_check_names_the_key(make_actor, make_batch):
-    loss, batch = make_loss(make_actor()), make_batch()
-    loss.check_finite = True
-    loss(batch)
-    bad = batch.clone()
-    bad["next", "reward"][3] = torch.nan
-    with pytest.raises(ValueError, match=r"\('next', 'reward'\) must be finite, got 1 non-finite of 32"):
-        loss(bad)
-    for key, name in (("observation", "'action_value'"), (("next", "observation"), r"\('next', 'action_value'\)")):
-        bad = batch.clone()
-        bad[key][5] = torch.inf
-        with pytest.raises(ValueError, match=f"{name} must be finite"):
-            loss(bad)
-    loss.check_finite = False
-    loss(bad)
-
-
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
@@ -645,20 +628,6 @@ def test_features_are_returned_to_whoever_asks():
     encoder, heads = actor.module[0].module.encoder, actor.module[0].module.heads
     assert all(parameter.grad.any() for parameter in encoder.parameters()) and heads.weight.grad is None
     assert "features" not in make_loss(actor)(batch)
-
-
-def test_an_ensemble_is_one_loss_per_member(make_actor, make_batch):
-    """Members learn as they would alone, and act on the mean of their values."""
-    actors, batch = [make_actor(distributional=False) for _ in range(3)], make_batch()
-    losses = nn.ModuleList(make_loss(actor, target="mse") for actor in actors)
-    sum(total(loss(batch.clone())) for loss in losses).backward()
-    together = [parameter.grad.clone() for parameter in losses[1].parameters()]
-    losses.zero_grad()
-    total(losses[1](batch.clone())).backward()
-    for got, parameter in zip(together, losses[1].parameters(), strict=True):
-        torch.testing.assert_close(got, parameter.grad)
-    values = torch.stack([actor(batch.clone())["action_value"] for actor in actors]).mean(0)
-    assert values.argmax(-1).shape == (32,)
 
 
 def test_steps_as_multi_step_writes_them(make_actor, make_batch):

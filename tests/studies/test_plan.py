@@ -10,8 +10,8 @@ import yaml
 
 from torchrl_sql.cli import parse
 from torchrl_sql.cli.study import read_study
-from torchrl_sql.config import ConfigError, compose_run_config
-from torchrl_sql.config.study import combined, find_study, list_studies, load_study
+from torchrl_sql.config import ConfigError, compose_run_config, list_choices
+from torchrl_sql.config.study import combined, find_study, load_study
 from torchrl_sql.studies.plan import (
     choose_root,
     expand,
@@ -178,7 +178,7 @@ def scales(name):
     return yaml.safe_load(find_study(name).read_text()).get("scales", ["cpu"])
 
 
-@pytest.mark.parametrize(("name", "scale"), [(name, scale) for name in list_studies() for scale in scales(name)])
+@pytest.mark.parametrize(("name", "scale"), [(name, scale) for name in list_choices("study") for scale in scales(name)])
 def test_the_tasks_of_every_study_at_every_scale_are_commands(tmp_path, name, scale):
     plays = yaml.safe_load(find_study(name).read_text()).get("data") == "play"
     tasks = plan_study(load_study(find_study(name), scale=scale, store=None if plays else "store"), tmp_path)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -118,19 +120,13 @@ def _import(args: argparse.Namespace) -> None:
 def _verify(args: argparse.Namespace) -> None:
     """Reads a whole store once, compares every checksum and names each damaged part, and actions that are not legal."""
     import numpy as np
-    from tqdm import tqdm
 
     check_exists(args.store)
     from torchrl_sql.data import FrameStore, verify
     from torchrl_sql.games import NUM_ACTIONS, illegal_actions
 
     store = FrameStore.open(args.store)
-    with tqdm(desc="verify", unit="file", dynamic_ncols=True) as bar:
-
-        def progress(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
+    with _bar("verify", "file") as progress:
         damages = list(verify(store, progress=progress))
     for damage in damages:
         print(damage)
@@ -165,17 +161,10 @@ def _inspect(args: argparse.Namespace) -> None:
 
 def _convert(args: argparse.Namespace) -> None:
     """Writes a store with another codec, the same transitions. The same command continues one that was stopped."""
-    from tqdm import tqdm
-
     check_exists(args.store)
     from torchrl_sql.data import FrameStore, convert
 
-    with tqdm(desc="convert", unit="frame", unit_scale=True, dynamic_ncols=True) as bar:
-
-        def progress(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
+    with _bar("convert", "frame") as progress:
         convert(FrameStore.open(args.store), args.out, codec=args.codec, progress=progress)
     _print_store(args.out)
 
@@ -184,8 +173,6 @@ def _export(args: argparse.Namespace) -> None:
     """Writes a part of a store as memory-mapped transitions, 56 KB each, that plain TorchRL reads; with --dqn-replay
     whole recordings in the file format of DQN-Replay.
     """
-    from tqdm import tqdm
-
     check_exists(args.store)
     from torchrl_sql.data import AtariFrameStorage, FrameStore, export_dqn_replay, export_memmap
     from torchrl_sql.games import resolve_games
@@ -196,19 +183,28 @@ def _export(args: argparse.Namespace) -> None:
         if options:
             raise ValueError(f"--dqn-replay writes whole recordings, got --{next(iter(options)).replace('_', '-')}")
         games = None if args.games is None else resolve_games(args.games)
-        with tqdm(desc="export", unit="row", unit_scale=True, dynamic_ncols=True) as bar:
-
-            def progress(done: int, total: int) -> None:
-                bar.total = total
-                bar.update(done - bar.n)
-
+        with _bar("export", "row") as progress:
             folders = export_dqn_replay(FrameStore.open(args.store), args.out, games, progress=progress)
         print("\n".join(map(str, folders)))
         return
     storage = AtariFrameStorage(args.store, args.games, **options)
-    with tqdm(desc="export", unit="tr", unit_scale=True, total=len(storage), dynamic_ncols=True) as bar:
-        num_bytes = export_memmap(storage, args.out, progress=lambda done, total: bar.update(done - bar.n))
+    with _bar("export", "tr") as progress:
+        num_bytes = export_memmap(storage, args.out, progress=progress)
     print(f"{len(storage):,} transitions of {', '.join(storage.games)}, {num_bytes / 1e6:,.1f} MB: {args.out}")
+
+
+@contextmanager
+def _bar(what: str, unit: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on the terminal; yields what it is told by: how much is done, and how much there is."""
+    from tqdm import tqdm
+
+    with tqdm(desc=what, unit=unit, unit_scale=True, dynamic_ncols=True) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield progress
 
 
 def _print_store(path: Path) -> None:

@@ -14,7 +14,8 @@ from hydra.errors import HydraException
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from torchrl_sql.config import ConfigError, configs_dir
+from torchrl_sql.config import ConfigError, configs_dir, list_choices
+from torchrl_sql.config.schema import at_least, check_bounds, setting
 
 
 @dataclass(kw_only=True)
@@ -29,24 +30,24 @@ class ClusterConfig:
     exclude: str | None = MISSING
     """Nodes not to use, e.g. ``node[3,7]``."""
     comment: str | None = MISSING
-    nodes: int = MISSING
+    nodes: int = setting(at_least(1))
     """Nodes of training (and of ``bench``); every other kind of job takes one process on one node."""
-    gpus_per_node: int = MISSING
-    tasks_per_node: int = MISSING
+    gpus_per_node: int = setting(at_least(0))
+    tasks_per_node: int = setting(at_least(1))
     """Processes on each node; one per GPU where there are GPUs."""
-    cpus_per_task: int = MISSING
+    cpus_per_task: int = setting(at_least(1))
     memory: str | None = MISSING
     """Of each node, as SLURM writes it, e.g. ``64G``; 0 is all of it (for training and ``bench``), null the
     partition's default."""
-    timeout_minutes: int = MISSING
+    timeout_minutes: int = setting(at_least(1))
     """The job's time limit. A job that needs longer saves, is requeued and continues, as often as it takes."""
     signal_delay_seconds: int = MISSING
     """How long before the time limit (or preemption) the job is told. A job that has not stopped after half of it is
     taken to hang: it is requeued from its newest checkpoint."""
-    max_crashes: int = MISSING
+    max_crashes: int = setting(at_least(1))
     """Crashes without a new checkpoint between them, or times that training was told to stop before it made a new one,
     after which a job is not requeued any more."""
-    array_parallelism: int = MISSING
+    array_parallelism: int = setting(at_least(1))
     """Elements of an array that run at the same time."""
     python: str | None = MISSING
     """Command that starts Python on the nodes, e.g. ``apptainer exec --nv image.sif python``; null for the interpreter
@@ -63,11 +64,6 @@ class ClusterConfig:
     def num_tasks(self) -> int:
         """Processes of a training job."""
         return self.nodes * self.tasks_per_node
-
-
-def list_profiles() -> list[str]:
-    """Names usable as ``cluster=NAME``."""
-    return sorted(path.stem for path in (configs_dir() / "cluster").glob("*.yaml"))
 
 
 def split_overrides(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -87,12 +83,13 @@ def compose_cluster_config(overrides: Sequence[str]) -> ClusterConfig:
         ConfigError: naming the key or file, what it must be and what it is.
     """
     chosen = [override.removeprefix("cluster=") for override in overrides if override.startswith("cluster=")]
+    known = list_choices("cluster")
     if len(chosen) != 1:
-        raise ConfigError(f"cluster must be given once: cluster=FILE.yaml or one of {', '.join(list_profiles())}")
+        raise ConfigError(f"cluster must be given once: cluster=FILE.yaml or one of {', '.join(known)}")
     name = chosen[0]
     is_file = name.endswith((".yaml", ".yml"))
-    if not is_file and name not in list_profiles():
-        raise ConfigError(f"cluster must be FILE.yaml or one of {', '.join(list_profiles())}, got {name!r}")
+    if not is_file and name not in known:
+        raise ConfigError(f"cluster must be FILE.yaml or one of {', '.join(known)}, got {name!r}")
     try:
         with initialize_config_dir(str(configs_dir()), version_base="1.3"):
             content: Any = compose(f"cluster/{'base' if is_file else name}")["cluster"]
@@ -167,9 +164,7 @@ def check(config: ClusterConfig) -> None:
         if not holds:
             raise ConfigError(f"cluster.{key} must be {must}, got {getattr(config, key)!r}")
 
-    for key in ("nodes", "tasks_per_node", "cpus_per_task", "timeout_minutes", "max_crashes", "array_parallelism"):
-        require(getattr(config, key) >= 1, key, "at least 1")
-    require(config.gpus_per_node >= 0, "gpus_per_node", "at least 0")
+    check_bounds(config, "cluster.")
     require(
         config.gpus_per_node in (0, config.tasks_per_node),
         "tasks_per_node",

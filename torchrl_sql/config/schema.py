@@ -437,11 +437,16 @@ class RunConfig:
         """Names of the games; their order is the meaning of ``game_id``."""
         return self.data.games
 
-    @property
-    def deciding_trainer_keys(self) -> tuple[str, ...]:
-        """The settings of ``trainer`` that decide what is learned; the negatives of CPC are those of a microbatch."""
-        keys = ("num_gradient_steps", "target_update_interval_gradient_steps", "precision")
-        return (*keys, "microbatch_size") if self.method.name == "cpc" else keys
+    def deciding_settings(self) -> dict[str, Any]:
+        """Settings that decide what is learned from given data, by key; all but the seed."""
+        values = asdict(self)
+        keys = ["num_gradient_steps", "target_update_interval_gradient_steps", "precision"]
+        keys += ["microbatch_size"] * (self.method.name == "cpc")  # whose negatives are those of a microbatch
+        values["trainer"] = {key: values["trainer"][key] for key in keys}
+        values["data"]["games"] = list(self.games)
+        del values["data"]["store"], values["data"]["prefetch"]
+        sections = ("data", "model", "method", "init", "optim", "trainer", "online")
+        return {f"{section}.{key}": value for section in sections for key, value in (values[section] or {}).items()}
 
     def to_yaml(self) -> str:
         """The resolved configuration, as :func:`torchrl_sql.config.load_run_config` reads it."""

@@ -13,7 +13,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
 
-from torchrl_sql.config import ConfigError, configs_dir
+from torchrl_sql.config import ConfigError, configs_dir, list_choices
 
 STUDY_FILE = "study.yaml"
 """In a study's folder: its resolved :class:`StudyConfig`, and the mark that the folder is a study's."""
@@ -93,11 +93,6 @@ class StudyConfig:
         return yaml.safe_dump(_plain(self), sort_keys=False, allow_unicode=True, width=120)
 
 
-def list_studies() -> list[str]:
-    """Names of ``configs/study/``."""
-    return sorted(path.stem for path in (configs_dir() / "study").glob("*.yaml"))
-
-
 def find_study(name: str) -> Path:
     """The file of a study: ``configs/study/NAME.yaml``, or the path of a file of one's own.
 
@@ -106,7 +101,7 @@ def find_study(name: str) -> Path:
     """
     path = Path(name) if name.endswith((".yaml", ".yml")) else configs_dir() / "study" / f"{name}.yaml"
     if not path.is_file():
-        raise ConfigError(f"a study must be FILE.yaml or one of {', '.join(list_studies())}, got {name!r}")
+        raise ConfigError(f"a study must be FILE.yaml or one of {', '.join(list_choices('study'))}, got {name!r}")
     return path
 
 

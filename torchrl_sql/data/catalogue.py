@@ -81,12 +81,19 @@ def list_recording(recording: Path, *states: str) -> None:
 
 
 @contextmanager
-def locked(store: Path) -> Iterator[None]:
-    """Waits for all others that change a store's own files, on other hosts too, and keeps them away."""
+def locked(folder: Path, *, wait: bool = True) -> Iterator[None]:
+    """Keeps others, on other hosts too, from changing a store's own files, or a recording; waits until they let go.
+
+    Raises:
+        BlockingIOError: in place of waiting.
+    """
     # NFS passes on locks of files, not of folders.
-    lock = os.open(store / LOCK_FILE, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o644)
+    lock = os.open(folder / LOCK_FILE, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o644)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise BlockingIOError(f"{folder} is open in another writer") from error
         yield
     finally:
         os.close(lock)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from torchrl_sql.data.recording import MEMBERS, Recording, open_recording
@@ -59,9 +60,9 @@ def verify(store: FrameStore, *, progress: Callable[[int, int], None] = lambda d
             recording = open_recording(folder)
             if recording is None:
                 continue
-            checks += [_member_check(recording, key) for key in recording.manifest.members]
+            checks += [partial(_check_member, recording, key) for key in recording.manifest.members]
             files = ShardFiles([recording])
-            checks += [_shard_check(recording, files, shard) for shard in range(files.num_shards)]
+            checks += [partial(_check_shard, recording, files, shard) for shard in range(files.num_shards)]
         except (OSError, ValueError) as error:
             yield Damage(game=folder.parent.name, recording=folder.name, file=folder, reason=str(error))
     for index, check in enumerate(checks):
@@ -69,7 +70,7 @@ def verify(store: FrameStore, *, progress: Callable[[int, int], None] = lambda d
         progress(index + 1, len(checks))
 
 
-def _member_check(recording: Recording, key: str) -> Callable[[], Iterator[Damage]]:
+def _check_member(recording: Recording, key: str) -> Iterator[Damage]:
     name, dtype, count_field = MEMBERS[key]
     file, size = recording.path / name, getattr(recording.manifest, count_field) * dtype.itemsize
 
@@ -90,22 +91,16 @@ def _member_check(recording: Recording, key: str) -> Callable[[], Iterator[Damag
             return str(error)
         return ""
 
-    def check() -> Iterator[Damage]:
-        if text := reason():
-            yield Damage(game=recording.game, recording=recording.name, file=file, reason=text)
-
-    return check
+    if text := reason():
+        yield Damage(game=recording.game, recording=recording.name, file=file, reason=text)
 
 
-def _shard_check(recording: Recording, files: ShardFiles, shard: int) -> Callable[[], Iterator[Damage]]:
-    def check() -> Iterator[Damage]:
-        for error in files.check_shard(shard):
-            yield Damage(
-                game=recording.game,
-                recording=recording.name,
-                file=error.file,
-                reason=error.reason,
-                transitions=error.transitions,
-            )
-
-    return check
+def _check_shard(recording: Recording, files: ShardFiles, shard: int) -> Iterator[Damage]:
+    for error in files.check_shard(shard):
+        yield Damage(
+            game=recording.game,
+            recording=recording.name,
+            file=error.file,
+            reason=error.reason,
+            transitions=error.transitions,
+        )

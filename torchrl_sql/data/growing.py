@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from torchrl_sql.data.catalogue import ABSENT, list_recording
+from torchrl_sql.data.catalogue import ABSENT, list_recording, locked
 from torchrl_sql.data.recording import Recording, Tail, open_recording, restore_recording
 from torchrl_sql.data.store import FrameStore, recording_folders
-from torchrl_sql.data.writer import RecordingWriter, lock
+from torchrl_sql.data.writer import RecordingWriter
 
 _RECORDING = "0"
 
@@ -84,7 +84,7 @@ class GrowingStore:
             folders = {game: self.store.path / game / _RECORDING for game in self.games}
             for folder in folders.values():
                 if folder.is_dir():
-                    stack.enter_context(lock(folder))
+                    stack.enter_context(locked(folder, wait=False))
             found = {game: self._check(folder) for game, folder in folders.items()}  # all, before any is changed
             if manifests is None:
                 for recording in found.values():

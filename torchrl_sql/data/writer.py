@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import os
@@ -19,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import tensorstore as ts
 
-from torchrl_sql.data.catalogue import ABSENT, list_recording
+from torchrl_sql.data.catalogue import ABSENT, list_recording, locked
 from torchrl_sql.data.chunks import StoredFrames
 from torchrl_sql.data.frames import Encoding, FrameLayout, create_frame_array, open_frame_array, shard_path
 from torchrl_sql.data.recording import EPISODE_DTYPE, MEMBERS, Manifest, Recording, Tail, open_recording
@@ -68,7 +67,7 @@ class RecordingWriter:
         metadata = None if metadata is None else self._with_labels(metadata)
         self._path.mkdir(parents=True, exist_ok=True)
         with ExitStack() as stack:  # Closes what is open so far if the recording turns out not to be appendable.
-            stack.enter_context(lock(self._path))
+            stack.enter_context(locked(self._path, wait=False))
             file = self._path / "manifest.json"
             recording = open_recording(self._path)
             committed = None if recording is None else recording.manifest
@@ -372,23 +371,6 @@ class RecordingWriter:
     def _set_rows(self, rows: int) -> None:
         if self._array.shape[0] != rows:
             self._array = self._array.resize(exclusive_max=[rows, *FRAME_SHAPE], resize_metadata_only=True).result()
-
-
-@contextmanager
-def lock(path: Path) -> Iterator[None]:
-    """Keeps other writers away from a recording's folder.
-
-    Raises:
-        BlockingIOError: if one has it open.
-    """
-    descriptor = os.open(path / ".lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o644)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError as error:
-        raise BlockingIOError(f"{path} is open in another writer") from error
-    finally:
-        os.close(descriptor)
 
 
 def _json_copy(metadata: Mapping[str, Any]) -> dict[str, Any]:

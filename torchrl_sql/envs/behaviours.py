@@ -33,14 +33,14 @@ class Skill(NamedTuple):
 
 _BREAKOUT_AIR = np.s_[38:75, 5:79]
 """Between bricks, paddle and walls."""
+_DEAD_ZONE = 1.5
+"""Pixels between an object and its target that are near enough."""
 
 
-def _toward(
-    target: float, position: float, *, below: int, there: int = NOOP, above: int, dead_zone: float = 1.5
-) -> int:
-    if target < position - dead_zone:
+def _toward(target: float, position: float, *, below: int, there: int = NOOP, above: int) -> int:
+    if target < position - _DEAD_ZONE:
         return below
-    return above if target > position + dead_zone else there
+    return above if target > position + _DEAD_ZONE else there
 
 
 def _breakout(frame: np.ndarray) -> int:

@@ -21,6 +21,7 @@ from torchrl_sql.config.cluster import ClusterConfig, cluster_config_from_dict
 from torchrl_sql.files import write_text
 from torchrl_sql.launch.attempt import TaskFolder
 from torchrl_sql.provenance import cluster_versions, git_state
+from torchrl_sql.studies.plan import RUNS
 from torchrl_sql.studies.task import Task
 
 logger = logging.getLogger(__name__)
@@ -250,30 +251,27 @@ def readable_groups(runs: Path) -> Iterator[Group]:
             logger.warning("ignored: %s", error)
 
 
-def find_launch(run_or_job: str, *, runs: Path = Path("runs")) -> Path:
+def find_launch(run_or_job: str) -> Path:
     """The folder of a launch.
 
     Args:
         run_or_job (str): the folder itself, or the id of a job. Ids start anew with a new cluster: the newest launch
             counts. A folder whose name looks like an id is given as ``./12``.
 
-    Keyword Args:
-        runs (Path): where a job's launch is looked for.
-
     Raises:
-        ValueError: if there is none.
+        ValueError: if there is none in ``runs/``.
     """
     job = run_or_job.split("_")[0]
     if not job.isdigit() or Path(run_or_job, "launch").is_dir():
         return Path(run_or_job)
     matches = [
         (submission.submitted, group.root, submission.job)
-        for group in readable_groups(runs)
+        for group in readable_groups(RUNS)
         for submission in group.submissions
         if submission.job in (job, run_or_job) or (job == run_or_job and submission.job.split("_")[0] == job)
     ]
     if not matches:
-        raise ValueError(f"no launch in {runs.resolve()} belongs to job {run_or_job}; give the run's folder")
+        raise ValueError(f"no launch in {RUNS.resolve()} belongs to job {run_or_job}; give the run's folder")
     elements = sorted({name for _, _, name in matches if name != run_or_job and "_" in name})
     if run_or_job == job and len(elements) > 1:
         raise ValueError(f"job {job} is an array, each element a launch of its own: give one of {', '.join(elements)}")

@@ -38,10 +38,6 @@ _OF_MACHINES = re.compile(
 """In the classes and texts of a RuntimeError, which torch raises for everything: not for errors of the program."""
 
 
-class _RequeueRequested(KeyboardInterrupt):
-    """SIGUSR2, where the command has no handler of its own."""
-
-
 def run_task(group_folder: Path, index: int, *, run: Callable[[Sequence[str]], None]) -> int:
     """Works on a task until it is done, or this attempt at it ends.
 
@@ -129,7 +125,7 @@ def _end(folder: TaskFolder, attempt: Attempt, how: str) -> int:
 
 
 def _raise_requeue(signum: int, frame: FrameType | None) -> None:
-    raise _RequeueRequested("SIGUSR2: stopping, to be queued again")
+    raise KeyboardInterrupt("SIGUSR2: stopping, to be queued again")
 
 
 def is_transient(error: Exception, *, made_progress: bool) -> bool:

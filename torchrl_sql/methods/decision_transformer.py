@@ -62,8 +62,7 @@ class TransformerCloning(Method):
 
     def policy(self, network: nn.Module, games: Sequence[str], *, decoding: str = "greedy") -> TensorDictModuleBase:
         """Acts on the last steps."""
-        # network is what `network` above made, though torch's annotations know a Module only.
-        return DecisionTransformerPolicy(network, games, decoding=decoding)  # type: ignore[arg-type]
+        return DecisionTransformerPolicy(network, games, decoding=decoding)
 
 
 class DecisionTransformer(TransformerCloning):
@@ -80,6 +79,4 @@ class DecisionTransformer(TransformerCloning):
 
     def policy(self, network: nn.Module, games: Sequence[str], *, decoding: str = "expert") -> TensorDictModuleBase:
         """Asks for a high return, unless another decoding is wanted."""
-        kappa = self.settings.kappa
-        # As above.
-        return DecisionTransformerPolicy(network, games, decoding=decoding, kappa=kappa)  # type: ignore[arg-type]
+        return DecisionTransformerPolicy(network, games, decoding=decoding, kappa=self.settings.kappa)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from tensordict import NestedKey, TensorDictBase
@@ -28,8 +28,6 @@ NUM_REWARDS = 4
 """Reward tokens: 0 for no reward, 1 for a positive one, 2 for the end of the game, 3 for a negative one."""
 
 _HEAD_WIDTH = 64
-
-ReturnDecoding = Literal["greedy", "sampled", "expert", "expert_128"]
 
 
 def encode_return(return_to_go: Tensor) -> Tensor:
@@ -64,7 +62,6 @@ class DecisionTransformer(nn.Module):
         patch_size (int): pixels of a patch's side, a divisor of 84.
         dropout (float): in [0, 1).
         return_token (bool): False leaves the return tokens out: behavioural cloning with the same network.
-        num_actions (int): ``A``.
 
     Shape:
         - observation: ``[*B, K, 84, 84]`` uint8, one frame a step
@@ -91,7 +88,6 @@ class DecisionTransformer(nn.Module):
         patch_size: int = 14,
         dropout: float = 0.1,
         return_token: bool = True,
-        num_actions: int = NUM_ACTIONS,
     ) -> None:
         super().__init__()
         if width < _HEAD_WIDTH or width % _HEAD_WIDTH:
@@ -108,14 +104,14 @@ class DecisionTransformer(nn.Module):
         self.patches = nn.Conv2d(1, width, patch_size, patch_size)
         self.patch_position = nn.Parameter(torch.empty(self.num_patches, width))
         self.returns = nn.Embedding(NUM_RETURNS, width) if return_token else None
-        self.actions = nn.Embedding(num_actions, width)
+        self.actions = nn.Embedding(NUM_ACTIONS, width)
         self.rewards = nn.Embedding(NUM_REWARDS, width)
         self.tokens_per_step = self.num_patches + 2 + return_token
         self.position = nn.Parameter(torch.empty(num_steps * self.tokens_per_step, width))
         self.blocks = nn.ModuleList(TransformerBlock(width, dropout) for _ in range(num_layers))
         self.norm = nn.LayerNorm(width)
         self.return_head = nn.Linear(width, NUM_RETURNS) if return_token else None
-        self.action_head = nn.Linear(width, num_actions)
+        self.action_head = nn.Linear(width, NUM_ACTIONS)
         self.reward_head = nn.Linear(width, NUM_REWARDS)
         visible_L = torch.ones(num_steps, self.tokens_per_step, dtype=torch.bool)
         if return_token:
@@ -158,36 +154,22 @@ class DecisionTransformer(nn.Module):
         terminated: Tensor,
         return_to_go: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
-        batch_shape = self._check_shapes(observation, action, reward, terminated, return_to_go)
-        reward_token = encode_reward(reward, terminated).squeeze(-1)
-        x_BKTD = self._outputs(observation, action, reward_token, return_to_go, batch_shape)
+        x_BKTD = self._outputs(observation, action, reward, terminated, return_to_go)
         action_logits = self.action_head(x_BKTD[..., self._before_action, :]).to(self.position.dtype)
         reward_logits = self.reward_head(x_BKTD[..., self._before_action + 1, :]).to(self.position.dtype)
-        out = (action_logits, reward_logits, reward_token)
+        out = (action_logits, reward_logits, encode_reward(reward, terminated).squeeze(-1))
         if self.return_head is None or return_to_go is None:
             return out
         return_logits = self.return_head(x_BKTD[..., 0, self.num_patches - 1, :]).to(self.position.dtype)
         return (*out, return_logits, encode_return(return_to_go[..., 0]))
 
-    def features(
-        self,
-        observation: Tensor,
-        action: Tensor,
-        reward: Tensor,
-        terminated: Tensor,
-        return_to_go: Tensor | None = None,
-        *,
-        mask: Tensor,
-    ) -> Tensor:
+    def features(self, *inputs: Tensor, mask: Tensor) -> Tensor:
         """What the action of a window's last step is predicted from, ``[*B, D]``.
 
         Arguments as of the network; of the steps, those count that ``mask`` ``[*B, K]`` marks, the first ones.
         """
-        batch_shape = self._check_shapes(observation, action, reward, terminated, return_to_go)
-        reward_token = encode_reward(reward, terminated).squeeze(-1)
-        x_BKTD = self._outputs(observation, action, reward_token, return_to_go, batch_shape)
-        x_BKD = x_BKTD[..., self._before_action, :]
-        last = (mask.sum(-1) - 1).clamp_min(0)[..., None, None].expand(*batch_shape, 1, x_BKD.shape[-1])
+        x_BKD = self._outputs(*inputs)[..., self._before_action, :]
+        last = (mask.sum(-1) - 1).clamp_min(0)[..., None, None].expand(*mask.shape[:-1], 1, x_BKD.shape[-1])
         return x_BKD.gather(-2, last).squeeze(-2)
 
     @property
@@ -199,16 +181,17 @@ class DecisionTransformer(nn.Module):
         self,
         observation: Tensor,
         action: Tensor,
-        reward_token: Tensor,
-        return_to_go: Tensor | None,
-        batch_shape: torch.Size,
+        reward: Tensor,
+        terminated: Tensor,
+        return_to_go: Tensor | None = None,
     ) -> Tensor:
         """Of all tokens, ``[*B, K, T, D]``."""
+        batch_shape = self._check_shapes(observation, action, reward, terminated, return_to_go)
         num_windows, width = math.prod(batch_shape), self.position.shape[-1]
         tokens = [
             self._embed_frames(observation).reshape(num_windows, self.num_steps, self.num_patches, width),
             self.actions(action).reshape(num_windows, self.num_steps, 1, width),
-            self.rewards(reward_token).reshape(num_windows, self.num_steps, 1, width),
+            self.rewards(encode_reward(reward, terminated)).reshape(num_windows, self.num_steps, 1, width),
         ]
         if self.returns is not None and return_to_go is not None:
             tokens.insert(1, self.returns(encode_return(return_to_go)).reshape(num_windows, self.num_steps, 1, width))
@@ -383,7 +366,7 @@ class DecisionTransformerPolicy(TensorDictModuleBase):
         network: TensorDictModule,
         games: Sequence[str],
         *,
-        decoding: ReturnDecoding = "expert",
+        decoding: str = "expert",
         kappa: float = 10.0,
     ) -> None:
         super().__init__()

@@ -169,11 +169,3 @@ def next_inputs(
             )
         found[key] = value
     return TensorDict(found, batch_shape)
-
-
-def require_finite(entries: Mapping[NestedKey, Tensor]) -> None:
-    """Raises ``ValueError`` naming the first entry with a value that is not finite. Reads it back to the host."""
-    for key, value in entries.items():
-        num_bad = int((~torch.isfinite(value)).sum())
-        if num_bad:
-            raise ValueError(f"{key!r} must be finite, got {num_bad} non-finite of {value.numel()} values")

@@ -68,9 +68,6 @@ class ContrastivePredictionLoss(LossModule):
         self.reduction = reduction or "mean"
         self.convert_to_functional(actor_network, "actor_network", create_target_params=False)
 
-    def _forward_value_estimator_keys(self, **kwargs: NestedKey) -> None:
-        """Nothing to forward: there is no value target."""
-
     @property
     def in_keys(self) -> list[NestedKey]:
         """Keys of a batch, in the order of positional arguments."""

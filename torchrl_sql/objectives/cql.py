@@ -25,7 +25,6 @@ from torchrl_sql.objectives.common import (
     mean_over_batch,
     next_inputs,
     priority_weights,
-    require_finite,
 )
 from torchrl_sql.objectives.return_distribution import c51_projection, check_support, expected_value, hl_gauss_target
 
@@ -80,10 +79,6 @@ class DistributionalCQLLoss(LossModule):
         keep (sequence of NestedKey): outputs of the online network on the observation, such as ``"features"`` of
             :func:`torchrl_sql.modules.make_q_actor`, to be returned with their graph: an auxiliary loss costs no second
             pass.
-
-    Attributes:
-        check_finite (bool): set it for debugging: raise ``ValueError`` with the key's name where rewards or network
-            outputs are not finite. It synchronizes with the device and cannot be compiled with ``fullgraph=True``.
 
     Reads: ``value_network.in_keys`` and the same under ``"next"``; ``action`` ``[*B]`` or ``[*B, 1]`` indices, or
     ``[*B, A]`` one-hot; ``("next", "reward")`` ``[*B, 1]`` float (with n steps the discounted sum);
@@ -200,7 +195,6 @@ class DistributionalCQLLoss(LossModule):
         self.use_prioritized_weights = use_prioritized_weights
         self.static_keys = list(static_keys)
         self.keep = check_kept(keep, value_network)
-        self.check_finite = False
         self.convert_to_functional(value_network, "value_network", create_target_params=delay_value)
 
     def _apply(self, fn: Callable[..., Any]) -> DistributionalCQLLoss:
@@ -244,9 +238,6 @@ class DistributionalCQLLoss(LossModule):
         super().set_keys(**kwargs)
         check_written(self, self.value_network, ["feature_norm"], kwargs)
 
-    def _forward_value_estimator_keys(self, **kwargs: NestedKey) -> None:
-        """Nothing to forward: the one-step (or n-step) target is computed here."""
-
     @property
     def in_keys(self) -> list[NestedKey]:
         """Keys of a batch, in the order of positional arguments; the last two may be absent."""
@@ -283,9 +274,6 @@ class DistributionalCQLLoss(LossModule):
         values = action_values(network, self.value_network_params, inputs, keys.action_value)
         with torch.no_grad():
             next_values, next_action = self._next_values(tensordict, batch_shape)
-        if self.check_finite:
-            next_key = unravel_key(("next", keys.action_value))
-            require_finite({("next", keys.reward): reward, keys.action_value: values, next_key: next_values})
         action = action_index(tensordict[keys.action], values.shape[-1], batch_shape, network.action_space)
         discount = self.gamma if steps is None else self.gamma**steps
         discount = discount * terminated.logical_not().to(values.dtype)

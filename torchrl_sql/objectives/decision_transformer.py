@@ -91,9 +91,6 @@ class DecisionTransformerLoss(LossModule):
         self.actor_network.train(mode)
         return self
 
-    def _forward_value_estimator_keys(self, **kwargs: NestedKey) -> None:
-        """Nothing to forward: there is no value target."""
-
     @property
     def in_keys(self) -> list[NestedKey]:
         """Keys of a batch, in the order of positional arguments."""

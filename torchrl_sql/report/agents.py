@@ -138,16 +138,10 @@ def named(agents: Sequence[Agent], name: str, option: str) -> list[Agent]:
 
 def deciding_settings(config: RunConfig) -> dict[str, Any]:
     """Settings that decide what is learned, beside the seeds and the places of the data and of the first weights."""
-    values = asdict(config)
-    trainer = ("num_gradient_steps", "target_update_interval_gradient_steps", "precision")
-    places = ("data.store", "data.prefetch", "init.policy", "init.sha256", "online.offline_store")
-    collection = {key: value for key, value in values["collection"].items() if key != "seed"}
-    return {"collection": collection} | {
-        f"{section}.{key}": value
-        for section in ("data", "model", "method", "init", "online", "optim", "trainer")
-        for key, value in (values[section] or {}).items()
-        if (section != "trainer" or key in trainer) and f"{section}.{key}" not in places
-    }
+    places = ("init.policy", "init.sha256", "online.offline_store")
+    settings = {key: value for key, value in config.deciding_settings().items() if key not in places}
+    collection = {key: value for key, value in asdict(config.collection).items() if key != "seed"}
+    return {"collection": collection} | settings
 
 
 def _num_parameters(config: RunConfig) -> int:

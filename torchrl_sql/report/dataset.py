@@ -29,7 +29,7 @@ def game_data(runs: Sequence[tuple[Path, DataConfig]], games: Sequence[str]) -> 
     Raises:
         ValueError: if the stores do not have the same behaviours.
     """
-    found = {(folder, data.store): _find_store(folder, data.store) for folder, data in runs}
+    found = {(folder, data.store): find_store(folder, data.store) for folder, data in runs}
     missing = sorted({store for (_, store), path in found.items() if path is None})
     caveats = [f"The store {store} was not found: the data's returns and statistics are missing." for store in missing]
     stores = sorted({path.resolve() for path in found.values() if path is not None})
@@ -104,7 +104,7 @@ def other_data(method: DataConfig, others: Mapping[str, DataConfig]) -> list[str
     return caveats
 
 
-def _find_store(folder: Path, store: str) -> Path | None:
+def find_store(folder: Path, store: str) -> Path | None:
     """A run's store: where it was trained from, or beside the run if both have moved."""
     path = Path(os.path.expandvars(os.path.expanduser(store)))
     places = (path, folder.parent / path.name)

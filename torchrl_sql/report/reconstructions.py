@@ -14,8 +14,8 @@ from torch import Tensor
 
 from torchrl_sql.config import RunConfig
 from torchrl_sql.data import FrameStore
-from torchrl_sql.files import expand_path
 from torchrl_sql.methods import make_method
+from torchrl_sql.report.dataset import find_store
 from torchrl_sql.report.model import Picture
 from torchrl_sql.training.policy import POLICY_FILE, read_policy
 
@@ -30,7 +30,7 @@ def reconstructions(runs: Iterable[tuple[Path, RunConfig]]) -> list[Picture]:
     """
     first: dict[str, tuple[Path, RunConfig]] = {}
     for folder, config in runs:
-        there = (folder / POLICY_FILE).is_file() and expand_path(config.data.store).exists()
+        there = (folder / POLICY_FILE).is_file() and find_store(folder, config.data.store) is not None
         if config.method.name == "mae" and there:
             first.setdefault(config.name, (folder, config))
     pictures = []
@@ -71,7 +71,10 @@ def draw_reconstructions(run: Path, *, states_per_game: int = 6, seed: int = 0) 
         raise ValueError(f"{run} must be a run with method=mae, got {config.method.name}")
     num_states = states_per_game * len(config.games)
     data = replace(config.data, batch_size=4 * num_states, mixture="games", prefetch=0)
-    replay = make_method(config.method).replay(data, FrameStore.open(expand_path(data.store)), seed=seed)
+    store = find_store(run, data.store)
+    if store is None:
+        raise FileNotFoundError(f"{data.store}, the data of {run}, is not there")
+    replay = make_method(config.method).replay(data, FrameStore.open(store), seed=seed)
     batch = replay.sample()
     replay.shutdown()
     places = [(batch["game_id"] == game).nonzero().squeeze(-1)[:states_per_game] for game in range(len(config.games))]

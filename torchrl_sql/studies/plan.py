@@ -348,17 +348,10 @@ def _placed(config: RunConfig, folder: Path) -> RunConfig:
 
 def _deciding(config: RunConfig) -> dict[str, Any]:
     """Settings that decide what a run learns, by key."""
-    content = asdict(config)
-    for key in ("name", "run_dir", "num_threads", "collection", "evaluation"):
-        del content[key]
-    content["trainer"] = {key: content["trainer"][key] for key in config.deciding_trainer_keys}
-    content["data"] |= {"games": list(config.games)}
-    del content["data"]["store"], content["data"]["prefetch"]
-    if config.init == InitConfig():
-        del content["init"]  # as in the records of before there was it
-    sections = {key: value for key, value in content.items() if isinstance(value, dict)}
-    flat = {f"{section}.{key}": value for section, values in sections.items() for key, value in values.items()}
-    return {"seed": config.seed} | flat
+    settings = {"seed": config.seed} | config.deciding_settings()
+    if config.init == InitConfig():  # as in the records of before there was it
+        settings = {key: value for key, value in settings.items() if not key.startswith("init.")}
+    return settings
 
 
 def _check_played(name: str, run: StudyRun, config: RunConfig) -> None:

@@ -1,6 +1,6 @@
 """Training: the update step, the loop, and runs in their folders.
 
-Names are imported when they are used: a job installs :class:`StopSignals` before it waits for torch.
+Names are imported when they are used: who loads a policy does not wait for what only training needs.
 """
 
 from __future__ import annotations

@@ -168,8 +168,8 @@ def _read_best(folder: Path) -> tuple[int, float] | None:
         raise CheckpointError(f"{path} must hold a step and a score: {error!r}") from None
 
 
-def load_checkpoint(path: Path, *, map_location: torch.device | str = "cpu") -> dict[str, Any]:
-    """Reads a checkpoint (tensors and plain values only: ``weights_only=True``).
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Reads a checkpoint to the CPU (tensors and plain values only: ``weights_only=True``).
 
     Raises:
         CheckpointError: if the file is damaged or of another format.
@@ -183,7 +183,7 @@ def load_checkpoint(path: Path, *, map_location: torch.device | str = "cpu") -> 
             if zipfile.ZipFile(file).testzip() is not None:  # torch.load does not compare the members' checksums
                 raise CheckpointError(f"{path} is damaged: a checksum does not match")
             file.seek(0)
-            content = torch.load(file, map_location=map_location, weights_only=True)
+            content = torch.load(file, map_location="cpu", weights_only=True)
     except (CheckpointError, MemoryError):
         raise
     except Exception as error:

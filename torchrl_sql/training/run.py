@@ -8,7 +8,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,12 +43,8 @@ _CONTINUE, _STOP, _REQUEUE = range(3)
 
 _CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 
-_RESULT_SECTIONS = ("data", "model", "method", "optim", "init")
-_OTHER_DATA_KEYS = ("store", "games", "prefetch")
-"""Not compared as they are: what the store holds has its fingerprint, and games their resolved names."""
 
-
-def train(config: RunConfig, *, stop: StopSignals | None = None, evaluate: Evaluate | None = None) -> Path:
+def train(config: RunConfig, *, evaluate: Evaluate | None = None) -> Path:
     """Train a run, or continue it from its newest checkpoint; a finished run returns at once.
 
     To be called by every process of a run: alone, or by each that torchrun or a launcher started (see
@@ -60,7 +56,6 @@ def train(config: RunConfig, *, stop: StopSignals | None = None, evaluate: Evalu
         config (RunConfig): the run.
 
     Keyword Args:
-        stop (StopSignals, optional): installed already; default: installed here, for the time of the call.
         evaluate (callable, optional): plays checkpoints where the run's settings ask for it, see
             :func:`torchrl_sql.evaluation.agents.evaluate_checkpoint`.
 
@@ -73,13 +68,12 @@ def train(config: RunConfig, *, stop: StopSignals | None = None, evaluate: Evalu
         Interrupted: on every rank, if any received a signal of :class:`StopSignals`; everything is saved.
     """
     check_here(config)
-    signals = StopSignals() if stop is None else nullcontext(stop)
-    with signals as flags, process_group(resolve_device(config.trainer.device)) as ranks:
+    with StopSignals() as signals, process_group(resolve_device(config.trainer.device)) as ranks:
         check_ranks(config, ranks.world_size)
         folder = expand_path(config.run_dir)
         fingerprint = _fingerprint(config)  # before there is a folder: data that is missing leaves none
         with _own(folder, ranks) as lock, _kernels_in(folder / "compiled"):
-            return _train(config, fingerprint, ranks, flags, lock, Scores(config, ranks, flags, evaluate))
+            return _train(config, fingerprint, ranks, signals, lock, Scores(config, ranks, signals, evaluate))
 
 
 @contextmanager
@@ -340,11 +334,8 @@ class _MainRank:
 def _export_once(config: RunConfig, checkpoint: Path) -> None:
     """Write ``policy.safetensors`` of a trained run unless it is there."""
     path = expand_path(config.run_dir) / POLICY_FILE
-
-    def export() -> None:
-        export_policy(checkpoint, path)
-
     if not path.is_file():
+        export = partial(export_policy, checkpoint, path)
         make_room(export, checkpoint.parent, milestone_interval=config.trainer.milestone_interval_gradient_steps)
 
 
@@ -363,15 +354,9 @@ def _check_same_run(now: RunConfig, before: RunConfig, *, same_data: bool) -> No
     """Refuse to continue a run that would become a mixture of two configurations or data sets."""
 
     def relevant(config: RunConfig) -> dict[str, Any]:
-        values = asdict(config)
-        flat = {f"{section}.{key}": value for section in _RESULT_SECTIONS for key, value in values[section].items()}
-        for key in _OTHER_DATA_KEYS:
-            del flat[f"data.{key}"]
-        del flat["init.policy"]  # a place; init.sha256 says what it held
-        flat |= {"seed": config.seed, "data.games": list(config.games)}
-        flat |= {f"trainer.{key}": values["trainer"][key] for key in config.deciding_trainer_keys}
-        flat |= {f"online.{key}": value for key, value in (values["online"] or {}).items() if key != "offline_store"}
-        return flat
+        places = ("init.policy", "online.offline_store")  # digests say what they hold
+        settings = config.deciding_settings() | {"seed": config.seed}
+        return {key: value for key, value in settings.items() if key not in places}
 
     old, new = relevant(before), relevant(now)
     changed = [f"{key}: {old.get(key)} there, {new.get(key)} now" for key in old | new if old.get(key) != new.get(key)]

@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop. Imports nothing heavy, so that a job can install it before slow imports."""
+"""Signals that ask a run to stop."""
 
 from __future__ import annotations
 
@@ -28,9 +28,8 @@ class StopSignals:
       ``KeyboardInterrupt`` at once. SIGHUP stays ignored where it was, as under ``nohup``.
     - SIGUSR2: save, then stop and ask to be queued again: what schedulers send before they take a node away.
 
-    Use it as a context manager, or call :meth:`install` and :meth:`restore`, in the main thread. Installing also
-    unblocks SIGUSR2: a job started under ``env --block-signal=USR2`` cannot be killed by one that comes before its
-    handlers; it is delivered then.
+    A context manager for the main thread. Entering also unblocks SIGUSR2: a job started under
+    ``env --block-signal=USR2`` cannot be killed by one that comes before its handlers; it is delivered then.
 
     Attributes:
         stop (bool): whether any of these was received.
@@ -43,21 +42,6 @@ class StopSignals:
         self._interrupted = False
         self._previous: dict[signal.Signals, Any] = {}
 
-    def install(self) -> Self:
-        """Set the handlers; twice in a row is once."""
-        if not self._previous:
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2):
-                if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
-                    continue
-                self._previous[number] = signal.signal(number, self._receive)
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR2})
-        return self
-
-    def restore(self) -> None:
-        """Put the former handlers back."""
-        while self._previous:
-            signal.signal(*self._previous.popitem())
-
     def check(self) -> None:
         """Ends what comes before gradient steps and has nothing to save.
 
@@ -69,10 +53,16 @@ class StopSignals:
             raise Interrupted(message, requeue=self.requeue)
 
     def __enter__(self) -> Self:
-        return self.install()
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2):
+            if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+                continue
+            self._previous[number] = signal.signal(number, self._receive)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR2})
+        return self
 
     def __exit__(self, *exception: object) -> None:
-        self.restore()
+        while self._previous:
+            signal.signal(*self._previous.popitem())
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT:
