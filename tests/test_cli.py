@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -28,12 +30,14 @@ TINY = [
     "evaluation.max_env_frames_per_episode=400",
 ]
 
+QUICK = [*TINY, "trainer.evaluation_interval_gradient_steps=3"]
+
 
 @pytest.fixture(scope="module")
 def quickstart(tmp_path_factory):
     """The folder of a finished tiny quickstart."""
     folder = tmp_path_factory.mktemp("runs") / "quick start"  # a blank in the path must not matter
-    assert main(["quickstart", "--out", str(folder), "--seed", "3", "--jobs", "2", *TINY]) == 0
+    assert main(["quickstart", "--out", str(folder), "--seed", "3", "--jobs", "2", *QUICK]) == 0
     return folder
 
 
@@ -55,11 +59,13 @@ def test_quickstart_makes_what_it_promises(quickstart):
         rows += read_episodes(run / "scores.csv")
     counted = {}
     for row in rows:
-        counted[row.agent, row.decoding, row.game] = counted.get((row.agent, row.decoding, row.game), 0) + 1
+        place = row.agent, row.decoding, row.game, row.gradient_step
+        counted[place] = counted.get(place, 0) + 1
         assert row.seed == (0 if row.agent.startswith("constant_") else 3)  # which needs no training
         assert row.sticky == 0.25 and row.epsilon == 0.001
     assert all(number == 2 for number in counted.values())
-    agents = {(agent, decoding) for agent, decoding, _ in counted}
+    agents = {(agent, decoding) for agent, decoding, *_ in counted}
+    assert {step for agent, *_, step in counted if agent == "scaled_ql"} == {3, 6}
     assert {("scaled_ql", "greedy"), ("bc", "greedy"), ("bc", "sampled"), ("constant_UP", "greedy")} <= agents
     assert {path.stem for path in (quickstart / "scaled_ql" / "seed3" / "clips").iterdir()} == {
         f"{game}-scaled_ql-greedy-seed3-6" for game in ("Breakout", "Freeway")
@@ -68,7 +74,7 @@ def test_quickstart_makes_what_it_promises(quickstart):
 
 def test_quickstart_again_only_writes_the_report_again(quickstart, capsys):
     before = contents(quickstart)
-    assert main(["quickstart", "--out", str(quickstart), "--seed", "3", *TINY]) == 0
+    assert main(["quickstart", "--out", str(quickstart), "--seed", "3", *QUICK]) == 0
     after = contents(quickstart)
     changed = {path.relative_to(quickstart) for path in after if after[path] != before.get(path)}
     assert {path.parts[0] for path in changed} <= {"report.html", "report_files", "tasks"}
@@ -81,9 +87,9 @@ def test_quickstart_again_only_writes_the_report_again(quickstart, capsys):
 def test_quickstart_of_other_settings_deletes_nothing_without_consent(quickstart, capsys):
     before = contents(quickstart)
     for changes in (["--seed", "4"], ["--seed", "3", "--fresh"]):
-        assert main(["quickstart", "--out", str(quickstart), *changes, *TINY]) == 1
+        assert main(["quickstart", "--out", str(quickstart), *changes, *QUICK]) == 1
         assert "Give --yes to delete this" in capsys.readouterr().err
-    assert main(["quickstart", "--out", str(quickstart), "--fresh", "--yes", *TINY, "method.alhpa=1"]) == 1
+    assert main(["quickstart", "--out", str(quickstart), "--fresh", "--yes", *QUICK, "method.alhpa=1"]) == 1
     assert "alhpa" in capsys.readouterr().err and contents(quickstart) == before
 
 
@@ -158,13 +164,20 @@ def test_train_prints_its_configuration(capsys):
         (["evaluate", "nowhere"], "nowhere must be"),
         (["report", "nowhere"], "nowhere does not exist"),
         (["inspect", "nowhere"], "nowhere does not exist"),
+        (["train", "--config", "nowhere"], "nowhere does not exist"),
+        (["train", "--config", "file"], "file must hold a run's configuration, keys with values, got 'text'"),
+        (["collect", "scale=cpu", "data.games=Pong", "data.store=file"], "file is there already"),
+        (["study", "broken.yaml"], "broken.yaml must hold a study: while parsing"),
     ],
 )
 def test_bad_input_is_one_clear_line(arguments, message, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("text")
+    (tmp_path / "broken.yaml").write_text("runs: [")
     assert main(arguments) == 1
     err = capsys.readouterr().err
     assert err.startswith(f"torchrl-sql {arguments[0]}: ") and message in err and "Traceback" not in err
+    assert err.count("\n") == 1 and "Errno" not in err
 
 
 @pytest.mark.parametrize("command", ["quickstart", "study", "collect", "train", "evaluate", "enjoy", "report"])
@@ -234,6 +247,26 @@ def test_an_unknown_option_is_answered_by_its_command_with_the_closest_one(capsy
 def test_a_closed_pipe_is_silent():
     done = run_shell(f"{sys.executable} -m torchrl_sql completion bash | true; echo ${{PIPESTATUS[0]}}")
     assert (done.stdout, done.stderr) == ("141\n", "")
+
+
+def test_a_closed_output_is_no_error():
+    done = run_shell(f"{sys.executable} -m torchrl_sql completion bash >&-; echo $?")
+    assert (done.stdout, done.stderr) == ("0\n", "")
+
+
+def test_sigterm_ends_a_command_as_ctrl_c_does(tmp_path):
+    command = [sys.executable, "-m", "torchrl_sql", "collect", "scale=cpu", "data.games=Pong", "data.store=store"]
+    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            while not (tmp_path / "store").exists():
+                assert process.poll() is None
+                time.sleep(0.02)
+            process.send_signal(signal.SIGTERM)
+            _, err = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    assert process.returncode == 130 and err.endswith("stopped; the same command continues where it was\n")
+    assert "Warning" not in err and "Traceback" not in err
 
 
 def test_the_completion_script_completes_commands_and_options():

@@ -10,7 +10,7 @@ import pytest
 
 from torchrl_sql.cli import main
 from torchrl_sql.config.study import load_study
-from torchrl_sql.studies.folder import format_tasks, owned, prepare_folder
+from torchrl_sql.studies.folder import check_reuse, format_tasks, owned, prepare_folder
 from torchrl_sql.studies.plan import plan_study
 
 
@@ -170,21 +170,31 @@ def test_an_interrupted_first_task_is_known_as_the_study_s(make_study, folder):
     assert not tasks[0].is_done() and (folder / "store" / "inside").exists()
 
 
-def test_what_another_study_made_of_the_same_settings_is_copied(finished, make_study, folder, tmp_path, asked):
-    changes = ("runs:\n  q: {}", "runs:\n  q: {}\n  steeper: {set: [method.cql_alpha=0.4]}")
-    study, other = make_study(changes), tmp_path / "runs" / "other"
-    tasks = plan_study(study, other)
+def other_study(make_study, tmp_path):
+    """One with a further run."""
+    study = make_study(("runs:\n  q: {}", "runs:\n  q: {}\n  steeper: {set: [method.cql_alpha=0.4]}"))
+    other = tmp_path / "runs" / "other"
+    return study, plan_study(study, other), other
+
+
+def test_data_and_runs_that_another_study_made_of_the_same_settings_are_copied(
+    finished, make_study, folder, tmp_path, asked
+):
+    study, tasks, other = other_study(make_study, tmp_path)
+    for task in plan_study(make_study(), folder):
+        if task.config is not None:
+            (Path(task.run_dir) / "config.yaml").write_text(task.config)
     assert f"train-q-seed0: to be copied from {folder}" in format_tasks(tasks, reuse=folder)
     prepare_folder(study, tasks, other, reuse=folder, confirm=allow)
-    to_do = [task.name for task in tasks if not task.is_done()]
-    assert to_do == [f"{kind}-steeper-seed{seed}{end}" for seed in (0, 1) for kind, end in
-                     (("train", ""), ("evaluate", "-greedy"))] + ["report"]  # fmt: skip
+    done = [task.name for task in tasks if task.is_done()]
+    assert done == ["collect", "train-q-seed0", "train-q-seed1", "train-bc-seed1"]
     assert (other / "q" / "seed0" / "checkpoints" / "inside").read_text() == "q/seed0/checkpoints"
-    assert {path for path in names(folder) if not path.startswith(("tasks", "study.yaml", "report", ".lock"))} < names(
-        other
-    )
+    assert not (other / "q" / "seed0" / "scores.csv").exists()  # tables hold what other tasks made, too
+    for task in tasks:
+        if task.config is not None and task.is_done():  # its places are here
+            assert (Path(task.run_dir) / "config.yaml").read_text() == task.config
     assert f"train-q-seed0: done in 0:01, copied from {folder}" in format_tasks(tasks)
-    assert not asked and not [path for path in other.rglob(".copy-*")]
+    assert not asked and not (other / ".copying").exists()
 
 
 @pytest.mark.parametrize("what", ["changed", "not done", "its files are gone", "its data is other"])
@@ -200,31 +210,69 @@ def test_nothing_else_is_copied(finished, make_study, folder, tmp_path, what):
         record.write_text(json.dumps(json.loads(record.read_text()) | {"seconds": None}))
     elif what == "its files are gone":
         (folder / "q" / "seed0" / "checkpoints").rename(tmp_path / "elsewhere")
-    prepare_folder(study, tasks, tmp_path / "other", reuse=folder, confirm=allow)
-    assert not trained.is_done() and trained.record() is None
+    assert trained.done_in(folder) is None
+    assert next(task for task in tasks if task.name == "report").done_in(folder) is None
 
 
 def test_what_was_begun_here_is_not_replaced_by_a_copy(finished, make_study, folder, tmp_path):
-    study, other = make_study(), tmp_path / "other"
-    tasks = plan_study(study, other)
-    trained = next(task for task in tasks if task.name == "train-q-seed0")
-    make(trained, done=False)
-    (other / "q" / "seed0" / "checkpoints" / "inside").write_text("half way")
+    study, tasks, other = other_study(make_study, tmp_path)
+    collect = tasks[0]
+    make(collect, done=False)
+    (other / "store" / "inside").write_text("half way")
+    for file in (folder / "tasks").glob("train-*.json"):
+        file.unlink()
     prepare_folder(study, tasks, other, reuse=folder, confirm=allow)
-    assert (other / "q" / "seed0" / "checkpoints" / "inside").read_text() == "half way" and not trained.is_done()
+    assert (other / "store" / "inside").read_text() == "half way" and not collect.is_done()
 
 
-def test_only_another_study_that_is_at_rest_is_reused(finished, make_study, folder, tmp_path):
-    study = make_study()
-    tasks = plan_study(study, tmp_path / "other")
-    for place, problem in (
-        (tmp_path / "none", "must be the folder of a study"),
-        (tmp_path / "other", "of another study"),
-    ):
-        with pytest.raises(ValueError, match=problem):
-            prepare_folder(study, tasks, tmp_path / "other", reuse=place, confirm=allow)
+def test_an_interrupted_copy_leaves_nothing_that_a_task_would_take_for_its_own(
+    finished, make_study, folder, tmp_path, monkeypatch
+):
+    study, tasks, other = other_study(make_study, tmp_path)
+
+    def interrupted(source, path):
+        path.mkdir(parents=True)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("torchrl_sql.studies.folder.shutil.copytree", interrupted)
+        prepare_folder(study, tasks, other, reuse=folder, confirm=allow)
+    prepare_folder(study, tasks, other, confirm=allow)
+    assert names(other) == {"study.yaml"}
+
+
+@pytest.mark.parametrize("fresh", [True, False])
+def test_what_cannot_be_reused_costs_nothing(finished, make_study, folder, tmp_path, fresh):
+    study, tasks, other = other_study(make_study, tmp_path)
+    for task in tasks:
+        make(task)
+    before = names(other)
     with owned(folder), pytest.raises(ValueError, match="is in use by process"):
-        prepare_folder(study, tasks, tmp_path / "other", reuse=folder, confirm=allow)
+        prepare_folder(study, tasks, other, fresh=fresh, reuse=folder, confirm=allow)
+    (folder / "tasks" / "train-q-seed0.json").write_text('{"makes": 3}')
+    with pytest.raises(ValueError, match=r"train-q-seed0.json must be the record of a task"):
+        prepare_folder(study, tasks, other, fresh=fresh, reuse=folder, confirm=allow)
+    assert names(other) == before
+
+
+@pytest.mark.parametrize("launch", [False, True])
+def test_a_folder_that_cannot_be_reused_is_refused_before_anything_is_touched(tmp_path, monkeypatch, capsys, launch):
+    monkeypatch.chdir(tmp_path)
+    words = ["study", "quickstart", "--reuse"]
+    words = (
+        ["launch", "--into", "new", *words, "nowhere", "cluster=cpu"]
+        if launch
+        else [*words, "nowhere", "--out", "new", "--fresh"]
+    )
+    for dry in ([], ["--dry-run"]):
+        assert main([*words, *dry]) == 1
+        assert "--reuse must be the folder of a study, but nowhere/study.yaml is not there" in capsys.readouterr().err
+    assert not [*tmp_path.iterdir()]
+
+
+def test_a_study_reuses_only_others(finished, folder):
+    with pytest.raises(ValueError, match="must be the folder of another study"):
+        check_reuse(folder / ".." / folder.name, folder)
 
 
 def test_records_cannot_lead_out_of_the_folder(finished, folder, tmp_path):

@@ -153,6 +153,12 @@ def test_what_does_not_fit_is_refused_with_names_and_nothing_is_loaded(make_conf
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
 
 
+def test_a_run_that_is_refused_leaves_no_folder(make_config, source, tmp_path):
+    with pytest.raises(ConfigError, match=r"needs model\.num_groups"):
+        train(make_config(f"init.policy={source}", "model.num_groups=1", f"run_dir={tmp_path / 'refused'}"))
+    assert not (tmp_path / "refused").exists()
+
+
 def test_a_compact_policy_gives_its_encoder_but_not_its_incomplete_heads(make_config, source, tmp_path):
     export_policy(source.parent, tmp_path / "small.safetensors", compact=True)
     words = [f"init.policy={tmp_path}/small.safetensors"]

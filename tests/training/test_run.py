@@ -172,6 +172,13 @@ def test_a_lost_terminal_saves(make_config, tmp_path):
     assert load_checkpoint(checkpoint)["trainer"]["step"] == checkpoint_step(checkpoint) > 0
 
 
+def test_nothing_is_trained_into_a_store(make_config):
+    config = make_config()
+    config.run_dir = config.data.store
+    with pytest.raises(ConfigError, match=r"run_dir must be the folder of a run, but .* is a store"):
+        train(config)
+
+
 def test_data_that_is_missing_leaves_no_folder(make_config, tmp_path):
     config = make_config(f"data.store={tmp_path / 'nowhere'}")
     with pytest.raises(FileNotFoundError, match="is not a store"):

@@ -6,8 +6,11 @@ import argparse
 import difflib
 import logging
 import os
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +39,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="%(message)s")
     logging.getLogger(torchrl_sql.__name__).setLevel(logging.INFO)  # of other packages, warnings are enough
     try:
-        _run(args)
-        sys.stdout.flush()
+        with _stopping_at_sigterm():
+            _run(args)
+        if sys.stdout is not None:  # as it is after `>&-`
+            sys.stdout.flush()
     except KeyboardInterrupt as interruption:
         message = str(interruption) or "stopped; the same command continues where it was"
         print(f"\n{message}", file=sys.stderr)
@@ -46,9 +51,39 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_CLOSED_PIPE
     except (ValueError, OSError, FloatingPointError, ImportError) as error:
-        print(f"torchrl-sql {args.command}: {error}", file=sys.stderr)
+        print(f"torchrl-sql {args.command}: {_describe(error)}", file=sys.stderr)
         return 1
     return 0
+
+
+@contextmanager
+def _stopping_at_sigterm() -> Iterator[None]:
+    """SIGTERM ends a command as Ctrl-C does, unless the command handles it."""
+
+    def stop(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _describe(error: Exception) -> str:
+    """What is wrong, in words where the operating system gives a number."""
+    if not isinstance(error, OSError) or error.errno is None or error.filename is None:
+        return str(error)
+    problems = {
+        FileNotFoundError: "does not exist",
+        FileExistsError: "is there already",
+        NotADirectoryError: "is no folder",
+        IsADirectoryError: "is a folder, not a file",
+    }
+    return f"{error.filename} {problems.get(type(error), f'cannot be used: {error.strerror}')}"
 
 
 def run(arguments: Sequence[str]) -> None:

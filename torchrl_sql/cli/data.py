@@ -151,6 +151,9 @@ def _inspect(args: argparse.Namespace) -> None:
         if file is not None and file.suffix.lower() != ".png":
             raise ValueError(f"{option} must name a .png file, got {file}")
     _print_store(args.store)
+    for file in (args.returns, args.contact_sheet):
+        if file is not None:
+            file.parent.mkdir(parents=True, exist_ok=True)
     if args.returns is not None:
         draw_lives(list(summarise(FrameStore.open(args.store)))).save(args.returns)
         print(f"Returns: {args.returns}")
@@ -164,8 +167,9 @@ def _convert(args: argparse.Namespace) -> None:
     check_exists(args.store)
     from torchrl_sql.data import FrameStore, convert
 
+    store = FrameStore.open(args.store)
     with _bar("convert", "frame") as progress:
-        convert(FrameStore.open(args.store), args.out, codec=args.codec, progress=progress)
+        convert(store, args.out, codec=args.codec, progress=progress)
     _print_store(args.out)
 
 
@@ -183,9 +187,11 @@ def _export(args: argparse.Namespace) -> None:
         if options:
             raise ValueError(f"--dqn-replay writes whole recordings, got --{next(iter(options)).replace('_', '-')}")
         games = None if args.games is None else resolve_games(args.games)
+        store = FrameStore.open(args.store)
         with _bar("export", "row") as progress:
-            folders = export_dqn_replay(FrameStore.open(args.store), args.out, games, progress=progress)
-        print("\n".join(map(str, folders)))
+            folders = export_dqn_replay(store, args.out, games, progress=progress)
+        for folder in folders:
+            print(f"{folder}: checkpoints 0-{len(list(folder.glob('add_count_ckpt.*.gz'))) - 1}")
         return
     storage = AtariFrameStorage(args.store, args.games, **options)
     with _bar("export", "tr") as progress:

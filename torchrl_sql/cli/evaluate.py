@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import argparse
 import shlex
-import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -103,11 +101,7 @@ def _evaluate(args: argparse.Namespace) -> None:
         print("Clips are short GIFs: pip install torchrl-sql[video] brings an encoder for MP4.")
     if args.episode is not None and not args.video:
         raise ValueError("--episode chooses what --video shows; it needs --video")
-    before = signal.signal(signal.SIGTERM, _stop)  # as Ctrl-C: what was played is kept
-    try:
-        folders = list(_play(args, games, share))
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    folders = list(_play(args, games, share))
     for folder in dict.fromkeys(folders):
         print(f"Scores: {folder / 'scores.csv'}. Next: torchrl-sql report {shlex.quote(str(folder))}")
 
@@ -134,10 +128,6 @@ def _play(args: argparse.Namespace, games: Sequence[str] | None, share: Share) -
             step = "" if agent.run_dir is None else f" of {agent.run_dir} at gradient step {agent.id.gradient_step:,}"
             _print_means(agent.id.name + step, episodes)
             yield folder
-
-
-def _stop(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
 
 
 def _log(agent: Agent, episodes: Sequence[EpisodeResult]) -> None:

@@ -158,7 +158,7 @@ def _check_settings(words: Sequence[str]) -> None:
 def _launch_study(args: argparse.Namespace, words: Sequence[str], cluster: ClusterConfig, command: str) -> None:
     """What is not done of a study; an earlier launch of it is kept as ``launch-1``, ``launch-2``, ..."""
     from torchrl_sql.launch.group import make_groups
-    from torchrl_sql.studies.folder import owned, prepare_folder
+    from torchrl_sql.studies.folder import check_reuse, owned, prepare_folder
     from torchrl_sql.studies.plan import RUNS, plan_study
 
     if not words or "=" in words[0] or words[0].startswith("-"):
@@ -168,8 +168,12 @@ def _launch_study(args: argparse.Namespace, words: Sequence[str], cluster: Clust
     folder = (args.into or RUNS / Path(words[0]).stem).resolve()
     tasks = plan_study(study, folder, num_ranks=cluster.num_tasks)
 
+    if args.reuse is not None:
+        check_reuse(args.reuse, folder)
+
     def to_do() -> list[Group]:
-        return make_groups(folder, [task for task in tasks if not task.is_done()], command=command, cluster=cluster)
+        done = [task for task in tasks if task.is_done() or (args.reuse is not None and task.done_in(args.reuse))]
+        return make_groups(folder, [task for task in tasks if task not in done], command=command, cluster=cluster)
 
     groups = to_do()
     if args.dry_run:

@@ -39,7 +39,7 @@ def add_study_options(parser: argparse.ArgumentParser) -> None:
     """Adds ``--seeds`` and ``--reuse``."""
     parser.add_argument("--seeds", type=_numbers, metavar="0,1,...", help="of training (default: the study's)")
     parser.add_argument(
-        "--reuse", type=Path, metavar="FOLDER", help="of another study: copy what it has made of the same settings"
+        "--reuse", type=Path, metavar="FOLDER", help="of another study: copy data and runs of the same settings"
     )
 
 
@@ -103,12 +103,14 @@ def _study(args: argparse.Namespace) -> None:
 
     Run again, it continues: what is done stays, what changed is done again.
     """
-    from torchrl_sql.studies.folder import format_tasks, run_study
+    from torchrl_sql.studies.folder import check_reuse, format_tasks, run_study
     from torchrl_sql.studies.plan import RUNS, plan_study
 
     study = read_study(args.name, args.overrides, args.seeds)
     folder = args.out or RUNS / Path(args.name).stem
     tasks = plan_study(study, folder)
+    if args.reuse is not None:
+        check_reuse(args.reuse, folder)
     if args.dry_run:
         print(format_tasks(tasks, reuse=args.reuse))
         return

@@ -152,6 +152,8 @@ def run_config_from_yaml(text: str, *, source: str) -> RunConfig:
     """As :func:`load_run_config`, from the text itself; ``source`` names it in errors."""
     try:
         content = yaml.load(text, Loader=yaml.BaseLoader)  # nothing but texts
+        if not isinstance(content, dict):
+            raise ConfigError(f"{source} must hold a run's configuration, keys with values, got {content!r}")
         written = content.pop("format", "1")
         if "name" in content and written != str(CONFIG_FORMAT):
             age = "a later" if written.isdecimal() and int(written) > CONFIG_FORMAT else "an earlier"
@@ -160,6 +162,8 @@ def run_config_from_yaml(text: str, *, source: str) -> RunConfig:
                 f"{CONFIG_FORMAT}); train it again or use that version"
             )
         base = OmegaConf.structured(RunConfig)
+        if "method" not in content:
+            raise ConfigError(f"{source} must hold a run's configuration, but it has no method")
         method = METHOD_SETTINGS.get(content["method"]["name"], MethodConfig)
         base.method, base.model = OmegaConf.structured(method), OmegaConf.structured(method.model)
         return _checked(OmegaConf.merge(base, as_written(content, base)))

@@ -124,7 +124,7 @@ def load_study(path: Path, *, scale: str | None = None, store: str | None = None
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path} must hold a study: {error}") from None
+        raise ConfigError(f"{path} must hold a study: {' '.join(str(error).split())}") from None
     try:
         if isinstance(content, dict):
             content = _at_scale(content, scale) | ({"data": store} if store is not None else {})

@@ -150,7 +150,9 @@ class FrameStore:
         recordings = self._read(f"{game}/*")
         if not recordings:
             held = ", ".join(self.games) or "no games"
-            raise ValueError(f"game {game!r} is not in the store {self.path}, which holds {held}")
+            raise ValueError(
+                f"game {game!r} is not in the store {self.path}, which holds {held}: choose among these (data.games)"
+            )
         return recordings
 
     def recording(self, game: str, name: str | None = None) -> Recording:

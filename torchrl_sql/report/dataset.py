@@ -105,7 +105,7 @@ def other_data(method: DataConfig, others: Mapping[str, DataConfig]) -> list[str
 
 
 def find_store(folder: Path, store: str) -> Path | None:
-    """A run's store: where it was trained from, or beside the run if both have moved."""
+    """A run's store: where it was trained from, or beside the run or in its study if both have moved."""
     path = Path(os.path.expandvars(os.path.expanduser(store)))
-    places = (path, folder.parent / path.name)
+    places = (path, folder.parent / path.name, folder.parent.parent / path.name)
     return next((place for place in places if (place / "store.json").is_file()), None)

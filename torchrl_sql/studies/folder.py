@@ -6,16 +6,19 @@ import fcntl
 import os
 import shutil
 import sys
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
-from torchrl_sql.config import ConfigError
+from torchrl_sql.config import ConfigError, load_run_config, run_config_from_yaml
 from torchrl_sql.config.study import STUDY_FILE, StudyConfig, load_study
 from torchrl_sql.files import write_text
 from torchrl_sql.studies.local import Start, format_seconds, run_tasks
 from torchrl_sql.studies.task import Task, read_record
+
+_COPYING = ".copying"
+"""What is being copied from another study lies there until it is complete."""
 
 
 def run_study(
@@ -39,8 +42,8 @@ def run_study(
     Keyword Args:
         num_jobs (int): tasks at the same time.
         fresh (bool): delete what an earlier run of a study made there first.
-        reuse (Path, optional): another study's folder: what tasks of the same name, settings and inputs made there is
-            copied, not made again.
+        reuse (Path, optional): another study's folder (:func:`check_reuse`): data and trained runs that tasks of the
+            same name, settings and inputs made there are copied, not made again.
         confirm (callable): is asked before anything is deleted, with what and why.
         say (callable): is given a line of progress for people.
 
@@ -105,6 +108,17 @@ def prepare_folder(
 
     Args and errors as of :func:`run_study`.
     """
+    with nullcontext() if reuse is None else owned(reuse):
+        reusable = {task.name: found for task in tasks if reuse is not None and (found := task.done_in(reuse))}
+        _make_room(study, tasks, folder, fresh=fresh, confirm=confirm)
+        if reuse is not None:
+            _copy_done({task.name: task for task in tasks}, reusable, folder, reuse)
+
+
+def _make_room(
+    study: StudyConfig, tasks: Sequence[Task], folder: Path, *, fresh: bool, confirm: Callable[[str], bool]
+) -> None:
+    """Deletes what is to be made again, as far as it is the study's own, and writes ``study.yaml``."""
     recorded = {file.stem: read_record(file) for file in sorted((folder / "tasks").glob("*.json"))}
     owned_paths = {path for record in recorded.values() for path in record["makes"]}
     foreign = [folder / path for task in tasks for path in task.makes if path not in owned_paths]
@@ -131,36 +145,51 @@ def prepare_folder(
         if record is not None and record["seconds"] is not None and not (task.tolerant or task.is_done()):
             task.write_record(seconds=None)
     folder.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(folder / _COPYING, ignore_errors=True)
     write_text(folder / STUDY_FILE, study.to_yaml())
-    if reuse is not None:
-        _copy_done(tasks, folder, reuse)
 
 
-def _copy_done(tasks: Sequence[Task], folder: Path, other: Path) -> None:
-    """Copies what tasks that were not begun here have made in another study's folder."""
+def check_reuse(other: Path, folder: Path) -> None:
+    """Raises ``ValueError`` unless ``other`` is the folder of another study than ``folder``'s."""
     if not (other / STUDY_FILE).exists():
         raise ValueError(f"--reuse must be the folder of a study, but {other / STUDY_FILE} is not there")
     if other.resolve() == folder.resolve():
         raise ValueError(f"--reuse must be the folder of another study, got {other}")
-    with owned(other):
-        for task in tasks:
-            record = task.done_in(other)
-            if record is None or task.record() is not None:
-                continue
-            task.write_record(seconds=None)  # what an interrupted copy leaves is the study's own
-            for path in task.makes:
-                if (other / path).exists() and not (folder / path).exists():
-                    _copy(other / path, folder / path)
-            task.write_record(seconds=record["seconds"], copied_from=other)
 
 
-def _copy(source: Path, path: Path) -> None:
-    """Copies a file or folder; under its name there is never a part of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".copy-") as part:
-        copy = Path(part, path.name)
-        (shutil.copytree if source.is_dir() else shutil.copy2)(source, copy)
-        copy.rename(path)
+def _copy_done(tasks: Mapping[str, Task], records: Mapping[str, Mapping[str, Any]], folder: Path, other: Path) -> None:
+    """Copies what tasks that were not begun here have made in another study's folder.
+
+    Args:
+        tasks (mapping): by name.
+        records (mapping): of those that are done there.
+        folder (Path): of this study.
+        other (Path): of the other.
+    """
+    part = folder / _COPYING
+    for name, record in records.items():
+        task = tasks[name]
+        if task.record() is not None:
+            continue
+        paths = [path for path in task.makes if (other / path).exists() and Path(path).name != ".lock"]
+        for path in paths:
+            (part / path).parent.mkdir(parents=True, exist_ok=True)
+            (shutil.copytree if (other / path).is_dir() else shutil.copy2)(other / path, part / path)
+        if task.config is not None:
+            _place_run(part / Path(task.makes[0]).parent / "config.yaml", task.config)
+        task.write_record(seconds=None)
+        for path in reversed(paths):  # what says that the task is done comes last
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            (part / path).rename(folder / path)
+        task.write_record(seconds=record["seconds"], copied_from=other)
+        shutil.rmtree(part)
+
+
+def _place_run(file: Path, planned_text: str) -> None:
+    """Writes the places that are planned in this study into a copied run's configuration."""
+    config, planned = load_run_config(file), run_config_from_yaml(planned_text, source="the plan")
+    config.run_dir, config.data.store, config.init.policy = planned.run_dir, planned.data.store, planned.init.policy
+    write_text(file, config.to_yaml())
 
 
 def _is_resolved(file: Path) -> bool:

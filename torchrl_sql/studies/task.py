@@ -97,16 +97,18 @@ class Task:
 
     def done_in(self, other: Path) -> dict[str, Any] | None:
         """The record of the same task in another study's folder: same name, settings and inputs; ``None`` if it is not
-        done there.
+        done there, or makes tables, which hold what other tasks made too.
 
         Raises:
             ValueError: if the record is damaged.
         """
         file = other / "tasks" / f"{self.name}.json"
-        record = None if self.tolerant or not file.exists() else read_record(file)
-        if record is None or record["key"] != self.key or record["seconds"] is None or record["makes"] != self.makes:
+        makes_table = any(Path(path).name == "scores.csv" for path in self.makes)
+        if self.kind not in ("collect", "import", "train") or makes_table or not file.exists():
             return None
-        return record if (other / self.makes[0]).exists() else None
+        record = read_record(file)
+        same = (record["key"], record["makes"]) == (self.key, self.makes) and record["seconds"] is not None
+        return record if same and (other / self.makes[0]).exists() else None
 
     def change(self) -> str | None:
         """Why what was made earlier does not count any more; ``None`` if it does, or nothing was made."""
@@ -132,8 +134,9 @@ def read_record(file: Path) -> dict[str, Any]:
         content = json.loads(file.read_text(encoding="utf-8"))
         record = {key: content[key] for key in ("key", "settings", "inputs", "makes", "seconds")}
         record["copied_from"] = content.get("copied_from")
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{file} must be the record of a task: {error!r}; delete it") from None
+        record["makes"] = [Path(path).as_posix() for path in record["makes"]]
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{file} must be the record of a task: {error!r}; delete it, and what the task made") from None
     folder = file.parents[1].resolve()
     for path in record["makes"]:
         if not (folder / path).resolve().is_relative_to(folder) or (folder / path).resolve() == folder:

@@ -89,6 +89,7 @@ class RunLock:
         self._owner = _Owner.present()
         self._ended = threading.Event()
         self._heart = threading.Thread(target=self._beat, name="run-lock", daemon=True)
+        self._is_new = not folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
         if self._create():
             return
@@ -128,6 +129,9 @@ class RunLock:
         self._heart.join()
         if self._read() == self._owner:
             self.path.unlink(missing_ok=True)
+        if self._is_new:
+            with suppress(OSError):  # a run that was refused leaves no folder
+                self.path.parent.rmdir()
 
     def _beat(self) -> None:
         while not self._ended.wait(HEARTBEAT_SECONDS):

@@ -71,6 +71,8 @@ def train(config: RunConfig, *, evaluate: Evaluate | None = None) -> Path:
     with StopSignals() as signals, process_group(resolve_device(config.trainer.device)) as ranks:
         check_ranks(config, ranks.world_size)
         folder = expand_path(config.run_dir)
+        if (folder / "store.json").exists():
+            raise ConfigError(f"run_dir must be the folder of a run, but {folder} is a store")
         fingerprint = _fingerprint(config)  # before there is a folder: data that is missing leaves none
         with _own(folder, ranks) as lock, _kernels_in(folder / "compiled"):
             return _train(config, fingerprint, ranks, signals, lock, Scores(config, ranks, signals, evaluate))

@@ -108,5 +108,5 @@ def test_the_command(lab, tmp_path, small_store, capsys):
     assert "--dqn-replay writes whole recordings, got --n-steps" in capsys.readouterr().err
     assert main([*arguments, "--games", "Pong"]) == 0
     assert capsys.readouterr().out.splitlines() == [
-        str(tmp_path / "log" / "Pong" / run / "replay_logs") for run in ("1", "2")
+        f"{tmp_path / 'log' / 'Pong' / run / 'replay_logs'}: checkpoints 0-0" for run in ("1", "2")
     ]

@@ -13,6 +13,7 @@ import hashlib
 import io
 import os
 import pickletools
+import re
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -167,7 +168,11 @@ class DQNReplaySource(DopamineSource):
         missing = [name for name in names if name not in found]
         if missing:
             more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-            raise FileNotFoundError(f"{self._folder.location} lacks {', '.join(missing[:3])}{more}")
+            there = sorted({int(match[1]) for name in found if (match := re.fullmatch(r"\S+_ckpt\.(\d+)\.gz", name))})
+            raise FileNotFoundError(
+                f"{self._folder.location} lacks {', '.join(missing[:3])}{more}; checkpoints that are there: "
+                f"{', '.join(map(str, there)) or 'none'}"
+            )
         with _open_array(self._folder, _file_name("terminal", self.checkpoints[0])) as array:
             return array.expect("terminal", None)
 
