@@ -27,7 +27,7 @@ def run(make_run):
 def test_a_run_and_all_its_checkpoints(run, tmp_path, capsys):
     assert main(["evaluate", str(run)]) == 0
     out = capsys.readouterr().out
-    assert "mean return of 4 episodes" in out and f"Scores: {run / 'scores.csv'}. Next: torchrl-sql report {run}" in out
+    assert "mean return by game" in out and f"Scores: {run / 'scores.csv'}. Next: torchrl-sql report {run}" in out
     rows = read_episodes(run / "scores.csv")
     assert [(row.agent, row.gradient_step, row.game, row.episode) for row in rows] == [
         ("small", 6, game, episode) for game in ("Breakout", "Freeway") for episode in (0, 1)

@@ -169,6 +169,6 @@ def _print_means(name: str, episodes: Sequence[EpisodeResult]) -> None:
     returns: dict[str, list[float]] = {}
     for episode in episodes:
         returns.setdefault(episode.game, []).append(episode.episode_return)
-    print(f"{name}: mean return of {len(episodes)} episodes")
+    print(f"{name}: mean return by game")
     for game, values in returns.items():
-        print(f"  {game:<16} {sum(values) / len(values):>12,.1f}   ({len(values)} episodes)")
+        print(f"  {game:<16} {sum(values) / len(values):>12,.1f}   ({len(values)} episode{'s' * (len(values) != 1)})")

@@ -176,8 +176,8 @@ def format_summaries(summaries: Sequence[GameSummary], *, codec: str) -> str:
     total = sum(s.num_transitions for s in summaries)
     num_bytes = sum(s.num_bytes for s in summaries)
     lines.append(
-        f"{len(summaries)} games, {total:,} transitions, {num_bytes / 1e6:,.1f} MB in {codec}, "
-        f"{num_bytes / max(total, 1):.1f} bytes per transition"
+        f"{len(summaries)} game{'s' * (len(summaries) != 1)}, {total:,} transitions, "
+        f"{num_bytes / 1e6:,.1f} MB in {codec}, {num_bytes / max(total, 1):.1f} bytes per transition"
     )
     return "\n".join(lines)
 
