@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -12,7 +13,7 @@ import time
 import pytest
 
 import torchrl_sql
-from torchrl_sql.cli import main
+from torchrl_sql.cli import main, run
 from torchrl_sql.data import FrameStore
 from torchrl_sql.evaluation.episodes import read_episodes
 from torchrl_sql.training.checkpoint import list_checkpoints
@@ -267,6 +268,14 @@ def test_sigterm_ends_a_command_as_ctrl_c_does(tmp_path):
             process.kill()
     assert process.returncode == 130 and err.endswith("stopped; the same command continues where it was\n")
     assert "Warning" not in err and "Traceback" not in err
+
+
+def test_whoever_runs_a_command_is_told_of_sigterm(monkeypatch):
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr("shtab.complete", lambda *args, **options: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(KeyboardInterrupt):
+        run(["completion", "bash"])
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_the_completion_script_completes_commands_and_options():

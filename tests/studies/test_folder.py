@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 
 from torchrl_sql.cli import main
-from torchrl_sql.config.study import load_study
-from torchrl_sql.studies.folder import check_reuse, format_tasks, owned, prepare_folder
+from torchrl_sql.config import ConfigError
+from torchrl_sql.config.study import find_study, load_study
+from torchrl_sql.studies.folder import check_reuse, format_tasks, owned, prepare_folder, reusable
 from torchrl_sql.studies.plan import plan_study
 
 
@@ -177,13 +179,17 @@ def other_study(make_study, tmp_path):
     return study, plan_study(study, other), other
 
 
+def give_runs_configurations(make_study, folder):
+    for task in plan_study(make_study(), folder):
+        if task.config is not None:
+            (Path(task.run_dir) / "config.yaml").write_text(task.config)
+
+
 def test_data_and_runs_that_another_study_made_of_the_same_settings_are_copied(
     finished, make_study, folder, tmp_path, asked
 ):
     study, tasks, other = other_study(make_study, tmp_path)
-    for task in plan_study(make_study(), folder):
-        if task.config is not None:
-            (Path(task.run_dir) / "config.yaml").write_text(task.config)
+    give_runs_configurations(make_study, folder)
     assert f"train-q-seed0: to be copied from {folder}" in format_tasks(tasks, reuse=folder)
     prepare_folder(study, tasks, other, reuse=folder, confirm=allow)
     done = [task.name for task in tasks if task.is_done()]
@@ -197,62 +203,85 @@ def test_data_and_runs_that_another_study_made_of_the_same_settings_are_copied(
     assert not asked and not (other / ".copying").exists()
 
 
-@pytest.mark.parametrize("what", ["changed", "not done", "its files are gone", "its data is other"])
+@pytest.mark.parametrize(
+    "what", ["changed", "not done", "its files are gone", "its data is other", "its data is made here"]
+)
 def test_nothing_else_is_copied(finished, make_study, folder, tmp_path, what):
     study = make_study(*{
         "changed": [("cql_alpha=0.3", "cql_alpha=0.4")],
         "its data is other": [("method.cql_alpha=0.3", "method.cql_alpha=0.3, collection.seed=7")],
     }.get(what, []))  # fmt: skip
     tasks = plan_study(study, tmp_path / "other")
-    trained = next(task for task in tasks if task.name == "train-q-seed0")
     if what == "not done":
         record = folder / "tasks" / "train-q-seed0.json"
         record.write_text(json.dumps(json.loads(record.read_text()) | {"seconds": None}))
     elif what == "its files are gone":
         (folder / "q" / "seed0" / "checkpoints").rename(tmp_path / "elsewhere")
-    assert trained.done_in(folder) is None
-    assert next(task for task in tasks if task.name == "report").done_in(folder) is None
+    elif what == "its data is made here":
+        (folder / "tasks" / "collect.json").unlink()
+    assert not {"train-q-seed0", "evaluate-q-seed0-greedy", "report"} & reusable(tasks, folder).keys()
 
 
-def test_what_was_begun_here_is_not_replaced_by_a_copy(finished, make_study, folder, tmp_path):
+def test_agents_that_share_a_store_are_not_copied(tmp_path):
+    tasks = plan_study(load_study(find_study("dqn_replay_mini")), tmp_path / "one")
+    for task in tasks:
+        make(task)
+    assert not reusable(plan_study(load_study(find_study("dqn_replay_mini")), tmp_path / "two"), tmp_path / "one")
+
+
+def test_a_study_that_was_begun_continues_with_what_it_has(finished, make_study, folder, tmp_path):
     study, tasks, other = other_study(make_study, tmp_path)
-    collect = tasks[0]
-    make(collect, done=False)
-    (other / "store" / "inside").write_text("half way")
-    for file in (folder / "tasks").glob("train-*.json"):
-        file.unlink()
+    make(tasks[0], done=False)
+    before = names(other)
+    assert "to be copied" not in format_tasks(tasks, reuse=folder)
     prepare_folder(study, tasks, other, reuse=folder, confirm=allow)
-    assert (other / "store" / "inside").read_text() == "half way" and not collect.is_done()
+    assert names(other) == before | {"study.yaml"} and not tasks[0].is_done()
+    assert "collect: to be copied" in format_tasks(tasks, fresh=True, reuse=folder)
 
 
+@pytest.mark.parametrize("interrupted", ["shutil.copytree", "Path.rename"])
 def test_an_interrupted_copy_leaves_nothing_that_a_task_would_take_for_its_own(
-    finished, make_study, folder, tmp_path, monkeypatch
+    finished, make_study, folder, tmp_path, monkeypatch, interrupted
 ):
     study, tasks, other = other_study(make_study, tmp_path)
+    give_runs_configurations(make_study, folder)
+    calls = []
+    unharmed = Path.rename if interrupted == "Path.rename" else shutil.copytree
 
-    def interrupted(source, path):
-        path.mkdir(parents=True)
-        raise KeyboardInterrupt
+    def interrupt(source, path, **options):
+        calls.append(path)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return unharmed(source, path, **options)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("torchrl_sql.studies.folder.shutil.copytree", interrupted)
+        patch.setattr(f"torchrl_sql.studies.folder.{interrupted}", interrupt)
         prepare_folder(study, tasks, other, reuse=folder, confirm=allow)
-    prepare_folder(study, tasks, other, confirm=allow)
-    assert names(other) == {"study.yaml"}
+    assert not (other / ".copying").exists() and not [task for task in tasks if task.record() is not None]
+    if interrupted == "shutil.copytree":
+        prepare_folder(study, tasks, other, confirm=allow)
+        assert names(other) == {"study.yaml"}
+    else:
+        with pytest.raises(ValueError, match="is there, but no task of this study made it: move it"):
+            prepare_folder(study, tasks, other, confirm=allow)
 
 
-@pytest.mark.parametrize("fresh", [True, False])
-def test_what_cannot_be_reused_costs_nothing(finished, make_study, folder, tmp_path, fresh):
+def test_what_cannot_be_reused_costs_nothing(finished, make_study, folder, tmp_path):
     study, tasks, other = other_study(make_study, tmp_path)
     for task in tasks:
         make(task)
     before = names(other)
-    with owned(folder), pytest.raises(ValueError, match="is in use by process"):
-        prepare_folder(study, tasks, other, fresh=fresh, reuse=folder, confirm=allow)
+
+    def refused(error, message):
+        with pytest.raises(error, match=message):
+            prepare_folder(study, tasks, other, fresh=True, reuse=folder, confirm=allow)
+        assert names(other) == before
+
+    with owned(folder):
+        refused(ValueError, "is in use by process")
+    refused(ConfigError, r"s/q/seed0/config.yaml must hold a run's configuration")  # and not the copy's
     (folder / "tasks" / "train-q-seed0.json").write_text('{"makes": 3}')
-    with pytest.raises(ValueError, match=r"train-q-seed0.json must be the record of a task"):
-        prepare_folder(study, tasks, other, fresh=fresh, reuse=folder, confirm=allow)
-    assert names(other) == before
+    refused(ValueError, r"train-q-seed0.json must be the record of a task")
 
 
 @pytest.mark.parametrize("launch", [False, True])

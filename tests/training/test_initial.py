@@ -120,6 +120,7 @@ def test_transformers_start_from_transformers(make_config):
         (["init.load=all", "model.pooling=average"], "needs model.pooling=spatial_embedding as in .*, got average"),
         (["init.load=all", "model.feature_norm=false"], "needs model.feature_norm=True as in .*, got False"),
         (["init.load=all", "model.logit_scale=null"], r"needs model.logit_scale=learned as in .*, got 1\.0"),
+        (["model.num_groups=2"], r"needs model.num_groups=32 as in .*, got 2"),
         (["init.load=all", "model.learn_logit_scale=false"], r"needs model.logit_scale=learned as in .*, got 30\.0"),
         (
             ["init.load=all", "model.num_embeddings=4"],
@@ -151,6 +152,10 @@ def test_what_does_not_fit_is_refused_with_names_and_nothing_is_loaded(make_conf
     with pytest.raises(ConfigError, match=message):
         load_initial(network, config, Ranks(0, 1, torch.device("cpu")))
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+
+
+def test_groups_that_the_channels_cannot_have_make_no_difference(make_config, source):
+    build(make_config(f"init.policy={source}", "model.num_groups=16"))  # of at most 8, a quarter of 32 channels
 
 
 def test_a_run_that_is_refused_leaves_no_folder(make_config, source, tmp_path):

@@ -39,8 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="%(message)s")
     logging.getLogger(torchrl_sql.__name__).setLevel(logging.INFO)  # of other packages, warnings are enough
     try:
-        with _stopping_at_sigterm():
-            _run(args)
+        _run(args)
         if sys.stdout is not None:  # as it is after `>&-`
             sys.stdout.flush()
     except KeyboardInterrupt as interruption:
@@ -63,7 +62,8 @@ def _stopping_at_sigterm() -> Iterator[None]:
     def stop(number: int, frame: object) -> None:
         raise KeyboardInterrupt
 
-    if threading.current_thread() is not threading.main_thread():
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or signal.getsignal(signal.SIGTERM) in (signal.SIG_IGN, None):
         yield
         return
     before = signal.signal(signal.SIGTERM, stop)
@@ -126,7 +126,8 @@ def _run(args: argparse.Namespace) -> None:
             setattr(args, name, expand_path(value))
         elif isinstance(value, list):
             setattr(args, name, [expand_path(each) if isinstance(each, Path) else each for each in value])
-    args.run_command(args)
+    with _stopping_at_sigterm():
+        args.run_command(args)
 
 
 class CommandParser(argparse.ArgumentParser):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime
 from itertools import takewhile
 from pathlib import Path
@@ -158,7 +158,7 @@ def _check_settings(words: Sequence[str]) -> None:
 def _launch_study(args: argparse.Namespace, words: Sequence[str], cluster: ClusterConfig, command: str) -> None:
     """What is not done of a study; an earlier launch of it is kept as ``launch-1``, ``launch-2``, ..."""
     from torchrl_sql.launch.group import make_groups
-    from torchrl_sql.studies.folder import check_reuse, owned, prepare_folder
+    from torchrl_sql.studies.folder import check_reuse, owned, prepare_folder, reusable
     from torchrl_sql.studies.plan import RUNS, plan_study
 
     if not words or "=" in words[0] or words[0].startswith("-"):
@@ -171,11 +171,11 @@ def _launch_study(args: argparse.Namespace, words: Sequence[str], cluster: Clust
     if args.reuse is not None:
         check_reuse(args.reuse, folder)
 
-    def to_do() -> list[Group]:
-        done = [task for task in tasks if task.is_done() or (args.reuse is not None and task.done_in(args.reuse))]
-        return make_groups(folder, [task for task in tasks if task not in done], command=command, cluster=cluster)
+    def to_do(copied: Collection[str] = ()) -> list[Group]:
+        left = [task for task in tasks if not task.is_done() and task.name not in copied]
+        return make_groups(folder, left, command=command, cluster=cluster)
 
-    groups = to_do()
+    groups = to_do(() if args.reuse is None else reusable(tasks, args.reuse))
     if args.dry_run:
         _create_and_start(groups, args)
         return
@@ -184,7 +184,7 @@ def _launch_study(args: argparse.Namespace, words: Sequence[str], cluster: Clust
         for each in (folder, *[args.reuse] * (args.reuse is not None)):
             refuse_alive(each)
         allow = (lambda what: True) if args.yes else confirm
-        prepare_folder(study, tasks, folder, reuse=args.reuse, confirm=allow)
+        prepare_folder(study, tasks, folder, reuse=args.reuse, confirm=allow, say=print)
         if launched.exists():
             number = 1 + len(list(folder.glob("launch-*")))
             launched.rename(folder / f"launch-{number}")

@@ -39,7 +39,10 @@ def add_study_options(parser: argparse.ArgumentParser) -> None:
     """Adds ``--seeds`` and ``--reuse``."""
     parser.add_argument("--seeds", type=_numbers, metavar="0,1,...", help="of training (default: the study's)")
     parser.add_argument(
-        "--reuse", type=Path, metavar="FOLDER", help="of another study: copy data and runs of the same settings"
+        "--reuse",
+        type=Path,
+        metavar="FOLDER",
+        help="of another study, whose data and runs this begins with",
     )
 
 
@@ -112,7 +115,7 @@ def _study(args: argparse.Namespace) -> None:
     if args.reuse is not None:
         check_reuse(args.reuse, folder)
     if args.dry_run:
-        print(format_tasks(tasks, reuse=args.reuse))
+        print(format_tasks(tasks, fresh=args.fresh, reuse=args.reuse))
         return
     for each in (folder, *[args.reuse] * (args.reuse is not None)):
         try:

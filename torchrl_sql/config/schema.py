@@ -156,8 +156,6 @@ class QNetworkConfig(ModelConfig):
     """An encoder of stacked frames: arguments of :func:`torchrl_sql.modules.make_q_actor`."""
 
     choices = "q_network, small"
-    encoder_settings: ClassVar[tuple[str, ...]] = ("encoder", "num_groups", "center_input")
-    """Settings by which encoders of equal weights differ."""
 
     encoder: str = MISSING
     """A name in :data:`torchrl_sql.modules.ENCODERS`; building the network, before data is opened, refuses others."""

@@ -30,7 +30,7 @@ RANDOM, PIXELS = "random", "pixels"
 
 _FORMAT, _VERSION = "torchrl_sql probes", 1
 _BATCH_SIZE = 128
-_KIND = (*QNetworkConfig.encoder_settings, "last_norm_scale")
+_KIND = ("encoder", "num_groups", "last_norm_scale", "center_input")
 """Settings of the model that encoders must share to be compared."""
 
 

@@ -109,14 +109,12 @@ def action_index(action: Tensor, num_actions: int, batch_shape: torch.Size, acti
     )
 
 
-def check_written(
-    loss: LossModule, network: TensorDictModule, outputs: Sequence[str], given: Mapping[str, NestedKey | None]
-) -> None:
-    """Raises ``ValueError`` where ``set_keys`` was given a key for an output that the network does not write."""
+def check_written(network: TensorDictModule, outputs: Sequence[str], given: Mapping[str, NestedKey | None]) -> None:
+    """Raises ``ValueError`` where ``set_keys`` is given a key for an output that the network does not write."""
+    written = [unravel_key(key) for key in network.out_keys]
     for name in outputs:
-        key = getattr(loss.tensor_keys, name)
-        if given.get(name) is not None and key not in network.out_keys:
-            raise ValueError(f"{name} must be a key that the network writes ({network.out_keys}), got {key!r}")
+        if (key := given.get(name)) is not None and unravel_key(key) not in written:
+            raise ValueError(f"{name} must be a key that the network writes ({written}), got {key!r}")
 
 
 def priority_weights(loss: LossModule, tensordict: TensorDictBase, batch_shape: torch.Size) -> Tensor | None:

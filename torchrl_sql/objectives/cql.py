@@ -235,8 +235,8 @@ class DistributionalCQLLoss(LossModule):
 
     def set_keys(self, **kwargs: NestedKey) -> None:
         """As TorchRL's; raises ``ValueError`` for a ``feature_norm`` that the network does not write."""
+        check_written(self.value_network, ["feature_norm"], kwargs)
         super().set_keys(**kwargs)
-        check_written(self, self.value_network, ["feature_norm"], kwargs)
 
     @property
     def in_keys(self) -> list[NestedKey]:

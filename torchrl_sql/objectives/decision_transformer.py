@@ -81,9 +81,9 @@ class DecisionTransformerLoss(LossModule):
 
     def set_keys(self, **kwargs: NestedKey) -> None:
         """As TorchRL's; raises ``ValueError`` for outputs that the network does not write."""
-        super().set_keys(**kwargs)
         outputs = ("action_logits", "reward_logits", "reward_token", "return_logits", "return_token")
-        check_written(self, self.actor_network, outputs, kwargs)
+        check_written(self.actor_network, outputs, kwargs)
+        super().set_keys(**kwargs)
 
     def train(self, mode: bool = True) -> DecisionTransformerLoss:
         """Switches the network's dropout too: the network is not one of the loss's modules."""

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from torchrl_sql.config import DataConfig
+from torchrl_sql.config.study import STUDY_FILE
 from torchrl_sql.data import FrameStore, Subset, summarise
 from torchrl_sql.data.summary import GameSummary
 from torchrl_sql.evaluation.agents import ConstantAgent
@@ -107,5 +108,6 @@ def other_data(method: DataConfig, others: Mapping[str, DataConfig]) -> list[str
 def find_store(folder: Path, store: str) -> Path | None:
     """A run's store: where it was trained from, or beside the run or in its study if both have moved."""
     path = Path(os.path.expandvars(os.path.expanduser(store)))
-    places = (path, folder.parent / path.name, folder.parent.parent / path.name)
+    study = folder.parent.parent
+    places = [path, folder.parent / path.name, *[study / path.name] * (study / STUDY_FILE).exists()]
     return next((place for place in places if (place / "store.json").is_file()), None)

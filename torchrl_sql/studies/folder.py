@@ -7,9 +7,8 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from torchrl_sql.config import ConfigError, load_run_config, run_config_from_yaml
 from torchrl_sql.config.study import STUDY_FILE, StudyConfig, load_study
@@ -42,8 +41,7 @@ def run_study(
     Keyword Args:
         num_jobs (int): tasks at the same time.
         fresh (bool): delete what an earlier run of a study made there first.
-        reuse (Path, optional): another study's folder (:func:`check_reuse`): data and trained runs that tasks of the
-            same name, settings and inputs made there are copied, not made again.
+        reuse (Path, optional): another study's folder (:func:`check_reuse`): what is :func:`reusable` is copied.
         confirm (callable): is asked before anything is deleted, with what and why.
         say (callable): is given a line of progress for people.
 
@@ -55,7 +53,7 @@ def run_study(
         KeyboardInterrupt: if it was stopped.
     """
     with owned(folder):
-        prepare_folder(study, tasks, folder, fresh=fresh, reuse=reuse, confirm=confirm)
+        prepare_folder(study, tasks, folder, fresh=fresh, reuse=reuse, confirm=confirm, say=say)
         say(f"{sum(map(Task.is_done, tasks))} of {len(tasks)} tasks of {folder} are done")
 
         def start(task: Task) -> Start:
@@ -72,13 +70,18 @@ def run_study(
     return folder / "report.html"
 
 
-def format_tasks(tasks: Sequence[Task], *, reuse: Path | None = None) -> str:
+def format_tasks(tasks: Sequence[Task], *, fresh: bool = False, reuse: Path | None = None) -> str:
     """Every task with its state, its command and what it waits for, for people."""
     lines = []
+    copies = {} if reuse is None else reusable(tasks, reuse, fresh=fresh)
     for task in tasks:
         record, change = task.record(), task.change()
         state = "to do"
-        if task.is_done():
+        if task.name in copies:
+            state = f"to be copied from {reuse}"
+        elif fresh:
+            pass
+        elif task.is_done():
             assert record is not None
             state = f"done in {format_seconds(record['seconds'])}"
             if record["copied_from"] is not None:
@@ -87,8 +90,6 @@ def format_tasks(tasks: Sequence[Task], *, reuse: Path | None = None) -> str:
             state = f"to do again: {change}"
         elif record is not None and record["seconds"] is None:
             state = "started"
-        elif reuse is not None and task.done_in(reuse):
-            state = f"to be copied from {reuse}"
         lines += [f"{task.name}: {state}", f"  {task.command}"]
         lines += [f"  after {', '.join(task.after)}"] * bool(task.after)
     return "\n".join(lines)
@@ -102,17 +103,29 @@ def prepare_folder(
     fresh: bool = False,
     reuse: Path | None = None,
     confirm: Callable[[str], bool],
+    say: Callable[[str], None] = lambda line: None,
 ) -> None:
     """Makes room for what is to do, writes ``study.yaml`` and copies what is to be reused. Nothing is deleted that no
     task recorded as its own.
 
     Args and errors as of :func:`run_study`.
     """
-    with nullcontext() if reuse is None else owned(reuse):
-        reusable = {task.name: found for task in tasks if reuse is not None and (found := task.done_in(reuse))}
+    part = folder / _COPYING
+    shutil.rmtree(part, ignore_errors=True)  # of a copy that was stopped
+    if reuse is None:
         _make_room(study, tasks, folder, fresh=fresh, confirm=confirm)
-        if reuse is not None:
-            _copy_done({task.name: task for task in tasks}, reusable, folder, reuse)
+        return
+    try:
+        with owned(reuse):
+            copied = _copy_done(tasks, reusable(tasks, reuse, fresh=fresh), reuse, part, say)
+        _make_room(study, tasks, folder, fresh=fresh, confirm=confirm)
+        for path in (path for _, _, paths in copied for path in paths):
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            (part / path).rename(folder / path)
+        for task, seconds, _ in copied:
+            task.write_record(seconds=seconds, copied_from=reuse)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
 
 
 def _make_room(
@@ -145,7 +158,6 @@ def _make_room(
         if record is not None and record["seconds"] is not None and not (task.tolerant or task.is_done()):
             task.write_record(seconds=None)
     folder.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(folder / _COPYING, ignore_errors=True)
     write_text(folder / STUDY_FILE, study.to_yaml())
 
 
@@ -157,37 +169,54 @@ def check_reuse(other: Path, folder: Path) -> None:
         raise ValueError(f"--reuse must be the folder of another study, got {other}")
 
 
-def _copy_done(tasks: Mapping[str, Task], records: Mapping[str, Mapping[str, Any]], folder: Path, other: Path) -> None:
-    """Copies what tasks that were not begun here have made in another study's folder.
+def reusable(tasks: Sequence[Task], other: Path, *, fresh: bool = False) -> dict[str, float]:
+    """How long tasks took whose results can be copied from another study's folder, with all that they read; by name.
 
-    Args:
-        tasks (mapping): by name.
-        records (mapping): of those that are done there.
-        folder (Path): of this study.
-        other (Path): of the other.
+    None of a study that was begun, unless that begins anew (``fresh``): it continues with what it has.
+
+    Raises:
+        ValueError: if a record is damaged.
     """
-    part = folder / _COPYING
-    for name, record in records.items():
-        task = tasks[name]
-        if task.record() is not None:
-            continue
+    found: dict[str, float] = {}
+    if not fresh and any(task.record() is not None for task in tasks):
+        return found
+    for task in tasks:
+        if all(name in found for name in task.after) and (record := task.done_in(other)) is not None:
+            found[task.name] = record["seconds"]
+    return found
+
+
+def _copy_done(
+    tasks: Sequence[Task], seconds: Mapping[str, float], other: Path, part: Path, say: Callable[[str], None]
+) -> list[tuple[Task, float, list[str]]]:
+    """Copies what those tasks of which ``seconds`` are known have made in another study's folder to ``part``.
+
+    Returns:
+        Of each task, how long it took there, and the paths.
+    """
+    copied = []
+    for task in (task for task in tasks if task.name in seconds):
+        say(f"{task.name}: copied from {other}")
         paths = [path for path in task.makes if (other / path).exists() and Path(path).name != ".lock"]
         for path in paths:
             (part / path).parent.mkdir(parents=True, exist_ok=True)
-            (shutil.copytree if (other / path).is_dir() else shutil.copy2)(other / path, part / path)
+            try:
+                if (other / path).is_dir():
+                    shutil.copytree(other / path, part / path, symlinks=True)
+                else:
+                    shutil.copy2(other / path, part / path)
+            except shutil.Error as error:  # of several files
+                raise OSError(f"{other / path} could not be copied: {error.args[0][0][2]}") from None
         if task.config is not None:
-            _place_run(part / Path(task.makes[0]).parent / "config.yaml", task.config)
-        task.write_record(seconds=None)
-        for path in reversed(paths):  # what says that the task is done comes last
-            (folder / path).parent.mkdir(parents=True, exist_ok=True)
-            (part / path).rename(folder / path)
-        task.write_record(seconds=record["seconds"], copied_from=other)
-        shutil.rmtree(part)
+            run = Path(task.makes[0]).parent
+            _place_run(other / run / "config.yaml", task.config, part / run / "config.yaml")
+        copied.append((task, seconds[task.name], paths))
+    return copied
 
 
-def _place_run(file: Path, planned_text: str) -> None:
-    """Writes the places that are planned in this study into a copied run's configuration."""
-    config, planned = load_run_config(file), run_config_from_yaml(planned_text, source="the plan")
+def _place_run(source: Path, planned_text: str, file: Path) -> None:
+    """Writes a copied run's configuration, with the places that are planned in this study."""
+    config, planned = load_run_config(source), run_config_from_yaml(planned_text, source="the plan")
     config.run_dir, config.data.store, config.init.policy = planned.run_dir, planned.data.store, planned.init.policy
     write_text(file, config.to_yaml())
 

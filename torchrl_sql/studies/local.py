@@ -149,6 +149,8 @@ def _show(each: _Running) -> None:
         file.seek(each.position)
         text = file.read()
     each.position += len(text)
+    if sys.stdout is None:  # closed before this process began
+        return
     try:
         sys.stdout.buffer.write(text)
         sys.stdout.flush()

@@ -96,15 +96,17 @@ class Task:
         return Path(self.folder, self.makes[0]).exists()
 
     def done_in(self, other: Path) -> dict[str, Any] | None:
-        """The record of the same task in another study's folder: same name, settings and inputs; ``None`` if it is not
-        done there, or makes tables, which hold what other tasks made too.
+        """The record of the same task in another study's folder: same name, settings and inputs.
+
+        ``None`` if it is not done there, and for tasks that share what they make with others: tables of scores, stores
+        of several agents.
 
         Raises:
             ValueError: if the record is damaged.
         """
         file = other / "tasks" / f"{self.name}.json"
-        makes_table = any(Path(path).name == "scores.csv" for path in self.makes)
-        if self.kind not in ("collect", "import", "train") or makes_table or not file.exists():
+        shares = any(Path(path).name == "scores.csv" or Path(path).parts[0] == "stores" for path in self.makes)
+        if self.kind not in ("collect", "import", "train") or shares or not file.exists():
             return None
         record = read_record(file)
         same = (record["key"], record["makes"]) == (self.key, self.makes) and record["seconds"] is not None

@@ -51,7 +51,7 @@ def load_initial(network: nn.Module, config: RunConfig, ranks: Ranks) -> tuple[s
 
     def read() -> dict[str, Any]:
         trained, metadata = read_policy_file(path)
-        return metadata | {"weights": trained.network.state_dict()}
+        return metadata | {"weights": trained.network.state_dict(), "groups": _groups(trained.network)}
 
     source = ranks.on_main(read)
     if config.init.sha256 not in (None, source["sha256"]):
@@ -64,7 +64,7 @@ def load_initial(network: nn.Module, config: RunConfig, ranks: Ranks) -> tuple[s
             "init.load=encoder starts with new ones"
         )
     before = run_config_from_yaml(source["config"], source=f"the configuration in {path}")
-    _check_same_function(config, before, path)
+    _check_same_function((config, _groups(network)), (before, source["groups"]), path)
     ours, theirs = network.state_dict(), source["weights"]
     if config.init.load == "encoder":
         here, there = _encoder(ours), _encoder(theirs)
@@ -110,20 +110,29 @@ def freeze_encoder(network: nn.Module) -> None:
         parameter.requires_grad_(False)
 
 
-def _check_same_function(ours: RunConfig, theirs: RunConfig, path: object) -> None:
-    """Raise where weights of the same names and shapes would compute something else."""
-    here, there = ours.model, theirs.model
+def _groups(network: nn.Module) -> list[int]:
+    """Of each group normalization."""
+    return [module.num_groups for module in network.modules() if isinstance(module, nn.GroupNorm)]
+
+
+def _check_same_function(
+    ours: tuple[RunConfig, Sequence[int]], theirs: tuple[RunConfig, Sequence[int]], path: object
+) -> None:
+    """Raise where weights of the same names and shapes would compute something else; given with :func:`_groups`."""
+    load = ours[0].init.load
+    here, there = ours[0].model, theirs[0].model
     if not isinstance(here, QNetworkConfig) or not isinstance(there, QNetworkConfig):
         return
-    settings = {key: (getattr(here, key), getattr(there, key)) for key in QNetworkConfig.encoder_settings}
-    if ours.init.load == "all":
-        settings["pooling"] = here.pooling, there.pooling
-        settings["feature_norm"] = here.feature_norm, there.feature_norm
+    keys = ["encoder", "center_input", *["pooling", "feature_norm"] * (load == "all")]
+    settings: dict[str, tuple[object, object]] = {key: (getattr(here, key), getattr(there, key)) for key in keys}
+    if load == "all" and here.feature_norm:
         settings["logit_scale"] = _fixed_scale(here), _fixed_scale(there)
+    if here.encoder == there.encoder and ours[1] != theirs[1]:
+        settings["num_groups"] = here.num_groups, there.num_groups
     for key, (value, other) in settings.items():
         if value != other:
             raise ConfigError(
-                f"init.load={ours.init.load} needs model.{key}={other} as in {path}, got {value}: the same weights "
+                f"init.load={load} needs model.{key}={other} as in {path}, got {value}: the same weights "
                 "would compute something else"
             )
 

@@ -24,6 +24,8 @@ MAX_POINTS = 150
 """Of a training curve; longer ones are shown as means of so many blocks."""
 LABELS_INSIDE = 4
 """As many labels leave room for the lines of a small plot; more are beside them, and lines have markers."""
+LABEL_LENGTH = 18
+"""Characters that two columns of a small plot's legend have room for."""
 WIDE_AXIS = 8
 """Where the ends of an axis are so many times apart, it is logarithmic."""
 
@@ -131,8 +133,9 @@ def training_plots(analysis: Analysis) -> list[Plot]:
 
 def _metric_plot(analysis: Analysis, index: int, metric: str) -> Plot:
     curves = [curve for curve in analysis.data.curves if curve.metric == metric]
-    num_labels = len({curve.label for curve in curves})
-    legend_rows = 0 if num_labels <= LABELS_INSIDE else -(-num_labels // 2)
+    labels = {curve.label for curve in curves}
+    columns = 2 if max(map(len, labels)) <= LABEL_LENGTH else 1
+    legend_rows = 0 if len(labels) <= LABELS_INSIDE else -(-len(labels) // columns)
     figure, axes = new_figure(2.1 + 0.17 * legend_rows, width=SMALL_WIDTH)
     labelled: set[str] = set()
     for curve in curves:
@@ -151,8 +154,8 @@ def _metric_plot(analysis: Analysis, index: int, metric: str) -> Plot:
     axes.yaxis.set_major_locator(MaxNLocator(5, steps=STEPS))
     axes.tick_params(axis="y", labelsize=8.5, labelcolor=COLOURS["muted"][0])
     if legend_rows:
-        figure.legend(loc="outside lower left", ncols=2)
-    elif num_labels > 1:
+        figure.legend(loc="outside lower left", ncols=columns)
+    elif len(labels) > 1:
         axes.legend()
     else:
         axes.set_title(curves[0].label, loc="right", color=COLOURS["muted"][0], fontsize=8.5)
