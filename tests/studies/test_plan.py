@@ -31,17 +31,18 @@ def test_a_study_is_data_then_runs_then_evaluations_then_one_page(make_study, tm
         "collect": [],
         "train-q-seed0": ["collect"],
         "evaluate-q-seed0-greedy": ["train-q-seed0"],
-        "constant": [],
         "train-q-seed1": ["collect"],
         "evaluate-q-seed1-greedy": ["train-q-seed1"],
         "train-bc-seed1": ["collect"],
         "evaluate-bc-seed1-greedy": ["train-bc-seed1"],
         "evaluate-bc-seed1-sampled": ["evaluate-bc-seed1-greedy"],
+        "constant": ["collect"],
         "report": [
-            "evaluate-q-seed0-greedy", "constant", "evaluate-q-seed1-greedy", "evaluate-bc-seed1-greedy",
-            "evaluate-bc-seed1-sampled",
+            "evaluate-q-seed0-greedy", "evaluate-q-seed1-greedy", "evaluate-bc-seed1-greedy",
+            "evaluate-bc-seed1-sampled", "constant",
         ],
     }  # fmt: skip
+    assert tasks["constant"].inputs == {}  # it reads no data, it only leaves the processor to the collection
     assert [name for name, task in tasks.items() if task.tolerant] == ["report"]
     assert tasks["train-q-seed0"].group == tasks["train-q-seed1"].group != tasks["train-bc-seed1"].group
     assert tasks["train-bc-seed1"].run_dir == str(tmp_path / "bc" / "seed1")

@@ -61,8 +61,9 @@ def plan_study(study: StudyConfig, folder: Path, *, num_ranks: int = 1) -> list[
     """
     tasks: list[Task] = []
 
-    def add(name: str, kind: str, words: Sequence[str], **more: Any) -> Task:
-        inputs = {other.name: other.key for other in tasks if other.name in more.get("after", ())}
+    def add(name: str, kind: str, words: Sequence[str], *, reads: bool = True, **more: Any) -> Task:
+        # One that does not read what it waits for only leaves the processor to it.
+        inputs = {other.name: other.key for other in tasks if other.name in more.get("after", ()) and reads}
         task = Task(name=name, arguments=[kind, *words], folder=str(folder), inputs=inputs, **{"group": name, **more})
         tasks.append(task)
         return task
@@ -92,6 +93,7 @@ def plan_study(study: StudyConfig, folder: Path, *, num_ranks: int = 1) -> list[
         data = [add("import", "import", words, settings={"data": source}, makes=["store"]).name]
     main = study.report.main or next(iter(study.runs))
     ends: list[str] = []
+    judged: RunConfig | None = None
     prepared: list[tuple[str, int]] = []
     for name, run in study.runs.items():
         chosen = tuple(f"{setting_key(word)}." for word in run.set if setting_key(word) in ("method", "model"))
@@ -148,16 +150,17 @@ def plan_study(study: StudyConfig, folder: Path, *, num_ranks: int = 1) -> list[
                     makes=[f"{place}/{made}" for made in _OF_EVALUATION],
                 )  # fmt: skip
                 ends.append(previous.name)
-            if name == main and seed == study.seeds_of(name)[0] and study.report.constant_actions:
-                number = min(study.report.constant_actions, config.evaluation.num_episodes_per_game)
-                protocol = replace(config.evaluation, num_episodes_per_game=number)
-                words = ["constant", "--games", ",".join(config.games), *evaluation_options(protocol)]
-                settings = {"games": list(config.games)} | asdict(protocol)
-                constant = add(
-                    "constant", "evaluate", [*words, "--out", str(folder / "constant")], settings=settings,
-                    makes=["constant"],
-                )  # fmt: skip
-                ends.append(constant.name)
+            if name == main and seed == study.seeds_of(name)[0]:
+                judged = config
+    if judged is not None and study.report.constant_actions:
+        number = min(study.report.constant_actions, judged.evaluation.num_episodes_per_game)
+        protocol = replace(judged.evaluation, num_episodes_per_game=number)
+        words = ["constant", "--games", ",".join(judged.games), *evaluation_options(protocol)]
+        constant = add(
+            "constant", "evaluate", [*words, "--out", str(folder / "constant")], after=data, reads=False,
+            settings={"games": list(judged.games)} | asdict(protocol), makes=["constant"],
+        )  # fmt: skip
+        ends.append(constant.name)
     if study.report.probes:
         if not prepared:
             raise ConfigError("report.probes needs a run with decode: [] and an encoder of stacked frames, found none")
