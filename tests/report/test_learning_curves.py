@@ -258,5 +258,6 @@ def test_terminal_and_json_have_areas():
 def test_intervals_at_one_step_are_beside_each_other():
     runs = RunReturns(games=("Pong",), seeds=(0,), values=np.zeros((1, 1, 1)), counts=np.ones((1, 1), np.int64))
     lines = [Line(name, OURS, dict.fromkeys((500.0, 1000.0, 2000.0), runs)) for name in "abc"]
-    assert _shifts(lines) == pytest.approx([-50, 0, 50])  # 0.3 of the least gap, 500, for three lines
+    assert _shifts(lines) == pytest.approx([-45, 0, 45])  # 0.03 of 1,500, less than a third of 0.3 of the least gap
+    assert _shifts(lines * 2) == pytest.approx([-62.5, -37.5, -12.5, 12.5, 37.5, 62.5])  # 0.3 of 500 for six lines
     assert _shifts([Line("a", OURS, {500.0: runs})]) == [0]

@@ -91,7 +91,8 @@ def _shifts(lines: Sequence[Line]) -> list[float]:
     """How far each line is moved along a linear axis, so that intervals at the same place can be told apart."""
     places = sorted({x for line in lines for x in line.runs})
     gap = min((after - before for before, after in pairwise(places)), default=0.0)
-    return [0.3 * gap * (index - (len(lines) - 1) / 2) / len(lines) for index in range(len(lines))]
+    step = min(0.3 * gap / len(lines), 0.03 * (places[-1] - places[0]))  # as little as tells them apart
+    return [step * (index - (len(lines) - 1) / 2) for index in range(len(lines))]
 
 
 def _draw_line(axes: Axes, line: Line, analysis: Analysis, points: Mapping[float, Interval]) -> None:
