@@ -234,8 +234,10 @@ def test_a_study_that_was_begun_continues_with_what_it_has(finished, make_study,
     make(tasks[0], done=False)
     before = names(other)
     assert "to be copied" not in format_tasks(tasks, reuse=folder)
-    prepare_folder(study, tasks, other, reuse=folder, confirm=allow)
+    said = []
+    prepare_folder(study, tasks, other, reuse=folder, confirm=allow, say=said.append)
     assert names(other) == before | {"study.yaml"} and not tasks[0].is_done()
+    assert said == [f"Nothing is copied from {folder}: this study was begun already, or nothing there is the same"]
     assert "collect: to be copied" in format_tasks(tasks, fresh=True, reuse=folder)
 
 

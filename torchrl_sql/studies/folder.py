@@ -118,6 +118,8 @@ def prepare_folder(
     try:
         with owned(reuse):
             copied = _copy_done(tasks, reusable(tasks, reuse, fresh=fresh), reuse, part, say)
+        if not copied:
+            say(f"Nothing is copied from {reuse}: this study was begun already, or nothing there is the same")
         _make_room(study, tasks, folder, fresh=fresh, confirm=confirm)
         for path in (path for _, _, paths in copied for path in paths):
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
