@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -12,6 +13,8 @@ import pytest
 import torch
 from torch._dynamo.exc import BackendCompilerFailed
 
+from torchrl_sql.data.catalogue import RECORDINGS_FILE
+from torchrl_sql.data.store import FrameStore
 from torchrl_sql.launch import job
 from torchrl_sql.launch.attempt import ATTEMPT_VARIABLE, Attempt, TaskFolder, newest_checkpoint
 from torchrl_sql.launch.group import make_groups
@@ -111,6 +114,22 @@ def test_a_signal_that_came_before_there_was_a_handler_is_not_lost(attempt):
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2})
     signal.raise_signal(signal.SIGUSR2)
     assert attempt(lambda: time.sleep(60)) == job.EXIT_REQUEUE
+
+
+def test_a_rank_that_is_ended_because_another_was_stopped_does_not_decide_for_it(attempt, tmp_path, monkeypatch):
+    """SLURM sends SIGTERM to the others of a rank that exits: in the middle of a command, before training has begun."""
+    listed = FrameStore.create(tmp_path / "store").path / RECORDINGS_FILE
+    listed.unlink()
+    os.mkfifo(listed)
+    attempt.group.tasks[0] = replace(attempt.group.tasks[0], arguments=["inspect", str(tmp_path / "store")])
+    attempt.group.save()
+    attempt.task.write("requeue", "0.0")
+    monkeypatch.setenv(ATTEMPT_VARIABLE, "0.0")
+    command = [sys.executable, "-m", "torchrl_sql.cli.job", str(attempt.group.folder), "0"]
+    with subprocess.Popen(command) as process, listed.open("w"):  # which opens once the command is reading
+        process.terminate()
+        assert process.wait() == -signal.SIGTERM
+    assert attempt.task.text("requeue") == "0.0" and attempt.task.text("stopped") is None
 
 
 def test_progress_is_the_newest_checkpoint_at_the_start_and_when_it_was_told_to_stop(attempt, tmp_path):

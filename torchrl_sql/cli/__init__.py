@@ -39,7 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="%(message)s")
     logging.getLogger(torchrl_sql.__name__).setLevel(logging.INFO)  # of other packages, warnings are enough
     try:
-        _run(args)
+        with _stopping_at_sigterm():
+            _run(args)
         if sys.stdout is not None:  # as it is after `>&-`
             sys.stdout.flush()
     except KeyboardInterrupt as interruption:
@@ -87,7 +88,10 @@ def _describe(error: Exception) -> str:
 
 
 def run(arguments: Sequence[str]) -> None:
-    """Run a command whose errors, and :class:`KeyboardInterrupt`, are the caller's."""
+    """Run a command whose errors, :class:`KeyboardInterrupt` and signals are the caller's.
+
+    SIGTERM ends it at once: SLURM sends it to a job's ranks when another has ended, whose word on why counts.
+    """
     _run(parse(arguments))
 
 
@@ -126,8 +130,7 @@ def _run(args: argparse.Namespace) -> None:
             setattr(args, name, expand_path(value))
         elif isinstance(value, list):
             setattr(args, name, [expand_path(each) if isinstance(each, Path) else each for each in value])
-    with _stopping_at_sigterm():
-        args.run_command(args)
+    args.run_command(args)
 
 
 class CommandParser(argparse.ArgumentParser):
