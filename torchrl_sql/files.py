@@ -77,14 +77,22 @@ def sync_folder(path: Path) -> None:
         os.close(folder)
 
 
-def read_json(path: Path, expected_format: str, *, version: int) -> dict[str, Any]:
+def read_json(path: Path, expected_format: str, *, version: int, text: str | None = None) -> dict[str, Any]:
     """Read a JSON object with a format and version; return its other fields.
+
+    Args:
+        path (Path): the file.
+        expected_format (str): value of its key ``"format"``.
+
+    Keyword Args:
+        version (int): value of its key ``"version"``.
+        text (str, optional): what the file held once, to be read in place of what it holds now.
 
     Raises:
         ValueError: if the file is not JSON, or not of the expected format and version.
     """
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
+        fields = json.loads(path.read_text(encoding="utf-8") if text is None else text)
     except ValueError as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(fields, dict) or fields.pop("format", None) != expected_format:

@@ -222,6 +222,38 @@ def test_an_earlier_state_that_is_lost_is_named(tmp_path):
         growing(tmp_path / "other").open(state)
 
 
+@pytest.mark.parametrize("change", ["older", "converted", "another life"])
+def test_a_store_of_another_time_or_encoding_is_left_as_it_is(tmp_path, change):
+    store = growing(tmp_path)
+    store.open()
+    for number in range(20):
+        add(store, number)
+    if change == "older":
+        store.commit()
+        shutil.copytree(tmp_path / "store", tmp_path / "copy")
+        for number in range(20, 30):
+            add(store, number)
+    state = manifests(store.commit())
+    store.close()
+    if change == "converted":
+        convert(store.store, tmp_path / "copy", codec="lz4")
+    elif change == "another life":
+        other = growing(tmp_path / "other")
+        other.open()
+        for number in range(60, 99):
+            add(other, number)
+        other.commit()
+        other.close()
+        (tmp_path / "other" / "store").rename(tmp_path / "copy")
+    shutil.rmtree(tmp_path / "store")
+    (tmp_path / "copy").rename(tmp_path / "store")
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match=r"Pong must begin with the \d+ transitions that are to be continued, got \d+"):
+        growing(tmp_path).open(state)
+    assert contents(tmp_path) == before
+    assert not list(verify(FrameStore.open(tmp_path / "store")))
+
+
 def test_a_store_that_somebody_writes_is_left_as_it_is(tmp_path):
     writing = growing(tmp_path)
     writing.open()

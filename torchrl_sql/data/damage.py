@@ -70,6 +70,24 @@ def verify(store: FrameStore, *, progress: Callable[[int, int], None] = lambda d
         progress(index + 1, len(checks))
 
 
+def check_state(recording: Recording) -> Iterator[Damage]:
+    """Compares the flat files and the last shard of a recording, or of an earlier state of one, with its manifest.
+
+    What is intact so far is of that state: the files have the checksums of all earlier shards.
+
+    Args:
+        recording (Recording): what to check.
+
+    Yields:
+        As :func:`verify`.
+    """
+    for key in recording.manifest.members:
+        yield from _check_member(recording, key)
+    files = ShardFiles([recording])
+    if files.num_shards:
+        yield from _check_shard(recording, files, files.num_shards - 1)
+
+
 def _check_member(recording: Recording, key: str) -> Iterator[Damage]:
     name, dtype, count_field = MEMBERS[key]
     file, size = recording.path / name, getattr(recording.manifest, count_field) * dtype.itemsize

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from torchrl_sql.data.catalogue import ABSENT, list_recording, locked
-from torchrl_sql.data.recording import Recording, Tail, open_recording, restore_recording
+from torchrl_sql.data.damage import check_state
+from torchrl_sql.data.recording import Manifest, Recording, Tail, open_recording, restore_recording
 from torchrl_sql.data.store import FrameStore, recording_folders
 from torchrl_sql.data.writer import RecordingWriter
 
@@ -86,9 +87,11 @@ class GrowingStore:
                 if folder.is_dir():
                     stack.enter_context(locked(folder, wait=False))
             found = {game: self._check(folder) for game, folder in folders.items()}  # all, before any is changed
-            if manifests is None:
-                for recording in found.values():
+            for game, recording in found.items():
+                if manifests is None:
                     _check_droppable(recording, dropping)
+                else:
+                    _check_there(folders[game], recording, manifests[game])
             for game, folder in folders.items():
                 recording = found[game]
                 if manifests is not None:
@@ -174,6 +177,25 @@ def _check_droppable(recording: Recording | None, limits: Mapping[str, float] | 
                 f"{recording.path.parent} holds {recording.num_steps:,} transitions, to {label} {greatest:,.0f}, of a "
                 "run whose checkpoints are gone: choose another folder, or delete it to begin anew"
             )
+
+
+def _check_there(folder: Path, recording: Recording | None, manifest: str) -> None:
+    """A manifest that is put back must be of what the files hold: the store may be a copy of other times."""
+    file = folder / "manifest.json"
+    if recording is None:
+        raise ValueError(f"{file} is missing: the recording that is to be continued was there")
+    if recording.manifest.to_json() == manifest:
+        return
+    state = Recording(folder, Manifest.read(file, manifest))
+    try:
+        reasons = [damage.reason for damage in check_state(state)]
+    except (OSError, ValueError) as error:
+        reasons = [str(error)]
+    if reasons:
+        raise ValueError(
+            f"{folder.parent} must begin with the {state.num_steps:,} transitions that are to be continued, got "
+            f"{recording.num_steps:,} of an earlier time or in another encoding ({reasons[0]}): put the run's store back"
+        )
 
 
 def _emptied(recording: Recording) -> str:

@@ -130,14 +130,14 @@ class Manifest:
         return fields
 
     @classmethod
-    def read(cls, path: Path) -> Manifest:
-        """Reads and checks ``manifest.json``.
+    def read(cls, path: Path, text: str | None = None) -> Manifest:
+        """Reads and checks ``manifest.json``; with ``text``, what it held once, that.
 
         Raises:
             ValueError: if it is not a manifest, is of another version, was changed, or contradicts its folder.
         """
-        text = path.read_bytes()
-        fields = read_json(path, RUN_FORMAT, version=VERSION)
+        text = path.read_text(encoding="utf-8") if text is None else text
+        fields = read_json(path, RUN_FORMAT, version=VERSION, text=text)
         fields["behaviours"] = tuple(json_field(fields, "components", list, path))
         del fields["components"]
         for key, kind in (("source", str), ("crc32", dict), ("metadata", dict), ("checksum", str)):
@@ -157,7 +157,7 @@ class Manifest:
             manifest = cls(**{**fields, "tail": Tail(**json_field(fields, "tail", dict, path))})
         except TypeError as error:
             raise ValueError(f"{path} is not a recording's manifest: {error}") from error
-        if manifest.to_json().encode() != text:
+        if manifest.to_json() != text:
             raise ValueError(f"{path} is not what was committed: its checksum is another")
         return manifest
 
@@ -356,22 +356,17 @@ def restore_recording(path: Path, manifest: str) -> None:
 
     Args:
         path (Path): the recording's folder.
-        manifest (str): the text of its ``manifest.json`` at the time, see :meth:`Manifest.to_json`.
+        manifest (str): the text of its ``manifest.json`` at the time, see :meth:`Manifest.to_json`. Whether the files
+            hold that state is not checked here (:func:`~torchrl_sql.data.damage.check_state`).
 
     Raises:
-        ValueError: if the recording is damaged or lost, or the text is not a manifest of it.
+        ValueError: if the recording is damaged, or the text is not a manifest of it.
     """
     file = path / "manifest.json"
-    recording = open_recording(path)
-    if recording is None:
-        raise ValueError(f"{file} is missing: the recording that is to be continued was there")
-    if recording.manifest.to_json() == manifest:
+    present = Manifest.read(file)
+    if present.to_json() == manifest:
         return
-    try:
-        checksum = str(json.loads(manifest)["checksum"])
-    except (ValueError, LookupError, TypeError) as error:
-        raise ValueError(f"a state of {path} must be the text of a manifest: {error!r}") from error
-    list_recording(path, recording.manifest.checksum, checksum)
+    list_recording(path, present.checksum, Manifest.read(file, manifest).checksum)
     write_text(file, manifest)
     list_recording(path, Manifest.read(file).checksum)
 

@@ -21,6 +21,7 @@ from torchrl_sql.data import FrameStore, OfflineAtariReplay, Recording
 from torchrl_sql.data.growing import GrowingStore
 from torchrl_sql.envs.lockstep import Lockstep, PlayedEpisode
 from torchrl_sql.games import legal_action_mask
+from torchrl_sql.training.checkpoint import CheckpointError
 from torchrl_sql.training.trainer import NonFiniteError
 
 
@@ -177,11 +178,14 @@ class OnlineReplay:
         """Takes the store back to where it was and plays again what was not committed then.
 
         Raises:
-            ValueError, LookupError, TypeError: if the state is another kind's, or the store is not the one that it is
-                of.
+            CheckpointError: if the store is not the one that the state is of; it is left as it was.
+            ValueError, LookupError, TypeError: if the state is another kind's.
         """
         with self._ending_if_it_fails():
-            self.growing.open(state["manifests"])
+            try:
+                self.growing.open(state["manifests"])
+            except ValueError as error:  # of the store: the state itself may be intact
+                raise CheckpointError(str(error)) from error
             self._num_ticks, self._first_ticks = int(state["num_ticks"]), int(state["first_ticks"])
             for episode in self.players.play_again(state["episodes"], self._on_tick):
                 self._keep(episode)
