@@ -8,20 +8,15 @@ from itertools import chain
 
 import numpy as np
 import pytest
-import torch
-from safetensors.torch import save_file
 
 from tests.builders import episodes
 from torchrl_sql.config import compose_run_config
-from torchrl_sql.evaluation.episodes import EpisodeResult
-from torchrl_sql.evaluation.tables import TableWriter
 from torchrl_sql.report import Agent, Analysis, ReportData, summary_data, summary_text, write_report
 from torchrl_sql.report.agents import find_agents
 from torchrl_sql.report.analysis import Line
 from torchrl_sql.report.caveats import caveats
 from torchrl_sql.report.figures.curves import _shifts
 from torchrl_sql.report.findings import findings
-from torchrl_sql.report.gather import gather
 from torchrl_sql.report.score_tables import area_table
 from torchrl_sql.report.tables import all_tables
 from torchrl_sql.statistics.scores import RunReturns
@@ -153,55 +148,18 @@ def test_random_play_has_no_area_and_needs_no_excuse():
     assert [*analysis.learning.areas] == ["Ours"] and not any("No area" in text for text in caveats(analysis))
 
 
-def test_a_curve_begins_with_the_scores_of_the_network_that_the_agent_started_as():
-    """Before: 3, 4 and 5, and 10 more at a step that does not count; Ours has no other scores at step 0, nor has BC."""
-    before = [*curve("before", {700: 3.0, 800: 13.0}), *curve("before", {700: 99.0}, num_seeds=4)[-2:]]
-    ours = dataclasses.replace(OURS, starts_as=("before", 700))
-    others = (BC, Agent(agent="before", label="Before"))
-    analysis = make(curve("ours", OURS_CURVE), curve("bc", BC_CURVE), before, agents=(ours, *others), against=["BC"])
+def test_scores_before_the_first_step_are_zero_shot_scores_and_begin_the_curve():
+    """Ours begins with 3, 4 and 5; BC has no scores at step 0."""
+    ours = curve("ours", {0: 3.0} | OURS_CURVE)
+    analysis = make(ours, curve("bc", BC_CURVE), against=["BC"])
     assert [list(line.runs) for line in analysis.learning_curves[:2]] == [[0, 100, 200, 400], [100, 200, 400]]
     assert analysis.learning_curves[0].runs[0].run_scores().tolist() == [[3.0, 3.0], [4.0, 4.0], [5.0, 5.0]]
     scores = "Breakout 4.0 [1.5, 6.5], Freeway 4.0 [1.5, 6.5]"
-    text = f"Zero-shot scores of Ours, before its first step (the network of before, at its last step): {scores}."
-    assert ("note", text) in findings(analysis)
+    assert ("note", f"Zero-shot scores of Ours, before its first step: {scores}.") in findings(analysis)
     assert sum("Zero-shot" in text for _, text in findings(analysis)) == 1
     assert area_table(analysis).rows[0][1].text == "18.0"  # BC has no step 0
     text = "Ours: the area under the learning curve leaves out the scores at 0 gradient steps, where not all"
     assert any(caveat.startswith(text) for caveat in caveats(analysis))
-
-
-def test_a_seed_or_game_without_zero_shot_scores_leaves_the_curve_without_them():
-    ours = dataclasses.replace(OURS, starts_as=("before", 700))
-    agents = (ours, BC, Agent(agent="before", label="Before"))
-    for before in (curve("before", {700: 3.0}, num_seeds=2), curve("before", {700: 3.0}, games=["Freeway"])):
-        analysis = make(curve("ours", OURS_CURVE), curve("bc", BC_CURVE), before, agents=agents)
-        assert list(analysis.learning_curves[0].runs) == [100, 200, 400]
-
-
-def test_an_agent_starts_as_the_agent_whose_policy_it_loaded_whole(tmp_path):
-    def run(name, seed, **init):
-        config = compose_run_config(
-            ["scale=cpu", "data.games=Pong", f"name={name}", f"seed={seed}", "data.store=/nowhere",
-             "trainer.num_gradient_steps=700", *(f"init.{key}={value}" for key, value in init.items())]
-        )  # fmt: skip
-        folder = tmp_path / name / f"seed{seed}"
-        folder.mkdir(parents=True)
-        (folder / "config.yaml").write_text(config.to_yaml())
-        save_file({"weight": torch.zeros(1)}, folder / "policy.safetensors", metadata={"sha256": f"{name}{seed}"})
-        with TableWriter(folder / "scores.csv", EpisodeResult) as table:
-            table.append(episodes(name, "Pong", [1.0], seed=seed, checkpoint="x"))
-        return folder
-
-    folders = [run("before", seed) for seed in (0, 1)]
-    for seed in (0, 1):
-        of_before = {"policy": "/gone", "source": "before"}
-        folders += [
-            run("whole", seed, load="all", sha256=f"before{seed}", **of_before),
-            run("encoder", seed, load="encoder", sha256=f"before{seed}", **of_before),
-            run("another", seed, load="all", sha256="before0", **of_before),  # both seeds from one
-        ]
-    starts = {agent.agent: agent.starts_as for agent in gather(folders, main="before").agents}
-    assert starts == {"before": None, "whole": ("before", 700), "encoder": None, "another": None}
 
 
 # What curves are against

@@ -194,7 +194,7 @@ def _check_there(folder: Path, recording: Recording | None, manifest: str) -> No
     if reasons:
         raise ValueError(
             f"{folder.parent} must begin with the {state.num_steps:,} transitions that are to be continued, got "
-            f"{recording.num_steps:,} of an earlier time or in another encoding ({reasons[0]}): put the run's store back"
+            f"{recording.num_steps:,} of an earlier time or in another encoding ({reasons[0]}): put its own back"
         )
 
 

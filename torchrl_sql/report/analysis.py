@@ -181,24 +181,11 @@ class Analysis:
         """Returns at gradient steps, of agents that were evaluated in full at two checkpoints or more."""
         steps = {agent: self.selection[agent.label].complete for agent in self.agents}
         runs = {
-            agent: self._before_learning(agent) | {step: self._returns(agent, step) for step in complete}
+            agent: {step: self._returns(agent, step) for step in complete}
             for agent, complete in steps.items()
             if len(complete) > 1
         }
         return LearningCurves(runs, self.main, self.against)
-
-    def _before_learning(self, agent: Agent) -> dict[int, RunReturns]:
-        """Returns at gradient step 0 of what an agent started as, if all its seeds were evaluated in all its games."""
-        which = self.selection[agent.label]
-        name, step = agent.starts_as or ("", 0)
-        rows = [
-            row
-            for row in self.data.episodes
-            if (row.agent, row.decoding, row.gradient_step) == (name, agent.decoding, step) and row.seed in which.seeds
-        ]
-        if not {(seed, game) for seed in which.seeds for game in which.games} <= {(row.seed, row.game) for row in rows}:
-            return {}
-        return {0: returns_of(rows, agent=name, decoding=agent.decoding, games=which.games, gradient_step=step)}
 
     @cached_property
     def learning_curves(self) -> list[Line]:

@@ -136,8 +136,7 @@ def _zero_shot_findings(analysis: Analysis) -> list[Finding]:
             f"{game} {_iqm(score) if game == ALL else f'{format_score(score.point)} {format_interval(score)}'}"
             for game, score in shown.items()
         )
-        source = "" if agent.starts_as is None else f" (the network of {agent.starts_as[0]}, at its last step)"
-        found.append(Finding("note", f"Zero-shot scores of {agent.label}, before its first step{source}: {listed}."))
+        found.append(Finding("note", f"Zero-shot scores of {agent.label}, before its first step: {listed}."))
     return found
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -32,7 +32,6 @@ from torchrl_sql.report.reconstructions import reconstructions
 from torchrl_sql.report.text import name_games
 from torchrl_sql.training.features import FEATURE_METRICS
 from torchrl_sql.training.logs import read_scalars
-from torchrl_sql.training.policy import POLICY_FILE, policy_digest
 
 Row = TypeVar("Row", EpisodeResult, CalibrationPoint)
 
@@ -87,9 +86,7 @@ def gather(
     runs = [run for run in runs if run.config.name in evaluated]
     study = next(iter(studies.values())) if len(paths) == len(studies) == 1 else None
     x = x or (study.report.x if study else None)
-    starts = _starts(runs)
-    agents_found = find_agents([run.config for run in runs], episodes, x)
-    found = [replace(agent, starts_as=starts.get(agent.agent)) for agent in agents_found]
+    found = find_agents([run.config for run in runs], episodes, x)
     kept = [agent for name in agents for agent in named(found, name, "--agents")] or found
     if study is not None:
         names = {agent.agent for agent in kept}
@@ -184,19 +181,6 @@ def _preparing(studies: Mapping[Path, StudyConfig]) -> list[_Run]:
         if not run.decode
     ]
     return [_Run(folder, load_run_config(folder / "config.yaml")) for folder in folders if (folder / "logs").is_dir()]
-
-
-def _starts(runs: Sequence[_Run]) -> dict[str, tuple[str, int]]:
-    """Of agents each seed of which started as another agent's same seed, all weights alike: its name and last step."""
-    there = {(run.config.name, run.config.seed): run for run in runs}
-    starts: dict[str, set[tuple[str, int] | None]] = {}
-    for _, config in runs:
-        source = there.get((config.init.source or "", config.seed)) if config.init.load == "all" else None
-        policy = None if source is None else source.folder / POLICY_FILE
-        same = policy is not None and policy.is_file() and policy_digest(policy) == config.init.sha256
-        start = (source.config.name, source.config.trainer.num_gradient_steps) if source is not None and same else None
-        starts.setdefault(config.name, set()).add(start)
-    return {name: start for name, (start, *others) in starts.items() if start is not None and not others}
 
 
 def _find_table(path: Path) -> Path:

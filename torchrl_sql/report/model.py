@@ -29,8 +29,6 @@ class Agent:
         family (str, optional): what agents that differ in ``x`` only have in common, e.g. ``"BC"``: a line joins their
             scores, and they are not compared with one another.
         agent_steps_per_gradient_step (float, optional): that it played while it learned; None if it learned offline.
-        starts_as (tuple, optional): name and gradient step of the agent whose whole network it had before its first
-            step: that one's episodes of the same seeds are its zero-shot scores.
     """
 
     agent: str
@@ -40,7 +38,6 @@ class Agent:
     x: float | None = None
     family: str | None = None
     agent_steps_per_gradient_step: float | None = None
-    starts_as: tuple[str, int] | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -206,8 +206,11 @@ class _Session:
             if self.main is not None:
                 stack.callback(self.main.close)
             stack.enter_context(self.watch)
-            if self.scores.is_due(trainer.step) and self._play():  # where the last start may have been stopped
-                raise self._interrupted()
+            if self.scores.is_due(trainer.step):  # at step 0, or where the last start may have been stopped
+                if not trainer.step:
+                    self._save()
+                if self._play():
+                    raise self._interrupted()
             try:
                 for metrics in trainer.train(self.num_steps, log_interval=log_interval, stop=self._after_step):
                     if self.main is not None:
@@ -235,9 +238,7 @@ class _Session:
         stop = self.request != _CONTINUE
         if stop or step % self.config.trainer.checkpoint_interval_gradient_steps == 0 or step >= self.num_steps:
             self.trainer.check_gradients()  # what is saved must be worth to be continued
-            content = self._content()
-            if self.main is not None:
-                self.main.save(step, content)
+            self._save()
             if self.scores.is_due(step):
                 stop = self.unplayed = stop or self._play()
         elif self.main is not None:
@@ -261,6 +262,11 @@ class _Session:
     def _finish(self) -> None:
         assert self.main is not None
         self.main.finish(self.trainer.step)
+
+    def _save(self) -> None:
+        content = self._content()
+        if self.main is not None:
+            self.main.save(self.trainer.step, content)
 
     def _content(self) -> dict[str, Any]:
         """What a checkpoint holds; to be called by every rank."""

@@ -49,6 +49,7 @@ class Scores:
 
     def __init__(self, config: RunConfig, ranks: Ranks, signals: StopSignals, evaluate: Evaluate | None) -> None:
         self.interval = config.trainer.evaluation_interval_gradient_steps
+        self._first = 0 if config.online is not None else 1
         self.ranks, self.signals = ranks, signals
         if self.interval is None:
             return
@@ -62,8 +63,8 @@ class Scores:
         self._evaluate = evaluate
 
     def is_due(self, step: int) -> bool:
-        """Whether the checkpoint of this gradient step is to be played."""
-        return self.interval is not None and step > 0 and step % self.interval == 0
+        """Whether the checkpoint of this gradient step is to be played: of learning online, from step 0 on."""
+        return self.interval is not None and step >= self._first and step % self.interval == 0
 
     def of(self, checkpoint: Path, *, alive: Callable[[], None]) -> Mapping[str, float] | None:
         """Plays a checkpoint on rank 0; to be called by every rank.
