@@ -6,6 +6,7 @@ import pytest
 from torchrl_sql.envs import AtariVector, Emulator
 from torchrl_sql.envs.lockstep import EmulatorError, Lockstep
 from torchrl_sql.envs.slots import Slot
+from torchrl_sql.evaluation.rollout import episode_seed
 
 SHORT = Emulator(max_env_frames=80)
 """Twenty agent steps per episode."""
@@ -49,7 +50,7 @@ def test_an_episode_is_what_the_emulator_plays_alone(players):
     together.begin({})
     ended = play(together, 20, np.random.default_rng(1))
     alone = AtariVector("Breakout", 1, SHORT)
-    seeds = [np.random.SeedSequence([3, 1, 0]).generate_state(1)[0] & 0x7FFFFFFF]
+    seeds = [np.random.SeedSequence([3, 1, 0], spawn_key=(1,)).generate_state(1)[0] & 0x7FFFFFFF]
     frames = [alone.reset(np.array(seeds))[0, -1].copy()]
     rewards = []
     for action in ended[1].actions:
@@ -58,6 +59,22 @@ def test_an_episode_is_what_the_emulator_plays_alone(players):
         rewards.append(float(reward[0]))
     assert rewards == ended[1].rewards
     np.testing.assert_array_equal(np.stack(frames), np.stack(ended[1].frames))
+
+
+def test_no_seed_is_one_of_evaluation(players, monkeypatch):
+    """Assault is the fourth game by name, whose evaluation had the seeds of the fourth emulator."""
+    learning, start = [], Slot.start
+
+    def noted(slot, game, seed):
+        learning.append(seed)
+        start(slot, game, seed)
+
+    monkeypatch.setattr(Slot, "start", noted)
+    together = players(games=("Assault",), seed=0)
+    together.begin({})
+    play(together, 20, np.random.default_rng(1))
+    assert len({*learning}) == len(learning) == 8
+    assert not {*learning} & {episode_seed(0, "Assault", number) for number in range(100)}
 
 
 @pytest.mark.parametrize("num_steps", [0, 7, 33])

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import itertools
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -18,6 +20,7 @@ from torchrl_sql.evaluation.tables import TableWriter, part_of
 from torchrl_sql.report import write_report
 from torchrl_sql.report.analysis import BEHAVIOUR, Analysis
 from torchrl_sql.report.context_tables import data_table
+from torchrl_sql.report.findings import findings
 from torchrl_sql.report.gather import gather
 
 GAMES = ("Breakout", "Freeway")
@@ -240,6 +243,41 @@ def test_the_data_shown_is_the_part_that_the_method_was_trained_on(tmp_path):
     assert [(d.game, d.behaviour.mean, d.num_episodes) for d in data.game_data] == [(game, 2.0, 2) for game in GAMES]
     assert "The data's returns and statistics are those of the method; other had other data." in data.caveats
     assert any("part that was trained on: every_kth_episode=2." in text for text in data.caveats)
+
+
+@pytest.mark.parametrize("place", ["study/store", "study/ours/seed0/store", "study/stores/seed0", "elsewhere/store"])
+def test_the_data_is_found_where_run_and_store_were_moved_together(tmp_path, place):
+    before, after = tmp_path / "before", tmp_path / "after"
+    for store, value in (("study/store", 1.0), (place, 9.0)):  # the study's is another, where the run has its own
+        shutil.rmtree(before / store, ignore_errors=True)
+        with FrameStore.create(before / store).writer("Pong", source="test") as writer:
+            writer.add_episode(np.zeros((1, 84, 84), np.uint8), [0], [value], terminated=True)
+    run = run_folder(before / "study/ours/seed0", f"data.store={before / place}", games=["Pong"], name="ours")
+    write(run / "scores.csv", episodes("ours", games=["Pong"]))
+    before.rename(after)
+    assert [data.behaviour.mean for data in gather([after / "study/ours/seed0"]).game_data] == [9.0]
+
+
+def test_agents_that_play_a_game_each_have_one_page_and_are_not_judged_by_their_own_play(tmp_path):
+    (tmp_path / "study.yaml").write_text(
+        "title: Lives\nseeds: [0, 1]\ndata: play\nruns: {breakout: {}, freeway: {}}\n"
+        "report: {main: breakout, games: [Breakout, Freeway]}\n"
+    )
+    for game, seed in itertools.product(GAMES, (0, 1)):
+        name, store = game.lower(), tmp_path / "stores" / f"seed{seed}"
+        words = ("online=cpu", "method=dqn_c51", f"data.store={store}")
+        metrics = {"episode_return": "10,1.5\n"}
+        folder = run_folder(
+            tmp_path / name / f"seed{seed}", *words, name=name, seed=seed, games=[game], metrics=metrics
+        )
+        write(folder / "scores.csv", episodes(name, games=[game], seed=seed))
+        with FrameStore.create(store, exist_ok=True).writer(game, source="itself", run="0") as writer:
+            writer.add_episode(np.zeros((1, 84, 84), np.uint8), [0], [99.0], terminated=True)
+    data = gather([tmp_path])
+    assert data.games == GAMES and [agent.label for agent in data.agents] == ["breakout", "freeway"]
+    assert {curve.label for curve in data.curves if "Return" in curve.metric} == {"breakout", "freeway"}
+    said = " ".join(text for _, text in findings(Analysis(data)))
+    assert "behaviour" not in said and not any("not on this page" in caveat for caveat in data.caveats)
 
 
 def test_pieces_whose_end_was_not_recorded_are_no_returns(tmp_path):

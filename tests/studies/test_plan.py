@@ -378,6 +378,13 @@ def test_an_axis_that_is_no_number_is_refused_before_anything_runs(make_study, t
     assert plan_study(make_study(("{main: q,", "{main: q, x: parameters,")), tmp_path)
 
 
+def test_runs_that_play_take_no_other_data():
+    with pytest.raises(
+        ConfigError, match=r"dqn_replay_mini\.yaml: its runs play their own data.*data\.store=elsewhere"
+    ):
+        load_study(find_study("dqn_replay_mini"), store="elsewhere")
+
+
 def test_runs_that_play_share_a_store_per_seed(tmp_path):
     study = load_study(find_study("dqn_replay_mini"))
     tasks = {task.name: task for task in plan_study(study, tmp_path)}

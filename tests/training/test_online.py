@@ -210,6 +210,12 @@ def test_a_run_that_is_stopped_in_its_evaluations_continues_exactly(played, make
     assert played_steps == [0, 0, 6, 6, 12, 12, 18, 24]
 
 
+def test_a_run_s_folder_cannot_be_its_store(make_config, tmp_path):
+    with pytest.raises(ConfigError, match=r"data\.store must be another folder than run_dir, got .*/run for both"):
+        train(make_config(f"data.store={tmp_path / 'run' / '..' / 'run'}"))
+    assert not (tmp_path / "run").exists()
+
+
 def test_reading_ahead_changes_nothing(played, make_config):
     assert_same_run(train(make_config("data.prefetch=0")), played)
 

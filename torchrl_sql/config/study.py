@@ -49,6 +49,8 @@ class StudyReport:
     """The run it is about; ``None`` for the first."""
     against: list[str] = field(default_factory=list)
     """Runs that the main one is compared with."""
+    games: list[str] = field(default_factory=list)
+    """Those of the page; by default the main run's."""
     constant_actions: int = 0
     """Episodes to play of every game's each legal action, always the same one; 0 for none."""
     x: str | None = None
@@ -127,7 +129,10 @@ def load_study(path: Path, *, scale: str | None = None, store: str | None = None
         raise ConfigError(f"{path} must hold a study: {' '.join(str(error).split())}") from None
     try:
         if isinstance(content, dict):
-            content = _at_scale(content, scale) | ({"data": store} if store is not None else {})
+            content = _at_scale(content, scale)
+            if store is not None and content.get("data") == "play":
+                raise ConfigError(f"its runs play their own data, so that none can be given, got data.store={store}")
+            content |= {"data": store} if store is not None else {}
             if "data" not in content:
                 raise ConfigError("data must be given: data.store=STORE")
         study: StudyConfig = _build(StudyConfig, content)

@@ -217,7 +217,7 @@ def draw_lives(summaries: Sequence[GameSummary]) -> Image.Image:
         kept = ~np.isnan(summary.life)
         means = zip(middles[kept], summary.life[kept], strict=True)
         draw.line([place(*each, *frame) for each in means], fill="#1f4e8c", width=2)
-        text = f"{summary.game}: returns {least:g} to {greatest:g}, {total:,} agent steps"
+        text = f"{summary.game}: returns {least:g} to {summary.returns.max():g}, {total:,} agent steps"
         draw.text((margin, row * height + 6), text, fill="black")
     return image
 

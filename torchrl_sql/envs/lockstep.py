@@ -174,7 +174,8 @@ class Lockstep:
 
     def _start(self, episode: PlayedEpisode) -> None:
         index = episode.emulator
-        seeds = np.random.SeedSequence([self._seed, index, episode.number]).generate_state(1)
+        # A stream of its own: evaluation's emulator seeds come from three such numbers too.
+        seeds = np.random.SeedSequence([self._seed, index, episode.number], spawn_key=(1,)).generate_state(1)
         slot = self._slots[index]
         with self._naming(episode):
             slot.start(self.games[self.game_id[index]], int(seeds[0] & 0x7FFFFFFF))

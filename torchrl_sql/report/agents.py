@@ -74,7 +74,7 @@ def find_agents(runs: Sequence[RunConfig], episodes: Sequence[EpisodeResult], x:
 
 def _families(configs: Mapping[str, RunConfig], x: str | None) -> dict[str, str]:
     """By a run's name, what it and those that differ from it in ``x`` only are called: the method's label, or the words
-    that their names begin with where another family has it, and where runs differ in what they start from.
+    that their names begin with where another family has it, and where runs start from others or learn online.
     """
     groups: list[tuple[dict[str, Any], list[str]]] = []
     for name, config in configs.items():
@@ -88,12 +88,12 @@ def _families(configs: Mapping[str, RunConfig], x: str | None) -> dict[str, str]
             groups.append((apart, [name]))
         else:
             group.append(name)
-    starts_elsewhere = any(config.init.policy is not None for config in configs.values())
+    named_by_run = any(config.init.policy is not None or config.online is not None for config in configs.values())
     families: dict[str, str] = {}
     for _, names in groups:
         words = zip(*(name.split("_") for name in names), strict=False)
         shared = "_".join(each[0] for each in takewhile(lambda each: len({*each}) == 1, words))
-        of_method = () if starts_elsewhere else (METHODS[configs[names[0]].method.name].label,)
+        of_method = () if named_by_run else (METHODS[configs[names[0]].method.name].label,)
         labels = (*of_method, shared or names[0], names[0])
         taken = {*families.values(), *configs} - {*names}
         families |= dict.fromkeys(names, next(label for label in labels if label not in taken))

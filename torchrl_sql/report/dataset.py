@@ -9,8 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from torchrl_sql.config import DataConfig
-from torchrl_sql.config.study import STUDY_FILE
+from torchrl_sql.config import DataConfig, RunConfig
 from torchrl_sql.data import FrameStore, Subset, summarise
 from torchrl_sql.data.summary import GameSummary
 from torchrl_sql.evaluation.agents import ConstantAgent
@@ -19,25 +18,25 @@ from torchrl_sql.games import ACTION_NAMES
 from torchrl_sql.report.model import GameData, Returns
 
 
-def game_data(runs: Sequence[tuple[Path, DataConfig]], games: Sequence[str]) -> tuple[list[GameData], list[str]]:
+def game_data(runs: Sequence[tuple[Path, RunConfig]], games: Sequence[str]) -> tuple[list[GameData], list[str]]:
     """Statistics of the data of each game, and what could not be read.
 
     Args:
-        runs (sequence of (Path, DataConfig)): folder and data of each run of one agent, which differ in the stores at
-            most: only the part of the stores that was trained on is summarised.
+        runs (sequence of (Path, RunConfig)): folder and settings of each run of one agent, whose data differ in the
+            stores at most: only the part of the stores that was trained on is summarised.
         games (sequence of str): whose data.
 
     Raises:
         ValueError: if the stores do not have the same behaviours.
     """
-    found = {(folder, data.store): find_store(folder, data.store) for folder, data in runs}
-    missing = sorted({store for (_, store), path in found.items() if path is None})
+    found = [(config.data.store, find_store(folder, config)) for folder, config in runs]
+    missing = sorted({store for store, path in found if path is None})
     caveats = [f"The store {store} was not found: the data's returns and statistics are missing." for store in missing]
-    stores = sorted({path.resolve() for path in found.values() if path is not None})
+    stores = sorted({path.resolve() for _, path in found if path is not None})
     present = [FrameStore.open(store) for store in stores]
     summaries: dict[str, list[GameSummary]] = {game: [] for game in games}
     for store in present:
-        for summary in summarise(store, games, subset=_subset(runs[0][1])):
+        for summary in summarise(store, games, subset=_subset(runs[0][1].data)):
             summaries[summary.game].append(summary)
     result = []
     for game, parts in summaries.items():
@@ -105,9 +104,8 @@ def other_data(method: DataConfig, others: Mapping[str, DataConfig]) -> list[str
     return caveats
 
 
-def find_store(folder: Path, store: str) -> Path | None:
-    """A run's store: where it was trained from, or beside the run or in its study if both have moved."""
-    path = Path(os.path.expandvars(os.path.expanduser(store)))
-    study = folder.parent.parent
-    places = [path, folder.parent / path.name, *[study / path.name] * (study / STUDY_FILE).exists()]
+def find_store(folder: Path, config: RunConfig) -> Path | None:
+    """A run's store: where it was trained from, or if both have moved, as far from the run's folder as it was then."""
+    store, run = (os.path.expandvars(os.path.expanduser(path)) for path in (config.data.store, config.run_dir))
+    places = Path(store), folder / os.path.relpath(store, run)
     return next((place for place in places if (place / "store.json").is_file()), None)

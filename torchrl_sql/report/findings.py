@@ -82,12 +82,19 @@ def _iqm(interval: Interval) -> str:
 def _game_findings(analysis: Analysis) -> list[Finding]:
     main = analysis.main.label
     names = {agent.label: agent.label for agent in analysis.against[:1]}
-    names |= {BEHAVIOUR: "the behaviour mean of the data", BEST_CONSTANT: "the best constant action"}
+    if not _played_its_data(analysis):
+        names[BEHAVIOUR] = "the behaviour mean of the data"
+    names[BEST_CONSTANT] = "the best constant action"
     found = []
     for policy, name in names.items():
         sentences = _by_game(main, name, analysis.verdicts(policy))
         found += [each for each in sentences if (policy, each.kind) != (BEST_CONSTANT, "for")]
     return found
+
+
+def _played_its_data(analysis: Analysis) -> bool:
+    """Then the behaviour mean is that of its own play while it explored, which judges nothing."""
+    return analysis.main.agent_steps_per_gradient_step is not None
 
 
 def _by_game(main: str, name: str, verdicts: Mapping[str, Verdict], where: str = "") -> list[Finding]:
@@ -147,7 +154,7 @@ def _seed_findings(analysis: Analysis) -> list[Finding]:
         for game in runs.games
         if BEHAVIOUR in (policies := analysis.policies[game])
     }
-    if len(runs.seeds) < 2 or not behaviours:
+    if len(runs.seeds) < 2 or not behaviours or _played_its_data(analysis):
         return []
     label = analysis.main.label
     failures = [

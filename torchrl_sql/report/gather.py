@@ -92,6 +92,7 @@ def gather(
         names = {agent.agent for agent in kept}
         main = main or next((name for name in (study.report.main, *study.runs) if name in names), None)
         against = against or [name for name in study.report.against if name in names]
+        games = games or study.report.games
     ordered, compared = arrange([agent for agent in found if agent in kept], main, against)
     labels: dict[str, str] = {}
     for agent in ordered:
@@ -106,7 +107,7 @@ def gather(
             f"No run was found of {', '.join(unknown)}: what it is, its settings, parameters, data and training curves "
             "are unknown here."
         )
-    statistics, missing = game_data([(run.folder, run.config.data) for run in main_runs], shown)
+    statistics, missing = game_data(main_runs, shown)
     if main_runs:
         others = {labels[run.config.name]: run.config.data for run in runs if run not in main_runs}
         caveats += other_data(main_runs[0].config.data, others)
@@ -289,6 +290,7 @@ def _curves(run: _Run, label: str) -> list[Curve]:
         **make_method(run.config.method).metrics,
         **FEATURE_METRICS,
         "grad_norm": "Gradient norm before clipping",
+        "episode_return": "Return of the episodes that it learned from, all games",
     }
     return [
         Curve(

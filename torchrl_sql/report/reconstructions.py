@@ -30,7 +30,7 @@ def reconstructions(runs: Iterable[tuple[Path, RunConfig]]) -> list[Picture]:
     """
     first: dict[str, tuple[Path, RunConfig]] = {}
     for folder, config in runs:
-        there = (folder / POLICY_FILE).is_file() and find_store(folder, config.data.store) is not None
+        there = (folder / POLICY_FILE).is_file() and find_store(folder, config) is not None
         if config.method.name == "mae" and there:
             first.setdefault(config.name, (folder, config))
     pictures = []
@@ -71,7 +71,7 @@ def draw_reconstructions(run: Path, *, states_per_game: int = 6, seed: int = 0) 
         raise ValueError(f"{run} must be a run with method=mae, got {config.method.name}")
     num_states = states_per_game * len(config.games)
     data = replace(config.data, batch_size=4 * num_states, mixture="games", prefetch=0)
-    store = find_store(run, data.store)
+    store = find_store(run, config)
     if store is None:
         raise FileNotFoundError(f"{data.store}, the data of {run}, is not there")
     replay = make_method(config.method).replay(data, FrameStore.open(store), seed=seed)

@@ -73,6 +73,8 @@ def train(config: RunConfig, *, evaluate: Evaluate | None = None) -> Path:
         folder = expand_path(config.run_dir)
         if (folder / "store.json").exists():
             raise ConfigError(f"run_dir must be the folder of a run, but {folder} is a store")
+        if folder.resolve() == expand_path(config.data.store).resolve():
+            raise ConfigError(f"data.store must be another folder than run_dir, got {folder} for both")
         fingerprint = _fingerprint(config)  # before there is a folder: data that is missing leaves none
         with _own(folder, ranks) as lock, _kernels_in(folder / "compiled"):
             return _train(config, fingerprint, ranks, signals, lock, Scores(config, ranks, signals, evaluate))
