@@ -106,7 +106,7 @@ class Measurements:
         trainer = build_trainer(config, memory_format=LAYOUTS[item["layout"]])
         try:
             times = time_steps(trainer, num_repeats=5 if self.tiny else 20)
-            _, forward_and_backward = scaling_table.count(item["network"])  # without double Q
+            _, forward_and_backward = scaling_table.count(item["network"], item["batch_size"])  # without double Q
             flops = item["batch_size"] * forward_and_backward * (5 / 4 if item["double_q"] else 1)
             row = {
                 "samples_per_second": round(item["batch_size"] / times.step_seconds),
@@ -131,6 +131,7 @@ class Measurements:
             keys=[*trainer.loss.in_keys, "index"],
         )  # fmt: skip
         trainer.rewind(0)
+        trainer._probe = None  # what is logged of features is no part of a step
         results = list(trainer.train(3 * num_steps, log_interval=num_steps))
         return statistics.mean(result["data_wait_fraction"] for result in results[1:])  # the first starts the readers
 
@@ -190,6 +191,8 @@ class Measurements:
         continued = self.folder / f"continued_{item['mode']}" / "checkpoints"
         continued.mkdir(parents=True)
         shutil.copy(checkpoint_path(whole, num_steps // 2), continued)
+        if (whole.parent / "compiled").exists():  # as it is where a run goes on
+            shutil.copytree(whole.parent / "compiled", continued.parent / "compiled")
         started = time.perf_counter()
         train(run(continued.parent.name))
         seconds = time.perf_counter() - started
@@ -269,8 +272,10 @@ def issue_seconds(trainer: Trainer) -> float:
 def blocked_seconds(trainer: Trainer, num_steps: int = 5) -> float:
     """Time per step inside calls that may wait for the device, of all threads, as the profiler saw it."""
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (trainer.device.type == "cuda")
+    for _ in range(num_steps):  # whose memory the profiled steps use again
+        trainer.update(trainer.replay.sample())
     update_step.synchronize(trainer.device)
-    with profile(activities=activities) as trace:
+    with profile(activities=activities, acc_events=True) as trace:
         with record_function("gpu_check steps"):
             for _ in range(num_steps):
                 trainer.update(trainer.replay.sample())

@@ -74,8 +74,9 @@ def make_plan() -> list[Item]:
         {"kind": "device_peak", "precisions": ["bf16", "fp32"]},
         step("resnet50", 512, *best, "graph", readers=[1, 2, 4]),
         peer("resnet50", 512, "bf16", "eager", "torchrl_hooked"),
-        {"kind": "curve", "games": games, "batch_size": 32, "num_steps": 200, "modes": ["eager", "graph"]},
-        {"kind": "resume", "games": games, "batch_size": 32, "num_steps": 40, "precision": "bf16", "mode": "graph"},
+        step("resnet101", 512, *best, "graph", readers=[2]),
+        peer("resnet101", 512, "bf16", "eager", "torchrl_hooked"),
+        step("resnet50", 512, *best, "eager"),
         {
             "kind": "evaluation",
             "network": "resnet50",
@@ -84,10 +85,9 @@ def make_plan() -> list[Item]:
             "max_agent_steps": 1000,
         },
         {"kind": "checkpoint", "network": "resnet50", "batch_size": 64, "precision": "bf16", "games": TRAIN_40},
-        step("resnet101", 512, *best, "graph", readers=[2]),
-        step("resnet50", 512, *best, "eager"),
+        {"kind": "curve", "games": games, "batch_size": 32, "num_steps": 200, "modes": ["eager", "graph"]},
+        {"kind": "resume", "games": games, "batch_size": 32, "num_steps": 40, "precision": "bf16", "mode": "graph"},
         peer("resnet50", 512, "bf16", "eager", "torchrl"),
-        peer("resnet101", 512, "bf16", "eager", "torchrl_hooked"),
         peer("resnet101", 512, "bf16", "kernels", "torchrl_hooked"),
         step("resnet101", 512, *best, "eager"),
         step("resnet101", 512, *best, "graph", double_q=True),
@@ -107,8 +107,8 @@ def make_plan() -> list[Item]:
         peer(network, 512, "fp32", "eager", side) for network in NETWORKS for side in ("torchrl_hooked", "torchrl")
     ]
     for item in plan:
-        is_compiled = {item.get("mode"), *item.get("modes", ())} & {"graph", "kernels"}  # which takes a minute or two
-        item.setdefault("seconds", 75 if is_compiled else 25)
+        is_compiled = {item.get("mode"), *item.get("modes", ())} & {"graph", "kernels"}  # which takes about two minutes
+        item.setdefault("seconds", 120 if is_compiled else 25)
     return plan
 
 
@@ -146,6 +146,7 @@ class Worker:
     """A process that measures; another one takes its place if it dies or has to be stopped."""
 
     def __init__(self, device: str, folder: Path, *, tiny: bool) -> None:
+        self.device = device
         self._settings = (device, folder, tiny)
         self._process: Any = None
 
@@ -165,7 +166,10 @@ class Worker:
         try:
             self._connection.send(item)
             if self._connection.poll(seconds):
-                return self._connection.recv()
+                answer: dict[str, Any] = self._connection.recv()
+                if "failed" in answer:
+                    self._kill()
+                return answer
         except (EOFError, ConnectionError):
             self._process.join()
             code, self._process = self._process.exitcode, None
@@ -198,21 +202,24 @@ def work(connection: Connection, device: str, folder: Path, tiny: bool) -> None:
     while (item := connection.recv()) is not None:
         try:
             answer = measurements(item)
-        except torch.AcceleratorError:  # the device is of no use to this process any more
-            raise
         except Exception as error:
-            answer = {"failed": f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"}
+            connection.send({"failed": f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"})
+            return  # after an error of the device, of whatever class, the next measurement would be another's victim
         connection.send(answer)
 
 
-def run_tests(seconds: float) -> dict[str, Any]:
+def run_tests(seconds: float, device: str) -> dict[str, Any]:
     """Every test marked ``gpu``."""
     files = sorted(str(path) for path in ROOT.glob("tests/**/test_*.py") if "mark.gpu" in path.read_text())
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", "-rfE", *files]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=seconds)
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", "-rfE", "-v"]
+    command += ["--continue-on-collection-errors", *files]
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=seconds)
+    except subprocess.TimeoutExpired as error:
+        return {"failed": f"not over after {seconds:.0f} s", "summary": (error.stdout or b"").decode()[-2000:]}
     lines = done.stdout.strip().splitlines()
     row = {"summary": lines[-1] if lines else done.stderr[-300:]}
-    if done.returncode != 0:
+    if done.returncode != 0 or (device == "cuda" and " passed" not in row["summary"]):
         row["failed"] = "; ".join(line for line in lines if line.startswith(("FAILED", "ERROR"))) or row["summary"]
     return row
 
@@ -227,7 +234,7 @@ def run(plan: list[Item], worker: Worker, deadline: float, save: Any) -> list[It
             if left <= item["seconds"]:
                 found = {"skipped": f"{left:.0f} s were left"}
             else:
-                found = run_tests(limit) if item["kind"] == "tests" else worker.measure(item, limit)
+                found = run_tests(limit, worker.device) if item["kind"] == "tests" else worker.measure(item, limit)
         except (TimeoutError, subprocess.TimeoutExpired) as error:
             found = {"skipped" if limit == left else "failed": str(error)}
         except RuntimeError as error:

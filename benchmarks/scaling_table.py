@@ -28,18 +28,19 @@ READ_TRANSITIONS_PER_SECOND = 26_800.0  # measured, one reader thread, zstd, bus
 READ_BYTES_PER_TRANSITION = 157.6 * 20 * 1.2  # 157.6 bytes per frame, measured there; 1.2 chunks of 20 frames hold 5
 
 
-def count(network: Encoder) -> tuple[int, float]:
-    """Parameters, and operations of a gradient step for one sample.
+def count(network: Encoder, batch_size: int = 512) -> tuple[int, float]:
+    """Parameters, and operations of a gradient step for one sample of a batch, on whose size the heads' depend.
 
     Forward, and backward at twice its price, of the online network; forward of the target network.
     """
-    actor = make_q_actor(TRAIN_40, encoder=network)
-    batch = TensorDict(
-        observation=torch.zeros(2, 4, 84, 84, dtype=torch.uint8), game_id=torch.zeros(2, dtype=torch.long), batch_size=2
-    )
+    with torch.device("meta"):
+        actor = make_q_actor(TRAIN_40, encoder=network)
+        observation = torch.zeros(batch_size, 4, 84, 84, dtype=torch.uint8)
+        game_id = torch.zeros(batch_size, dtype=torch.long)
+    batch = TensorDict(observation=observation, game_id=game_id, batch_size=batch_size)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         actor(batch)
-    return sum(p.numel() for p in actor.parameters()), 4 * counter.get_total_flops() / 2
+    return sum(p.numel() for p in actor.parameters()), 4 * counter.get_total_flops() / batch_size
 
 
 def main() -> None:

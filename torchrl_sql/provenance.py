@@ -23,7 +23,7 @@ _ROOT = Path(__file__).resolve().parent.parent
 def software_versions() -> dict[str, str]:
     """The machine, and the versions of Python and the packages that decide results."""
     machine = {"machine": f"{platform.machine()}, {os.cpu_count()} cores"}
-    return machine | {"python": platform.python_version()} | {name: metadata.version(name) for name in _PACKAGES}
+    return machine | {"python": platform.python_version()} | {name: _version(name) for name in _PACKAGES}
 
 
 def cluster_versions() -> dict[str, str]:

@@ -189,15 +189,23 @@ def test_a_store_begun_anew_is_empty(tmp_path):
     assert [recording.num_episodes for recording in FrameStore.open(tmp_path / "store").recordings] == [1, 1]
 
 
-@pytest.mark.parametrize("change", [{"about": {"played_by": 2}}, {"source": "another"}])
-def test_what_others_recorded_is_not_written_to(tmp_path, change):
+@pytest.mark.parametrize(
+    ("change", "difference"),
+    [
+        ({"about": {"played_by": 2}}, "played_by 2, not 1"),
+        ({"about": {"played_by": {"seed": 1}}}, r"played_by \{'seed': 1\}, not 1"),
+        ({"source": "another"}, "source 'another', not 'a test'"),
+    ],
+)
+def test_what_others_recorded_is_not_written_to(tmp_path, change, difference):
     store = growing(tmp_path, **change)
     store.open()
     add(store, 0), add(store, 1)
     store.commit()
     store.close()
     before = contents(tmp_path)
-    with pytest.raises(ValueError, match="must hold nothing but what this run played"):
+    text = f"must hold nothing but what this run played, got {difference}; choose another folder"
+    with pytest.raises(ValueError, match=text):
         growing(tmp_path).open()
     assert contents(tmp_path) == before
 
@@ -205,7 +213,7 @@ def test_what_others_recorded_is_not_written_to(tmp_path, change):
 def test_a_store_with_other_recordings_of_the_game_is_refused(tmp_path):
     with FrameStore.create(tmp_path / "store").writer("Pong", source="a test", run="1") as writer:
         writer.add_episode(np.zeros((2, 84, 84), np.uint8), [0, 1], [0.0, 0.0], terminated=True)
-    with pytest.raises(ValueError, match=r"Pong must hold nothing but what this run played.*got 1"):
+    with pytest.raises(ValueError, match=r"Pong must hold nothing but what this run played, got the recording 1;"):
         growing(tmp_path).open()
 
 

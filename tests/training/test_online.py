@@ -353,7 +353,7 @@ def test_a_run_continues_where_its_offline_store_was_moved(played, make_config, 
 
 def test_the_store_of_another_run_is_not_touched(played, make_config):
     before = contents(played / "store")
-    with pytest.raises(ValueError, match="must hold nothing but what this run played"):
+    with pytest.raises(ValueError, match=r"what this run played, got source .*, played_by\.seed 0, not 1; choose"):
         train(make_config("seed=1", f"data.store={played / 'store'}"))
     assert contents(played / "store") == before
 

@@ -110,11 +110,15 @@ class GrowingStore:
         """The recording in a folder, which must be this run's, and the only one of its game."""
         others = [path for path in recording_folders(self.store.path, f"{folder.parent.name}/*") if path != folder]
         recording = open_recording(folder) if folder.exists() else None
-        about = None if recording is None else {key: recording.manifest.metadata.get(key) for key in self._about}
-        if others or (recording is not None and (about, recording.manifest.source) != (self._about, self._source)):
+        unlike = [f"the recording {others[0].name}"] if others else []
+        if recording is not None:
+            there = {"source": recording.manifest.source, **recording.manifest.metadata}
+            here = {"source": self._source, **self._about}
+            unlike += _differences({key: there.get(key) for key in here}, here)
+        if unlike:
+            got = ", ".join(unlike)
             raise ValueError(
-                f"{folder.parent} must hold nothing but what this run played, with {self._about}, got "
-                f"{others[0].name if others else about}; choose another folder"
+                f"{folder.parent} must hold nothing but what this run played, got {got}; choose another folder"
             )
         if recording is not None and recording.manifest.labels != self._labels:
             found = list(recording.manifest.labels) or "none, as an older version of this package wrote it"
@@ -177,6 +181,16 @@ def _check_droppable(recording: Recording | None, limits: Mapping[str, float] | 
                 f"{recording.path.parent} holds {recording.num_steps:,} transitions, to {label} {greatest:,.0f}, of a "
                 "run whose checkpoints are gone: choose another folder, or delete it to begin anew"
             )
+
+
+def _differences(there: Any, here: Any, name: str = "") -> list[str]:
+    """Where JSON values differ, by the keys that lead there."""
+    if isinstance(there, Mapping) and isinstance(here, Mapping):
+        keys = [key for key in {**here, **there} if there.get(key) != here.get(key)]
+        return [
+            text for key in keys for text in _differences(there.get(key), here.get(key), f"{name}.{key}".lstrip("."))
+        ]
+    return [] if there == here else [f"{name} {there!r}, not {here!r}"]
 
 
 def _check_there(folder: Path, recording: Recording | None, manifest: str) -> None:

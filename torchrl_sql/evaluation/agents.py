@@ -24,7 +24,7 @@ from torchrl_sql.methods import make_method
 from torchrl_sql.statistics.intervals import interquartile_mean
 from torchrl_sql.statistics.scores import human_normalised, split_by_reference
 from torchrl_sql.training.checkpoint import list_checkpoints, mark_best
-from torchrl_sql.training.device import prepare_cpu, resolve_device
+from torchrl_sql.training.device import prepare_cpu, resolve_device, tune
 from torchrl_sql.training.policy import find_checkpoint, load_agent, read_policy
 
 
@@ -224,7 +224,9 @@ class TrainedAgent(Agent):
             decoding=decoding or cast(Decoding, usual),
             checkpoint=digest_of_weights(network),
         )
-        network.to(resolve_device(device or config.trainer.device))
+        place = resolve_device(device or config.trainer.device)
+        tune(place)
+        network.to(place)
         folder = path.parent.parent
         in_run = path.parent.name == "checkpoints" and (folder / "config.yaml").is_file()
         super().__init__(

@@ -46,6 +46,8 @@ class SingleProcess:
     def __init__(self, loss: LossModule, *, compile: bool = False) -> None:
         self._loss: Callable[[TensorDictBase], TensorDict] = loss
         if compile:
+            # TensorDict notes classes that it meets in arithmetic and moves; a class it notes later compiles all anew.
+            _ = (TensorDict(a=torch.zeros(())) / 2 / 2.0).to(torch.device("cpu"))
             # On the CPU channels-last costs more than it gains (benchmarks/results/update_step.md).
             on_cpu = next(loss.parameters()).device.type == "cpu"
             self._loss = torch.compile(

@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 _CONTINUE, _STOP, _REQUEUE = range(3)
 """What a rank asks for after a step; the greatest number of all ranks counts."""
 
-_CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
+_CACHE_VARIABLES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
 
 
 def train(config: RunConfig, *, evaluate: Evaluate | None = None) -> Path:
@@ -93,14 +93,15 @@ def _own(folder: Path, ranks: Ranks) -> Iterator[RunLock | None]:
 @contextmanager
 def _kernels_in(folder: Path) -> Iterator[None]:
     """Compiled kernels go where the next start finds them, on whatever node."""
-    before = os.environ.get(_CACHE_VARIABLE)  # torch sets it as well
-    os.environ[_CACHE_VARIABLE] = str(folder)
+    before = {name: os.environ.pop(name, None) for name in _CACHE_VARIABLES}  # torch sets the second by the first
+    os.environ[_CACHE_VARIABLES[0]] = str(folder)
     try:
         yield
     finally:
-        del os.environ[_CACHE_VARIABLE]
-        if before is not None:
-            os.environ[_CACHE_VARIABLE] = before
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
 
 
 def _train(
