@@ -21,7 +21,7 @@ from torchrl_sql.launch.group import make_groups
 from torchrl_sql.launch.ranks import is_first_of_node
 from torchrl_sql.studies.task import Task
 from torchrl_sql.training.checkpoint import CheckpointError
-from torchrl_sql.training.signals import Interrupted
+from torchrl_sql.training.signals import Interrupted, StopSignals
 
 
 @pytest.fixture
@@ -91,6 +91,18 @@ def test_an_error_after_the_signal_is_put_down_to_it(attempt):
 
     assert attempt(work) == job.EXIT_REQUEUE
     assert attempt.task.text("FATAL") is None and attempt.task.text("requeue") == "0.0"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_an_error_after_a_signal_that_ends_the_job_is_not_the_work_s(attempt, number):
+    def work():
+        with StopSignals():
+            signal.raise_signal(number)
+            raise ValueError("the compiler's process died")
+
+    with pytest.raises(ValueError):
+        attempt(work)
+    assert attempt.task.text("FATAL") is None and not attempt.task.done
 
 
 @pytest.mark.parametrize(("kind", "marker"), [("bench", None), ("import", "0.0")])

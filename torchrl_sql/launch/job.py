@@ -85,7 +85,7 @@ def _work(
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR2})
             run(task.arguments)
         except KeyboardInterrupt as interruption:
-            requeue = watchdog.asked_to_requeue or getattr(interruption, "requeue", False)
+            requeue = watchdog.received(signal.SIGUSR2) or getattr(interruption, "requeue", False)
             logger.info("%s", interruption or "interrupted")
             if rank() == 0:
                 _note_progress(task, folder)
@@ -95,9 +95,11 @@ def _work(
         except Exception as error:
             if folder.is_superseded(attempt):
                 return EXIT_SUPERSEDED
-            if watchdog.asked_to_requeue:  # which reached, and may have ended, processes that the task started
+            if watchdog.received(signal.SIGUSR2):  # which reached, and may have ended, processes that the task started
                 logger.exception("an error after SIGUSR2")
                 return _end(folder, attempt, "requeue")
+            if watchdog.received(signal.SIGTERM, signal.SIGINT):  # the same; whoever sent it decides what follows
+                raise
             made_progress = newest_checkpoint(task.run_dir) != (folder.text("progress") or "")
             if (
                 is_transient(error, made_progress=made_progress)

@@ -76,13 +76,12 @@ class Watchdog:
         os.close(self._read)
         os.close(self._write)
 
-    @property
-    def asked_to_requeue(self) -> bool:
-        """Whether SIGUSR2 arrived; also if the thread has not run since."""
+    def received(self, *signals: signal.Signals) -> bool:
+        """Whether one of these signals, which have handlers, arrived; also if the thread has not run since."""
         with self._reading, suppress(BlockingIOError):
             while True:
                 self._received += os.read(self._read, 256)
-        return signal.SIGUSR2 in self._received
+        return any(number in self._received for number in signals)
 
     def _exit_if_superseded(self) -> None:
         try:
@@ -99,7 +98,7 @@ class Watchdog:
         next_look = time.monotonic() + self._look_seconds
         while True:
             select.select([self._read], [], [], max(0.0, min(deadline, next_look) - time.monotonic()))
-            asked = self.asked_to_requeue
+            asked = self.received(signal.SIGUSR2)
             if self._ended.is_set():
                 return
             if asked and deadline == math.inf:
