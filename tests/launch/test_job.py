@@ -84,12 +84,14 @@ def test_errors_of_machines_are_left_to_the_batch_script(attempt, error):
     assert attempt.task.text("FATAL") is None and not attempt.task.done
 
 
-def test_an_error_after_the_signal_is_put_down_to_it(attempt):
-    def work():
+def fail_after_the_signal():
+    with StopSignals():
         signal.raise_signal(signal.SIGUSR2)
         raise ValueError("a worker died")
 
-    assert attempt(work) == job.EXIT_REQUEUE
+
+def test_an_error_after_the_signal_is_put_down_to_it(attempt):
+    assert attempt(fail_after_the_signal) == job.EXIT_REQUEUE
     assert attempt.task.text("FATAL") is None and attempt.task.text("requeue") == "0.0"
 
 
@@ -105,11 +107,13 @@ def test_an_error_after_a_signal_that_ends_the_job_is_not_the_work_s(attempt, nu
     assert attempt.task.text("FATAL") is None and not attempt.task.done
 
 
+@pytest.mark.parametrize("work", [fail(Interrupted("", requeue=True)), fail_after_the_signal])
 @pytest.mark.parametrize(("kind", "marker"), [("bench", None), ("import", "0.0")])
-def test_what_starts_anew_asks_for_no_requeue(attempt, kind, marker):
+def test_what_starts_anew_asks_for_no_requeue(attempt, kind, marker, work):
     attempt.group.tasks[0] = replace(attempt.group.tasks[0], arguments=[kind])
     attempt.group.save()
-    assert attempt(fail(Interrupted("", requeue=True))) == job.EXIT_REQUEUE
+    assert attempt(work) == job.EXIT_REQUEUE
+    assert attempt.task.text("FATAL") is None
     assert attempt.task.text("requeue") == marker
 
 
@@ -240,7 +244,9 @@ from pathlib import Path
 from torchrl_sql.launch.attempt import Attempt, TaskFolder
 from torchrl_sql.launch.watchdog import Watchdog
 signal.signal(signal.SIGUSR2, lambda *_: None)
-with Watchdog(TaskFolder(Path(sys.argv[1])), Attempt(0, 0), stop_seconds=0.5, look_seconds=float(sys.argv[2])):
+continues, look_seconds = sys.argv[2] != "bench", float(sys.argv[3])
+task = TaskFolder(Path(sys.argv[1]))
+with Watchdog(task, Attempt(0, 0), continues=continues, stop_seconds=0.5, look_seconds=look_seconds):
     print("ready", flush=True)
     # A wait in C code, as in a collective: handlers written in Python do not run.
     import ctypes
@@ -249,10 +255,12 @@ with Watchdog(TaskFolder(Path(sys.argv[1])), Attempt(0, 0), stop_seconds=0.5, lo
 """
 
 
-@pytest.fixture(params=[0.2])
+@pytest.fixture(params=[("train", 0.2)])
 def hanging(tmp_path, request):
-    """A process whose main thread hangs under a watchdog that looks for a newer attempt so often (seconds)."""
-    command = [sys.executable, "-c", HANGS, str(tmp_path), str(request.param)]
+    """A process at such a task whose main thread hangs under a watchdog that looks for a newer attempt so often
+    (seconds).
+    """
+    command = [sys.executable, "-c", HANGS, str(tmp_path), *map(str, request.param)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "ready\n"
     yield process
@@ -261,13 +269,17 @@ def hanging(tmp_path, request):
     process.stdout.close()
 
 
-@pytest.mark.parametrize("hanging", [0.2, 300], indirect=True)
-def test_a_process_that_hangs_is_queued_again_after_the_signal(hanging, tmp_path):
+@pytest.mark.parametrize(
+    ("hanging", "marker"),
+    [(("train", 0.2), "0.0"), (("train", 300), "0.0"), (("bench", 300), None)],
+    indirect=["hanging"],
+)
+def test_a_process_that_hangs_is_queued_again_after_the_signal(hanging, marker, tmp_path):
     time.sleep(0.7)
     assert hanging.poll() is None  # without a signal nothing happens
     hanging.send_signal(signal.SIGUSR2)
     assert hanging.wait(60) == job.EXIT_REQUEUE
-    assert TaskFolder(tmp_path).text("requeue") == "0.0"
+    assert TaskFolder(tmp_path).text("requeue") == marker
 
 
 def test_the_watch_goes_on_when_files_cannot_be_read_or_written(hanging, tmp_path):
@@ -285,7 +297,7 @@ def test_an_orphan_ends_when_a_newer_attempt_starts(hanging, tmp_path):
     assert TaskFolder(tmp_path).text("requeue") is None
 
 
-@pytest.mark.parametrize("hanging", [300], indirect=True)
+@pytest.mark.parametrize("hanging", [("train", 300)], indirect=True)
 def test_who_seldom_looks_leaves_the_file_system_alone(hanging, tmp_path):
     TaskFolder(tmp_path).write("attempt", "0.1")
     time.sleep(1)

@@ -77,7 +77,10 @@ def _work(
     """One attempt; returns its exit code."""
     since = time.monotonic()
     look_seconds = LOOK_SECONDS if is_first_of_node() else OTHERS_LOOK_SECONDS
-    with Watchdog(folder, attempt, stop_seconds=stop_seconds, look_seconds=look_seconds) as watchdog:
+    continues = task.kind not in _START_ANEW
+    with Watchdog(
+        folder, attempt, continues=continues, stop_seconds=stop_seconds, look_seconds=look_seconds
+    ) as watchdog:
         try:
             if rank() == 0:
                 task.write_record(seconds=None)
@@ -89,15 +92,16 @@ def _work(
             logger.info("%s", interruption or "interrupted")
             if rank() == 0:
                 _note_progress(task, folder)
-            if requeue and task.kind in _START_ANEW:
-                return EXIT_REQUEUE  # without the request: it is tried again as often as if it had crashed
-            return _end(folder, attempt, "requeue" if requeue else "stopped")
+            if requeue:
+                return _requeue(folder, attempt, continues=continues)
+            folder.write("stopped", str(attempt))
+            return EXIT_STOPPED
         except Exception as error:
             if folder.is_superseded(attempt):
                 return EXIT_SUPERSEDED
             if watchdog.received(signal.SIGUSR2):  # which reached, and may have ended, processes that the task started
                 logger.exception("an error after SIGUSR2")
-                return _end(folder, attempt, "requeue")
+                return _requeue(folder, attempt, continues=continues)
             if watchdog.received(signal.SIGTERM, signal.SIGINT):  # the same; whoever sent it decides what follows
                 raise
             made_progress = newest_checkpoint(task.run_dir) != (folder.text("progress") or "")
@@ -121,9 +125,10 @@ def _note_progress(task: Task, folder: TaskFolder) -> None:
         folder.write("progress", newest_checkpoint(task.run_dir))
 
 
-def _end(folder: TaskFolder, attempt: Attempt, how: str) -> int:
-    folder.write(how, str(attempt))
-    return EXIT_REQUEUE if how == "requeue" else EXIT_STOPPED
+def _requeue(folder: TaskFolder, attempt: Attempt, *, continues: bool) -> int:
+    if continues:  # else, without the request, it counts as a crash: there is a limit to those
+        folder.write("requeue", str(attempt))
+    return EXIT_REQUEUE
 
 
 def _raise_requeue(signum: int, frame: FrameType | None) -> None:

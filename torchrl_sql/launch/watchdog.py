@@ -33,8 +33,8 @@ class Watchdog:
     Python runs signal handlers between two of the main thread's instructions: a process that waits in a collective for
     a peer that is stopped or gone never runs them. The interpreter's wake-up descriptor is written at once, though.
 
-    - SIGUSR2, and the process has not ended ``stop_seconds`` later: it asks for a requeue and exits. Its newest
-      checkpoint counts.
+    - SIGUSR2, and the process has not ended ``stop_seconds`` later: it asks for a requeue, if the work ``continues``,
+      and exits. Its newest checkpoint counts.
     - A newer attempt of the task has started (SLURM restarts a job when it loses sight of a node, whose processes may
       live on): it exits, before it writes anything more.
 
@@ -43,13 +43,17 @@ class Watchdog:
         attempt (Attempt): this process's.
 
     Keyword Args:
+        continues (bool): whether a later attempt goes on where this one ends.
         stop_seconds (float): time to react to SIGUSR2.
         look_seconds (float): between two looks for a newer attempt.
     """
 
-    def __init__(self, task: TaskFolder, attempt: Attempt, *, stop_seconds: float, look_seconds: float) -> None:
+    def __init__(
+        self, task: TaskFolder, attempt: Attempt, *, continues: bool, stop_seconds: float, look_seconds: float
+    ) -> None:
         self._task = task
         self._attempt = attempt
+        self._continues = continues
         self._stop_seconds = stop_seconds
         self._look_seconds = look_seconds
         self._ended = threading.Event()
@@ -112,7 +116,8 @@ class Watchdog:
                         "not stopped %g s after SIGUSR2 (a rank hangs): exiting, to continue from the last checkpoint",
                         self._stop_seconds,
                     )
-                    self._task.write("requeue", str(self._attempt))
+                    if self._continues:
+                        self._task.write("requeue", str(self._attempt))
                 except OSError as error:
                     logger.error("no request to be requeued: %s", error)  # the batch script takes it for a crash
                 finally:
