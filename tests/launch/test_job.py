@@ -30,7 +30,8 @@ def attempt(tmp_path, monkeypatch):
     task = Task(name="train", arguments=["train"], group="train", run_dir=str(tmp_path / "run"), folder=str(tmp_path))
     (group,) = make_groups(tmp_path, [task], command="", cluster=None)
     group.create()
-    monkeypatch.delenv("RANK", raising=False)
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.chdir(tmp_path)
 
     def attempt(work, *, name="0.0"):
@@ -54,6 +55,16 @@ def test_success(attempt):
     assert attempt(lambda: None) == 0
     assert attempt.task.done and attempt.task.newest_attempt() == Attempt(0, 0)
     assert attempt(fail(AssertionError("must not run again")), name="0.1") == 0
+
+
+def test_work_of_several_processes_is_done_when_all_have_done_their_part(attempt, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name, ranks in (("0.0", "0"), ("0.1", "10")):  # the second rank of the first attempt died
+        for number in ranks:
+            assert not attempt.task.done
+            monkeypatch.setenv("RANK", number)
+            assert attempt(lambda: None, name=name) == 0
+    assert attempt.task.text("done") == "0.1"
 
 
 def test_preemption_and_stopping(attempt):

@@ -19,7 +19,7 @@ from types import FrameType
 
 from torchrl_sql.launch.attempt import ATTEMPT_VARIABLE, Attempt, TaskFolder, newest_checkpoint
 from torchrl_sql.launch.group import Group
-from torchrl_sql.launch.ranks import is_first_of_node, rank, torchrun_environment
+from torchrl_sql.launch.ranks import is_first_of_node, num_ranks, rank, torchrun_environment
 from torchrl_sql.launch.watchdog import EXIT_REQUEUE, EXIT_SUPERSEDED, LOOK_SECONDS, OTHERS_LOOK_SECONDS, Watchdog
 from torchrl_sql.studies.local import EXIT_STOPPED
 from torchrl_sql.studies.task import Task
@@ -114,7 +114,10 @@ def _work(
             if folder.text("FATAL") is None:  # what the first rank says is the cause
                 folder.write("FATAL", "".join(traceback.format_exception_only(error)).strip())
             raise
-    if rank() == 0:
+    if num_ranks() > 1:
+        folder.write(f"done.{rank()}", str(attempt))
+    # Ranks of an evaluation end one by one: the last one finds that all have.
+    if num_ranks() == 1 or all(folder.text(f"done.{each}") == str(attempt) for each in range(num_ranks())):
         task.write_record(seconds=time.monotonic() - since)
         folder.write("done", str(attempt))
     return 0

@@ -70,6 +70,11 @@ def rank() -> int:
     return int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
 
 
+def num_ranks() -> int:
+    """Processes of the job, as torchrun's variables say; 1 for a process alone."""
+    return int(os.environ.get("WORLD_SIZE") or 1)
+
+
 def is_first_of_node() -> bool:
     """Whether this process is the first on its node, or alone."""
     return int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or 0) == 0
