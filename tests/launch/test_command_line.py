@@ -111,6 +111,15 @@ def test_refusals_come_before_anything_is_made(here, capsys, words, message):
     assert message in capsys.readouterr().err and not list(here.iterdir())
 
 
+def test_a_study_s_commands_are_understood_before_anything_is_made(here, capsys):
+    (here / "mine.yaml").write_text(
+        STUDY.replace("data: collect", "data: import dqn-replay SOURCE --games Breakout --nope")
+    )
+    with pytest.raises(SystemExit):
+        main(["launch", "study", "mine.yaml", "cluster=cpu"])
+    assert "unrecognized arguments: --nope" in capsys.readouterr().err and len(list(here.iterdir())) == 1
+
+
 def put_on_path(here, name, script, monkeypatch):
     program = here / "bin" / name
     program.parent.mkdir(exist_ok=True)

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch._dynamo.exc import BackendCompilerFailed
 
+from torchrl_sql import cli
 from torchrl_sql.data.catalogue import RECORDINGS_FILE
 from torchrl_sql.data.store import FrameStore
 from torchrl_sql.launch import job
@@ -86,6 +87,13 @@ def test_errors_that_would_come_again(attempt, error):
     assert not attempt.task.done
     attempt.task.clear_for_resume()
     assert attempt(lambda: None, name="1.0") == 0
+
+
+def test_a_wrong_option_would_come_again(attempt, capsys):
+    with pytest.raises(ValueError):
+        attempt(lambda: cli.run(["evaluate", "random", "--nope"]))
+    assert "torchrl-sql evaluate random --nope is not understood" in attempt.task.text("FATAL")
+    assert "unrecognized arguments: --nope" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("error", [RuntimeError("Connection closed by peer"), OSError("stale file handle")])

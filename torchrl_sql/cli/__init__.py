@@ -6,6 +6,7 @@ import argparse
 import difflib
 import logging
 import os
+import shlex
 import signal
 import sys
 import threading
@@ -91,8 +92,15 @@ def run(arguments: Sequence[str]) -> None:
     """Run a command whose errors, :class:`KeyboardInterrupt` and signals are the caller's.
 
     SIGTERM ends it at once: SLURM sends it to a job's ranks when another has ended, whose word on why counts.
+
+    Raises:
+        ValueError: if the arguments are not understood, too.
     """
-    _run(parse(arguments))
+    try:
+        args = parse(arguments)
+    except SystemExit:
+        raise ValueError(f"torchrl-sql {shlex.join(arguments)} is not understood: the log says why") from None
+    _run(args)
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:

@@ -157,6 +157,7 @@ def _check_settings(words: Sequence[str]) -> None:
 
 def _launch_study(args: argparse.Namespace, words: Sequence[str], cluster: ClusterConfig, command: str) -> None:
     """What is not done of a study; an earlier launch of it is kept as ``launch-1``, ``launch-2``, ..."""
+    from torchrl_sql.cli import parse
     from torchrl_sql.launch.group import make_groups
     from torchrl_sql.studies.folder import check_reuse, owned, prepare_folder, reusable
     from torchrl_sql.studies.plan import RUNS, plan_study
@@ -167,7 +168,8 @@ def _launch_study(args: argparse.Namespace, words: Sequence[str], cluster: Clust
     study = read_study(words[0], words[1:], args.seeds)
     folder = (args.into or RUNS / Path(words[0]).stem).resolve()
     tasks = plan_study(study, folder, num_ranks=cluster.num_tasks)
-
+    for task in tasks:
+        parse(task.arguments)
     if args.reuse is not None:
         check_reuse(args.reuse, folder)
 
