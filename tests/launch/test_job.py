@@ -22,6 +22,7 @@ from torchrl_sql.launch.group import make_groups
 from torchrl_sql.launch.ranks import is_first_of_node
 from torchrl_sql.studies.task import Task
 from torchrl_sql.training.checkpoint import CheckpointError
+from torchrl_sql.training.lock import RunFolderError
 from torchrl_sql.training.signals import Interrupted, StopSignals
 
 
@@ -233,23 +234,45 @@ def test_a_cancelled_submission_does_not_start(attempt):
         (OSError(5, "I/O"), True),
         (RuntimeError("The size of tensor a (2) must match the size of tensor b (3)"), False),
         (RuntimeError("Invalid device string: 'cuda:abc'"), False),
-        (torch.AcceleratorError("CUDA error: invalid device ordinal", 101), False),
         (torch.AcceleratorError("CUDA error: uncorrectable ECC error encountered", 214), True),
         (BackendCompilerFailed("inductor", ValueError("x"), None), False),
-        (FileNotFoundError(), False),
-        (PermissionError(), False),
+        (RunFolderError("another process trains in it"), True),
         (NotImplementedError(), False),
         (CheckpointError(), False),
         (TypeError(), False),
     ],
 )
 def test_which_errors_may_pass(error, transient):
-    assert job.is_transient(error, made_progress=True) == job.is_transient(error, made_progress=False) == transient
+    assert job.is_transient(error, has_checkpoint=True) == job.is_transient(error, has_checkpoint=False) == transient
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError()])
-def test_memory_that_was_enough_once_may_be_again(error):
-    assert job.is_transient(error, made_progress=True) and not job.is_transient(error, made_progress=False)
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        MemoryError(),
+        torch.AcceleratorError("CUDA error: invalid device ordinal", 101),
+        FileNotFoundError(),
+        PermissionError(),
+    ],
+)
+def test_what_was_there_once_may_be_there_again(error):
+    assert job.is_transient(error, has_checkpoint=True) and not job.is_transient(error, has_checkpoint=False)
+
+
+def test_memory_that_torch_does_not_get_was_enough_if_there_is_a_checkpoint(attempt, tmp_path):
+    """Also if this attempt has made none yet."""
+    checkpoints = tmp_path / "run" / "checkpoints"
+    checkpoints.mkdir(parents=True)
+    (checkpoints / "step_000000100.pt").touch()
+    for name in ("0.0", "0.1"):
+        with pytest.raises(RuntimeError):
+            attempt(lambda: torch.empty(2**60), name=name)
+        assert attempt.task.text("FATAL") is None
+    (checkpoints / "step_000000100.pt").unlink()
+    with pytest.raises(RuntimeError):
+        attempt(lambda: torch.empty(2**60), name="0.2")
+    assert "can't allocate memory" in attempt.task.text("FATAL")
 
 
 def test_attempts_are_ordered():

@@ -37,6 +37,9 @@ _OF_MACHINES = re.compile(
 )
 """In the classes and texts of a RuntimeError, which torch raises for everything: not for errors of the program."""
 
+_MISSING = (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError, MemoryError)
+"""What the input, or a node on which something is not as elsewhere, leads to."""
+
 
 def run_task(group_folder: Path, index: int, *, run: Callable[[Sequence[str]], None]) -> int:
     """Works on a task until it is done, or this attempt at it ends.
@@ -104,12 +107,8 @@ def _work(
                 return _requeue(folder, attempt, continues=continues)
             if watchdog.received(signal.SIGTERM, signal.SIGINT):  # the same; whoever sent it decides what follows
                 raise
-            made_progress = newest_checkpoint(task.run_dir) != (folder.text("progress") or "")
-            if (
-                is_transient(error, made_progress=made_progress)
-                or folder.text("requeue") == str(attempt)
-                or folder.done
-            ):
+            may_pass = is_transient(error, has_checkpoint=newest_checkpoint(task.run_dir) != "")
+            if may_pass or folder.text("requeue") == str(attempt) or folder.done:
                 raise
             if folder.text("FATAL") is None:  # what the first rank says is the cause
                 folder.write("FATAL", "".join(traceback.format_exception_only(error)).strip())
@@ -138,27 +137,27 @@ def _raise_requeue(signum: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt("SIGUSR2: stopping, to be queued again")
 
 
-def is_transient(error: Exception, *, made_progress: bool) -> bool:
+def is_transient(error: Exception, *, has_checkpoint: bool) -> bool:
     """Whether the same work may succeed if it is started again.
 
-    True for what machines do (processes and nodes that vanish, CUDA, network and file system errors), false for what
-    the input does: settings, missing files, damaged data, a loss that is not finite, errors of the program.
+    True for what machines do (processes and nodes that vanish, CUDA, network and file system errors, a run's folder
+    that another process still holds), false for what the input does: settings, damaged data, a loss that is not
+    finite, errors of the program.
 
     Args:
         error (Exception): what ended the work.
 
     Keyword Args:
-        made_progress (bool): whether a checkpoint was made since it was started: then memory was enough before.
+        has_checkpoint (bool): whether the work went well for a while: then memory, devices and files were there.
     """
-    if isinstance(error, (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError)):
-        return False
+    names = {f"{kind.__module__}.{kind.__name__}" for kind in type(error).__mro__}
+    text = f"{names} {error}"
+    if isinstance(error, _MISSING) or "torch.OutOfMemoryError" in names or "DefaultCPUAllocator" in text:
+        return has_checkpoint
     if isinstance(error, (NotImplementedError, RecursionError)):  # RuntimeErrors, but of the program itself
         return False
-    names = {f"{kind.__module__}.{kind.__name__}" for kind in type(error).__mro__}
-    if isinstance(error, MemoryError) or "torch.OutOfMemoryError" in names:
-        return made_progress
     if isinstance(error, RuntimeError):
         if any(name.startswith(("torch._dynamo.", "torch._inductor.")) for name in names):
             return False
-        return _OF_MACHINES.search(f"{names} {error}") is not None and "invalid device" not in str(error).lower()
-    return isinstance(error, (OSError, EOFError))
+        return _OF_MACHINES.search(text) is not None and (has_checkpoint or "invalid device" not in text.lower())
+    return isinstance(error, (OSError, EOFError)) or "torchrl_sql.training.lock.RunFolderError" in names
