@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 
 import pytest
@@ -230,6 +231,7 @@ def test_a_cancelled_submission_does_not_start(attempt):
         (RuntimeError("NCCL error: unhandled system error"), True),
         (RuntimeError("DataLoader worker (pid 7) is killed by signal"), True),
         (torch.distributed.DistBackendError("x"), True),
+        (BrokenProcessPool("A process in the process pool was terminated abruptly"), True),
         (ConnectionResetError(), True),
         (OSError(5, "I/O"), True),
         (RuntimeError("The size of tensor a (2) must match the size of tensor b (3)"), False),

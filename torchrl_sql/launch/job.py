@@ -32,7 +32,7 @@ _START_ANEW = ("bench", "probe", "report")
 
 _OF_MACHINES = re.compile(
     r"torch\.distributed|AcceleratorError|cuda error|cudnn|cublas|nccl|gloo|connection|peer|socket|timed? ?out|worker|"
-    r"thread|mmap|i/o error|input/output",
+    r"thread|mmap|i/o error|input/output|BrokenProcessPool",
     re.IGNORECASE,
 )
 """In the classes and texts of a RuntimeError, which torch raises for everything: not for errors of the program."""
