@@ -12,6 +12,7 @@ import pytest
 from torchrl_sql.cli import main
 from torchrl_sql.config.cluster import compose_cluster_config
 from torchrl_sql.config.study import load_study
+from torchrl_sql.evaluation.episodes import read_episodes
 from torchrl_sql.launch.group import PACKAGE, find_groups, find_launch, make_groups
 from torchrl_sql.launch.slurm import JobState
 from torchrl_sql.launch.status import follow, task_states
@@ -214,6 +215,26 @@ def test_resume_submits_what_is_unfinished(group, here, monkeypatch, capsys):
     assert [(s.job, s.tasks) for s in again.submissions] == [("12", [0, 1]), ("34", [1])]
     assert group.task_folder(1).text("FATAL") is None
     assert (group.folder / "34_submission.sh").read_text() == out.replace("--time=9", "--time=1440")
+
+
+def test_a_job_is_submitted_from_another_one_as_from_outside(group, here, monkeypatch):
+    monkeypatch.setenv("SLURM_CONF", "slurm.conf")
+    for name in ("SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "SLURM_RESTART_COUNT"):
+        monkeypatch.setenv(name, "1")
+    put_on_path(here, "sbatch", f"env >{here}/environment; echo Submitted batch job 34", monkeypatch)
+    assert main(["resume", "runs/a"]) == 0
+    lines = (here / "environment").read_text().splitlines()
+    assert [line for line in lines if line.startswith("SLURM_")] == ["SLURM_CONF=slurm.conf"]
+
+
+def test_what_runs_here_has_no_part_in_an_allocation(here, monkeypatch, capfd):
+    """Here, a shell on the second process of two."""
+    step = {"PROCID": "1", "NTASKS": "2", "NNODES": "1", "LOCALID": "1", "JOB_ID": "7"}
+    for name, value in step.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    options = ["--games", "Pong", "--episodes", "2", "--max-env-frames", "100", "--out", "scores"]
+    assert main(["launch", "evaluate", "noop", *options, "cluster=cpu", "--local"]) == 0
+    assert len(read_episodes(here / "scores" / "scores.csv")) == 2
 
 
 def test_resume_takes_new_code_only_if_told_to(group, here, monkeypatch, capsys):

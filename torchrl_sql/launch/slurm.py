@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import shutil
@@ -9,12 +10,14 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import NamedTuple
 
 from submitit import SlurmExecutor
 
 from torchrl_sql.config.cluster import ClusterConfig
 from torchrl_sql.launch.group import Group, Submission
+from torchrl_sql.launch.ranks import outside_jobs
 
 _OVER = {
     "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "REVOKED",
@@ -38,6 +41,10 @@ class _Executor(SlurmExecutor):
     def text(self) -> str:
         """The batch script."""
         return self._make_submission_file_text(self._command, "")
+
+    def _make_submission_command(self, submission_file_path: Path) -> list[str]:
+        of_a_job = os.environ.keys() - outside_jobs(os.environ).keys()  # sbatch would hand it over to the new one
+        return ["env", *(f"--unset={name}" for name in of_a_job), *super()._make_submission_command(submission_file_path)]
 
     def sbatch(self) -> str:
         """Submits it; returns the job id."""
