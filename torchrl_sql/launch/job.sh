@@ -29,7 +29,7 @@ torchrl_sql_main() {
   group=$($python -m torchrl_sql launch --in-job "$@") || exit 1
   torchrl_sql_begin "$group" 0 0
   echo "$(date '+%F %T') job $torchrl_sql_job works in $group"
-  srun --kill-on-bad-exit=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --open-mode=append --unbuffered \
+  srun --kill-on-bad-exit=1 --export=ALL --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --open-mode=append --unbuffered \
     --output="$group/${torchrl_sql_job}_%t_log.out" \
     $torchrl_sql_block $python -u -m torchrl_sql.cli.job "$group" 0
   torchrl_sql_end $?
