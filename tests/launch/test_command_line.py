@@ -217,6 +217,16 @@ def test_resume_submits_what_is_unfinished(group, here, monkeypatch, capsys):
     assert (group.folder / "34_submission.sh").read_text() == out.replace("--time=9", "--time=1440")
 
 
+def test_one_process_at_a_time_submits_tasks_again(group, here, monkeypatch, capsys):
+    """Here, a second one while sbatch takes the first one's job."""
+    second = f"[ -e {here}/second ] || {sys.executable} -m torchrl_sql resume runs/a >{here}/second 2>&1"
+    put_on_path(here, "sbatch", f"{second}; echo Submitted batch job 34", monkeypatch)
+    monkeypatch.setenv("PYTHONPATH", str(PACKAGE.parent))
+    assert main(["resume", "runs/a"]) == 0
+    assert "launch is in use by process" in (here / "second").read_text()
+    assert [each.job for each in find_groups(group.root)[0].submissions] == ["12", "34"]
+
+
 def test_a_job_is_submitted_from_another_one_as_from_outside(group, here, monkeypatch):
     monkeypatch.setenv("SLURM_CONF", "slurm.conf")
     for name in ("SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "SLURM_RESTART_COUNT"):

@@ -6,6 +6,7 @@ import argparse
 import os
 import shlex
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import nullcontext
 from datetime import datetime
 from itertools import takewhile
 from pathlib import Path
@@ -181,8 +182,8 @@ def _launch_study(args: argparse.Namespace, words: Sequence[str], cluster: Clust
     if args.dry_run:
         _create_and_start(groups, args)
         return
-    with owned(folder):
-        launched = folder / "launch"
+    launched = folder / "launch"
+    with owned(folder), owned(launched) if launched.exists() else nullcontext():
         for each in (folder, *[args.reuse] * (args.reuse is not None)):
             refuse_alive(each)
         allow = (lambda what: True) if args.yes else confirm
@@ -322,12 +323,20 @@ def _resume(args: argparse.Namespace) -> None:
     """Submits the unfinished tasks of a launch again: cancelled, failed, stopped or never submitted ones. They continue
     from their newest checkpoints, with the settings and the code that they were launched with.
     """
+    from torchrl_sql.launch.group import find_groups
+    from torchrl_sql.studies.folder import owned
+
+    root = _groups(args.run)[0].root
+    with owned(root / "launch"):  # two at once would give their submissions one number
+        _submit_unfinished(find_groups(root), args)
+
+
+def _submit_unfinished(groups: Sequence[Group], args: argparse.Namespace) -> None:
     from torchrl_sql.config import check_ranks, load_run_config
     from torchrl_sql.config.cluster import compose_cluster_config, override_cluster_config
     from torchrl_sql.launch.group import freeze_code, unfinished
     from torchrl_sql.launch.slurm import cancel
 
-    groups = _groups(args.run)
     alive = {state.task: state for state in _alive(groups)}
     to_do = unfinished(groups, alive)
     if not any(to_do.values()):
