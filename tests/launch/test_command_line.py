@@ -78,6 +78,13 @@ def test_options_may_stand_before_and_after(here, capsys):
         assert "cpus-per-task=16" in capsys.readouterr().out
 
 
+def test_paths_after_the_kind_are_expanded_too(here, capsys, monkeypatch):
+    monkeypatch.setenv("HOME", str(here / "home"))
+    for words in (["--into", "~/x", "train"], ["train", "--into", "~/x"]):
+        assert main(["launch", "--dry-run", *words, *TRAIN, "cluster=cpu"]) == 0
+        assert f"torchrl_sql_begin {here}/home/x/launch/train 0 0" in capsys.readouterr().out
+
+
 def test_help_of_a_kind(here, capsys):
     with pytest.raises(SystemExit) as end:
         main(["launch", "train", "--help"])
@@ -105,6 +112,9 @@ def test_help_of_a_kind(here, capsys):
         (["train", *TRAIN, "cluster=cpu", "--into", "100%j"], "must hold no %"),
         (["train", *TRAIN, "cluster=cpu", "--into", "a\nb"], "must be a path, without control characters"),
         (["train", *TRAIN, "cluster=cpu", "--into", "a:b"], "must hold no %"),
+        (["train", *TRAIN, "cluster=cpu", "--into", "a$"], "must hold no %"),
+        (["train", *TRAIN, "cluster=cpu", "--into", "a\\b"], "must hold no %"),
+        (["train", *TRAIN, "cluster=cpu", "--into", "$UNSET/a"], "the environment variable $UNSET is not set"),
     ],
 )
 def test_refusals_come_before_anything_is_made(here, capsys, words, message):

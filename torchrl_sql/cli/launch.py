@@ -91,7 +91,7 @@ def _launch(args: argparse.Namespace) -> None:
     a study is all of its tasks. Each launch keeps the resolved settings, its code, versions, batch scripts and logs. A
     job that reaches its time limit, is preempted or crashes is queued again and continues from its newest checkpoint.
     """
-    from torchrl_sql.cli import parse
+    from torchrl_sql.cli import expand_paths, parse
     from torchrl_sql.config.cluster import compose_cluster_config, split_overrides
     from torchrl_sql.launch.group import make_groups
 
@@ -101,6 +101,7 @@ def _launch(args: argparse.Namespace) -> None:
     options = argparse.ArgumentParser(prog="torchrl-sql launch", add_help=False, allow_abbrev=False)
     _add_launch_options(options)
     _, words = options.parse_known_args(args.arguments, namespace=args)  # they may follow the command's own
+    expand_paths(args)
     if {"-h", "--help"} & set(words):
         parse(["launch", "--help"])
     for option, kind in (("shares", "evaluate"), ("seeds", "study"), ("reuse", "study"), ("yes", "study")):
