@@ -12,6 +12,7 @@ import pytest
 from torchrl_sql.cli import main
 from torchrl_sql.config.cluster import compose_cluster_config
 from torchrl_sql.config.study import load_study
+from torchrl_sql.evaluation.episodes import read_episodes
 from torchrl_sql.launch.group import PACKAGE, find_groups, find_launch, make_groups
 from torchrl_sql.launch.slurm import JobState
 from torchrl_sql.launch.status import follow, task_states
@@ -77,6 +78,13 @@ def test_options_may_stand_before_and_after(here, capsys):
         assert "cpus-per-task=16" in capsys.readouterr().out
 
 
+def test_paths_after_the_kind_are_expanded_too(here, capsys, monkeypatch):
+    monkeypatch.setenv("HOME", str(here / "home"))
+    for words in (["--into", "~/x", "train"], ["train", "--into", "~/x"]):
+        assert main(["launch", "--dry-run", *words, *TRAIN, "cluster=cpu"]) == 0
+        assert f"torchrl_sql_begin {here}/home/x/launch/train 0 0" in capsys.readouterr().out
+
+
 def test_help_of_a_kind(here, capsys):
     with pytest.raises(SystemExit) as end:
         main(["launch", "train", "--help"])
@@ -104,11 +112,23 @@ def test_help_of_a_kind(here, capsys):
         (["train", *TRAIN, "cluster=cpu", "--into", "100%j"], "must hold no %"),
         (["train", *TRAIN, "cluster=cpu", "--into", "a\nb"], "must be a path, without control characters"),
         (["train", *TRAIN, "cluster=cpu", "--into", "a:b"], "must hold no %"),
+        (["train", *TRAIN, "cluster=cpu", "--into", "a$"], "must hold no %"),
+        (["train", *TRAIN, "cluster=cpu", "--into", "a\\b"], "must hold no %"),
+        (["train", *TRAIN, "cluster=cpu", "--into", "$UNSET/a"], "the environment variable $UNSET is not set"),
     ],
 )
 def test_refusals_come_before_anything_is_made(here, capsys, words, message):
     assert main(["launch", *words]) == 1
     assert message in capsys.readouterr().err and not list(here.iterdir())
+
+
+def test_a_study_s_commands_are_understood_before_anything_is_made(here, capsys):
+    (here / "mine.yaml").write_text(
+        STUDY.replace("data: collect", "data: import dqn-replay SOURCE --games Breakout --nope")
+    )
+    with pytest.raises(SystemExit):
+        main(["launch", "study", "mine.yaml", "cluster=cpu"])
+    assert "unrecognized arguments: --nope" in capsys.readouterr().err and len(list(here.iterdir())) == 1
 
 
 def put_on_path(here, name, script, monkeypatch):
@@ -184,9 +204,9 @@ def test_status_of_jobs_that_slurm_has_forgotten(group, capsys):
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert lines[1][:6] == ["train", "0", "seed=0", "12_0", "COMPLETED", "2"]
     assert lines[2][:6] == ["train", "1", "seed=1", "12_1", "ENDED", "0"]
-    group.task_folder(1).write("FATAL", "ValueError: no such game")
+    group.task_folder(1).write("FATAL", "ValueError: no such game\n  but others")
     assert main(["status", "runs/a"]) == 0
-    assert "FAILED" in (out := capsys.readouterr().out) and "ValueError: no such game" in out
+    assert "FAILED" in (out := capsys.readouterr().out) and out.endswith("ValueError: no such game\n")
     assert main(["cancel", "12"]) == 1
     assert "nothing of 12 is pending or running" in capsys.readouterr().err
 
@@ -205,6 +225,36 @@ def test_resume_submits_what_is_unfinished(group, here, monkeypatch, capsys):
     assert [(s.job, s.tasks) for s in again.submissions] == [("12", [0, 1]), ("34", [1])]
     assert group.task_folder(1).text("FATAL") is None
     assert (group.folder / "34_submission.sh").read_text() == out.replace("--time=9", "--time=1440")
+
+
+def test_one_process_at_a_time_submits_tasks_again(group, here, monkeypatch, capsys):
+    """Here, a second one while sbatch takes the first one's job."""
+    second = f"[ -e {here}/second ] || {sys.executable} -m torchrl_sql resume runs/a >{here}/second 2>&1"
+    put_on_path(here, "sbatch", f"{second}; echo Submitted batch job 34", monkeypatch)
+    monkeypatch.setenv("PYTHONPATH", str(PACKAGE.parent))
+    assert main(["resume", "runs/a"]) == 0
+    assert "launch is in use by process" in (here / "second").read_text()
+    assert [each.job for each in find_groups(group.root)[0].submissions] == ["12", "34"]
+
+
+def test_a_job_is_submitted_from_another_one_as_from_outside(group, here, monkeypatch):
+    monkeypatch.setenv("SLURM_CONF", "slurm.conf")
+    for name in ("SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "SLURM_RESTART_COUNT"):
+        monkeypatch.setenv(name, "1")
+    put_on_path(here, "sbatch", f"env >{here}/environment; echo Submitted batch job 34", monkeypatch)
+    assert main(["resume", "runs/a"]) == 0
+    lines = (here / "environment").read_text().splitlines()
+    assert [line for line in lines if line.startswith("SLURM_")] == ["SLURM_CONF=slurm.conf"]
+
+
+def test_what_runs_here_has_no_part_in_an_allocation(here, monkeypatch, capfd):
+    """Here, a shell on the second process of two."""
+    step = {"PROCID": "1", "NTASKS": "2", "NNODES": "1", "LOCALID": "1", "JOB_ID": "7"}
+    for name, value in step.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    options = ["--games", "Pong", "--episodes", "2", "--max-env-frames", "100", "--out", "scores"]
+    assert main(["launch", "evaluate", "noop", *options, "cluster=cpu", "--local"]) == 0
+    assert len(read_episodes(here / "scores" / "scores.csv")) == 2
 
 
 def test_resume_takes_new_code_only_if_told_to(group, here, monkeypatch, capsys):

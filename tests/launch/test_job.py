@@ -7,12 +7,14 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 
 import pytest
 import torch
 from torch._dynamo.exc import BackendCompilerFailed
 
+from torchrl_sql import cli
 from torchrl_sql.data.catalogue import RECORDINGS_FILE
 from torchrl_sql.data.store import FrameStore
 from torchrl_sql.launch import job
@@ -21,7 +23,8 @@ from torchrl_sql.launch.group import make_groups
 from torchrl_sql.launch.ranks import is_first_of_node
 from torchrl_sql.studies.task import Task
 from torchrl_sql.training.checkpoint import CheckpointError
-from torchrl_sql.training.signals import Interrupted
+from torchrl_sql.training.lock import RunFolderError
+from torchrl_sql.training.signals import Interrupted, StopSignals
 
 
 @pytest.fixture
@@ -30,7 +33,8 @@ def attempt(tmp_path, monkeypatch):
     task = Task(name="train", arguments=["train"], group="train", run_dir=str(tmp_path / "run"), folder=str(tmp_path))
     (group,) = make_groups(tmp_path, [task], command="", cluster=None)
     group.create()
-    monkeypatch.delenv("RANK", raising=False)
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.chdir(tmp_path)
 
     def attempt(work, *, name="0.0"):
@@ -56,6 +60,16 @@ def test_success(attempt):
     assert attempt(fail(AssertionError("must not run again")), name="0.1") == 0
 
 
+def test_work_of_several_processes_is_done_when_all_have_done_their_part(attempt, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name, ranks in (("0.0", "0"), ("0.1", "10")):  # the second rank of the first attempt died
+        for number in ranks:
+            assert not attempt.task.done
+            monkeypatch.setenv("RANK", number)
+            assert attempt(lambda: None, name=name) == 0
+    assert attempt.task.text("done") == "0.1"
+
+
 def test_preemption_and_stopping(attempt):
     assert attempt(fail(Interrupted("at step 3", requeue=True))) == job.EXIT_REQUEUE
     assert attempt.task.text("requeue") == "0.0" and attempt.task.text("stopped") is None
@@ -77,6 +91,13 @@ def test_errors_that_would_come_again(attempt, error):
     assert attempt(lambda: None, name="1.0") == 0
 
 
+def test_a_wrong_option_would_come_again(attempt, capsys):
+    with pytest.raises(ValueError):
+        attempt(lambda: cli.run(["evaluate", "random", "--nope"]))
+    assert "torchrl-sql evaluate random --nope is not understood" in attempt.task.text("FATAL")
+    assert "unrecognized arguments: --nope" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("error", [RuntimeError("Connection closed by peer"), OSError("stale file handle")])
 def test_errors_of_machines_are_left_to_the_batch_script(attempt, error):
     with pytest.raises(type(error)):
@@ -84,20 +105,36 @@ def test_errors_of_machines_are_left_to_the_batch_script(attempt, error):
     assert attempt.task.text("FATAL") is None and not attempt.task.done
 
 
-def test_an_error_after_the_signal_is_put_down_to_it(attempt):
-    def work():
+def fail_after_the_signal():
+    with StopSignals():
         signal.raise_signal(signal.SIGUSR2)
         raise ValueError("a worker died")
 
-    assert attempt(work) == job.EXIT_REQUEUE
+
+def test_an_error_after_the_signal_is_put_down_to_it(attempt):
+    assert attempt(fail_after_the_signal) == job.EXIT_REQUEUE
     assert attempt.task.text("FATAL") is None and attempt.task.text("requeue") == "0.0"
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_an_error_after_a_signal_that_ends_the_job_is_not_the_work_s(attempt, number):
+    def work():
+        with StopSignals():
+            signal.raise_signal(number)
+            raise ValueError("the compiler's process died")
+
+    with pytest.raises(ValueError):
+        attempt(work)
+    assert attempt.task.text("FATAL") is None and not attempt.task.done
+
+
+@pytest.mark.parametrize("work", [fail(Interrupted("", requeue=True)), fail_after_the_signal])
 @pytest.mark.parametrize(("kind", "marker"), [("bench", None), ("import", "0.0")])
-def test_what_starts_anew_asks_for_no_requeue(attempt, kind, marker):
+def test_what_starts_anew_asks_for_no_requeue(attempt, kind, marker, work):
     attempt.group.tasks[0] = replace(attempt.group.tasks[0], arguments=[kind])
     attempt.group.save()
-    assert attempt(fail(Interrupted("", requeue=True))) == job.EXIT_REQUEUE
+    assert attempt(work) == job.EXIT_REQUEUE
+    assert attempt.task.text("FATAL") is None
     assert attempt.task.text("requeue") == marker
 
 
@@ -194,27 +231,50 @@ def test_a_cancelled_submission_does_not_start(attempt):
         (RuntimeError("NCCL error: unhandled system error"), True),
         (RuntimeError("DataLoader worker (pid 7) is killed by signal"), True),
         (torch.distributed.DistBackendError("x"), True),
+        (BrokenProcessPool("A process in the process pool was terminated abruptly"), True),
         (ConnectionResetError(), True),
         (OSError(5, "I/O"), True),
         (RuntimeError("The size of tensor a (2) must match the size of tensor b (3)"), False),
         (RuntimeError("Invalid device string: 'cuda:abc'"), False),
-        (torch.AcceleratorError("CUDA error: invalid device ordinal", 101), False),
         (torch.AcceleratorError("CUDA error: uncorrectable ECC error encountered", 214), True),
         (BackendCompilerFailed("inductor", ValueError("x"), None), False),
-        (FileNotFoundError(), False),
-        (PermissionError(), False),
+        (RunFolderError("another process trains in it"), True),
         (NotImplementedError(), False),
         (CheckpointError(), False),
         (TypeError(), False),
     ],
 )
 def test_which_errors_may_pass(error, transient):
-    assert job.is_transient(error, made_progress=True) == job.is_transient(error, made_progress=False) == transient
+    assert job.is_transient(error, has_checkpoint=True) == job.is_transient(error, has_checkpoint=False) == transient
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError()])
-def test_memory_that_was_enough_once_may_be_again(error):
-    assert job.is_transient(error, made_progress=True) and not job.is_transient(error, made_progress=False)
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        MemoryError(),
+        torch.AcceleratorError("CUDA error: invalid device ordinal", 101),
+        FileNotFoundError(),
+        PermissionError(),
+    ],
+)
+def test_what_was_there_once_may_be_there_again(error):
+    assert job.is_transient(error, has_checkpoint=True) and not job.is_transient(error, has_checkpoint=False)
+
+
+def test_memory_that_torch_does_not_get_was_enough_if_there_is_a_checkpoint(attempt, tmp_path):
+    """Also if this attempt has made none yet."""
+    checkpoints = tmp_path / "run" / "checkpoints"
+    checkpoints.mkdir(parents=True)
+    (checkpoints / "step_000000100.pt").touch()
+    for name in ("0.0", "0.1"):
+        with pytest.raises(RuntimeError):
+            attempt(lambda: torch.empty(2**60), name=name)
+        assert attempt.task.text("FATAL") is None
+    (checkpoints / "step_000000100.pt").unlink()
+    with pytest.raises(RuntimeError):
+        attempt(lambda: torch.empty(2**60), name="0.2")
+    assert "can't allocate memory" in attempt.task.text("FATAL")
 
 
 def test_attempts_are_ordered():
@@ -228,7 +288,9 @@ from pathlib import Path
 from torchrl_sql.launch.attempt import Attempt, TaskFolder
 from torchrl_sql.launch.watchdog import Watchdog
 signal.signal(signal.SIGUSR2, lambda *_: None)
-with Watchdog(TaskFolder(Path(sys.argv[1])), Attempt(0, 0), stop_seconds=0.5, look_seconds=float(sys.argv[2])):
+continues, look_seconds = sys.argv[2] != "bench", float(sys.argv[3])
+task = TaskFolder(Path(sys.argv[1]))
+with Watchdog(task, Attempt(0, 0), continues=continues, stop_seconds=0.5, look_seconds=look_seconds):
     print("ready", flush=True)
     # A wait in C code, as in a collective: handlers written in Python do not run.
     import ctypes
@@ -237,10 +299,12 @@ with Watchdog(TaskFolder(Path(sys.argv[1])), Attempt(0, 0), stop_seconds=0.5, lo
 """
 
 
-@pytest.fixture(params=[0.2])
+@pytest.fixture(params=[("train", 0.2)])
 def hanging(tmp_path, request):
-    """A process whose main thread hangs under a watchdog that looks for a newer attempt so often (seconds)."""
-    command = [sys.executable, "-c", HANGS, str(tmp_path), str(request.param)]
+    """A process at such a task whose main thread hangs under a watchdog that looks for a newer attempt so often
+    (seconds).
+    """
+    command = [sys.executable, "-c", HANGS, str(tmp_path), *map(str, request.param)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "ready\n"
     yield process
@@ -249,13 +313,17 @@ def hanging(tmp_path, request):
     process.stdout.close()
 
 
-@pytest.mark.parametrize("hanging", [0.2, 300], indirect=True)
-def test_a_process_that_hangs_is_queued_again_after_the_signal(hanging, tmp_path):
+@pytest.mark.parametrize(
+    ("hanging", "marker"),
+    [(("train", 0.2), "0.0"), (("train", 300), "0.0"), (("bench", 300), None)],
+    indirect=["hanging"],
+)
+def test_a_process_that_hangs_is_queued_again_after_the_signal(hanging, marker, tmp_path):
     time.sleep(0.7)
     assert hanging.poll() is None  # without a signal nothing happens
     hanging.send_signal(signal.SIGUSR2)
     assert hanging.wait(60) == job.EXIT_REQUEUE
-    assert TaskFolder(tmp_path).text("requeue") == "0.0"
+    assert TaskFolder(tmp_path).text("requeue") == marker
 
 
 def test_the_watch_goes_on_when_files_cannot_be_read_or_written(hanging, tmp_path):
@@ -273,7 +341,7 @@ def test_an_orphan_ends_when_a_newer_attempt_starts(hanging, tmp_path):
     assert TaskFolder(tmp_path).text("requeue") is None
 
 
-@pytest.mark.parametrize("hanging", [300], indirect=True)
+@pytest.mark.parametrize("hanging", [("train", 300)], indirect=True)
 def test_who_seldom_looks_leaves_the_file_system_alone(hanging, tmp_path):
     TaskFolder(tmp_path).write("attempt", "0.1")
     time.sleep(1)

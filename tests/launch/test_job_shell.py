@@ -24,11 +24,15 @@ def attempt(tmp_path):
     programs.mkdir()
     calls = tmp_path / "calls"
 
-    def run(code, *, shown=RUNNING, tasks="0", errors="", **environment):
+    def run(code, *, shown=RUNNING, tasks="0", errors="", failures=0, **environment):
+        """Of scontrol's calls, so many fail first."""
         (programs / "scontrol").write_text(
-            f'#!/bin/sh\necho "$*" >>{calls}\n[ "$2" = show ] && echo "{shown}"\nexit 0\n'
+            f'#!/bin/sh\necho "$*" >>{calls}\n[ $(grep -c -e "^$1" {calls}) -le {failures} ] && exit 1\n'
+            f'[ "$2" = show ] && echo "{shown}"\nexit 0\n'
         )
-        (programs / "scontrol").chmod(0o755)
+        (programs / "sleep").write_text("#!/bin/sh\n")
+        for program in programs.iterdir():
+            program.chmod(0o755)
         calls.write_text("")
         begin = f"source {JOB_SHELL}; torchrl_sql_begin {group} 0 {tasks}"
         script = f"{begin}; echo attempt $TORCHRL_SQL_ATTEMPT of $TORCHRL_SQL_TASK; torchrl_sql_end {code}"
@@ -94,6 +98,26 @@ def test_what_slurm_ends_or_requeued_itself_is_left_alone(attempt, shown):
     assert code == 75 and calls == ["-o show job 7"] and "left to SLURM" in output
     (attempt.task / "requeue").unlink()
     assert attempt(137, shown=shown)[2] == ["-o show job 7"] and not (attempt.task / "crashes").exists()
+
+
+def test_the_controller_may_be_away_for_a_while(attempt):
+    code, output, calls = attempt(137, failures=4)
+    assert code == 137 and calls == ["-o show job 7"] * 5 + ["requeue 7"] * 5
+    assert output.endswith("requeued\n")
+
+
+@pytest.mark.parametrize(("newest", "is_ours"), [("1.0", False), ("10.0", False), ("0.0", True), ("0.12", True)])
+def test_who_has_a_newer_submission_neither_counts_nor_queues_again(attempt, newest, is_ours):
+    (attempt.task / "attempt").write_text(f"{newest}\n")
+    (attempt.task / "requeue").write_text("0.0\n")
+    code, output, calls = attempt(137)
+    assert code == 137 and bool(calls) == is_ours and (f"superseded by attempt {newest}" in output) != is_ours
+    assert not (attempt.task / "crashes").exists()
+
+
+def test_crashes_of_other_submissions_do_not_count(attempt):
+    (attempt.task / "crashes").write_text("0.0 crashed, newest checkpoint: \n" + "10.0 crashed, newest checkpoint: \n")
+    assert attempt(137, TORCHRL_SQL_MAX_CRASHES="3")[2][-1] == "requeue 7"
 
 
 def test_an_array_element_requeues_itself_only(attempt):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 
 import pytest
+from submitit.slurm.slurm import SlurmJobEnvironment
 
+from torchrl_sql.config import ConfigError
 from torchrl_sql.config.cluster import compose_cluster_config
 from torchrl_sql.launch.group import make_groups
 from torchrl_sql.launch.slurm import (
@@ -67,8 +70,8 @@ def test_script_of_one_job(make_group, tmp_path):
     assert f"torchrl_sql_begin '{folder}' 0 0" in text.splitlines()
     (command,) = lines(text, "srun")
     assert (
-        f"--kill-on-bad-exit=1 --cpus-per-task=8 $torchrl_sql_block {sys.executable} -u -m torchrl_sql.cli.job"
-        in command
+        "--kill-on-bad-exit=1 --export=ALL --cpus-per-task=8 "
+        f"$torchrl_sql_block {sys.executable} -u -m torchrl_sql.cli.job" in command
     )
     assert command.endswith(f"""'{folder}' "$torchrl_sql_index\"""")
     assert text.splitlines()[-1] == "torchrl_sql_end $?"
@@ -142,6 +145,41 @@ def test_any_option_of_sbatch_passes_through(make_group):
     found = lines(script_text(group, [0]), "#SBATCH")
     assert {"#SBATCH --gres=gpu:h100:8", "#SBATCH --exclusive", "#SBATCH --time=2-00", "#SBATCH --nice=0"} <= {*found}
     assert not [line for line in found if "gpus-per-node" in line or "requeue" in line or line.endswith("=1440")]
+
+
+@pytest.mark.parametrize("kind", ["train", "bench", "evaluate", "collect"])
+def test_sizes_are_for_training_and_bench_only(make_group, kind):
+    options = ["gres='gpu:h100:8'", "gpus_per_node=null", "ntasks-per-core=1", "exclusive=true", "nice=0"]
+    group = make_group(*(f"cluster.sbatch.{option}" for option in options), kind=kind)
+    found = {line.removeprefix("#SBATCH --") for line in lines(script_text(group, [0]), "#SBATCH")}
+    sizes = {"gres=gpu:h100:8", "ntasks-per-core=1", "exclusive"}
+    assert "nice=0" in found and found & sizes == (sizes if kind in ("train", "bench") else set())
+    assert {line for line in found if "gpus" in line} == ({"gpus-per-node=1"} if kind == "evaluate" else set())
+
+
+@pytest.mark.parametrize(
+    ("option", "argument"), [("cpus-per-task=3", "--cpus-per-task=3"), ("cpus_per_task=null", None)]
+)
+def test_processes_get_the_cpus_that_the_job_has(make_group, option, argument):
+    text = script_text(make_group(f"cluster.sbatch.{option}"), [0])
+    assert re.findall(r"--cpus-per-task\S*", text) == [argument] * (0 if argument is None else 2)
+
+
+def test_a_dependency_of_ones_own_is_one_more(make_group):
+    group = make_group("cluster.sbatch.dependency='singleton'")
+    assert "#SBATCH --dependency=afterok:12,singleton" in script_text(group, [0], dependency="afterok:12")
+    assert "#SBATCH --dependency=singleton" in script_text(group, [0])
+
+
+@pytest.mark.parametrize("option", ["array=1-3", "output=mine.out"])
+def test_options_that_the_launch_needs_are_not_for_others(make_group, option):
+    with pytest.raises(ConfigError, match=f"must leave {option.split('=')[0]} to the launch"):
+        make_group(f"cluster.sbatch.{option}")
+
+
+def test_the_signal_is_the_one_that_processes_handle(make_group, monkeypatch):
+    monkeypatch.setattr(SlurmJobEnvironment, "USR_SIG", "USR1")  # as SUBMITIT_PREEMPT_SIGNAL does
+    assert lines(script_text(make_group(), [0]), "#SBATCH --signal") == ["#SBATCH --signal=USR2@120"]
 
 
 @pytest.fixture

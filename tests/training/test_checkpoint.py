@@ -18,6 +18,7 @@ from torchrl_sql.training.checkpoint import (
     load_latest_checkpoint,
     mark_best,
     save_checkpoint,
+    wrong_content,
 )
 
 
@@ -102,6 +103,16 @@ def test_if_all_checkpoints_are_damaged_they_stay_and_say_so_again(tmp_path):
     for _ in range(2):  # renamed, the second start would begin anew
         with pytest.raises(CheckpointError, match="none of the 2 checkpoints"):
             load_latest_checkpoint(tmp_path, warn=lambda text: None)
+
+
+def test_a_file_that_does_not_fit_into_memory_is_not_called_damaged(tmp_path, monkeypatch):
+    save(tmp_path, 1)
+    monkeypatch.setattr(torch, "load", lambda *args, **kwargs: torch.empty(2**60))
+    with pytest.raises(MemoryError, match=r"step_000000001\.pt does not fit into memory"):
+        load_latest_checkpoint(tmp_path, warn=pytest.fail)
+    assert len(list_checkpoints(tmp_path)) == 1
+    with pytest.raises(RuntimeError, match="can't allocate memory"), wrong_content(tmp_path / "step_000000001.pt"):
+        torch.empty(2**60)
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ESTALE, "stale"), OSError(errno.EMFILE, "files"), MemoryError()])

@@ -6,6 +6,7 @@ import argparse
 import difflib
 import logging
 import os
+import shlex
 import signal
 import sys
 import threading
@@ -91,8 +92,15 @@ def run(arguments: Sequence[str]) -> None:
     """Run a command whose errors, :class:`KeyboardInterrupt` and signals are the caller's.
 
     SIGTERM ends it at once: SLURM sends it to a job's ranks when another has ended, whose word on why counts.
+
+    Raises:
+        ValueError: if the arguments are not understood, too.
     """
-    _run(parse(arguments))
+    try:
+        args = parse(arguments)
+    except SystemExit:
+        raise ValueError(f"torchrl-sql {shlex.join(arguments)} is not understood: the log says why") from None
+    _run(args)
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -125,12 +133,21 @@ def _suggestion(unknown: Sequence[str], command: argparse.ArgumentParser) -> str
 
 def _run(args: argparse.Namespace) -> None:
     os.environ.setdefault("RL_WARNINGS", "False")  # the trainer steps its own target updater
-    for name, value in vars(args).items():  # here, not where a job is planned
+    expand_paths(args)  # here, not where a job is planned
+    args.run_command(args)
+
+
+def expand_paths(args: argparse.Namespace) -> None:
+    """Replaces ``~`` and environment variables in a command's paths.
+
+    Raises:
+        ValueError: if a variable is not set.
+    """
+    for name, value in vars(args).items():
         if isinstance(value, Path):
             setattr(args, name, expand_path(value))
         elif isinstance(value, list):
             setattr(args, name, [expand_path(each) if isinstance(each, Path) else each for each in value])
-    args.run_command(args)
 
 
 class CommandParser(argparse.ArgumentParser):

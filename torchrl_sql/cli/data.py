@@ -114,7 +114,10 @@ def _import(args: argparse.Namespace) -> None:
     if summaries:
         print(importers.summary_table(summaries))
     if failed is not None:
-        raise ValueError(failed)
+        from torchrl_sql.launch.job import is_transient
+
+        may_pass = any(is_transient(error, has_checkpoint=False) for error in failed.failures.values())
+        raise OSError(failed) if may_pass else ValueError(failed)
 
 
 def _verify(args: argparse.Namespace) -> None:

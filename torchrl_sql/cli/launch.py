@@ -6,6 +6,7 @@ import argparse
 import os
 import shlex
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import nullcontext
 from datetime import datetime
 from itertools import takewhile
 from pathlib import Path
@@ -90,7 +91,7 @@ def _launch(args: argparse.Namespace) -> None:
     a study is all of its tasks. Each launch keeps the resolved settings, its code, versions, batch scripts and logs. A
     job that reaches its time limit, is preempted or crashes is queued again and continues from its newest checkpoint.
     """
-    from torchrl_sql.cli import parse
+    from torchrl_sql.cli import expand_paths, parse
     from torchrl_sql.config.cluster import compose_cluster_config, split_overrides
     from torchrl_sql.launch.group import make_groups
 
@@ -100,6 +101,7 @@ def _launch(args: argparse.Namespace) -> None:
     options = argparse.ArgumentParser(prog="torchrl-sql launch", add_help=False, allow_abbrev=False)
     _add_launch_options(options)
     _, words = options.parse_known_args(args.arguments, namespace=args)  # they may follow the command's own
+    expand_paths(args)
     if {"-h", "--help"} & set(words):
         parse(["launch", "--help"])
     for option, kind in (("shares", "evaluate"), ("seeds", "study"), ("reuse", "study"), ("yes", "study")):
@@ -157,6 +159,7 @@ def _check_settings(words: Sequence[str]) -> None:
 
 def _launch_study(args: argparse.Namespace, words: Sequence[str], cluster: ClusterConfig, command: str) -> None:
     """What is not done of a study; an earlier launch of it is kept as ``launch-1``, ``launch-2``, ..."""
+    from torchrl_sql.cli import parse
     from torchrl_sql.launch.group import make_groups
     from torchrl_sql.studies.folder import check_reuse, owned, prepare_folder, reusable
     from torchrl_sql.studies.plan import RUNS, plan_study
@@ -167,7 +170,8 @@ def _launch_study(args: argparse.Namespace, words: Sequence[str], cluster: Clust
     study = read_study(words[0], words[1:], args.seeds)
     folder = (args.into or RUNS / Path(words[0]).stem).resolve()
     tasks = plan_study(study, folder, num_ranks=cluster.num_tasks)
-
+    for task in tasks:
+        parse(task.arguments)
     if args.reuse is not None:
         check_reuse(args.reuse, folder)
 
@@ -179,8 +183,8 @@ def _launch_study(args: argparse.Namespace, words: Sequence[str], cluster: Clust
     if args.dry_run:
         _create_and_start(groups, args)
         return
-    with owned(folder):
-        launched = folder / "launch"
+    launched = folder / "launch"
+    with owned(folder), owned(launched) if launched.exists() else nullcontext():
         for each in (folder, *[args.reuse] * (args.reuse is not None)):
             refuse_alive(each)
         allow = (lambda what: True) if args.yes else confirm
@@ -320,12 +324,20 @@ def _resume(args: argparse.Namespace) -> None:
     """Submits the unfinished tasks of a launch again: cancelled, failed, stopped or never submitted ones. They continue
     from their newest checkpoints, with the settings and the code that they were launched with.
     """
+    from torchrl_sql.launch.group import find_groups
+    from torchrl_sql.studies.folder import owned
+
+    root = _groups(args.run)[0].root
+    with owned(root / "launch"):  # two at once would give their submissions one number
+        _submit_unfinished(find_groups(root), args)
+
+
+def _submit_unfinished(groups: Sequence[Group], args: argparse.Namespace) -> None:
     from torchrl_sql.config import check_ranks, load_run_config
     from torchrl_sql.config.cluster import compose_cluster_config, override_cluster_config
     from torchrl_sql.launch.group import freeze_code, unfinished
     from torchrl_sql.launch.slurm import cancel
 
-    groups = _groups(args.run)
     alive = {state.task: state for state in _alive(groups)}
     to_do = unfinished(groups, alive)
     if not any(to_do.values()):

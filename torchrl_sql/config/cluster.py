@@ -58,7 +58,8 @@ class ClusterConfig:
     """Environment variables of the job."""
     sbatch: dict[str, Any] = field(default_factory=dict)
     """Any other options of sbatch, e.g. ``{gres: "gpu:h100:8", reservation: mine, exclusive: true}``; they replace
-    those that follow from the fields above, and null leaves one out, e.g. ``{gpus-per-node: null}``."""
+    those that follow from the fields above, and null leaves one out, e.g. ``{gpus-per-node: null}``. Nodes, processes
+    and GPUs are for training and ``bench`` only; a dependency is one more; ``array``, ``output`` are the launch's."""
 
     @property
     def num_tasks(self) -> int:
@@ -188,6 +189,8 @@ def check(config: ClusterConfig) -> None:
     for name, value in config.sbatch.items():
         if re.fullmatch(r"[a-z][a-z_-]*", name) is None or not isinstance(value, str | int | float | bool | None):
             raise ConfigError(f"cluster.sbatch must hold long options with one value each, got {name!r}: {value!r}")
+        if name in ("array", "output"):
+            raise ConfigError(f"cluster.sbatch must leave {name} to the launch, got {name}={value}")
     for name in config.environment:
         if re.fullmatch(r"[A-Za-z_]\w*", name) is None:
             raise ConfigError(f"cluster.environment must hold names of variables, got {name!r}")

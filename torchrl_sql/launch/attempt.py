@@ -9,6 +9,7 @@ file       meaning
 ========== ===========================================================================================
 attempt    the newest attempt that started; a process of an older one that still runs must stop
 done       the work is complete; an attempt that starts later has nothing to do
+done.RANK  where there are several processes: the attempt in which this one has done its part
 FATAL      an error that would come again: its text; not retried
 requeue    the attempt that ended on purpose, all saved, to be continued at once
 stopped    the attempt that ended on purpose, all saved, not to be continued by itself

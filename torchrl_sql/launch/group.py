@@ -177,11 +177,11 @@ def make_groups(root: Path, tasks: Sequence[Task], *, command: str, cluster: Clu
         cluster (ClusterConfig, optional): what it is submitted with.
 
     Raises:
-        ConfigError: for a folder whose name SLURM or Python's search path would not take as it is.
+        ConfigError: for a folder whose name SLURM, Python's search path or :func:`expand_path` would not take as it is.
     """
     root = root.resolve()
-    if any(character in str(root) for character in "%:\n"):
-        raise ConfigError(f"the folder of a launch must hold no %, : or line break, got {str(root)!r}")
+    if any(character in str(root) for character in "%:$\\\n"):
+        raise ConfigError(f"the folder of a launch must hold no %, :, $, \\ or line break, got {str(root)!r}")
     git, versions = git_state(), cluster_versions()
     by_name: dict[str, list[Task]] = {}
     for task in tasks:

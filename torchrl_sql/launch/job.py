@@ -19,7 +19,7 @@ from types import FrameType
 
 from torchrl_sql.launch.attempt import ATTEMPT_VARIABLE, Attempt, TaskFolder, newest_checkpoint
 from torchrl_sql.launch.group import Group
-from torchrl_sql.launch.ranks import is_first_of_node, rank, torchrun_environment
+from torchrl_sql.launch.ranks import is_first_of_node, num_ranks, rank, torchrun_environment
 from torchrl_sql.launch.watchdog import EXIT_REQUEUE, EXIT_SUPERSEDED, LOOK_SECONDS, OTHERS_LOOK_SECONDS, Watchdog
 from torchrl_sql.studies.local import EXIT_STOPPED
 from torchrl_sql.studies.task import Task
@@ -32,10 +32,13 @@ _START_ANEW = ("bench", "probe", "report")
 
 _OF_MACHINES = re.compile(
     r"torch\.distributed|AcceleratorError|cuda error|cudnn|cublas|nccl|gloo|connection|peer|socket|timed? ?out|worker|"
-    r"thread|mmap|i/o error|input/output",
+    r"thread|mmap|i/o error|input/output|BrokenProcessPool",
     re.IGNORECASE,
 )
 """In the classes and texts of a RuntimeError, which torch raises for everything: not for errors of the program."""
+
+_MISSING = (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError, MemoryError)
+"""What the input, or a node on which something is not as elsewhere, leads to."""
 
 
 def run_task(group_folder: Path, index: int, *, run: Callable[[Sequence[str]], None]) -> int:
@@ -77,7 +80,10 @@ def _work(
     """One attempt; returns its exit code."""
     since = time.monotonic()
     look_seconds = LOOK_SECONDS if is_first_of_node() else OTHERS_LOOK_SECONDS
-    with Watchdog(folder, attempt, stop_seconds=stop_seconds, look_seconds=look_seconds) as watchdog:
+    continues = task.kind not in _START_ANEW
+    with Watchdog(
+        folder, attempt, continues=continues, stop_seconds=stop_seconds, look_seconds=look_seconds
+    ) as watchdog:
         try:
             if rank() == 0:
                 task.write_record(seconds=None)
@@ -85,30 +91,32 @@ def _work(
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR2})
             run(task.arguments)
         except KeyboardInterrupt as interruption:
-            requeue = watchdog.asked_to_requeue or getattr(interruption, "requeue", False)
+            requeue = watchdog.received(signal.SIGUSR2) or getattr(interruption, "requeue", False)
             logger.info("%s", interruption or "interrupted")
             if rank() == 0:
                 _note_progress(task, folder)
-            if requeue and task.kind in _START_ANEW:
-                return EXIT_REQUEUE  # without the request: it is tried again as often as if it had crashed
-            return _end(folder, attempt, "requeue" if requeue else "stopped")
+            if requeue:
+                return _requeue(folder, attempt, continues=continues)
+            folder.write("stopped", str(attempt))
+            return EXIT_STOPPED
         except Exception as error:
             if folder.is_superseded(attempt):
                 return EXIT_SUPERSEDED
-            if watchdog.asked_to_requeue:  # which reached, and may have ended, processes that the task started
+            if watchdog.received(signal.SIGUSR2):  # which reached, and may have ended, processes that the task started
                 logger.exception("an error after SIGUSR2")
-                return _end(folder, attempt, "requeue")
-            made_progress = newest_checkpoint(task.run_dir) != (folder.text("progress") or "")
-            if (
-                is_transient(error, made_progress=made_progress)
-                or folder.text("requeue") == str(attempt)
-                or folder.done
-            ):
+                return _requeue(folder, attempt, continues=continues)
+            if watchdog.received(signal.SIGTERM, signal.SIGINT):  # the same; whoever sent it decides what follows
+                raise
+            may_pass = is_transient(error, has_checkpoint=newest_checkpoint(task.run_dir) != "")
+            if may_pass or folder.text("requeue") == str(attempt) or folder.done:
                 raise
             if folder.text("FATAL") is None:  # what the first rank says is the cause
                 folder.write("FATAL", "".join(traceback.format_exception_only(error)).strip())
             raise
-    if rank() == 0:
+    if num_ranks() > 1:
+        folder.write(f"done.{rank()}", str(attempt))
+    # Ranks of an evaluation end one by one: the last one finds that all have.
+    if num_ranks() == 1 or all(folder.text(f"done.{each}") == str(attempt) for each in range(num_ranks())):
         task.write_record(seconds=time.monotonic() - since)
         folder.write("done", str(attempt))
     return 0
@@ -119,36 +127,37 @@ def _note_progress(task: Task, folder: TaskFolder) -> None:
         folder.write("progress", newest_checkpoint(task.run_dir))
 
 
-def _end(folder: TaskFolder, attempt: Attempt, how: str) -> int:
-    folder.write(how, str(attempt))
-    return EXIT_REQUEUE if how == "requeue" else EXIT_STOPPED
+def _requeue(folder: TaskFolder, attempt: Attempt, *, continues: bool) -> int:
+    if continues:  # else, without the request, it counts as a crash: there is a limit to those
+        folder.write("requeue", str(attempt))
+    return EXIT_REQUEUE
 
 
 def _raise_requeue(signum: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt("SIGUSR2: stopping, to be queued again")
 
 
-def is_transient(error: Exception, *, made_progress: bool) -> bool:
+def is_transient(error: Exception, *, has_checkpoint: bool) -> bool:
     """Whether the same work may succeed if it is started again.
 
-    True for what machines do (processes and nodes that vanish, CUDA, network and file system errors), false for what
-    the input does: settings, missing files, damaged data, a loss that is not finite, errors of the program.
+    True for what machines do (processes and nodes that vanish, CUDA, network and file system errors, a run's folder
+    that another process still holds), false for what the input does: settings, damaged data, a loss that is not
+    finite, errors of the program.
 
     Args:
         error (Exception): what ended the work.
 
     Keyword Args:
-        made_progress (bool): whether a checkpoint was made since it was started: then memory was enough before.
+        has_checkpoint (bool): whether the work went well for a while: then memory, devices and files were there.
     """
-    if isinstance(error, (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError)):
-        return False
+    names = {f"{kind.__module__}.{kind.__name__}" for kind in type(error).__mro__}
+    text = f"{names} {error}"
+    if isinstance(error, _MISSING) or "torch.OutOfMemoryError" in names or "DefaultCPUAllocator" in text:
+        return has_checkpoint
     if isinstance(error, (NotImplementedError, RecursionError)):  # RuntimeErrors, but of the program itself
         return False
-    names = {f"{kind.__module__}.{kind.__name__}" for kind in type(error).__mro__}
-    if isinstance(error, MemoryError) or "torch.OutOfMemoryError" in names:
-        return made_progress
     if isinstance(error, RuntimeError):
         if any(name.startswith(("torch._dynamo.", "torch._inductor.")) for name in names):
             return False
-        return _OF_MACHINES.search(f"{names} {error}") is not None and "invalid device" not in str(error).lower()
-    return isinstance(error, (OSError, EOFError))
+        return _OF_MACHINES.search(text) is not None and (has_checkpoint or "invalid device" not in text.lower())
+    return isinstance(error, (OSError, EOFError)) or "torchrl_sql.training.lock.RunFolderError" in names

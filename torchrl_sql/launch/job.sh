@@ -29,7 +29,7 @@ torchrl_sql_main() {
   group=$($python -m torchrl_sql launch --in-job "$@") || exit 1
   torchrl_sql_begin "$group" 0 0
   echo "$(date '+%F %T') job $torchrl_sql_job works in $group"
-  srun --kill-on-bad-exit=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --open-mode=append --unbuffered \
+  srun --kill-on-bad-exit=1 --export=ALL --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --open-mode=append --unbuffered \
     --output="$group/${torchrl_sql_job}_%t_log.out" \
     $torchrl_sql_block $python -u -m torchrl_sql.cli.job "$group" 0
   torchrl_sql_end $?
@@ -42,11 +42,16 @@ torchrl_sql_holds() { [ "$(cat "$torchrl_sql_task/$1" 2>/dev/null)" = "$2" ]; }
 
 # torchrl_sql_end CODE: ends this attempt after its processes ended with CODE; the last command of a batch script.
 torchrl_sql_end() {
-  local code=$1 how line count
+  local code=$1 how line count newest
   if [ -e "$torchrl_sql_task/done" ]; then torchrl_sql_say "done"; exit 0; fi
   if [ "$code" = 0 ]; then code=1; fi
   if [ -e "$torchrl_sql_task/FATAL" ]; then
     torchrl_sql_say "not retried: $(cat "$torchrl_sql_task/FATAL")"
+    exit "$code"
+  fi
+  newest=$(cat "$torchrl_sql_task/attempt" 2>/dev/null)
+  if [ "${newest%%.*}" -gt "$torchrl_sql_submission" ] 2>/dev/null; then
+    torchrl_sql_say "superseded by attempt $newest"
     exit "$code"
   fi
   if torchrl_sql_holds cancelled "$torchrl_sql_submission"; then torchrl_sql_say "cancelled"; exit "$code"; fi
@@ -62,7 +67,7 @@ torchrl_sql_end() {
   line="${how%% *}, newest checkpoint: $(cat "$torchrl_sql_task/progress" 2>/dev/null)"
   # Who cannot count would queue the job again for ever.
   if ! echo "$TORCHRL_SQL_ATTEMPT $line" >>"$torchrl_sql_task/crashes" \
-    || ! count=$(grep -c " $line\$" "$torchrl_sql_task/crashes"); then
+    || ! count=$(grep -c "^$torchrl_sql_submission\.[0-9]* $line\$" "$torchrl_sql_task/crashes"); then
     torchrl_sql_say "$how, and $torchrl_sql_task/crashes cannot be written: not requeued; torchrl-sql resume continues it"
     exit "$code"
   fi
@@ -79,24 +84,32 @@ torchrl_sql_end() {
 # was cancelled, preempted or lost a node ends by itself, or is in the queue again already: requeueing it would bring a
 # cancelled job back to life.
 torchrl_sql_is_ours() {
-  local job try
+  local job
   if ! command -v scontrol >/dev/null; then
     torchrl_sql_say "$1; scontrol is not on PATH: not requeued; torchrl-sql resume continues it"
     exit "$2"
   fi
-  for try in 1 2 3 4 5; do # the controller may be restarting
-    if job=$(scontrol -o show job "$torchrl_sql_job"); then break; fi
-    sleep 15
-  done
+  job=$(torchrl_sql_scontrol -o show job "$torchrl_sql_job")
   if [[ $job != *" JobState=RUNNING "* || $job != *" Restarts=${SLURM_RESTART_COUNT:-0} "* ]]; then
     torchrl_sql_say "$1; left to SLURM"
     exit "$2"
   fi
 }
 
+# torchrl_sql_scontrol ARGUMENT...: scontrol, several times if need be: the controller may be restarting.
+torchrl_sql_scontrol() {
+  local try
+  for try in 1 2 3 4 5; do
+    if scontrol "$@"; then return 0; fi
+    sleep 15
+  done
+  return 1
+}
+
 # torchrl_sql_requeue WHY CODE: queues the job again and exits with CODE.
 torchrl_sql_requeue() {
   torchrl_sql_say "$1; requeued"
-  scontrol requeue "$torchrl_sql_job" || torchrl_sql_say "scontrol requeue failed; torchrl-sql resume continues it"
+  torchrl_sql_scontrol requeue "$torchrl_sql_job" \
+    || torchrl_sql_say "scontrol requeue failed; torchrl-sql resume continues it"
   exit "$2"
 }

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from torchrl_sql.launch.attempt import ATTEMPT_VARIABLE, TASK_VARIABLE, Attempt
 from torchrl_sql.launch.group import Group
+from torchrl_sql.launch.ranks import outside_jobs
 from torchrl_sql.launch.slurm import resources
 from torchrl_sql.studies.local import Start, run_tasks
 from torchrl_sql.studies.task import Task
@@ -44,7 +45,7 @@ def run_local(
         own |= {"PYTHONPATH": os.pathsep.join(paths), "PYTHONSAFEPATH": "1"}
         return Start(
             [*command, "torchrl_sql.cli.job", str(group.folder), str(index)],
-            os.environ | group.cluster.environment | own,
+            outside_jobs(os.environ) | group.cluster.environment | own,
             group.folder / f"local{attempt.submission}_{index}_0_log.out",
         )
 

@@ -65,9 +65,24 @@ def torchrun_environment(environment: Mapping[str, str], *, restart: int) -> dic
     }
 
 
+def outside_jobs(environment: Mapping[str, str]) -> dict[str, str]:
+    """An environment without what SLURM says of the job, or allocation, that it is in: for another job, or processes of
+    none. What selects the cluster stays.
+    """
+    kept = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT")
+    return {
+        name: value for name, value in environment.items() if name.startswith(kept) or not name.startswith("SLURM_")
+    }
+
+
 def rank() -> int:
     """This process's rank: torchrun's, SLURM's, or 0 for a process alone."""
     return int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
+
+
+def num_ranks() -> int:
+    """Processes of the job, as torchrun's variables say; 1 for a process alone."""
+    return int(os.environ.get("WORLD_SIZE") or 1)
 
 
 def is_first_of_node() -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import shutil
@@ -9,18 +10,23 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import NamedTuple
 
 from submitit import SlurmExecutor
 
 from torchrl_sql.config.cluster import ClusterConfig
 from torchrl_sql.launch.group import Group, Submission
+from torchrl_sql.launch.ranks import outside_jobs
 
 _OVER = {
     "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "REVOKED",
     "TIMEOUT",
 }  # fmt: skip
 """The states of jobs that are over; a job in any other one runs, or will, or somebody holds it."""
+
+_SIZES = re.compile(r"nodes|ntasks.*|tasks-per-node|gpus.*|gres|tres-per-.*|(cpus|mem)-per-gpu|exclusive")
+"""Options of sbatch that are for whole nodes, or several."""
 
 
 class _Executor(SlurmExecutor):
@@ -39,6 +45,14 @@ class _Executor(SlurmExecutor):
         """The batch script."""
         return self._make_submission_file_text(self._command, "")
 
+    def _make_submission_command(self, submission_file_path: Path) -> list[str]:
+        of_a_job = os.environ.keys() - outside_jobs(os.environ).keys()  # sbatch would hand it over to the new one
+        return [
+            "env",
+            *(f"--unset={name}" for name in of_a_job),
+            *super()._make_submission_command(submission_file_path),
+        ]
+
     def sbatch(self) -> str:
         """Submits it; returns the job id."""
         return self._submit_command(self._command).job_id
@@ -48,13 +62,15 @@ def resources(cluster: ClusterConfig, kind: str) -> ClusterConfig:
     """What a job of this kind takes: training and bench all nodes, all else one process, evaluation and probes
     with one GPU.
 
-    All memory of a node (0) is for who takes whole nodes; the others get the partition's default.
+    All memory of a node (0) is for who takes whole nodes; the others get the partition's default, and none of the sizes
+    among the options of sbatch.
     """
     if kind in ("train", "bench"):
         return cluster
     num_gpus = min(1, cluster.gpus_per_node) if kind in ("evaluate", "probe") else 0
     memory = None if re.fullmatch(r"0+[KMGT]?", cluster.memory or "") else cluster.memory
-    return replace(cluster, nodes=1, tasks_per_node=1, gpus_per_node=num_gpus, memory=memory)
+    options = {name: value for name, value in cluster.sbatch.items() if not _SIZES.fullmatch(name.replace("_", "-"))}
+    return replace(cluster, nodes=1, tasks_per_node=1, gpus_per_node=num_gpus, memory=memory, sbatch=options)
 
 
 def _executor(group: Group, tasks: Sequence[int], dependency: str | None) -> _Executor:
@@ -63,8 +79,12 @@ def _executor(group: Group, tasks: Sequence[int], dependency: str | None) -> _Ex
     python = shlex.quote(sys.executable) if cluster.python is None else cluster.python
     folder = shlex.quote(str(group.folder))
     executor = _Executor(group, f'$torchrl_sql_block {python} -u -m torchrl_sql.cli.job {folder} "$torchrl_sql_index"')
-    more: dict[str, object] = {"requeue": True, "mem": cluster.memory}
+    given = {name.replace("_", "-"): value for name, value in cluster.sbatch.items()}
+    signal = f"USR2@{cluster.signal_delay_seconds}"  # submitit would take its name from the environment
+    more: dict[str, object] = {"requeue": True, "mem": cluster.memory, "signal": signal}
+    num_cpus = given.get("cpus-per-task", cluster.cpus_per_task)
     if dependency is not None:
+        dependency = ",".join(filter(None, [dependency, given.pop("dependency", None)]))
         more |= {"dependency": dependency, "kill-on-invalid-dep": "yes"}
     begin = ["torchrl_sql_begin", str(group.folder), str(len(group.submissions)), *map(str, tasks)]
     parameters = {
@@ -80,7 +100,6 @@ def _executor(group: Group, tasks: Sequence[int], dependency: str | None) -> _Ex
         "gpus_per_node": cluster.gpus_per_node or None,
         "cpus_per_task": cluster.cpus_per_task,
         "time": cluster.timeout_minutes,
-        "signal_delay_s": cluster.signal_delay_seconds,
         "array_parallelism": cluster.array_parallelism,
         "wckey": None,
         "stderr_to_stdout": True,
@@ -92,10 +111,14 @@ def _executor(group: Group, tasks: Sequence[int], dependency: str | None) -> _Ex
             shlex.join(begin),
         ],
         "teardown": ["torchrl_sql_end $?", ""],
-        # Since SLURM 22.05 srun does not take the job's CPUs per task over.
-        "srun_args": ["--kill-on-bad-exit=1", f"--cpus-per-task={cluster.cpus_per_task}"],
+        # Since SLURM 22.05 srun does not take the job's CPUs per task over; with sbatch --export=NONE it would start
+        # processes without the batch script's variables.
+        "srun_args": [
+            "--kill-on-bad-exit=1",
+            "--export=ALL",
+            *([] if num_cpus is None else [f"--cpus-per-task={num_cpus}"]),
+        ],
     }
-    given = {name.replace("_", "-"): value for name, value in cluster.sbatch.items()}
     parameters = {name: value for name, value in parameters.items() if name.replace("_", "-") not in given}
     more = {name: value for name, value in (more | given).items() if value is not None and value is not False}
     executor.update_parameters(**parameters, additional_parameters=more)

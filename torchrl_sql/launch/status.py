@@ -63,7 +63,7 @@ def task_states(group: Group) -> list[TaskState]:
         elif known is not None and known.is_alive:
             state, note = known.state, known.nodes if known.state == "RUNNING" else known.reason
         elif fatal is not None:
-            state, note = "FAILED", fatal.splitlines()[-1]
+            state, note = "FAILED", fatal.splitlines()[0]
         elif submission is None:
             state = "NOT SUBMITTED"
         else:

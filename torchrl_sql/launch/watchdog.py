@@ -33,8 +33,8 @@ class Watchdog:
     Python runs signal handlers between two of the main thread's instructions: a process that waits in a collective for
     a peer that is stopped or gone never runs them. The interpreter's wake-up descriptor is written at once, though.
 
-    - SIGUSR2, and the process has not ended ``stop_seconds`` later: it asks for a requeue and exits. Its newest
-      checkpoint counts.
+    - SIGUSR2, and the process has not ended ``stop_seconds`` later: it asks for a requeue, if the work ``continues``,
+      and exits. Its newest checkpoint counts.
     - A newer attempt of the task has started (SLURM restarts a job when it loses sight of a node, whose processes may
       live on): it exits, before it writes anything more.
 
@@ -43,13 +43,17 @@ class Watchdog:
         attempt (Attempt): this process's.
 
     Keyword Args:
+        continues (bool): whether a later attempt goes on where this one ends.
         stop_seconds (float): time to react to SIGUSR2.
         look_seconds (float): between two looks for a newer attempt.
     """
 
-    def __init__(self, task: TaskFolder, attempt: Attempt, *, stop_seconds: float, look_seconds: float) -> None:
+    def __init__(
+        self, task: TaskFolder, attempt: Attempt, *, continues: bool, stop_seconds: float, look_seconds: float
+    ) -> None:
         self._task = task
         self._attempt = attempt
+        self._continues = continues
         self._stop_seconds = stop_seconds
         self._look_seconds = look_seconds
         self._ended = threading.Event()
@@ -76,13 +80,12 @@ class Watchdog:
         os.close(self._read)
         os.close(self._write)
 
-    @property
-    def asked_to_requeue(self) -> bool:
-        """Whether SIGUSR2 arrived; also if the thread has not run since."""
+    def received(self, *signals: signal.Signals) -> bool:
+        """Whether one of these signals, which have handlers, arrived; also if the thread has not run since."""
         with self._reading, suppress(BlockingIOError):
             while True:
                 self._received += os.read(self._read, 256)
-        return signal.SIGUSR2 in self._received
+        return any(number in self._received for number in signals)
 
     def _exit_if_superseded(self) -> None:
         try:
@@ -99,7 +102,7 @@ class Watchdog:
         next_look = time.monotonic() + self._look_seconds
         while True:
             select.select([self._read], [], [], max(0.0, min(deadline, next_look) - time.monotonic()))
-            asked = self.asked_to_requeue
+            asked = self.received(signal.SIGUSR2)
             if self._ended.is_set():
                 return
             if asked and deadline == math.inf:
@@ -113,7 +116,8 @@ class Watchdog:
                         "not stopped %g s after SIGUSR2 (a rank hangs): exiting, to continue from the last checkpoint",
                         self._stop_seconds,
                     )
-                    self._task.write("requeue", str(self._attempt))
+                    if self._continues:
+                        self._task.write("requeue", str(self._attempt))
                 except OSError as error:
                     logger.error("no request to be requeued: %s", error)  # the batch script takes it for a crash
                 finally:

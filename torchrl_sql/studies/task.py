@@ -82,7 +82,7 @@ class Task:
         content |= {"seconds": seconds, "written": datetime.now(UTC).isoformat(timespec="seconds")}
         if copied_from is not None:
             content["copied_from"] = str(copied_from)
-        write_text(self.record_file, json.dumps(content, indent=1) + "\n")
+        write_text(self.record_file, json.dumps(content, indent=1) + "\n", concurrent=True)
 
     def is_done(self) -> bool:
         """Whether it was recorded as done, with these settings and inputs, and what it made is there.

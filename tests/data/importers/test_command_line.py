@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from torchrl_sql.cli import main
+from torchrl_sql.cli import main, run
 from torchrl_sql.data import FrameStore, importers
 from torchrl_sql.games import GAMES
 
@@ -48,6 +48,30 @@ def test_import_verify_inspect(dopamine, tmp_path, capsys):
     assert main(["verify", str(store)]) == 1
     captured = capsys.readouterr()
     assert "Pong, recording '1'" in captured.out and "CRC32" in captured.out and "1 damaged" in captured.err
+
+
+@pytest.mark.parametrize(("content", "error"), [("/proc/self/mem", OSError), ("/dev/null", ValueError)])
+def test_an_import_says_whether_its_failure_may_pass(dopamine, tmp_path, content, error):
+    """Reading a process's memory at 0 is an input/output error, as of a file system that has its troubles."""
+    source = tmp_path / "dqn"
+    log = play(dopamine, source, "Pong")
+    file = sorted(log.folder.glob("*observation*"))[0]
+    file.unlink()
+    file.symlink_to(content)
+    with pytest.raises(error, match="1 of 1 games could not be imported"):
+        run(
+            [
+                "import",
+                "dqn-replay",
+                str(source),
+                "--games",
+                "Pong",
+                "--checkpoints",
+                "0-1",
+                "--out",
+                str(tmp_path / "s"),
+            ]
+        )
 
 
 def test_import_in_another_codec(dopamine, tmp_path, capsys):

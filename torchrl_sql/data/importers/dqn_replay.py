@@ -205,6 +205,8 @@ class DQNReplaySource(DopamineSource):
                 raise ValueError(f"rows must lie in 0..{len(is_end) - 1}, got {min(rows)}..{max(rows)}")
             is_end[rows] = True
         except Exception as error:
+            if _is_of_the_system(error):
+                raise
             raise ValueError(f"{path} is damaged, or no list of rows: {error!r}") from error
         return is_end
 
@@ -291,7 +293,14 @@ class _Array:
         except EOFError as error:
             raise ValueError(f"{self.path} is truncated: {error}") from error
         except (*_damage_errors, *errors) as error:
+            if _is_of_the_system(error):
+                raise
             raise ValueError(f"{self.path} is damaged: {error}") from error
+
+
+def _is_of_the_system(error: Exception) -> bool:
+    """Whether a file cannot be read at present, whatever it holds; bad gzip is an OSError, too, without a number."""
+    return isinstance(error, OSError) and error.errno is not None
 
 
 @contextmanager
