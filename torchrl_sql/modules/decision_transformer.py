@@ -18,7 +18,7 @@ from tensordict.nn import TensorDictModule, TensorDictModuleBase
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from torchrl_sql.games import FRAME_SHAPE, NUM_ACTIONS, legal_action_mask
+from torchrl_sql.games import FRAME_SHAPE, NUM_ACTIONS, legal_action_mask, resolve_games
 from torchrl_sql.modules.policy import check_outputs, sample_index
 
 LOWEST_RETURN, HIGHEST_RETURN = -20, 100
@@ -344,14 +344,14 @@ class DecisionTransformerPolicy(TensorDictModuleBase):
 
     Args:
         network (TensorDictModule): what :func:`make_decision_transformer` made, in evaluation mode.
-        games (sequence of str): its games, in the order of ``game_id``.
+        games (sequence of str): its games, in the order of ``game_id``; kept as ``games``.
 
     Keyword Args:
         decoding (str): see above.
         kappa (float): how strongly ``"expert"`` prefers high returns.
 
     Raises:
-        ValueError: for an unknown decoding, or one that needs returns without return tokens.
+        ValueError: for an unknown game or decoding, or one that needs returns without return tokens.
         FloatingPointError: when acting, for outputs that are not finite.
         KeyError: when acting, for numbers to draw with that the batch lacks.
     """
@@ -377,6 +377,7 @@ class DecisionTransformerPolicy(TensorDictModuleBase):
         if decoding not in known:
             tokens = "with" if module.return_token else "without"
             raise ValueError(f"decoding must be one of {', '.join(known)} {tokens} return tokens, got {decoding!r}")
+        self.games = resolve_games(games)
         self.network = module
         self.decoding = decoding
         self.kappa = kappa
@@ -384,7 +385,7 @@ class DecisionTransformerPolicy(TensorDictModuleBase):
         if decoding != "greedy":
             self.in_keys += ["uniform", "return_uniform"] if module.return_token else ["uniform"]
         device = module.position.device
-        self.register_buffer("legal", legal_action_mask(games).to(device), persistent=False)
+        self.register_buffer("legal", legal_action_mask(self.games).to(device), persistent=False)
 
     @property
     def context_steps(self) -> int:
