@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torchrl.data import ReplayBufferEnsemble, SamplerWithoutReplacement
 from torchrl.envs.transforms import RewardScaling, ToTensorImage
 from torchrl.objectives import DiscreteCQLLoss, DistributionalDQNLoss, DQNLoss, HardUpdate
 
@@ -284,17 +285,47 @@ def test_the_stacks_of_a_batch_are_views_of_one_block_that_is_copied_once(two_ga
 
 @pytest.mark.parametrize("prefetch", [0, 2])
 def test_batches_are_delivered_on_a_device_with_the_entries_asked_for(two_games, prefetch):
-    keys = ["observation", "action", ("next", "observation"), ("next", "reward"), "absent"]
+    keys = ["observation", "action", ("next", "observation"), ("next", "reward")]
     plain = OfflineAtariReplay(two_games, batch_size=6)
     sent = OfflineAtariReplay(two_games, batch_size=6, prefetch=prefetch, device="cpu", keys=keys)
     for _ in range(3):
         expected, batch = plain.sample(), sent.sample()
         assert batch.device == torch.device("cpu")
-        assert set(batch.keys(True, True)) == set(keys[:-1])
-        assert all(torch.equal(batch[key], expected[key]) for key in keys[:-1])
+        assert set(batch.keys(True, True)) == set(keys)
+        assert all(torch.equal(batch[key], expected[key]) for key in keys)
     again = pickle.loads(pickle.dumps(sent))
     assert torch.equal(again.sample()["observation"], plain.sample()["observation"])
     sent.shutdown()
+
+
+@pytest.mark.parametrize("options", [{}, {"device": "cpu"}, {"prefetch": 1}])
+def test_entries_asked_for_are_delivered_and_absent_ones_refused(two_games, options):
+    keys = ["action", ("next", "reward"), "index"]
+    replay = OfflineAtariReplay(two_games, batch_size=6, keys=keys, **options)
+    assert set(replay.sample().keys(True, True)) == set(keys)
+    replay.shutdown()
+    replay = OfflineAtariReplay(two_games, batch_size=6, keys=[*keys, "observations"], **options)
+    with pytest.raises(KeyError, match=r"keys must be entries of the batch .* got \['observations'\]"):
+        replay.sample()
+    replay.shutdown()
+
+
+def test_another_kind_of_sampler_is_refused_with_the_buffer_that_takes_it(two_games):
+    replay = OfflineAtariReplay(two_games, batch_size=6)
+    replay.set_sampler(SamplerWithoutReplacement())
+    with pytest.raises(TypeError, match=r"TensorDictReplayBuffer\(storage=AtariFrameStorage\(...\), sampler=...\)"):
+        replay.sample()
+
+
+def test_an_ensemble_continues(two_games):
+    def ensemble():
+        buffers = [OfflineAtariReplay(two_games, batch_size=12, games=game, seed=4) for game in ("Breakout", "Pong")]
+        return ReplayBufferEnsemble(*buffers, batch_size=8, sample_from_all=True)
+
+    first, second = ensemble(), ensemble()
+    assert first.sample().shape == (2, 4)
+    second.load_state_dict(first.state_dict())
+    assert (second.sample() == first.sample()).all()
 
 
 def test_frames_are_read_in_place(two_games):
