@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
-from tensordict import NestedKey, TensorDictBase
+from tensordict import NestedKey, TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModule, TensorDictModuleBase
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -90,8 +90,7 @@ class DecisionTransformer(nn.Module):
         return_token: bool = True,
     ) -> None:
         super().__init__()
-        if width < _HEAD_WIDTH or width % _HEAD_WIDTH:
-            raise ValueError(f"width must be a positive multiple of {_HEAD_WIDTH}, got {width}")
+        check_width(width)
         if num_layers < 1 or num_steps < 1:
             raise ValueError(f"num_layers and num_steps must be at least 1, got {num_layers} and {num_steps}")
         if patch_size < 1 or any(side % patch_size for side in FRAME_SHAPE):
@@ -241,6 +240,12 @@ class DecisionTransformer(nn.Module):
         return batch_shape
 
 
+def check_width(width: int) -> None:
+    """Raises ``ValueError`` for a width that heads of 64 do not divide."""
+    if width < _HEAD_WIDTH or width % _HEAD_WIDTH:
+        raise ValueError(f"width must be a positive multiple of {_HEAD_WIDTH}, got {width}")
+
+
 class TransformerBlock(nn.Module):
     """Attention and a feed-forward layer, each normalized before and added to what it read."""
 
@@ -337,7 +342,7 @@ class DecisionTransformerPolicy(TensorDictModuleBase):
     128 draws takes one too: its distribution function is the 128th power of a draw's.
 
     Reads: ``("context", "observation" | "action" | "reward" | "mask")``, the last ``K`` steps, see
-    :func:`torchrl_sql.envs.next_context`; ``game_id`` ``[B]`` int64; unless greedy ``uniform`` and, with return tokens,
+    :func:`torchrl_sql.envs.next_context`; ``game_id`` ``[B]`` int64 (or ``[*B]``, as all others then); unless greedy ``uniform`` and, with return tokens,
     ``return_uniform`` ``[B]`` float64 in [0, 1).
 
     Writes: ``action`` ``[B]`` int64, ``action_value`` ``[B, 18]`` float, the action's logits.
@@ -393,6 +398,12 @@ class DecisionTransformerPolicy(TensorDictModuleBase):
         return self.network.num_steps
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        shape = tensordict["game_id"].shape
+        if len(shape) != 1:
+            flat = self(TensorDict({key: tensordict[key] for key in self.in_keys}, shape).reshape(-1))
+            for key in self.out_keys:
+                tensordict[key] = flat[key].unflatten(0, shape) if shape else flat[key].squeeze(0)
+            return tensordict
         context = tensordict["context"]
         inputs = [context["observation"], context["action"], context["reward"]]
         inputs.append(torch.zeros_like(inputs[-1], dtype=torch.bool))  # nothing comes after the end of a game
