@@ -342,8 +342,8 @@ class DecisionTransformerPolicy(TensorDictModuleBase):
     128 draws takes one too: its distribution function is the 128th power of a draw's.
 
     Reads: ``("context", "observation" | "action" | "reward" | "mask")``, the last ``K`` steps, see
-    :func:`torchrl_sql.envs.next_context`; ``game_id`` ``[B]`` int64 (or ``[*B]``, as all others then); unless greedy ``uniform`` and, with return tokens,
-    ``return_uniform`` ``[B]`` float64 in [0, 1).
+    :func:`torchrl_sql.envs.next_context`; ``game_id`` ``[B]`` int64; unless greedy ``uniform`` and, with return tokens,
+    ``return_uniform`` ``[B]`` float64 in [0, 1). Any other leading dimensions will do.
 
     Writes: ``action`` ``[B]`` int64, ``action_value`` ``[B, 18]`` float, the action's logits.
 
