@@ -53,6 +53,12 @@ def test_resolve_games():
         resolve_games("")
 
 
+def test_a_group_among_names_is_refused():
+    for games in ("train40,Freeway-m1", ["Freeway-m1", "train40"]):
+        with pytest.raises(ValueError, match="games must be one group alone or names of games, got 'train40' among"):
+            resolve_games(games)
+
+
 def test_a_variation_by_hand():
     game = find_game("Freeway-m1-d1")
     assert (game.name, game.base, game.rom, game.mode, game.difficulty) == ("Freeway-m1-d1", "Freeway", "freeway", 1, 1)

@@ -168,6 +168,8 @@ def resolve_games(games: str | Sequence[str]) -> tuple[str, ...]:
         names = tuple(games)
     if not names:
         raise ValueError(f"games must name at least one game, got {games!r}")
+    if groups := [name for name in names if name in _GROUPS]:
+        raise ValueError(f"games must be one group alone or names of games, got {groups[0]!r} among {', '.join(names)}")
     names = tuple(find_game(name).name for name in names)
     if len(set(names)) != len(names):
         raise ValueError(f"games must not repeat, got {names}")

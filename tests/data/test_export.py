@@ -50,7 +50,7 @@ def test_nothing_appears_before_the_end_and_it_can_be_repeated(two_games, tmp_pa
 def test_too_small_a_disk_is_noticed_before(two_games, tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9 - 10**6, 10**6))
-    with pytest.raises(OSError, match=r"out needs 4,518,320 bytes for 80 transitions, the disk has 1,000,000 free"):
+    with pytest.raises(OSError, match=r"out needs 4,518,960 bytes for 80 transitions, the disk has 1,000,000 free"):
         export.export_memmap(AtariFrameStorage(two_games), tmp_path / "out")
     assert not list(tmp_path.iterdir())
 

@@ -9,7 +9,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torchrl.data import ReplayBufferEnsemble, SamplerWithoutReplacement
 from torchrl.envs.transforms import RewardScaling, ToTensorImage
+from torchrl.objectives import DiscreteCQLLoss, DistributionalDQNLoss, DQNLoss, HardUpdate
 
 from torchrl_sql.data import (
     AtariFrameStorage,
@@ -18,6 +20,7 @@ from torchrl_sql.data import (
     OfflineAtariReplay,
 )
 from torchrl_sql.data.transfer import copy_blocks
+from torchrl_sql.modules import make_q_actor
 
 
 def indices(replay: OfflineAtariReplay, num_batches: int) -> list[list[int]]:
@@ -201,6 +204,21 @@ def test_transforms(two_games):
     replay.shutdown()
 
 
+@pytest.mark.parametrize(
+    ("loss_class", "num_atoms", "options"),
+    [
+        (DistributionalDQNLoss, 51, {"gamma": 0.99}),
+        (DQNLoss, None, {"action_space": "categorical"}),
+        (DiscreteCQLLoss, None, {"action_space": "categorical"}),
+    ],
+)
+def test_torchrl_losses_take_batches_of_several_games(two_games, loss_class, num_atoms, options):
+    replay = OfflineAtariReplay(two_games, batch_size=6)
+    loss = loss_class(make_q_actor(replay.games, encoder="resnet_tiny", num_atoms=num_atoms), **options)
+    HardUpdate(loss, value_network_update_interval=1000)
+    assert next(iter(loss(replay.sample()).values())).isfinite().all()
+
+
 def test_read_error_is_raised_and_the_batch_stays_due(two_games, expected, monkeypatch):
     replay = OfflineAtariReplay(two_games, batch_size=12, seed=4, prefetch=2)
     indices(replay, 1)
@@ -254,7 +272,7 @@ def test_the_stacks_of_a_batch_are_views_of_one_block_that_is_copied_once(two_ga
         assert memory["observation"].data_ptr() == memory["next", "observation"].data_ptr()
         assert memory["observation"].nbytes() == 6 * num_frames * 84 * 84
     assert all(block.is_contiguous() and block.ndim == 1 for block in copied)
-    assert len(copied) == len({memory.data_ptr() for memory in blocks(batch).values()}) == len(blocks(batch)) - 1
+    assert len(copied) == len({memory.data_ptr() for memory in blocks(batch).values()}) == len(blocks(batch)) - 2
     assert {key: value.stride() for key, value in sent.items(True, True)} == {
         key: value.stride() for key, value in batch.items(True, True)
     }
@@ -267,17 +285,47 @@ def test_the_stacks_of_a_batch_are_views_of_one_block_that_is_copied_once(two_ga
 
 @pytest.mark.parametrize("prefetch", [0, 2])
 def test_batches_are_delivered_on_a_device_with_the_entries_asked_for(two_games, prefetch):
-    keys = ["observation", "action", ("next", "observation"), ("next", "reward"), "absent"]
+    keys = ["observation", "action", ("next", "observation"), ("next", "reward")]
     plain = OfflineAtariReplay(two_games, batch_size=6)
     sent = OfflineAtariReplay(two_games, batch_size=6, prefetch=prefetch, device="cpu", keys=keys)
     for _ in range(3):
         expected, batch = plain.sample(), sent.sample()
         assert batch.device == torch.device("cpu")
-        assert set(batch.keys(True, True)) == set(keys[:-1])
-        assert all(torch.equal(batch[key], expected[key]) for key in keys[:-1])
+        assert set(batch.keys(True, True)) == set(keys)
+        assert all(torch.equal(batch[key], expected[key]) for key in keys)
     again = pickle.loads(pickle.dumps(sent))
     assert torch.equal(again.sample()["observation"], plain.sample()["observation"])
     sent.shutdown()
+
+
+@pytest.mark.parametrize("options", [{}, {"device": "cpu"}, {"prefetch": 1}])
+def test_entries_asked_for_are_delivered_and_absent_ones_refused(two_games, options):
+    keys = ["action", ("next", "reward"), "index"]
+    replay = OfflineAtariReplay(two_games, batch_size=6, keys=keys, **options)
+    assert set(replay.sample().keys(True, True)) == set(keys)
+    replay.shutdown()
+    replay = OfflineAtariReplay(two_games, batch_size=6, keys=[*keys, "observations"], **options)
+    with pytest.raises(KeyError, match=r"keys must be entries of the batch .* got \['observations'\]"):
+        replay.sample()
+    replay.shutdown()
+
+
+def test_another_kind_of_sampler_is_refused_with_the_buffer_that_takes_it(two_games):
+    replay = OfflineAtariReplay(two_games, batch_size=6)
+    replay.set_sampler(SamplerWithoutReplacement())
+    with pytest.raises(TypeError, match=r"TensorDictReplayBuffer\(storage=AtariFrameStorage\(...\), sampler=...\)"):
+        replay.sample()
+
+
+def test_an_ensemble_continues(two_games):
+    def ensemble():
+        buffers = [OfflineAtariReplay(two_games, batch_size=12, games=game, seed=4) for game in ("Breakout", "Pong")]
+        return ReplayBufferEnsemble(*buffers, batch_size=8, sample_from_all=True)
+
+    first, second = ensemble(), ensemble()
+    assert first.sample().shape == (2, 4)
+    second.load_state_dict(first.state_dict())
+    assert (second.sample() == first.sample()).all()
 
 
 def test_frames_are_read_in_place(two_games):

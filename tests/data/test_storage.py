@@ -131,6 +131,7 @@ def test_batch_contract(two_games):
             "action": ((3,), torch.int64),
             "game_id": ((3,), torch.int64),
             "steps_to_next_obs": ((3, 1), torch.int64),
+            ("next", "game_id"): ((3,), torch.int64),
             ("next", "observation"): ((3, 4, 84, 84), torch.uint8),
             ("next", "reward"): ((3, 1), torch.float32),
             ("next", "terminated"): ((3, 1), torch.bool),

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from gymnasium.wrappers import AtariPreprocessing
+from torchrl.envs import TransformedEnv
 from torchrl.envs.utils import check_env_specs
 
 from torchrl_sql.envs import AtariEnv, AtariVector, Emulator
@@ -88,6 +89,30 @@ def test_emulators_that_cannot_be_had_are_refused(setting, message):
 def test_seeds_that_cannot_be_had_are_refused(seeds):
     with pytest.raises(ValueError, match=r"seeds must be 2 numbers in 0\.\.2\^31-1, one per copy that is reset, got"):
         AtariVector("Breakout", 2).reset(np.array(seeds))
+
+
+@pytest.mark.parametrize("actions", [[1, -1], [1, 18], [1], [[1], [3]], [1.0, 3.0], 3])
+def test_actions_that_cannot_be_had_are_refused_and_play_goes_on(actions):
+    vector, same = (AtariVector("Breakout", 2) for _ in range(2))
+    for each in (vector, same):
+        each.reset(np.array([3, 4]))
+    with pytest.raises(ValueError, match=r"actions must be integers \[2\] in 0..17, got"):
+        vector.step(np.array(actions))
+    for _ in range(3):
+        for ours, expected in zip(vector.step(np.array([1, 3])), same.step(np.array([1, 3])), strict=True):
+            np.testing.assert_array_equal(ours, expected)
+
+
+def test_a_seed_given_at_reset_is_used_and_other_words_are_refused():
+    env = TransformedEnv(AtariEnv("Breakout", 2))
+
+    def play():
+        return env.reset(seed=5), env.rollout(20, lambda td: td.set("action", torch.tensor([1, 3])))
+
+    for first, again in zip(play(), play(), strict=True):
+        assert (first == again).all()
+    with pytest.raises(TypeError, match="options"):
+        env.reset(options={})
 
 
 def test_unknown_game():

@@ -197,6 +197,19 @@ def test_two_processes_cannot_write_one_part(tmp_path):
         evaluate(RandomPolicy(["Breakout"]), "Breakout", SHORT, folder=tmp_path, agent=AGENT)
 
 
+def test_a_policy_plays_each_game_as_its_own():
+    torch.manual_seed(0)
+    actor = make_q_actor(GAMES, encoder="resnet_small").eval()
+    actor.module[0].module.heads.bias.data[1, 2::18] += torch.arange(51.0)  # Freeway's head alone goes up
+    policy = NetworkPolicy(actor, GAMES)
+    protocol = Protocol(emulator=Emulator(max_env_frames=400), epsilon=0, num_episodes=1)
+    (row,) = evaluate(policy, "Freeway", protocol)
+    assert (row,) == tuple(evaluate(ConstantPolicy(2), "Freeway", protocol)) and row.episode_return > 0
+    assert [row.game for row in evaluate(policy, "Freeway-m1", protocol)] == ["Freeway-m1"]
+    with pytest.raises(ValueError, match=r"the policy has \(Breakout, Freeway\) or variations of them, got \['Pong'\]"):
+        evaluate(policy, ["Pong", "Freeway"], protocol)
+
+
 def test_a_failing_emulator_ends_the_evaluation_with_its_error(monkeypatch):
     def broken(self, seeds):
         raise RuntimeError("no such ROM")

@@ -231,6 +231,14 @@ def test_the_same_numbers_give_the_same_actions_whatever_is_padded_or_comes_besi
         assert play(batch[row : row + 1].clone())["action"] == expected["action"][row]
 
 
+@pytest.mark.parametrize("shape", [(2, 3), (6, 1), ()])
+def test_any_leading_dimensions_are_played(shape):
+    play, batch = policy("expert"), acting(windows(6 if shape else 1))
+    expected, found = play(batch.clone()), play(batch.reshape(shape))
+    assert torch.equal(found["action"], expected["action"].reshape(shape))
+    torch.testing.assert_close(found["action_value"], expected["action_value"].reshape(*shape, 18))
+
+
 def test_decodings_that_need_what_is_not_there():
     cloning = tiny(return_token=False).eval()
     for decoding in ("expert", "expert_128"):

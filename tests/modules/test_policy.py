@@ -86,6 +86,13 @@ def test_outputs_that_are_not_finite_are_refused():
         NetworkPolicy(logits_actor([0.0] * 17 + [float("nan")]), GAMES)(batch())
 
 
+def test_a_policy_says_which_games_it_has():
+    actor = make_q_actor(GAMES, encoder="resnet_small")
+    assert NetworkPolicy(actor, ["Freeway-m0", "Breakout"]).games == tuple(GAMES)
+    with pytest.raises(ValueError, match="games must be the actor's 2, got 1: Pong"):
+        NetworkPolicy(actor, ["Pong"])
+
+
 def test_unknown_decoding_is_refused():
     with pytest.raises(ValueError, match="decoding must be 'greedy' or 'sampled', got 'best'"):
         NetworkPolicy(logits_actor([0.0] * 18), GAMES, decoding="best")

@@ -106,6 +106,12 @@ def test_some_places_must_be_hidden_and_some_seen(share):
         autoencoder(mask_share=share)
 
 
+@pytest.mark.parametrize("width", [0, 100])
+def test_a_width_that_heads_do_not_divide_is_refused(width):
+    with pytest.raises(ValueError, match=f"width must be a positive multiple of 64, got {width}"):
+        autoencoder(width=width)
+
+
 def predictor(**options):
     torch.manual_seed(0)
     return ContrastivePredictor(Blocks(), **{"width": 5, "pooling": "average", **options})

@@ -187,8 +187,7 @@ def test_illegal_actions_are_masked_for_acting_only(num_atoms):
     assert (unmasked["action"] == illegal).all()
     assert set(out["action"].tolist()) <= legal
     assert out["action_mask"].sum(-1).tolist() == [len(legal)] * 8
-    if num_atoms is not None:
-        torch.testing.assert_close(out["action_value"], unmasked["action_value"])
+    torch.testing.assert_close(out["action_value"], unmasked["action_value"])
 
 
 def test_exploration_is_masked_too():

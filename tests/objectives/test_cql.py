@@ -12,7 +12,7 @@ from torchrl.data import Categorical
 from torchrl.modules import MLP, DistributionalQValueActor, QValueActor
 from torchrl.objectives import HardUpdate, SoftUpdate, ValueEstimators
 
-from torchrl_sql.modules import GreedyDistributionalQValueModule, make_q_actor
+from torchrl_sql.modules import GreedyDistributionalQValueModule, NetworkPolicy, make_q_actor
 from torchrl_sql.objectives import DistributionalCQLLoss
 
 # tensordict 0.14 reads a setting that torch 2.13 has retired.
@@ -345,6 +345,7 @@ def test_bf16_autocast(make_actor, make_batch, target):
         ({"delay_value": 1}, "delay_value must be one of True, False, got 1"),
         ({"reduction": "max"}, "reduction must be .*'max'"),
         ({"use_prioritized_weights": "yes"}, "use_prioritized_weights must be one of True, False, 'auto', got 'yes'"),
+        ({"keep": "action_value"}, r"keep must be a sequence of keys, such as \['action_value'\]"),
         ({"keep": ["feature"]}, "each key of keep must be one of 'action_value', got 'feature'"),
         ({"double_q": True, "delay_value": False}, "double_q=True needs delay_value=True"),
     ],
@@ -357,6 +358,9 @@ def test_refuses_arguments(make_actor, kwargs, message):
 def test_refuses_actors(make_actor):
     with pytest.raises(TypeError, match=r"value_network must be .*got Linear"):
         DistributionalCQLLoss(nn.Linear(4, 3))
+    policy = NetworkPolicy(make_q_actor(1, encoder="resnet_tiny"), ["Pong"])
+    with pytest.raises(TypeError, match=r"got NetworkPolicy: give its \.actor"):
+        DistributionalCQLLoss(policy)
     with pytest.raises(ValueError, match="'c51' needs a DistributionalQValueActor, got QValueActor"):
         DistributionalCQLLoss(make_actor(distributional=False))
     with pytest.raises(ValueError, match="strictly increasing"):
@@ -387,6 +391,14 @@ def test_refuses_batches(make_actor, make_batch):
     batch["action"] = batch["action"].float()
     with pytest.raises(ValueError, match=r"action must be .*of integers, got \(32,\) of torch.float32"):
         loss(batch)
+
+
+@pytest.mark.parametrize("name", ["terminated", "steps_to_next_obs", "action_value"])
+def test_a_renamed_key_that_is_not_there_is_named(make_actor, make_batch, name):
+    loss = make_loss(make_actor())
+    loss.set_keys(**{name: "typo"})
+    with pytest.raises(KeyError, match=rf"'typo'.*set_keys\({name}=\.\.\.\)"):
+        loss(make_batch())
 
 
 def test_only_static_keys_are_taken_from_the_root():
@@ -447,6 +459,7 @@ def test_an_actors_own_mask_is_honoured_in_target_and_penalty(double_q):
     # An action of the data is in the penalty's sum whatever the mask says: the penalty stays bounded below.
     out = loss(with_masks(transition([1.0, 2, 9], [3.0, 4, 9], action=2), [True, True, False], [True, False, False]))
     assert out["loss_cql"].item() == pytest.approx(math.log(math.e + math.e**2 + math.e**9) - 9, abs=1e-5)
+    assert out["q_max"].item() == pytest.approx(2) and out["q_data"].item() == pytest.approx(9)
     assert out["q_target"].item() == pytest.approx(3)
     # A terminal state may have no legal action at all.
     out = loss(with_masks(transition([1.0, 2, 9], [3.0, 4, 9], terminated=True, reward=1.0), [True] * 3, [False] * 3))

@@ -97,6 +97,10 @@ def test_values_of_another_checkpoint_do_not_count(paper_scale_report):
 # Properties
 
 
+def test_episodes_that_were_all_cut_have_no_bins():
+    assert [len(means) for means in calibrated([point(1.0, 2.0, cut=True)]).bins()] == [0, 0]
+
+
 @given(st.lists(st.tuples(st.integers(0, 3), st.floats(-9, 9), st.floats(-9, 9)), min_size=1, max_size=20))
 def test_the_bias_is_the_mean_error_within_its_interval(rows):
     found = calibrated([point(p, r, episode=e, step=t) for t, (e, p, r) in enumerate(rows)])

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -56,6 +58,17 @@ def test_ten_common_seeds_are_paired():
     difference = I.game_differences(x, y)["Amidar"]
     assert difference.high - difference.low < 0.05 and I.verdict(difference) == "higher"
     assert I.verdict(I.game_differences(y, x)["Amidar"]) == "lower"
+
+
+def test_common_seeds_are_paired_in_any_order_and_beside_others():
+    generator = np.random.default_rng(0)
+    x = runs_of(10 * generator.normal(size=(12, 1, 1)))
+    shifted = x.values - 0.3 + 0.01 * generator.normal(size=x.values.shape)
+    order = [11, *range(2, 10), 10, 1]  # without seed 0
+    y = replace(runs_of(shifted[order]), seeds=tuple(order))
+    y = replace(y, seeds=(*y.seeds[:-1], 99), values=np.append(y.values[:-1], [[[500.0]]], axis=0))
+    expected = I.student((x.values - shifted)[2:, 0, 0])
+    assert I.game_differences(x, y)["Amidar"][:3] == pytest.approx([float(value) for value in expected])
 
 
 def test_probability_of_improvement_by_hand():
@@ -157,6 +170,11 @@ def test_rliable_by_name_agrees_with_rliable():
     for name, (point, low, high) in expected.items():
         assert ours[name].point == pytest.approx(point, abs=1e-8)
         assert ours[name][1:3] == pytest.approx((low, high), abs=0.015)
+
+
+def test_one_seed_has_no_interval_by_rliable_either():
+    for interval in I.rliable_aggregates(runs_of([[[0.2], [0.7]]])).values():
+        assert np.isnan(interval.low) and np.isnan(interval.high) and I.verdict(interval) == "unknown"
 
 
 def test_point_of_improvement_agrees_with_rliable():

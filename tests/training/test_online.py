@@ -14,15 +14,16 @@ import torch
 
 from torchrl_sql.cli import main
 from torchrl_sql.config import ConfigError, compose_run_config
-from torchrl_sql.data import FrameStore, OfflineAtariReplay
-from torchrl_sql.envs.lockstep import EmulatorError
+from torchrl_sql.data import FrameStore, GrowingStore, OfflineAtariReplay
+from torchrl_sql.envs.lockstep import EmulatorError, Lockstep
 from torchrl_sql.envs.slots import Slot
+from torchrl_sql.evaluation.policies import RandomPolicy
 from torchrl_sql.games import GAMES
 from torchrl_sql.training import Interrupted, train
 from torchrl_sql.training.build import build_trainer
 from torchrl_sql.training.checkpoint import checkpoint_step, list_checkpoints, load_checkpoint
 from torchrl_sql.training.logs import read_scalars
-from torchrl_sql.training.online import Pace
+from torchrl_sql.training.online import OnlineReplay, Pace
 from torchrl_sql.training.trainer import NonFiniteError, Trainer
 
 TINY = [
@@ -252,6 +253,21 @@ def test_a_run_trains_offline_on_what_was_played(played, tmp_path):
         [*overrides, f"data.store={played / 'store'}", f"run_dir={tmp_path / 'offline'}", "data.first_fraction=0.5"]
     )
     assert list_checkpoints(train(config) / "checkpoints")
+
+
+def test_nothing_can_be_drawn_before_anything_was_played(tmp_path):
+    policy = RandomPolicy(["Pong"])
+    growing = GrowingStore(tmp_path / "store", ["Pong"], source="test", about={})
+    pace = Pace(
+        agent_steps_per_gradient_step=1,
+        first_agent_steps=1,
+        final_epsilon=0.05,
+        epsilon_decay_agent_steps=1,
+        commit_interval_gradient_steps=1,
+    )
+    replay = OnlineReplay(growing, Lockstep(["Pong"], num_emulators=1, seed=0), policy, OfflineAtariReplay, pace)
+    with pytest.raises(RuntimeError, match=r"call begin\(\) or load_state_dict\(\) before sample\(\)"):
+        replay.sample()
 
 
 def test_epsilon_falls_from_one_as_the_agent_learns():

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from tensordict import NestedKey
+from tensordict import NestedKey, unravel_key
 from torchrl.data import TensorDictReplayBuffer
 from torchrl.data.replay_buffers.writers import ImmutableDatasetWriter
 
@@ -44,7 +44,7 @@ class OfflineAtariReplay(TensorDictReplayBuffer):
         prefetch (int): batches read ahead, each in a thread of its own; 0 reads in the calling thread.
         device (torch.device or str, optional): where batches are delivered. To a CUDA device the reading threads copy
             them, each frame once, in a stream of their own: neither the host nor the present stream's work waits.
-        keys (sequence of NestedKey, optional): entries to deliver with ``device``; default all.
+        keys (sequence of NestedKey, optional): entries of the storage's batch (or ``index``) to deliver; default all.
         transform (optional): as for TorchRL's buffers; runs in the calling thread, so that random ones reproduce.
 
     The batch is that of the storage plus ``index`` int64 ``[B]``, the storage indices.
@@ -100,7 +100,8 @@ class OfflineAtariReplay(TensorDictReplayBuffer):
             storage = AtariSequenceStorage(store, games, num_steps=window_steps, **subset)
         self._depth = prefetch
         self._fresh_until: int | None = None
-        self._copies = None if device is None else DeviceCopies(_with_index(torch.device(device)), keys)
+        self._keys = None if keys is None else list(keys)
+        self._copies = None if device is None else DeviceCopies(_with_index(torch.device(device)))
         storage.pin_memory = self._copies is not None and self._copies.device.type == "cuda"
         self._reads: deque[tuple[int, Future[Any]]] = deque()
         self._readers: ThreadPoolExecutor | None = None
@@ -133,11 +134,18 @@ class OfflineAtariReplay(TensorDictReplayBuffer):
 
         Raises:
             RuntimeError: after :meth:`shutdown`.
+            TypeError: if :meth:`set_sampler` gave it a sampler that cannot draw a batch by its number.
             ValueError: for a batch size that does not continue the batches before.
+            KeyError: for ``keys`` that the batch lacks.
             DamagedFramesError: if frames of the batch are not what was committed.
         """
         if self._service_shutdown:
             raise RuntimeError("a replay buffer cannot be sampled after shutdown()")
+        if not isinstance(self._sampler, GameMixtureSampler):
+            raise TypeError(
+                f"{type(self).__name__} draws with a GameMixtureSampler, got {type(self._sampler).__name__}: use "
+                f"TensorDictReplayBuffer(storage={type(self._storage).__name__}(...), sampler=...)"
+            )
         if batch_size is None:
             batch_size = self._batch_size
         elif self._depth and batch_size != self._batch_size:
@@ -156,6 +164,11 @@ class OfflineAtariReplay(TensorDictReplayBuffer):
         index = self._sampler.indices(self._storage, batch_size, step)
         batch = self._storage.get(index)
         batch["index"] = index
+        if self._keys is not None:
+            known = set(batch.keys(True))
+            if absent := [key for key in self._keys if unravel_key(key) not in known]:
+                raise KeyError(f"keys must be entries of the batch ({sorted(known, key=str)}), got {absent}")
+            batch = batch.select(*self._keys)
         return batch if self._copies is None else self._copies.send(batch)
 
     def _read_ahead(self, step: int) -> Any:

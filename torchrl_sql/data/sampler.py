@@ -95,7 +95,7 @@ class GameMixtureSampler(Sampler):
         """Counts the batch of :attr:`step`, whose indices were drawn with :meth:`indices`, as sampled.
 
         Raises:
-            ValueError: if it does not continue the batches before it, or those of the loaded state, which had another
+            ValueError: if it does not continue the batches before it, or those of the loaded state that gave the batch
                 size.
         """
         if (self._one_batch_size or self._continues_a_state) and self.batch_size not in (None, batch_size):
@@ -165,8 +165,8 @@ class GameMixtureSampler(Sampler):
             if key != "step" and value != other and not unknown:
                 raise ValueError(f"{key} must be {other!r} as in the state to continue from, got {value!r}")
         self.step = int(state_dict["step"])
+        self._continues_a_state = self.batch_size is None
         self.batch_size = self.batch_size or state_dict["batch_size"]
-        self._continues_a_state = True
 
     def dumps(self, path: str | os.PathLike[str]) -> None:
         """Writes :meth:`state_dict` as JSON into the folder ``path``."""

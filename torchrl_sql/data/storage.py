@@ -54,7 +54,7 @@ class AtariFrameStorage(Storage):
         - ``observation``, ``("next", "observation")``: uint8 ``[B, 4, 84, 84]``, oldest frame first. With
           ``n_steps=1`` the two share memory (three frames of four are the same): do not write into them.
         - ``action``: int64 ``[B]``, index into the 18 full actions.
-        - ``game_id``: int64 ``[B]``, index into :attr:`games`.
+        - ``game_id``, also under ``next``: int64 ``[B]``, index into :attr:`games`.
         - ``("next", "reward")``: float32 ``[B, 1]``, sum over ``k < m`` of ``gamma^k clip(r_{t+k}, -1, 1)``.
         - ``("next", "terminated" | "truncated" | "done")``: bool ``[B, 1]``; true if the last step of the episode is
           among the ``m`` steps, by how it ended. ``done`` is either.
@@ -228,8 +228,10 @@ class AtariFrameStorage(Storage):
         rewards[ahead < span[:, None]] = np.clip(self._rewards.read(recording, row, span), -1.0, 1.0)
         reward = (rewards @ self.gamma**ahead).astype(np.float32)
         observation, next_observation = self._read_stacks(episode, step, span)
+        game_id = torch.from_numpy(episodes.recording_game[recording])
         next_ = {
             "observation": next_observation,
+            "game_id": game_id,
             "reward": torch.from_numpy(reward).unsqueeze(-1),
             "terminated": torch.from_numpy(terminated).unsqueeze(-1),
             "truncated": torch.from_numpy(at_end & ~terminated).unsqueeze(-1),
@@ -238,7 +240,7 @@ class AtariFrameStorage(Storage):
         source = {
             "observation": observation,
             "action": torch.from_numpy(action),
-            "game_id": torch.from_numpy(episodes.recording_game[recording]),
+            "game_id": game_id,
             "steps_to_next_obs": torch.from_numpy(span).unsqueeze(-1),
             "next": TensorDict(next_, batch_size=[len(index)]),
         }

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from tensordict import NestedKey, TensorDict
+from tensordict import TensorDict
 from torch import Tensor
 
 
@@ -43,18 +43,14 @@ class DeviceCopies:
 
     Args:
         device (torch.device): for CUDA with its index.
-        keys (sequence of NestedKey, optional): entries to send; default all. Absent ones are ignored.
     """
 
-    def __init__(self, device: torch.device, keys: Sequence[NestedKey] | None = None) -> None:
+    def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.keys = keys
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def send(self, batch: TensorDict) -> tuple[TensorDict, torch.cuda.Event | None]:
         """Begin to copy; returns what :meth:`receive` takes."""
-        if self.keys is not None:
-            batch = batch.select(*self.keys, strict=False)
         if self._stream is None:
             return batch.to(self.device), None
         with torch.cuda.stream(self._stream):
@@ -72,4 +68,4 @@ class DeviceCopies:
         return batch
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return DeviceCopies, (self.device, self.keys)
+        return DeviceCopies, (self.device,)

@@ -137,8 +137,15 @@ class AtariVector:
         """Starts a step with full-set actions, int ``[N]`` in 0..17, without waiting; :meth:`recv` collects it.
 
         Raises:
-            ValueError: if the episode of a copy has ended.
+            ValueError: for other actions, and if the episode of a copy has ended. Nothing is started then.
         """
+        actions = np.asarray(actions)
+        fit = actions.shape == (self.num_envs,) and actions.dtype.kind in "iu"
+        if not fit or not ((actions >= 0) & (actions < NUM_ACTIONS)).all():
+            raise ValueError(
+                f"actions must be integers [{self.num_envs}] in 0..{NUM_ACTIONS - 1}, got {actions.dtype} "
+                f"{list(actions.shape)}: {actions}"
+            )
         if self._finished.any():
             finished = np.flatnonzero(self._finished)
             raise ValueError(f"copies must be reset before a step, got {finished} without an episode")
@@ -196,7 +203,7 @@ class AtariEnv(EnvBase):
 
     Writes ``observation`` uint8 ``[N, 4, 84, 84]``, ``game_id`` int64 ``[N]``, raw ``reward`` float32 ``[N, 1]``,
     ``terminated`` (game over), ``truncated`` (at the frame limit) and ``done`` bool ``[N, 1]``; reads ``action`` int64
-    ``[N]`` in 0..17. ``set_seed`` makes every later episode reproducible.
+    ``[N]`` in 0..17. ``set_seed``, or ``reset(seed=...)``, makes every later episode reproducible.
 
     Args:
         game (str): its name, as :func:`torchrl_sql.games.find_game` takes it.
@@ -251,7 +258,9 @@ class AtariEnv(EnvBase):
             batch_size=self.batch_size,
         ).to(self.device)
 
-    def _reset(self, tensordict: TensorDictBase | None = None, **kwargs) -> TensorDictBase:
+    def _reset(self, tensordict: TensorDictBase | None = None, *, seed: int | None = None) -> TensorDictBase:
+        if seed is not None:
+            self._set_seed(seed)
         mask = None if tensordict is None else tensordict.get("_reset", None)
         mask = np.ones(self.batch_size, dtype=np.bool_) if mask is None else mask.reshape(self.batch_size).cpu().numpy()
         seeds = self._rng.integers(0, 2**31 - 1, size=int(mask.sum()))

@@ -16,7 +16,7 @@ from tensordict.nn import TensorDictModuleBase
 from torch import nn
 from torchrl.data import Composite, OneHot
 
-from torchrl_sql.games import ACTION_NAMES, NUM_ACTIONS, legal_action_mask
+from torchrl_sql.games import ACTION_NAMES, NUM_ACTIONS, legal_action_mask, resolve_games
 from torchrl_sql.modules import sample_index
 
 
@@ -31,7 +31,8 @@ class RandomPolicy(TensorDictModuleBase):
 
     def __init__(self, games: Sequence[str]):
         super().__init__()
-        self.legal = legal_action_mask(games)
+        self.games = resolve_games(games)
+        self.legal = legal_action_mask(self.games)
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Writes ``action``, see :class:`RandomPolicy`."""

@@ -62,8 +62,9 @@ def evaluate(
         agent (AgentId, optional): who plays. Default the name ``policy``, but needed with a folder if the policy has no
             parameters by which its rows can be told from another's. With a folder, the default of its checkpoint is a
             hash of the policy's parameters.
-        policy_games (sequence of str, optional): the games in the order of the policy's ``game_id``; default ``games``.
-            A variation that is not among them is played as its game.
+        policy_games (sequence of str, optional): the games in the order of the policy's ``game_id``; default what the
+            policy itself has as ``policy.games``, else ``games``. A variation that is not among them is played as its
+            game.
         gamma (float, optional): discount of training, if the policy writes Q-values as ``action_value`` ``[B, 18]``:
             they are recorded beside the realised returns, see :class:`CalibrationPoint`.
         folder (Path, optional): where ``scores.csv`` (and, with ``gamma``, ``calibration.csv``) are: episodes they
@@ -85,7 +86,8 @@ def evaluate(
         BlockingIOError: if another process is writing this part of the table.
     """
     games = resolve_games(games)
-    policy_games = games if policy_games is None else policy_games
+    if policy_games is None:
+        policy_games = getattr(policy, "games", games)
     unknown = [game for game in games if place_of(game, policy_games) is None]
     if unknown:
         raise ValueError(

@@ -13,12 +13,12 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
-from tensordict import NestedKey, TensorDictBase
+from tensordict import NestedKey, TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModule, TensorDictModuleBase
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from torchrl_sql.games import FRAME_SHAPE, NUM_ACTIONS, legal_action_mask
+from torchrl_sql.games import FRAME_SHAPE, NUM_ACTIONS, legal_action_mask, resolve_games
 from torchrl_sql.modules.policy import check_outputs, sample_index
 
 LOWEST_RETURN, HIGHEST_RETURN = -20, 100
@@ -90,8 +90,7 @@ class DecisionTransformer(nn.Module):
         return_token: bool = True,
     ) -> None:
         super().__init__()
-        if width < _HEAD_WIDTH or width % _HEAD_WIDTH:
-            raise ValueError(f"width must be a positive multiple of {_HEAD_WIDTH}, got {width}")
+        check_width(width)
         if num_layers < 1 or num_steps < 1:
             raise ValueError(f"num_layers and num_steps must be at least 1, got {num_layers} and {num_steps}")
         if patch_size < 1 or any(side % patch_size for side in FRAME_SHAPE):
@@ -241,6 +240,12 @@ class DecisionTransformer(nn.Module):
         return batch_shape
 
 
+def check_width(width: int) -> None:
+    """Raises ``ValueError`` for a width that heads of 64 do not divide."""
+    if width < _HEAD_WIDTH or width % _HEAD_WIDTH:
+        raise ValueError(f"width must be a positive multiple of {_HEAD_WIDTH}, got {width}")
+
+
 class TransformerBlock(nn.Module):
     """Attention and a feed-forward layer, each normalized before and added to what it read."""
 
@@ -338,20 +343,20 @@ class DecisionTransformerPolicy(TensorDictModuleBase):
 
     Reads: ``("context", "observation" | "action" | "reward" | "mask")``, the last ``K`` steps, see
     :func:`torchrl_sql.envs.next_context`; ``game_id`` ``[B]`` int64; unless greedy ``uniform`` and, with return tokens,
-    ``return_uniform`` ``[B]`` float64 in [0, 1).
+    ``return_uniform`` ``[B]`` float64 in [0, 1). Any other leading dimensions will do.
 
     Writes: ``action`` ``[B]`` int64, ``action_value`` ``[B, 18]`` float, the action's logits.
 
     Args:
         network (TensorDictModule): what :func:`make_decision_transformer` made, in evaluation mode.
-        games (sequence of str): its games, in the order of ``game_id``.
+        games (sequence of str): its games, in the order of ``game_id``; kept as ``games``.
 
     Keyword Args:
         decoding (str): see above.
         kappa (float): how strongly ``"expert"`` prefers high returns.
 
     Raises:
-        ValueError: for an unknown decoding, or one that needs returns without return tokens.
+        ValueError: for an unknown game or decoding, or one that needs returns without return tokens.
         FloatingPointError: when acting, for outputs that are not finite.
         KeyError: when acting, for numbers to draw with that the batch lacks.
     """
@@ -377,6 +382,7 @@ class DecisionTransformerPolicy(TensorDictModuleBase):
         if decoding not in known:
             tokens = "with" if module.return_token else "without"
             raise ValueError(f"decoding must be one of {', '.join(known)} {tokens} return tokens, got {decoding!r}")
+        self.games = resolve_games(games)
         self.network = module
         self.decoding = decoding
         self.kappa = kappa
@@ -384,7 +390,7 @@ class DecisionTransformerPolicy(TensorDictModuleBase):
         if decoding != "greedy":
             self.in_keys += ["uniform", "return_uniform"] if module.return_token else ["uniform"]
         device = module.position.device
-        self.register_buffer("legal", legal_action_mask(games).to(device), persistent=False)
+        self.register_buffer("legal", legal_action_mask(self.games).to(device), persistent=False)
 
     @property
     def context_steps(self) -> int:
@@ -392,6 +398,12 @@ class DecisionTransformerPolicy(TensorDictModuleBase):
         return self.network.num_steps
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        shape = tensordict["game_id"].shape
+        if len(shape) != 1:
+            flat = self(TensorDict({key: tensordict[key] for key in self.in_keys}, shape).reshape(-1))
+            for key in self.out_keys:
+                tensordict[key] = flat[key].unflatten(0, shape) if shape else flat[key].squeeze(0)
+            return tensordict
         context = tensordict["context"]
         inputs = [context["observation"], context["action"], context["reward"]]
         inputs.append(torch.zeros_like(inputs[-1], dtype=torch.bool))  # nothing comes after the end of a game

@@ -13,7 +13,7 @@ from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
 from torchrl.modules import DistributionalQValueActor, QValueActor
 
-from torchrl_sql.games import legal_action_mask
+from torchrl_sql.games import legal_action_mask, resolve_games
 
 
 class NetworkPolicy(TensorDictModuleBase):
@@ -26,13 +26,13 @@ class NetworkPolicy(TensorDictModuleBase):
 
     Args:
         actor (QValueActor or DistributionalQValueActor): over the 18 actions.
-        games (sequence of str): its games, in the order of its ``game_id``.
+        games (sequence of str): its games, in the order of its ``game_id``; kept as ``games``.
 
     Keyword Args:
         decoding ("greedy" or "sampled"): the argmax, or a draw from the softmax of ``action_value``.
 
     Raises:
-        ValueError: for another decoding.
+        ValueError: for another decoding, an unknown game, or another number of games than the actor has.
         FloatingPointError: when playing, for values that are not finite.
     """
 
@@ -40,6 +40,10 @@ class NetworkPolicy(TensorDictModuleBase):
         super().__init__()
         if decoding not in ("greedy", "sampled"):
             raise ValueError(f"decoding must be 'greedy' or 'sampled', got {decoding!r}")
+        self.games = resolve_games(games)
+        num_games = getattr(actor.module[0].module, "num_games", len(self.games))
+        if len(self.games) != num_games:
+            raise ValueError(f"games must be the actor's {num_games}, got {len(self.games)}: {', '.join(self.games)}")
         self.in_keys = ["observation", "game_id"] + ["uniform"] * (decoding == "sampled")
         self.out_keys = ["action", "action_value"]
         self.actor = actor
@@ -47,7 +51,7 @@ class NetworkPolicy(TensorDictModuleBase):
         self.decoding = decoding
         self.is_distributional = isinstance(actor, DistributionalQValueActor)
         device = next(actor.parameters()).device
-        self.register_buffer("legal", legal_action_mask(games).to(device), persistent=False)
+        self.register_buffer("legal", legal_action_mask(self.games).to(device), persistent=False)
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Writes ``action`` and ``action_value``."""

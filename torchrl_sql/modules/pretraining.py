@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from torchrl_sql.arguments import check_choice, check_count
 from torchrl_sql.games import FRAME_SHAPE, FRAME_STACK
-from torchrl_sql.modules.decision_transformer import TransformerBlock
+from torchrl_sql.modules.decision_transformer import TransformerBlock, check_width
 from torchrl_sql.modules.pooling import POOLINGS
 from torchrl_sql.modules.q_network import as_map, probe_map, scale_frames
 
@@ -91,6 +91,7 @@ class MaskedAutoencoder(_Pretraining):
         memory_format: torch.memory_format = torch.contiguous_format,
     ) -> None:
         super().__init__(encoder, input_mean, memory_format)
+        check_width(width)
         check_count("num_layers", num_layers)
         channels, height, columns = self.map_shape
         self.num_places = height * columns

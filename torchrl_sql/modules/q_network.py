@@ -13,7 +13,7 @@ from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
 from torchrl.data import Categorical
-from torchrl.modules import DistributionalQValueActor, DistributionalQValueModule, QValueActor
+from torchrl.modules import DistributionalQValueActor, DistributionalQValueModule, QValueActor, QValueModule
 
 from torchrl_sql.arguments import check_choice, check_count, check_number
 from torchrl_sql.games import NUM_ACTIONS, legal_action_mask, resolve_games
@@ -264,6 +264,19 @@ class GreedyDistributionalQValueModule(DistributionalQValueModule):
         return tensordict
 
 
+class GreedyQValueModule(QValueModule):
+    """TorchRL's, but that it masks the choice only: ``action_value`` stays as the network wrote it.
+
+    TorchRL's own writes the least number for illegal actions, which squares to infinity in losses.
+    """
+
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        value = tensordict[self.action_value_key]
+        tensordict = super().forward(tensordict)
+        tensordict[self.action_value_key] = value
+        return tensordict
+
+
 def make_q_actor(
     games: int | str | Sequence[str],
     *,
@@ -388,7 +401,11 @@ def make_q_actor(
     )
     spec = Categorical(num_actions)
     if support is None:
-        return QValueActor(module, spec=spec, action_mask_key=mask_key)
+        scalar = QValueActor(module, spec=spec)
+        if mask_key:
+            choice = scalar.module[-1].spec
+            scalar.module[-1] = GreedyQValueModule("categorical", action_mask_key=mask_key, spec=choice)
+        return scalar
     actor = DistributionalQValueActor(module, support=support, spec=spec)
     actor.module[-1] = GreedyDistributionalQValueModule(None, support, action_mask_key=mask_key, spec=spec)
     return actor

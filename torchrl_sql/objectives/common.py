@@ -26,8 +26,10 @@ def check_actor(actor: object, argument: str) -> None:
         ValueError: if its action space is neither categorical nor one-hot.
     """
     if not isinstance(actor, QValueActor):
+        hint = ": give its .actor" if isinstance(getattr(actor, "actor", None), QValueActor) else ""
         raise TypeError(
-            f"{argument} must be a torchrl.modules.QValueActor or DistributionalQValueActor, got {type(actor).__name__}"
+            f"{argument} must be a torchrl.modules.QValueActor or DistributionalQValueActor, "
+            f"got {type(actor).__name__}{hint}"
         )
     if actor.action_space not in ("categorical", "one_hot"):
         raise ValueError(f"{argument} must have a categorical or one-hot action, got {actor.action_space!r}")
@@ -40,7 +42,12 @@ def check_reduction(reduction: object, use_prioritized_weights: object) -> None:
 
 
 def check_kept(keep: Sequence[NestedKey], actor: QValueActor) -> list[NestedKey]:
-    """``keep`` as a list; raises ``ValueError`` for a key that is not written before the choice of an action."""
+    """``keep`` as a list; raises ``ValueError`` for a key that is not written before the choice of an action.
+
+    A string is no sequence of keys: ``TypeError``.
+    """
+    if isinstance(keep, str):
+        raise TypeError(f"keep must be a sequence of keys, such as [{keep!r}], got {keep!r}")
     written = dict.fromkeys(key for module in list(actor.module)[:-1] for key in module.out_keys)
     for key in keep:
         check_choice("each key of keep", key, written)
@@ -57,11 +64,18 @@ def action_values(
 
     Returns:
         ``[*B, A]`` values or ``[*B, N, A]`` log-probabilities, normalized, in float32 or wider.
+
+    Raises:
+        KeyError: if the actor writes no entry of that name.
     """
     with params.to_module(actor, preserve_module_state=False):
         for module in list(actor.module)[:-1]:
             module(inputs)
-    values = inputs[action_value_key]
+    if (values := inputs.get(action_value_key, None)) is None:
+        raise KeyError(
+            f"the network must write {action_value_key!r}, its action values, got {list(actor.out_keys)}: name them "
+            "with set_keys(action_value=...)"
+        )
     if values.dtype in (torch.bfloat16, torch.float16):
         # Rounded log-probabilities do not sum to one: normalize again.
         values = values.float()

@@ -83,7 +83,8 @@ class DistributionalCQLLoss(LossModule):
     Reads: ``value_network.in_keys`` and the same under ``"next"``; ``action`` ``[*B]`` or ``[*B, 1]`` indices, or
     ``[*B, A]`` one-hot; ``("next", "reward")`` ``[*B, 1]`` float (with n steps the discounted sum);
     ``("next", "terminated")`` ``[*B, 1]`` bool, or ``("next", "done")`` where that is absent; optional
-    ``steps_to_next_obs`` ``[*B, 1]`` or ``[*B]`` integers (1 if absent); optional ``priority_weight`` ``[*B]``.
+    ``steps_to_next_obs`` ``[*B, 1]`` or ``[*B]`` integers (1 if absent); optional ``priority_weight`` ``[*B]``. Keys
+    that ``set_keys`` gave in place of ``terminated`` and ``steps_to_next_obs`` may not be absent.
 
     Writes: ``td_error`` ``[*B, 1]`` into its input, each sample's TD loss, as priority;
     in place where the batch is locked, which must have the entry then.
@@ -280,7 +281,8 @@ class DistributionalCQLLoss(LossModule):
 
         taken, next_taken = _select(values, action), _select(next_values, next_action)
         loss_td, q_target = self._td(taken, next_taken, reward.to(values.dtype), discount)
-        q_values = mask_illegal(self._q_values(values), network, inputs, action)
+        unmasked = self._q_values(values)
+        q_values = mask_illegal(unmasked, network, inputs, action)
         q_data = _select(q_values, action)
         gap = q_values.logsumexp(-1) - q_data
 
@@ -293,7 +295,7 @@ class DistributionalCQLLoss(LossModule):
             "td_error": mean(loss_td),
             "cql_gap": mean(gap),
             "q_data": mean(q_data),
-            "q_max": mean(q_values.amax(-1)),
+            "q_max": mean(mask_illegal(unmasked, network, inputs).amax(-1)),
             "q_target": mean(q_target),
         }
         if self._writes_feature_norm:
@@ -310,11 +312,15 @@ class DistributionalCQLLoss(LossModule):
         reward = tensordict[unravel_key(("next", keys.reward))]
         end_key = unravel_key(("next", keys.terminated))
         if (terminated := tensordict.get(end_key, None)) is None:
+            if keys.terminated != self._AcceptedKeys.terminated:
+                raise KeyError(f"{end_key!r}, given by set_keys(terminated=...), is not in the batch")
             done_key = unravel_key(("next", keys.done))
             if (terminated := tensordict.get(done_key, None)) is None:
                 raise KeyError(f"neither {end_key!r} nor {done_key!r} is in the batch")
             end_key = done_key
         steps = tensordict.get(keys.steps_to_next_obs, None)
+        if steps is None and keys.steps_to_next_obs != self._AcceptedKeys.steps_to_next_obs:
+            raise KeyError(f"{keys.steps_to_next_obs!r}, given by set_keys(steps_to_next_obs=...), is not in the batch")
         # Any other shape would broadcast into a loss between samples.
         if reward.shape[-1:] != (1,):
             raise ValueError(f"('next', {keys.reward!r}) must be [*B, 1], got {tuple(reward.shape)}")

@@ -47,7 +47,12 @@ class Calibration:
         return float(np.corrcoef(self.predicted, self.realised)[0, 1])
 
     def bins(self) -> tuple[Array, Array]:
-        """Means of predicted and realised values in up to 10 groups of states of equal size, by predicted value."""
+        """Means of predicted and realised values in up to 10 groups of states of equal size, by predicted value.
+
+        There are none if every episode was cut.
+        """
+        if not self.num_episodes:
+            return np.empty(0), np.empty(0)
         groups = np.array_split(np.argsort(self.predicted, kind="stable"), min(NUM_BINS, len(self.predicted)))
         return (
             np.array([self.predicted[group].mean() for group in groups]),

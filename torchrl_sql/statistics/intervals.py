@@ -206,7 +206,8 @@ def rliable_aggregates(runs: RunReturns, *, num_resamples: int = 2000, seed: int
     """:data:`AGGREGATES` as rliable computes them, for comparison with the literature.
 
     All runs are pooled, and a percentile bootstrap draws the seeds of each game on their own. That fits agents that
-    have one network per game; where the games of a seed share one, the intervals are too narrow.
+    have one network per game; where the games of a seed share one, the intervals are too narrow. Where all draws are
+    the same, one seed included, the ends are NaN.
     """
     scores = runs.run_scores()
     drawn = np.random.default_rng(seed).integers(len(scores), size=(num_resamples, *scores.shape))
@@ -215,6 +216,8 @@ def rliable_aggregates(runs: RunReturns, *, num_resamples: int = 2000, seed: int
     intervals = {}
     for name, statistic in _RLIABLE.items():
         low, high = np.quantile(statistic(resampled), ends)
+        if low == high:
+            low = high = np.nan
         intervals[name] = Interval(float(statistic(scores)), float(low), float(high))
     return intervals
 
@@ -238,10 +241,16 @@ def _over_seeds(runs: RunReturns, statistic: Callable[[Array], Array]) -> Interv
 
 
 def _difference(x: RunReturns, y: RunReturns, of_x: Array, of_y: Array) -> tuple[Array, Array, Array]:
-    """Of per-seed values ``[S, ...]``; those of a policy that is not trained are exact."""
-    if x.trained != y.trained or (x.seeds == y.seeds and len(x.seeds) >= NUM_SEEDS_TO_PAIR):
+    """Of per-seed values ``[S, ...]``; those of a policy that is not trained are exact.
+
+    Paired, the estimate is that of the common seeds alone.
+    """
+    if x.trained != y.trained:
         return student(of_x - of_y)
-    return welch(of_x, of_y)
+    common = sorted({*x.seeds} & {*y.seeds})
+    if len(common) < NUM_SEEDS_TO_PAIR:
+        return welch(of_x, of_y)
+    return student(of_x[[x.seeds.index(s) for s in common]] - of_y[[y.seeds.index(s) for s in common]])
 
 
 def _check_same_games(x: RunReturns, y: RunReturns) -> None:

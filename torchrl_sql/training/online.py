@@ -145,8 +145,10 @@ class OnlineReplay:
         Raises:
             EmulatorError: if an emulator has failed; what was committed stays.
             OSError: if the disk is full; likewise.
+            RuntimeError: before :meth:`begin` or :meth:`load_state_dict`.
         """
-        assert self._replay is not None
+        if self._replay is None:
+            raise RuntimeError("nothing was played yet: call begin() or load_state_dict() before sample()")
         step = self._replay.sampler.step
         self._wait()
         if step % self.pace.commit_interval_gradient_steps == 0 and step > self._shown[-1].step:
