@@ -91,7 +91,8 @@ def test_mistakes_are_named(read, old, new, message):
 def test_every_study_of_the_project_can_be_read():
     assert "quickstart" in list_choices("study")
     for name in list_choices("study"):
-        assert load_study(find_study(name), store="store").runs
+        plays = name == "dqn_replay_mini"
+        assert load_study(find_study(name), store=None if plays else "store").runs
 
 
 SCALES = """
