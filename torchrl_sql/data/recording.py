@@ -136,7 +136,7 @@ class Manifest:
         Raises:
             ValueError: if it is not a manifest, is of another version, was changed, or contradicts its folder.
         """
-        text = path.read_text(encoding="utf-8") if text is None else text
+        written = path.read_bytes() if text is None else text.encode()
         fields = read_json(path, RUN_FORMAT, version=VERSION, text=text)
         fields["behaviours"] = tuple(json_field(fields, "components", list, path))
         del fields["components"]
@@ -157,7 +157,7 @@ class Manifest:
             manifest = cls(**{**fields, "tail": Tail(**json_field(fields, "tail", dict, path))})
         except TypeError as error:
             raise ValueError(f"{path} is not a recording's manifest: {error}") from error
-        if manifest.to_json() != text:
+        if manifest.to_json().encode() != written:
             raise ValueError(f"{path} is not what was committed: its checksum is another")
         return manifest
 
