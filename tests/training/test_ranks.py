@@ -16,7 +16,9 @@ from torchrl_sql.training.ranks import check_address
 RANKS = """
 import errno, json, os, sys
 import torch
+from torchrl_sql.launch.job import is_transient
 from torchrl_sql.training.checkpoint import CheckpointError
+from torchrl_sql.training.lock import RunFolderError
 from torchrl_sql.training.ranks import process_group
 
 child = os.fork()
@@ -47,18 +49,20 @@ def fail(error):
 ERRORS = [
     CheckpointError("step_8.pt is damaged"), OSError(errno.ENOSPC, "No space left on device", "a/b"),
     FileNotFoundError(errno.ENOENT, "No such file", "x"), OSError("plain"), MemoryError("no room"),
-    RuntimeError("torch says so"), Odd("something else"),
+    RuntimeError("torch says so"), Odd("something else"), RunFolderError("another process trains in it"), EOFError(),
 ]
 
 with process_group(torch.device("cpu"), timeout_seconds=60) as ranks:
     shared = ranks.share(value() if ranks.is_main else None)
-    said = {"rank": ranks.rank, "same": same(shared, value()), "pid": ranks.on_main(os.getpid), "errors": []}
+    said = {"rank": ranks.rank, "same": same(shared, value()), "pid": ranks.on_main(os.getpid)}
+    said |= {"errors": [], "transient": []}
     said["nothing"] = ranks.on_main(lambda: None)
     for error in ERRORS:
         try:
             ranks.on_main(lambda: fail(error))
         except Exception as raised:
             said["errors"].append([type(raised).__name__, str(raised)])
+            said["transient"].append(is_transient(raised, has_checkpoint=False))
     said["after"] = ranks.maximum(ranks.rank)  # nobody is a collective ahead
     os.write(1, (json.dumps(said) + "\\n").encode())
 if child:
@@ -87,13 +91,17 @@ def test_only_rank_0_works(ranks):
 
 def test_what_rank_0_raises_every_rank_raises_in_the_same_words(ranks):
     kinds = ["CheckpointError", "OSError", "FileNotFoundError", "OSError", "MemoryError", "RuntimeError", "Odd"]
-    assert [kind for kind, _ in ranks[0]["errors"]] == kinds
-    # As far as it matters to who retries a job.
+    assert [kind for kind, _ in ranks[0]["errors"]] == [*kinds, "RunFolderError", "EOFError"]
     told = ["ValueError", "OSError", "FileNotFoundError", "OSError", "MemoryError", "RuntimeError", "ValueError"]
-    assert [kind for kind, _ in ranks[1]["errors"]] == told
+    assert [kind for kind, _ in ranks[1]["errors"]] == [*told, "ValueError", "ValueError"]
     texts = [text for _, text in ranks[0]["errors"]]
     assert texts == [text for _, text in ranks[1]["errors"]] and "No space left on device: 'a/b'" in texts[1]
     assert [said["after"] for said in ranks] == [1, 1]
+
+
+def test_whether_a_job_is_retried_is_for_rank_0_to_say(ranks):
+    assert ranks[0]["transient"] == [False, True, False, True, False, False, False, True, True]
+    assert ranks[1]["transient"] == [True] * 9  # leaves no word of its own
 
 
 NODES = {"WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "8", "MASTER_ADDR": "node1"}

@@ -12,7 +12,7 @@ import re
 import signal
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import resource_tracker
 from pathlib import Path
 from types import FrameType
@@ -141,8 +141,8 @@ def is_transient(error: Exception, *, has_checkpoint: bool) -> bool:
     """Whether the same work may succeed if it is started again.
 
     True for what machines do (processes and nodes that vanish, CUDA, network and file system errors, a run's folder
-    that another process still holds), false for what the input does: settings, damaged data, a loss that is not
-    finite, errors of the program.
+    that another process still holds), and for errors that rank 0 had: it decides itself. False for what the input
+    does: settings, damaged data, a loss that is not finite, errors of the program.
 
     Args:
         error (Exception): what ended the work.
@@ -150,7 +150,9 @@ def is_transient(error: Exception, *, has_checkpoint: bool) -> bool:
     Keyword Args:
         has_checkpoint (bool): whether the work went well for a while: then memory, devices and files were there.
     """
-    names = {f"{kind.__module__}.{kind.__name__}" for kind in type(error).__mro__}
+    names = _classes(error)
+    if "torchrl_sql.training.ranks.RaisedByMain" in {name for cause in _causes(error) for name in _classes(cause)}:
+        return True
     text = f"{names} {error}"
     if isinstance(error, _MISSING) or "torch.OutOfMemoryError" in names or "DefaultCPUAllocator" in text:
         return has_checkpoint
@@ -161,3 +163,12 @@ def is_transient(error: Exception, *, has_checkpoint: bool) -> bool:
             return False
         return _OF_MACHINES.search(text) is not None and (has_checkpoint or "invalid device" not in text.lower())
     return isinstance(error, (OSError, EOFError)) or "torchrl_sql.training.lock.RunFolderError" in names
+
+
+def _classes(error: BaseException) -> set[str]:
+    return {f"{kind.__module__}.{kind.__name__}" for kind in type(error).__mro__}
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while (error := error and error.__cause__) is not None:
+        yield error

@@ -95,7 +95,7 @@ class Ranks:
 
         Raises:
             Exception: rank 0's; on the other ranks ``OSError``, ``MemoryError``, ``RuntimeError`` or ``ValueError`` of
-                the same text.
+                the same text, because of a :class:`RaisedByMain`.
         """
         if self._host_group is None:
             return work()
@@ -108,8 +108,10 @@ class Ranks:
                 problem = error
         told, value = self.share((_tell(problem), value))
         self.maximum(0)  # whoever left before the others have received it would take it away
+        if problem is not None:
+            raise problem
         if told is not None:
-            raise problem or _told(*told)
+            raise _told(*told) from RaisedByMain()
         return cast(T, value)
 
     def mean(self, values: Tensor) -> Tensor:
@@ -132,8 +134,12 @@ class Ranks:
         return Agreement(self._host_group)
 
 
+class RaisedByMain(Exception):
+    """The cause of an error that rank 0 had: what is to be made of it is for rank 0 to say."""
+
+
 _KINDS = (OSError, MemoryError, RuntimeError, ValueError)
-"""The kinds of errors that decide whether a job is retried; an error of no kind is told as one of the last."""
+"""The kinds of errors that others are told; an error of no kind is told as one of the last."""
 
 
 def _tell(error: Exception | None) -> tuple[int, list[Any]] | None:
