@@ -147,14 +147,24 @@ def test_any_option_of_sbatch_passes_through(make_group):
     assert not [line for line in found if "gpus-per-node" in line or "requeue" in line or line.endswith("=1440")]
 
 
-@pytest.mark.parametrize("kind", ["train", "bench", "evaluate", "collect"])
-def test_sizes_are_for_training_and_bench_only(make_group, kind):
-    options = ["gres='gpu:h100:8'", "gpus_per_node=null", "ntasks-per-core=1", "exclusive=true", "nice=0"]
+@pytest.mark.parametrize(
+    ("kind", "gpu"),
+    [("train", "gres=gpu:h100:8"), ("bench", "gres=gpu:h100:8"), ("evaluate", "gres=gpu:h100:1"), ("collect", None)],
+)
+def test_sizes_are_for_training_and_bench_only(make_group, kind, gpu):
+    options = ["gres='gpu:h100:8'", "gpus_per_node=null", "ntasks-per-core=1", "exclusive=true", "mem=0", "nice=0"]
     group = make_group(*(f"cluster.sbatch.{option}" for option in options), kind=kind)
     found = {line.removeprefix("#SBATCH --") for line in lines(script_text(group, [0]), "#SBATCH")}
-    sizes = {"gres=gpu:h100:8", "ntasks-per-core=1", "exclusive"}
+    sizes = {"ntasks-per-core=1", "exclusive", "mem=0"}
     assert "nice=0" in found and found & sizes == (sizes if kind in ("train", "bench") else set())
-    assert {line for line in found if "gpus" in line} == ({"gpus-per-node=1"} if kind == "evaluate" else set())
+    assert {line for line in found if "gpu" in line} == ({gpu} if gpu else set())
+
+
+def test_evaluation_takes_one_gpu_of_nodes_that_have_eight(make_group):
+    text = script_text(make_group("cluster.sbatch.gres='gpu:h100:8'", kind="evaluate"), [0])
+    assert lines(text, "#SBATCH --g") == ["#SBATCH --gpus-per-node=1"]
+    text = script_text(make_group("cluster.sbatch.gpus-per-node=null", kind="evaluate"), [0])
+    assert lines(text, "#SBATCH --g") == ["#SBATCH --gres=gpu:1"]
 
 
 @pytest.mark.parametrize(

@@ -63,14 +63,24 @@ def resources(cluster: ClusterConfig, kind: str) -> ClusterConfig:
     with one GPU.
 
     All memory of a node (0) is for who takes whole nodes; the others get the partition's default, and none of the sizes
-    among the options of sbatch.
+    among the options of sbatch. Where ``gpus-per-node`` is left out (null), the one GPU is of the kind of ``gres``.
     """
     if kind in ("train", "bench"):
         return cluster
     num_gpus = min(1, cluster.gpus_per_node) if kind in ("evaluate", "probe") else 0
-    memory = None if re.fullmatch(r"0+[KMGT]?", cluster.memory or "") else cluster.memory
-    options = {name: value for name, value in cluster.sbatch.items() if not _SIZES.fullmatch(name.replace("_", "-"))}
+    given = {name.replace("_", "-"): value for name, value in cluster.sbatch.items()}
+    options = {name: value for name, value in given.items() if value is None or not _SIZES.fullmatch(name)}
+    if num_gpus and "gpus-per-node" in options:
+        of_its_kind = re.match(r"gpu(:[a-zA-Z]\w*)?", str(given.get("gres")))
+        options["gres"] = f"{of_its_kind[0] if of_its_kind else 'gpu'}:{num_gpus}"
+    if _is_all(given.get("mem")):
+        del options["mem"]
+    memory = None if _is_all(cluster.memory) else cluster.memory
     return replace(cluster, nodes=1, tasks_per_node=1, gpus_per_node=num_gpus, memory=memory, sbatch=options)
+
+
+def _is_all(memory: object) -> bool:
+    return re.fullmatch(r"0+[KMGT]?", str(memory)) is not None
 
 
 def _executor(group: Group, tasks: Sequence[int], dependency: str | None) -> _Executor:
