@@ -58,6 +58,8 @@ def test_probes_read_the_encoders_of_runs_that_only_prepare_others_before_the_pa
     ]  # fmt: skip
     assert tasks["probe"].after == ["train-bc-seed0", "train-bc-seed1"] and "probe" in tasks["report"].after
     assert tasks["probe"].makes == ["probes.json", "probes.png"]
+    with pytest.raises(ConfigError, match=r"report.probes must be games with labels \(.*Pong.*\), got 'Alien'"):
+        plan_study(make_study(("{main: q,", "{main: q, probes: [Alien],"), unplayed), tmp_path)
     parse(tasks["probe"].arguments)
     for changes in ([asked], [asked, unplayed, ("method=bc]", "method=mgdt, model=mgdt_small]")]):
         with pytest.raises(ConfigError, match=r"report.probes needs a run with decode: \[\] and an encoder of stacked"):
@@ -105,6 +107,7 @@ def test_training_whose_scores_others_cannot_make_is_done_again_with_another_pro
         (("[greedy, sampled]", "[greedy, expert]"), r"runs.bc.decode must be among greedy, sampled .* got 'expert'"),
         (("[method=bc], decode: [greedy, sampled]", "[method=mae]"), "runs.bc.decode must be empty with method mae"),
         (("q: {}", "q: {games: [Pong]}"), r"runs.q.games must be its games \(Breakout, Freeway\) or .* got 'Pong'"),
+        (("{main: q,", "{main: q, games: [Pnog],"), r"report.games must be .* play \(Breakout, Freeway\), got 'Pnog'"),
         (("data: collect", "data: import 'x"), 'data must be a command line, got "import \'x"'),
     ],
     ids=str,

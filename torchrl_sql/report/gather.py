@@ -92,14 +92,15 @@ def gather(
         names = {agent.agent for agent in kept}
         main = main or next((name for name in (study.report.main, *study.runs) if name in names), None)
         against = against or [name for name in study.report.against if name in names]
-        games = games or study.report.games
     ordered, compared = arrange([agent for agent in found if agent in kept], main, against)
     labels: dict[str, str] = {}
     for agent in ordered:
         labels.setdefault(agent.agent, agent.label.removesuffix(f" {agent.decoding}"))
     runs = [run for run in runs if run.config.name in labels]
     main_runs = [run for run in runs if run.config.name == ordered[0].agent]
-    shown, of_games = _choose_games(main_runs, episodes, games)
+    of_study = study.report.games if study else []
+    expected = of_study or (main_runs[0].config.games if main_runs else ())
+    shown, of_games = _choose_games(expected, episodes, games)
     caveats += of_games
     unknown = [name for name in labels if name not in {run.config.name for run in runs}]
     if unknown:
@@ -203,12 +204,14 @@ def _read(tables: Sequence[Path], read: Callable[[Path], list[Row]]) -> list[Row
 
 
 def _choose_games(
-    main_runs: Sequence[_Run], episodes: Sequence[EpisodeResult], games: Sequence[str] | None
+    expected: Sequence[str], episodes: Sequence[EpisodeResult], games: Sequence[str] | None
 ) -> tuple[tuple[str, ...], list[str]]:
-    """The games of the page, and what is to be said of others."""
+    """The games of the page, and what is to be said of others: those asked for, or as many as there are of those that
+    are expected, or all.
+    """
     evaluated = {episode.game for episode in episodes}
     in_order = sorted(evaluated, key=lambda game: find_game(game).seed_key)
-    wanted = tuple(games or (main_runs[0].config.games if main_runs else in_order))
+    wanted = tuple(games or expected or in_order)
     shown = tuple(game for game in wanted if game in evaluated)
     if not shown or (games and shown != wanted):
         raise ValueError(f"games must have been evaluated, got {wanted}, and episodes of {tuple(sorted(evaluated))}")

@@ -94,6 +94,7 @@ def plan_study(study: StudyConfig, folder: Path, *, num_ranks: int = 1) -> list[
     main = study.report.main or next(iter(study.runs))
     ends: list[str] = []
     judged: RunConfig | None = None
+    games_played: list[str] = []
     prepared: list[tuple[str, int]] = []
     for name, run in study.runs.items():
         chosen = tuple(f"{setting_key(word)}." for word in run.set if setting_key(word) in ("method", "model"))
@@ -123,7 +124,7 @@ def plan_study(study: StudyConfig, folder: Path, *, num_ranks: int = 1) -> list[
             if not run.decode and isinstance(config.model, QNetworkConfig):
                 prepared.append((name, seed))
             check_ranks(config, num_ranks)
-            _check_played(name, run, config)
+            games_played += _check_played(name, run, config)
             _check_axis(study.report.x, name, config)
             scored = config.trainer.evaluation_interval_gradient_steps is not None
             if scored:  # training makes these scores, and nothing else could make them again
@@ -152,18 +153,26 @@ def plan_study(study: StudyConfig, folder: Path, *, num_ranks: int = 1) -> list[
                 ends.append(previous.name)
             if name == main and seed == study.seeds_of(name)[0]:
                 judged = config
+    if unplayed := [game for game in study.report.games if game not in games_played]:
+        known = ", ".join(dict.fromkeys(games_played))
+        raise ConfigError(f"report.games must be among those that its runs play ({known}), got {unplayed[0]!r}")
     if judged is not None and study.report.constant_actions:
         number = min(study.report.constant_actions, judged.evaluation.num_episodes_per_game)
         protocol = replace(judged.evaluation, num_episodes_per_game=number)
-        words = ["constant", "--games", ",".join(judged.games), *evaluation_options(protocol)]
+        games = study.report.games or list(judged.games)
+        words = ["constant", "--games", ",".join(games), *evaluation_options(protocol)]
         constant = add(
             "constant", "evaluate", [*words, "--out", str(folder / "constant")], after=data, reads=False,
-            settings={"games": list(judged.games)} | asdict(protocol), makes=["constant"],
+            settings={"games": games} | asdict(protocol), makes=["constant"],
         )  # fmt: skip
         ends.append(constant.name)
     if study.report.probes:
         if not prepared:
             raise ConfigError("report.probes needs a run with decode: [] and an encoder of stacked frames, found none")
+        from torchrl_sql.envs.labels import LABELS  # imports torch
+
+        if unlabelled := [game for game in study.report.probes if game not in LABELS]:
+            raise ConfigError(f"report.probes must be games with labels ({', '.join(LABELS)}), got {unlabelled[0]!r}")
         words = [str(folder / name / f"seed{seed}") for name, seed in prepared]
         words += ["--games", ",".join(study.report.probes), "--out", str(folder)]
         probed = add(
@@ -357,8 +366,8 @@ def _deciding(config: RunConfig) -> dict[str, Any]:
     return settings
 
 
-def _check_played(name: str, run: StudyRun, config: RunConfig) -> None:
-    """Before anything is trained, checks that a run can be evaluated as the study says."""
+def _check_played(name: str, run: StudyRun, config: RunConfig) -> Sequence[str]:
+    """Before anything is trained, checks that a run can be evaluated as the study says; returns the games it plays."""
     known = config.method.decodings
     if unknown := [decoding for decoding in run.decode if decoding not in known]:
         may = f"among {', '.join(known)}" if known else "empty"
@@ -368,6 +377,7 @@ def _check_played(name: str, run: StudyRun, config: RunConfig) -> None:
             raise ConfigError(
                 f"runs.{name}.games must be its games ({', '.join(config.games)}) or variations of them, got {game!r}"
             )
+    return run.games or config.games
 
 
 def _check_axis(x: str | None, run: str, config: RunConfig) -> None:
