@@ -45,6 +45,7 @@ def test_resolve_games():
     assert resolve_games("train40") == TRAIN_40
     assert resolve_games("Pong, Breakout") == ("Pong", "Breakout")
     assert resolve_games(["Qbert"]) == ("Qbert",)
+    assert resolve_games(["train40"]) == TRAIN_40
     with pytest.raises(ValueError, match=r"got 'BreakOut'; did you mean Breakout"):
         resolve_games("BreakOut")
     with pytest.raises(ValueError, match="must not repeat"):

@@ -154,7 +154,7 @@ def resolve_games(games: str | Sequence[str]) -> tuple[str, ...]:
 
     Args:
         games (str or sequence of str): ``"train40"``, ``"heldout5"``, ``"all"``, one name, names separated by commas,
-            or a sequence of names, each as :func:`find_game` takes it.
+            or a sequence of them, each name as :func:`find_game` takes it.
 
     Returns:
         The names in the given order; each game and variation has one.
@@ -162,10 +162,9 @@ def resolve_games(games: str | Sequence[str]) -> tuple[str, ...]:
     Raises:
         ValueError: if a name is unknown, repeated, or none is given.
     """
-    if isinstance(games, str):
-        names = _GROUPS.get(games) or tuple(name.strip() for name in games.split(",") if name.strip())
-    else:
-        names = tuple(games)
+    names = tuple(name.strip() for name in games.split(",") if name.strip()) if isinstance(games, str) else tuple(games)
+    if len(names) == 1:
+        names = _GROUPS.get(names[0], names)
     if not names:
         raise ValueError(f"games must name at least one game, got {games!r}")
     if groups := [name for name in names if name in _GROUPS]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tensordict.nn import TensorDictModule
+from tensordict.nn import TensorDictModule, TensorDictSequential
 
 from torchrl_sql.envs import AtariVector, Emulator
 from torchrl_sql.evaluation.episodes import EpisodeResult, read_calibration, read_episodes
@@ -206,6 +206,7 @@ def test_a_policy_plays_each_game_as_its_own():
     (row,) = evaluate(policy, "Freeway", protocol)
     assert (row,) == tuple(evaluate(ConstantPolicy(2), "Freeway", protocol)) and row.episode_return > 0
     assert [row.game for row in evaluate(policy, "Freeway-m1", protocol)] == ["Freeway-m1"]
+    assert (row,) == tuple(evaluate(TensorDictSequential(policy), "Freeway", protocol))
     with pytest.raises(ValueError, match=r"the policy has \(Breakout, Freeway\) or variations of them, got \['Pong'\]"):
         evaluate(policy, ["Pong", "Freeway"], protocol)
 
@@ -221,6 +222,7 @@ def test_a_failing_emulator_ends_the_evaluation_with_its_error(monkeypatch):
 
 def test_a_plain_tensordict_module_is_a_policy():
     policy = TensorDictModule(lambda observation: torch.full((len(observation),), 2), ["observation"], ["action"])
+    policy.games = 2  # of its own, whatever it counts
     assert evaluate(policy, "Freeway", SHORT) == evaluate(ConstantPolicy(2), "Freeway", SHORT)
 
 

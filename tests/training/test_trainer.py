@@ -170,7 +170,7 @@ def test_each_step_has_its_learning_rate_also_after_resuming_and_rewinding():
 
     assert rate(trainer) == 0.5
     results = list(trainer.train(3, log_interval=1))
-    assert [result["learning_rate"] for result in results] == [0.5 / 2, 0.5 / 3, 0.5 / 4]  # of the step to come
+    assert [result["learning_rate"] for result in results] == [0.5, 0.5 / 2, 0.5 / 3]
     resumed.load_state_dict(trainer.state_dict())
     assert rate(resumed) == 0.5 / 4
     resumed.rewind(1)

@@ -160,7 +160,9 @@ class Lockstep:
                         self._send(episodes[row], action)
                         self._receive(episodes[row], action)
                 if episodes[row].over is (row == rows[-1]) or episodes[row].crc32 != states[row]["crc32"]:
-                    raise ValueError(f"episode {episodes[row]} is not what it was: is this another version of ale-py?")
+                    raise ValueError(
+                        f"episode {episodes[row]} is not what it was: is this another version of ale-py or torchrl_sql?"
+                    )
             return episodes[rows[-1]]
 
         self.episodes = list(self._starters.map(play, of_emulator))

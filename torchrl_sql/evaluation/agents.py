@@ -225,7 +225,7 @@ class TrainedAgent(Agent):
             checkpoint=digest_of_weights(network),
         )
         place = resolve_device(device or config.trainer.device)
-        tune(place)
+        tune(place, try_algorithms=False)  # an episode that is played again must end as before
         network.to(place)
         folder = path.parent.parent
         in_run = path.parent.name == "checkpoints" and (folder / "config.yaml").is_file()

@@ -63,8 +63,8 @@ def evaluate(
             parameters by which its rows can be told from another's. With a folder, the default of its checkpoint is a
             hash of the policy's parameters.
         policy_games (sequence of str, optional): the games in the order of the policy's ``game_id``; default what the
-            policy itself has as ``policy.games``, else ``games``. A variation that is not among them is played as its
-            game.
+            policy itself, or a module in it, has as ``games``, else ``games``. A variation that is not among them is
+            played as its game.
         gamma (float, optional): discount of training, if the policy writes Q-values as ``action_value`` ``[B, 18]``:
             they are recorded beside the realised returns, see :class:`CalibrationPoint`.
         folder (Path, optional): where ``scores.csv`` (and, with ``gamma``, ``calibration.csv``) are: episodes they
@@ -87,7 +87,7 @@ def evaluate(
     """
     games = resolve_games(games)
     if policy_games is None:
-        policy_games = getattr(policy, "games", games)
+        policy_games = _games_of(policy) or games
     unknown = [game for game in games if place_of(game, policy_games) is None]
     if unknown:
         raise ValueError(
@@ -136,6 +136,14 @@ def evaluate(
                     tables.add(row, [] if gamma is None else _calibration_points(row, played, gamma))
             bar.update()
     return sorted((finished[key] for key in episodes), key=lambda row: row.key)
+
+
+def _games_of(policy: TensorDictModuleBase) -> Sequence[str] | None:
+    """The tuple or list of names that the outermost module with one has."""
+    return next(
+        (games for module in policy.modules() if isinstance(games := getattr(module, "games", None), (tuple, list))),
+        None,
+    )
 
 
 def _identify(policy: TensorDictModuleBase, agent: AgentId | None, *, hashed: bool) -> AgentId:

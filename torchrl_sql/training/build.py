@@ -100,7 +100,7 @@ def build_trainer(
     """
     ranks = ranks or Ranks(0, 1, resolve_device(config.trainer.device))
     prepare_cpu(config.num_threads)
-    tune(ranks.device)
+    tune(ranks.device, try_algorithms=True)
     torch.manual_seed(config.seed)
     device = ranks.device
     if memory_format is None:

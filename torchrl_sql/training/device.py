@@ -75,8 +75,16 @@ def prepare_cpu(num_threads: int | None) -> None:
                 raise OSError(f"mallopt({parameter}, {value}) was refused by {' '.join(platform.libc_ver())}")
 
 
-def tune(device: torch.device) -> None:
-    """Settings for a CUDA device that works on the same shapes at each step; nothing changes on the CPU."""
+def tune(device: torch.device, *, try_algorithms: bool) -> None:
+    """Settings for a CUDA device; nothing changes on the CPU.
+
+    Args:
+        device (torch.device): where the network is.
+
+    Keyword Args:
+        try_algorithms (bool): take the fastest algorithm of each convolution, tried once per shape: for fixed shapes,
+            and where two processes need not agree in the last bits.
+    """
     if device.type == "cuda":
-        torch.backends.cudnn.benchmark = True  # the fastest algorithm of each convolution, tried once
+        torch.backends.cudnn.benchmark = try_algorithms
         torch.set_float32_matmul_precision("high")  # TF32, as torch does convolutions

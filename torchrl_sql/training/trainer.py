@@ -206,9 +206,9 @@ class Trainer:
             else:
                 group["lr"] = learning_rate
 
-    def _scheduled(self) -> list[float]:
-        """Learning rates of the gradient step to come."""
-        factor = 1.0 if self.schedule is None else self.schedule(self.step)
+    def _scheduled(self, step: int | None = None) -> list[float]:
+        """Learning rates of a gradient step, counted from 0; by default of the one to come."""
+        factor = 1.0 if self.schedule is None else self.schedule(self.step if step is None else step)
         return [learning_rate * factor for learning_rate in self._learning_rates]
 
     def _accumulate_gradients(self, batch: TensorDictBase) -> TensorDict:
@@ -258,7 +258,7 @@ class Trainer:
 
         Yields:
             After every ``log_interval``-th step and the last: the mean of each metric over ranks and over the steps
-            since the last result, with ``learning_rate``, ``samples_per_second`` (of all ranks) and
+            since the last result, with ``learning_rate`` (of the last step), ``samples_per_second`` (of all ranks) and
             ``data_wait_fraction`` (share of time spent waiting for data).
 
         Raises:
@@ -293,7 +293,7 @@ class Trainer:
         seconds = torch.tensor([interval.data_seconds, self._interval.started - interval.started], device=self.device)
         data_seconds, all_seconds = self.ranks.mean(seconds).tolist()
         return means | {
-            "learning_rate": self._scheduled()[0],
+            "learning_rate": self._scheduled(self.step - 1)[0],
             "samples_per_second": interval.num_timed_samples * self.ranks.world_size / all_seconds,
             "data_wait_fraction": data_seconds / all_seconds,
         }
