@@ -58,8 +58,9 @@ def test_probes_read_the_encoders_of_runs_that_only_prepare_others_before_the_pa
     ]  # fmt: skip
     assert tasks["probe"].after == ["train-bc-seed0", "train-bc-seed1"] and "probe" in tasks["report"].after
     assert tasks["probe"].makes == ["probes.json", "probes.png"]
+    make_study(("{main: q,", "{main: q, probes: [Alien],"), unplayed)
     with pytest.raises(ConfigError, match=r"report.probes must be games with labels \(.*Pong.*\), got 'Alien'"):
-        plan_study(make_study(("{main: q,", "{main: q, probes: [Alien],"), unplayed), tmp_path)
+        read_study(str(tmp_path / "study.yaml"), [], None)
     parse(tasks["probe"].arguments)
     for changes in ([asked], [asked, unplayed, ("method=bc]", "method=mgdt, model=mgdt_small]")]):
         with pytest.raises(ConfigError, match=r"report.probes needs a run with decode: \[\] and an encoder of stacked"):

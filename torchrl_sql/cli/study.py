@@ -84,6 +84,11 @@ def read_study(name: str, overrides: Sequence[str], seeds: Sequence[int] | None)
     data_seed = [f"collection.seed={study.seeds[0]}"] if seeds else []
     changed = replace(study, common=combined(data_seed, study.common, rest), seeds=list(seeds or study.seeds))
     check_study(changed)
+    if study.report.probes:
+        from torchrl_sql.envs.labels import LABELS  # imports torch
+
+        if unlabelled := [game for game in study.report.probes if game not in LABELS]:
+            raise ConfigError(f"report.probes must be games with labels ({', '.join(LABELS)}), got {unlabelled[0]!r}")
     return changed
 
 
