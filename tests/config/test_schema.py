@@ -128,9 +128,17 @@ def test_every_scale_model_and_method_compose_and_round_trip_through_yaml(scale,
 
 
 @pytest.mark.parametrize("scale", list_choices("scale"))
-def test_a_scale_leaves_the_method_alone_and_yields_to_the_command_line(scale):
-    words = [f"scale={scale}", "data.store=store"]
-    plain, chosen = compose_run_config(words), compose_run_config([*words, "model=q_network", "data.batch_size=7"])
-    assert plain.method == compose_run_config(["scale=paper", "data.store=store"]).method
-    assert chosen.model == compose_run_config(["scale=paper", "model=q_network", "data.store=store"]).model
-    assert chosen.data.batch_size == 7
+def test_only_the_scale_of_a_method_chooses_it_and_all_yield_to_the_command_line(scale):
+    words, model = [f"scale={scale}", "data.store=store"], ["method=cql_c51", "model=q_network"]
+    plain, chosen = compose_run_config(words), compose_run_config([*words, *model, "data.batch_size=7"])
+    assert plain.method.name == ("mgdt" if scale == "paper_mgdt" else "cql")
+    assert chosen == compose_run_config([*words, "data.batch_size=7", *model])
+    paper = compose_run_config(["scale=paper", "data.store=store"])
+    assert (chosen.method, chosen.model, chosen.data.batch_size) == (paper.method, paper.model, 7)
+
+
+def test_the_scale_of_mgdt_is_its_authors_largest():
+    config = compose_run_config(["scale=paper_mgdt", "data.store=store"])
+    assert (config.model, config.optim.name) == (
+        compose_run_config(["scale=paper", "method=mgdt", "model=mgdt_200m", "data.store=store"]).model, "lamb"
+    )  # fmt: skip
