@@ -62,7 +62,7 @@ def test_the_recipes_make_a_method_that_trains_and_plays_and_has_a_setting(copy)
     assert played.returncode == 0, played.stderr
     assert "filtered" in (folder / "run" / "scores.csv").read_text()
     reported = run("report", "run")
-    assert "Filtered BC" in reported.stdout, reported.stderr
+    assert "Filtered" in reported.stdout, reported.stderr
 
     assert "no setting 'method.least_reward'" in run("train", *settings, "method.least_reward=0.5").stderr
     follow("A setting", folder)

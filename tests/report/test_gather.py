@@ -118,12 +118,12 @@ def test_sizes_are_a_family_where_asked_for(tmp_path):
     agents = {agent.agent: agent for agent in data.agents}
     assert [*agents] == ["resnet34", "resnet18", "resnet50", "bc"] and data.x == "parameters"
     assert {name: agent.family for name, agent in agents.items()} == {
-        "resnet34": "Scaled QL", "resnet18": "Scaled QL", "resnet50": "Scaled QL", "bc": "BC",
+        "resnet34": "cql", "resnet18": "cql", "resnet50": "cql", "bc": "BC",
     }  # fmt: skip
     assert agents["resnet50"].x > agents["resnet34"].x > agents["resnet18"].x > 10_000
-    assert agents["resnet34"].label == f"Scaled QL {agents['resnet34'].num_parameters / 1e6:.0f}M"
+    assert agents["resnet34"].label == f"cql {agents['resnet34'].num_parameters / 1e6:.0f}M"
     assert agents["bc"].label == "BC"
-    assert [agent.label for agent in gather(paths).agents] == ["Scaled QL", "resnet18", "BC", "resnet50"]
+    assert [agent.label for agent in gather(paths).agents] == ["resnet34", "resnet18", "BC", "resnet50"]
 
 
 def test_a_setting_is_an_axis_and_other_differences_are_other_families(tmp_path, capsys):
@@ -140,8 +140,8 @@ def test_a_setting_is_an_axis_and_other_differences_are_other_families(tmp_path,
     agents = gather(paths, x="data.first_fraction").agents
     found = {agent.agent: (agent.family, agent.x, agent.label) for agent in agents}
     assert found == {
-        "first": ("Scaled QL", 0.1, "Scaled QL first_fraction=0.1"),
-        "whole": ("Scaled QL", 1.0, "Scaled QL first_fraction=1"),
+        "first": ("cql", 0.1, "cql first_fraction=0.1"),
+        "whole": ("cql", 1.0, "cql first_fraction=1"),
         "mse_first": ("mse", 0.1, "mse first_fraction=0.1"),
         "mse_whole": ("mse", 1.0, "mse first_fraction=1"),
     }
@@ -167,7 +167,7 @@ def test_families_of_one_beginning_all_have_a_name(tmp_path):
 
 def test_an_ablation_is_called_by_its_name_and_is_no_size(tmp_path):
     changes = {
-        "ours": "model.encoder=resnet34",
+        "scaled_ql": "model.encoder=resnet34",
         "larger_without_norm": "model.encoder=resnet50 model.feature_norm=false",
         "impala": "model.encoder=impala",
         "mse": "model.encoder=resnet50 method=cql_mse",
@@ -176,11 +176,13 @@ def test_an_ablation_is_called_by_its_name_and_is_no_size(tmp_path):
     for name, overrides in changes.items():
         folder = run_folder(tmp_path / name, *overrides.split(), name=name)
         write(folder / "scores.csv", episodes(name))
-    data = gather([tmp_path / name for name in changes])
-    assert {(a.agent, a.label, a.family) for a in data.agents} == {
-        ("ours", "Scaled QL", None), *((name, name, None) for name in changes if name != "ours")
-    }  # fmt: skip
-    assert data.agents[0].agent == "ours" and set(data.settings) == {a.label for a in data.agents}
+    labels = {name: "Scaled QL" if name == "scaled_ql" else name for name in changes}
+    for first in changes:  # whoever comes first
+        data = gather([tmp_path / name for name in sorted(changes, key=lambda name: name != first)])
+        assert {(a.agent, a.label, a.family) for a in data.agents} == {(*item, None) for item in labels.items()}
+        assert data.agents[0].agent == first and set(data.settings) == {a.label for a in data.agents}
+    alone = gather([tmp_path / "impala"])
+    assert [agent.label for agent in alone.agents] == ["impala"]
 
 
 CHANGES = ("method.cql_alpha=0.7", "data.batch_size=7", "trainer.num_gradient_steps=300")

@@ -31,7 +31,7 @@ class Method(ABC):
     """
 
     label: ClassVar[str]
-    """Short name on pages."""
+    """On pages, of the run that is named the same: ``"Scaled QL"`` of ``scaled_ql``."""
     values: ClassVar[Literal["q", "logits", "none"]]
     """What ``action_value`` means: expected returns, a policy's logits; ``none`` for a method that does not act."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -23,8 +24,9 @@ PARAMETERS = "parameters"
 def find_agents(runs: Sequence[RunConfig], episodes: Sequence[EpisodeResult], x: str | None = None) -> list[Agent]:
     """Every agent of the tables but constant actions, the runs first, in the order given.
 
-    The first run of a method is called by the method, every other run, an ablation say, by its name. With ``x``, runs
-    that differ in nothing else are a family; its members are called by the family and their place on the axis.
+    A run that has its method's name, ``scaled_ql`` or ``bc``, is called by the method, every other run, an ablation say,
+    by its own name. With ``x``, runs that differ in nothing else are a family; its members are called by the family and
+    their place on the axis.
 
     Args:
         runs (sequence of RunConfig): evaluated runs.
@@ -73,8 +75,9 @@ def find_agents(runs: Sequence[RunConfig], episodes: Sequence[EpisodeResult], x:
 
 
 def _families(configs: Mapping[str, RunConfig], x: str | None) -> dict[str, str]:
-    """By a run's name, what it and those that differ from it in ``x`` only are called: the method's label, or the words
-    that their names begin with where another family has it, and where runs start from others or learn online.
+    """By a run's name, what it and those that differ from it in ``x`` only are called: the words that their names begin
+    with, as the method's label if they say the same (``bc_transformer`` is BC (transformer)) and no run starts from
+    another or learns online.
     """
     groups: list[tuple[dict[str, Any], list[str]]] = []
     for name, config in configs.items():
@@ -93,8 +96,11 @@ def _families(configs: Mapping[str, RunConfig], x: str | None) -> dict[str, str]
     for _, names in groups:
         words = zip(*(name.split("_") for name in names), strict=False)
         shared = "_".join(each[0] for each in takewhile(lambda each: len({*each}) == 1, words))
-        of_method = () if named_by_run else (METHODS[configs[names[0]].method.name].label,)
-        labels = (*of_method, shared or names[0], names[0])
+        method = configs[names[0]].method.name
+        label = METHODS[method].label
+        plain = re.sub(r"\W+", "_", label.lower()).strip("_")
+        is_plain = shared == plain and not named_by_run and (plain in names or plain not in configs)
+        labels = (*[label] * is_plain, shared or method, names[0])
         taken = {*families.values(), *configs} - {*names}
         families |= dict.fromkeys(names, next(label for label in labels if label not in taken))
     return families
