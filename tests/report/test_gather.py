@@ -509,6 +509,57 @@ def test_a_study_gives_its_title_and_who_is_compared(tmp_path):
     assert (data.x, data.agents[0].x) == ("parameters", data.agents[0].num_parameters)
 
 
+STUDY = (
+    "title: T\nseeds: [0, 1]\ndata: collect\n"
+    "runs: {no_cql: {}, scaled_ql: {}, bc: {set: [method=bc], decode: [greedy, sampled]}, mgdt: {decode: [expert]}}\n"
+    "report: {main: scaled_ql, against: [bc, mgdt]}\n"
+)
+
+
+def study_folder(folder, runs, text=STUDY):
+    """A study with these runs evaluated, each with two seeds and its returns."""
+    (folder / "study.yaml").write_text(text)
+    for name, (value, *overrides) in runs.items():
+        for seed in (0, 1):
+            run = run_folder(folder / name / f"seed{seed}", *overrides, name=name, seed=seed)
+            write(run / "scores.csv", episodes(name, seed=seed, value=value + seed / 10, count=3))
+    return folder
+
+
+def test_nobody_stands_in_for_the_agent_that_a_study_is_about(tmp_path, capsys):
+    study = study_folder(tmp_path, {"no_cql": (9.0, "method.cql_alpha=0"), "bc": (1.0, "method=bc")})
+    assert main(["report", str(study)]) == 0
+    page, printed = (tmp_path / "report.html").read_text(), capsys.readouterr().out
+    said = "scaled_ql, which the page is about, has no scores yet: nothing is compared."
+    assert said in page and said in printed and "<p>scaled_ql has no scores yet.</p>" in page
+    assert "Scaled QL" not in page.replace("Scaled QL 80M", "") and "scores higher" not in printed
+    assert "<h3>Findings</h3>" not in page and not (tmp_path / "report_files" / "comparison.csv").exists()
+    assert findings(Analysis(gather([study], main="no_cql")))  # who is asked for is compared
+
+
+def test_those_whom_a_study_compares_with_have_no_stand_in_either(tmp_path):
+    study = study_folder(tmp_path, {"no_cql": (9.0, "method.cql_alpha=0"), "scaled_ql": (5.0,)})
+    data = gather([study])
+    assert (data.main, data.against, data.absent) == ("Scaled QL", [], None)
+    assert not any("no_cql" in text for _, text in findings(Analysis(data)))
+    assert gather([study], agents=["scaled_ql", "no_cql"]).against is None  # these two were asked for
+    assert gather([study], against=["no_cql"]).against == ["no_cql"]
+
+
+def test_decodings_that_a_study_no_longer_names_are_left_out_and_named(tmp_path):
+    study = study_folder(tmp_path, {"scaled_ql": (5.0,), "bc": (1.0, "method=bc")})
+    write(study / "bc" / "seed0" / "scores.csv", episodes("bc", decoding="sampled"))
+    said = "Not shown, for the study names no such decoding, though episodes are in the tables: bc sampled."
+    data = gather([study])
+    assert [agent.label for agent in data.agents] == ["Scaled QL", "BC greedy", "BC sampled"]
+    assert said not in data.caveats
+    (study / "study.yaml").write_text(STUDY.replace("[greedy, sampled]", "[greedy]"))
+    data = gather([study])
+    assert [agent.label for agent in data.agents] == ["Scaled QL", "BC"] and said in data.caveats
+    alone = gather([study / "bc" / "seed0"])  # outside its study
+    assert [agent.label for agent in alone.agents] == ["BC greedy", "BC sampled"]
+
+
 def test_a_score_that_is_no_number_is_named_by_line(tmp_path, capsys):
     table = write(tmp_path / "scores.csv", episodes(value=7.25))
     table.write_text(table.read_text().replace("7.25", "nan", 1))

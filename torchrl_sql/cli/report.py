@@ -68,7 +68,7 @@ def _report(args: argparse.Namespace) -> None:
         games=None if args.games is None else resolve_games(args.games),
         agents=_names(args.agents),
         main=args.main,
-        against=_names(args.against),
+        against=_names(args.against) or None,
         x=args.x,
         step=args.step,
         aggregate=args.aggregate,

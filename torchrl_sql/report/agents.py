@@ -115,22 +115,24 @@ def _place(config: RunConfig, x: str, num_parameters: int) -> float:
     return value
 
 
-def arrange(agents: Sequence[Agent], main: str | None, against: Sequence[str]) -> tuple[list[Agent], list[str] | None]:
+def arrange(
+    agents: Sequence[Agent], main: str | None, against: Sequence[str] | None
+) -> tuple[list[Agent], list[str] | None]:
     """The agents in the order of the page, and the labels of those that the first one is compared with.
 
     Args:
         agents (sequence of Agent): as :func:`find_agents` gives them.
         main (str, optional): name or label of the agent that the page is about; by default the first.
-        against (sequence of str): names or labels; if empty, the second result is None.
+        against (sequence of str, optional): names or labels; if None, the second result is None.
 
     Raises:
         ValueError: for a name that no agent has.
     """
     first = agents[0] if main is None else named(agents, main, "--main")[0]
-    compared = [agent for name in against for agent in named(agents, name, "--against") if agent != first]
+    compared = [agent for name in against or () for agent in named(agents, name, "--against") if agent != first]
     rest = [agent for agent in agents if agent != first and agent not in compared]
     rest.sort(key=lambda agent: agent.family is None or agent.family != first.family)
-    return [first, *compared, *rest], [agent.label for agent in compared] or None
+    return [first, *compared, *rest], None if against is None else [agent.label for agent in compared]
 
 
 def named(agents: Sequence[Agent], name: str, option: str) -> list[Agent]:

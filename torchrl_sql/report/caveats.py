@@ -31,6 +31,8 @@ def caveats(analysis: Analysis) -> list[str]:
 
 def _of_agents(analysis: Analysis) -> Iterator[str]:
     games = analysis.data.games
+    if (absent := analysis.data.absent) is not None:
+        yield f"{absent}, which the page is about, has no scores yet: nothing is compared."
     for agent in analysis.data.agents:
         label = agent.label
         if agent not in analysis.agents:

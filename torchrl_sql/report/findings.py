@@ -37,12 +37,13 @@ _RELATIONS: dict[Verdict, str] = {
 
 
 def findings(analysis: Analysis) -> list[Finding]:
-    """The conclusions a reader needs first.
+    """The conclusions a reader needs first; none if the agent that the page is about has no scores.
 
-    The comparison table has every policy and game; sentences are spent on the aggregates, on the first agent that the
-    main one is compared with and the behaviour itself (what offline RL must beat), on a constant action that does as
-    well, on seeds and humans.
+    The comparison table has every policy and game; sentences are spent on the agents that the main one is compared with
+    and the behaviour itself (what offline RL must beat), on a constant action that does as well, on seeds and humans.
     """
+    if analysis.data.absent is not None:
+        return []
     return [
         *_aggregate_findings(analysis),
         *_game_findings(analysis),

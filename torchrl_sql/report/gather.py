@@ -47,7 +47,7 @@ def gather(
     games: Sequence[str] | None = None,
     agents: Sequence[str] = (),
     main: str | None = None,
-    against: Sequence[str] = (),
+    against: Sequence[str] | None = None,
     x: str | None = None,
     step: int | None = None,
     aggregate: bool = False,
@@ -64,7 +64,8 @@ def gather(
     Keyword Args:
         games (sequence of str, optional): those to report; by default the games of the main agent's run.
         agents (sequence of str): those to report, by name or label; by default all.
-        main (str, optional): the agent that the page is about; by default the first run.
+        main (str, optional): the agent that the page is about; by default the first run. That of a study may have no
+            scores yet: then the page says so and compares nothing.
         against (sequence of str): agents that it is compared with; by default all others.
         x (str, optional): what runs differ in along an axis, see :func:`find_agents`.
         step (int, optional): gradient steps at which trained agents are compared, see :class:`ReportData`.
@@ -79,19 +80,25 @@ def gather(
     studies = {path: load_study(path / STUDY_FILE) for path in paths if (path / STUDY_FILE).is_file()}
     tables, caveats = _find_tables(paths, studies)
     episodes, calibration = _read_tables(tables)
+    episodes, unnamed = _named_decodings(episodes, studies)
     runs = _find_runs(tables)
     _check_seeds_alike(runs)
-    caveats += _unevaluated(runs, episodes)
+    caveats += [*unnamed, *_unevaluated(runs, episodes)]
     evaluated = {row.agent for row in episodes}
     runs = [run for run in runs if run.config.name in evaluated]
     study = next(iter(studies.values())) if len(paths) == len(studies) == 1 else None
     x = x or (study.report.x if study else None)
     found = find_agents([run.config for run in runs], episodes, x)
     kept = [agent for name in agents for agent in named(found, name, "--agents")] or found
+    absent = None
     if study is not None:
+        planned = study.report.main or next(iter(study.runs))
+        absent = planned if main is None and planned not in evaluated else None
         names = {agent.agent for agent in kept}
-        main = main or next((name for name in (study.report.main, *study.runs) if name in names), None)
-        against = against or [name for name in study.report.against if name in names]
+        main = main or (planned if planned in names else None)
+        there = [name for name in study.report.against if name in names]
+        if against is None and study.report.against and (there or not agents):  # else all that were asked for
+            against = there
     ordered, compared = arrange([agent for agent in found if agent in kept], main, against)
     labels: dict[str, str] = {}
     for agent in ordered:
@@ -119,6 +126,7 @@ def gather(
         agents=ordered,
         episodes=[row for row in episodes if row.agent in labels],
         main=ordered[0].label if main else "",
+        absent=absent,
         against=compared,
         x=x,
         step=step,
@@ -161,6 +169,22 @@ def _read_tables(tables: Sequence[Path]) -> tuple[list[EpisodeResult], list[Cali
     scores, calibration = Path(SCORES).stem, Path(CALIBRATION).stem
     beside = [table.with_name(table.name.replace(scores, calibration, 1)) for table in tables if scores in table.name]
     return episodes, _read(beside, read_calibration)
+
+
+def _named_decodings(
+    episodes: Sequence[EpisodeResult], studies: Mapping[Path, StudyConfig]
+) -> tuple[list[EpisodeResult], list[str]]:
+    """The episodes but those of decodings that their study no longer names, and what is to be said of these."""
+    named: dict[str, set[str]] = {}
+    for study in studies.values():
+        for name, run in study.runs.items():
+            if run.decode:
+                named.setdefault(name, set()).update(run.decode)
+    kept = [row for row in episodes if row.agent not in named or row.decoding in named[row.agent]]
+    pairs = dict.fromkeys((row.agent, row.decoding) for row in episodes)
+    others = [f"{agent} {decoding}" for agent, decoding in pairs if decoding not in named.get(agent, (decoding,))]
+    text = f"Not shown, for the study names no such decoding, though episodes are in the tables: {', '.join(others)}."
+    return kept, [text] if others else []
 
 
 def _find_runs(tables: Sequence[Path]) -> list[_Run]:

@@ -161,6 +161,8 @@ def _render(
 
 def _summary(analysis: Analysis) -> str:
     """The page in a sentence: who, against whom, on what."""
+    if analysis.data.absent is not None:
+        return f"{analysis.data.absent} has no scores yet."
     others = " and ".join(agent.label for agent in analysis.against)
     runs = analysis.runs[analysis.main.label]
     parts = [analysis.main.label + (f" against {others}" if others else "")]

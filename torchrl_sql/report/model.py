@@ -164,6 +164,7 @@ class ReportData:
         games (sequence of str): the games, in the order shown. An agent that lacks some is left out of aggregates.
         agents (sequence of Agent): at least one.
         main (str): label of the agent that the page is about; by default the first.
+        absent (str, optional): name of the agent that the page is about, if it has no scores: then none is compared.
         against (sequence of str, optional): labels of the agents that findings compare it with; by default all others
             outside its family; of another family, the one that has the main agent's place in it.
         x (str, optional): what agents of a family differ in along an axis, e.g. ``"parameters"``.
@@ -191,6 +192,7 @@ class ReportData:
     agents: Sequence[Agent]
     episodes: Sequence[EpisodeResult]
     main: str = ""
+    absent: str | None = None
     against: Sequence[str] | None = None
     x: str | None = None
     step: int | None = None

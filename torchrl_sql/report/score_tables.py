@@ -121,7 +121,7 @@ def comparison_table(analysis: Analysis) -> Table:
     kinds: tuple[Verdict, ...] = ("higher", "not distinguishable", "lower", "unknown")
     records = []
     for policy in analysis.policy_columns:
-        if policy in (main, RANDOM, HUMAN, DQN):
+        if policy in (main, RANDOM, HUMAN, DQN) or analysis.data.absent is not None:
             continue
         verdicts = analysis.verdicts(policy)
         chance = analysis.probability_of_improvement(policy) if policy in analysis.runs else None
@@ -195,7 +195,8 @@ def area_span(analysis: Analysis) -> str:
 def area_table(analysis: Analysis) -> Table:
     """Agents by the areas under their learning curves; of many games, only that of all is shown."""
     steps, main = analysis.learning.area_steps, analysis.main.label
-    verdicts = {label: analysis.area_verdicts(label) for label in analysis.learning.areas if label != main}
+    compared = [] if analysis.data.absent is not None else [label for label in analysis.learning.areas if label != main]
+    verdicts = {label: analysis.area_verdicts(label) for label in compared}
     records = [
         {
             "policy": label,
