@@ -546,6 +546,19 @@ def test_those_whom_a_study_compares_with_have_no_stand_in_either(tmp_path):
     assert gather([study], against=["no_cql"]).against == ["no_cql"]
 
 
+def test_a_study_names_further_pairs_which_are_compared_by_all_their_decodings(tmp_path):
+    text = STUDY.replace("[bc, mgdt]", "[mgdt], pairs: [[no_cql, bc], [mgdt, bc]]")
+    study = study_folder(tmp_path, {"no_cql": (9.0,), "scaled_ql": (5.0,), "bc": (1.0, "method=bc")}, text)
+    for seed in (0, 1):
+        table = study / "bc" / f"seed{seed}" / "scores.csv"
+        write(table, episodes("bc", seed=seed, decoding="sampled", value=1.0 + seed / 10, count=3))
+    data = gather([study])
+    assert data.pairs == [("no_cql", "BC greedy"), ("no_cql", "BC sampled")]  # mgdt is not evaluated yet
+    found = [text for _, text in findings(Analysis(data)) if "scores higher" in text]
+    assert found == [f"no_cql scores higher than BC {decoding} on Breakout and Freeway."
+                     for decoding in ("greedy", "sampled")]  # fmt: skip
+
+
 def test_decodings_that_a_study_no_longer_names_are_left_out_and_named(tmp_path):
     study = study_folder(tmp_path, {"scaled_ql": (5.0,), "bc": (1.0, "method=bc")})
     write(study / "bc" / "seed0" / "scores.csv", episodes("bc", decoding="sampled"))

@@ -213,6 +213,30 @@ def test_findings_compare_with_the_agents_asked_for():
     assert [row[0].text for row in comparison_table(Analysis(data)).rows][:2] == ["Ours", "Third"]
 
 
+def test_findings_judge_all_that_the_main_agent_is_compared_with_and_further_pairs():
+    """Third scores 100 more than Ours, who is above BC in Freeway; it and BC are a pair too."""
+    third = Agent(agent="third", label="Third")
+    rows = [*make().episodes]
+    rows += [
+        dataclasses.replace(row, agent="third", episode_return=row.episode_return + 100)
+        for row in make().episodes
+        if row.agent == "ours"
+    ]
+    fields = {"agents": [OURS, BC, third], "episodes": rows, "against": ["BC greedy", "Third"]}
+    found = {text: kind for kind, text in findings(Analysis(make(**fields)))}
+    assert found["Ours scores higher than BC greedy on Freeway."] == "for"
+    assert found["Third scores higher than Ours on Breakout and Freeway."] == "against"
+    assert not any("Third" in text and "BC" in text for text in found)
+    of_pair = {kind: text for kind, text in findings(Analysis(make(**fields, pairs=[("BC greedy", "Third")])))
+               if "Third" in text and "BC" in text}  # fmt: skip
+    assert of_pair == {"against": "Third scores higher than BC greedy on Breakout and Freeway."}
+    pairs = [("Third", "BC greedy")]
+    aggregated = [*findings(Analysis(make(**fields, pairs=pairs, aggregate=True)))]
+    assert any(kind == "for" and ": Third" in text and "is higher than BC greedy" in text for kind, text in aggregated)
+    with pytest.raises(ValueError, match=r"among the labels of the agents .*'Fourth'"):
+        make(**fields, pairs=[("Third", "Fourth")])
+
+
 def test_scores_and_lists_read_well():
     assert [format_score(v) for v in (9.44, -20.96, 312.4, 49100.0)] == ["9.4", "-21.0", "312", "49,100"]
     assert [format_size(v) for v in (79_456_000, 3_420_000, 850_000)] == ["79M", "3.4M", "850k"]
@@ -295,6 +319,28 @@ def test_a_family_is_a_line_along_the_axis():
     assert {plot.name for plot in line_plots(analysis, analysis.lines, name="a", axis="x")} == {"a", "a_by_game_1"}
     (found,) = (text for kind, text in findings(analysis) if "by data.first_fraction" in text)
     assert "at first_fraction=0.5, " in found and found.endswith("the last is higher than the first.")
+
+
+def test_each_family_s_ends_are_compared_game_by_game_where_nothing_is_aggregated():
+    """Ours grows along the axis; of the other family the larger agent is as good in one game, worse in another."""
+    agents, rows = family(1, 2)
+    others = [
+        dataclasses.replace(agent, agent=f"mse{agent.x}", label=f"mse {agent.x}", family="mse") for agent in agents
+    ]
+    for agent, freeway in zip(others, (30, 10), strict=True):
+        for seed in range(3):
+            rows += episodes(agent.agent, "Breakout", [5 + seed], seed=seed)
+            rows += episodes(agent.agent, "Freeway", [freeway + seed], seed=seed)
+    analysis = Analysis(make(agents=[*agents, *others], episodes=rows, main="Ours 2", x="parameters"))
+    found = {text: kind for kind, text in findings(analysis) if text.startswith("By parameters, ")}
+    assert found == {
+        "By parameters, Ours 2 scores higher than Ours 1 on Breakout and Freeway.": "for",
+        "By parameters, mse 1 is not distinguishable from mse 2 on Breakout.": "note",
+        "By parameters, mse 1 scores higher than mse 2 on Freeway.": "note",
+    }
+    analysis = Analysis(make(agents=[*agents, *others], episodes=rows, main="Ours 2", x="parameters", aggregate=True))
+    kinds = {text.split(": ")[1].split()[0]: kind for kind, text in findings(analysis) if "by parameters: " in text}
+    assert kinds == {"Ours": "for", "mse": "note"}
 
 
 def test_others_are_compared_at_the_place_of_the_main_agent():

@@ -202,6 +202,13 @@ def test_claims_are_studied_at_three_scales_with_three_seeds(name):
     assert load_study(find_study(name), store="store").seeds == [0, 1, 2]
 
 
+def test_methods_are_compared_on_each_part_of_the_data():
+    study = load_study(find_study("data_quality"), store="store")
+    compared = [[study.report.main, other] for other in study.report.against] + study.report.pairs
+    parts = ("first", "all", "last")
+    assert compared == [[f"scaled_ql_{part}", f"{other}_{part}"] for part in parts for other in ("bc", "mgdt")]
+
+
 @pytest.mark.parametrize(
     ("name", "scale", "shared"),
     [

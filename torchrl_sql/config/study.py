@@ -48,7 +48,9 @@ class StudyReport:
     main: str | None = None
     """The run it is about; ``None`` for the first."""
     against: list[str] = field(default_factory=list)
-    """Runs that the main one is compared with."""
+    """Runs that the main one is compared with; none for all others."""
+    pairs: list[list[str]] = field(default_factory=list)
+    """Further runs to compare, the first of two with the second."""
     games: list[str] = field(default_factory=list)
     """Those of the page; by default the main run's."""
     constant_actions: int = 0
@@ -169,7 +171,11 @@ def check_study(study: StudyConfig) -> None:
     main = study.report.main or earlier[0]
     if main in study.runs and not study.runs[main].decode:
         raise ConfigError(f"runs.{main}.decode must name a decoding, for the page is about this run, got none")
-    for key, names in (("main", [study.report.main] if study.report.main else []), ("against", study.report.against)):
+    pairs = study.report.pairs
+    if alone := [pair for pair in pairs if len({*pair}) < 2 or len(pair) > 2]:
+        raise ConfigError(f"report.pairs must each be two runs, got {alone[0]}")
+    main_run = [study.report.main] if study.report.main else []
+    for key, names in (("main", main_run), ("against", study.report.against), ("pairs", chain(*pairs))):
         if unknown := [name for name in names if name not in study.runs]:
             raise ConfigError(f"report.{key} must be among the runs ({_list(study.runs)}), got {unknown[0]!r}")
     if study.report.constant_actions < 0:
@@ -252,6 +258,7 @@ _NAMES: dict[Any, str] = {
     int: "a whole number",
     str | None: "text",
     list[str]: "a list of text",
+    list[list[str]]: "a list of pairs",
     list[int]: "a list of whole numbers",
     list[int] | None: "a list of whole numbers",
     dict[str, StudyRun]: "names with settings",

@@ -24,9 +24,9 @@ PARAMETERS = "parameters"
 def find_agents(runs: Sequence[RunConfig], episodes: Sequence[EpisodeResult], x: str | None = None) -> list[Agent]:
     """Every agent of the tables but constant actions, the runs first, in the order given.
 
-    A run that has its method's name, ``scaled_ql`` or ``bc``, is called by the method, every other run, an ablation say,
-    by its own name. With ``x``, runs that differ in nothing else are a family; its members are called by the family and
-    their place on the axis.
+    A run that is named like its method, ``scaled_ql`` or ``bc``, is called by the method's label; every other, an
+    ablation say, by its own name. With ``x``, runs that differ in nothing else are a family; its members are called by
+    the family and their place on the axis.
 
     Args:
         runs (sequence of RunConfig): evaluated runs.

@@ -145,6 +145,13 @@ class Analysis:
         ours = places.get(self.main)
         return [agent for agent in others if agent not in self.family and places.get(agent, ours) == ours]
 
+    @cached_property
+    def comparisons(self) -> list[tuple[Agent, Agent]]:
+        """Whom findings compare: the main agent with each of :attr:`against`, then the page's further pairs."""
+        by_label = {agent.label: agent for agent in self.agents}
+        pairs = [(by_label[one], by_label[other]) for one, other in self.data.pairs if {one, other} <= {*by_label}]
+        return [(self.main, other) for other in self.against] + pairs
+
     @property
     def family(self) -> list[Agent]:
         """The main agent's family, itself included, by place on the axis; empty if it has none."""
@@ -357,9 +364,11 @@ class Analysis:
         pair = _in_common(self.runs[self.main.label], self.runs[other])
         return None if pair is None else probability_of_improvement(*pair)
 
-    def verdicts(self, other: str) -> dict[str, Verdict]:
-        """How the main agent compares with another policy in each game known of both, by their difference."""
-        runs = self.runs[self.main.label]
+    def verdicts(self, other: str, of: str | None = None) -> dict[str, Verdict]:
+        """How an agent, by default the main one, compares with another policy in each game known of both, by their
+        difference.
+        """
+        runs = self.runs[of or self.main.label]
         if other in self.runs:
             pair = _in_common(runs, self.runs[other])
             differences = {} if pair is None else game_differences(*pair)

@@ -12,11 +12,11 @@ from torchrl_sql.statistics.intervals import Interval, Verdict, aggregates, verd
 from torchrl_sql.statistics.scores import split_by_reference
 
 Kind = Literal["for", "equal", "against", "open", "note"]
-"""``"open"`` is no verdict, which must not look like equality; a note is no comparison."""
+"""``"open"`` is no verdict, which must not look like equality; a note is no comparison with the agent it speaks for."""
 
 
 class Finding(NamedTuple):
-    """A conclusion and how it speaks of the main agent."""
+    """A conclusion and how it speaks of the main agent, or of the first of a further pair."""
 
     kind: Kind
     text: str
@@ -46,6 +46,7 @@ def findings(analysis: Analysis) -> list[Finding]:
         return []
     return [
         *_aggregate_findings(analysis),
+        *_family_findings(analysis),
         *_game_findings(analysis),
         *_area_findings(analysis),
         *_zero_shot_findings(analysis),
@@ -57,23 +58,41 @@ def findings(analysis: Analysis) -> list[Finding]:
 
 def _aggregate_findings(analysis: Analysis) -> list[Finding]:
     estimates = analysis.aggregates("human")
-    main = analysis.main.label
-    over = f"Human-normalised IQM over {plural(len(analysis.aggregate_games('human')), 'game')}"
     found = []
-    for other in (agent.label for agent in analysis.against if {main, agent.label} <= {*estimates}):
-        relation = verdict(analysis.iqm_difference(main, other))
-        ours, theirs = (_iqm(estimates[label]["IQM"]) for label in (main, other))
-        found.append(Finding(_KINDS[relation], f"{over}: {main} {ours} is {_RELATIONS[relation]} {other} {theirs}."))
-    family = [agent for agent in analysis.family if agent.label in estimates]
-    if len(family) > 1:
-        relation = verdict(analysis.iqm_difference(family[-1].label, family[0].label))
-        axis = analysis.data.x or ""
-        places = ", ".join(
-            f"{_iqm(estimates[agent.label]['IQM'])} at {format_x(agent.x or 0.0, axis)}" for agent in family
-        )
-        text = f"{over}, by {axis}: {analysis.main.family} {places}; the last is {_RELATIONS[relation]} the first."
-        found.append(Finding(_KINDS[relation], text))
+    for one, other in ((one.label, other.label) for one, other in analysis.comparisons):
+        if {one, other} <= {*estimates}:
+            relation = verdict(analysis.iqm_difference(one, other))
+            ours, theirs = (_iqm(estimates[label]["IQM"]) for label in (one, other))
+            text = f"{_over(analysis)}: {one} {ours} is {_RELATIONS[relation]} {other} {theirs}."
+            found.append(Finding(_KINDS[relation], text))
     return found
+
+
+def _family_findings(analysis: Analysis) -> list[Finding]:
+    """Each family's last place on the axis against its first, by aggregates or game by game; those of other families
+    than the main agent's are notes.
+    """
+    estimates, axis = analysis.aggregates("human"), analysis.data.x or ""
+    found = []
+    for name, family in analysis.families.items():
+        first, last = family[0].label, family[-1].label
+        if {first, last} <= {*estimates}:
+            relation = verdict(analysis.iqm_difference(last, first))
+            places = ", ".join(
+                f"{_iqm(estimates[agent.label]['IQM'])} at {format_x(agent.x or 0.0, axis)}"
+                for agent in family
+                if agent.label in estimates
+            )
+            text = f"{_over(analysis)}, by {axis}: {name} {places}; the last is {_RELATIONS[relation]} the first."
+            of_family = [Finding(_KINDS[relation], text)]
+        else:
+            of_family = _by_game(last, first, analysis.verdicts(first, of=last), f"By {axis}, ")
+        found += [each if name == analysis.main.family else each._replace(kind="note") for each in of_family]
+    return found
+
+
+def _over(analysis: Analysis) -> str:
+    return f"Human-normalised IQM over {plural(len(analysis.aggregate_games('human')), 'game')}"
 
 
 def _iqm(interval: Interval) -> str:
@@ -82,11 +101,11 @@ def _iqm(interval: Interval) -> str:
 
 def _game_findings(analysis: Analysis) -> list[Finding]:
     main = analysis.main.label
-    names = {agent.label: agent.label for agent in analysis.against[:1]}
-    if not _played_its_data(analysis):
-        names[BEHAVIOUR] = "the behaviour mean of the data"
-    names[BEST_CONSTANT] = "the best constant action"
     found = []
+    for one, other in ((one.label, other.label) for one, other in analysis.comparisons):
+        found += _by_game(one, other, analysis.verdicts(other, of=one))
+    names = {} if _played_its_data(analysis) else {BEHAVIOUR: "the behaviour mean of the data"}
+    names[BEST_CONSTANT] = "the best constant action"
     for policy, name in names.items():
         sentences = _by_game(main, name, analysis.verdicts(policy))
         found += [each for each in sentences if (policy, each.kind) != (BEST_CONSTANT, "for")]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -128,6 +129,12 @@ def gather(
         main=ordered[0].label if main else "",
         absent=absent,
         against=compared,
+        pairs=[
+            (one.label, other.label)
+            for first, second in (study.report.pairs if study else ())
+            for one, other in product(ordered, ordered)
+            if (one.agent, other.agent) == (first, second)
+        ],
         x=x,
         step=step,
         aggregate=aggregate,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -167,6 +168,7 @@ class ReportData:
         absent (str, optional): name of the agent that the page is about, if it has no scores: then none is compared.
         against (sequence of str, optional): labels of the agents that findings compare it with; by default all others
             outside its family; of another family, the one that has the main agent's place in it.
+        pairs (sequence of two str): labels of further agents that findings compare, one with the other.
         x (str, optional): what agents of a family differ in along an axis, e.g. ``"parameters"``.
         step (int, optional): gradient steps at which trained agents are compared; by default the last of each at which
             all its seeds were evaluated in all its games.
@@ -194,6 +196,7 @@ class ReportData:
     main: str = ""
     absent: str | None = None
     against: Sequence[str] | None = None
+    pairs: Sequence[tuple[str, str]] = ()
     x: str | None = None
     step: int | None = None
     aggregate: bool = False
@@ -215,7 +218,7 @@ class ReportData:
         labels = [agent.label for agent in self.agents]
         if len(set(labels)) != len(labels):
             raise ValueError(f"agents must have distinct labels, got {labels}")
-        named = [*(self.against or ()), *([self.main] if self.main else [])]
+        named = [*(self.against or ()), *([self.main] if self.main else []), *chain(*self.pairs)]
         if not labels or not set(named) <= set(labels):
             raise ValueError(f"main and against must be among the labels of the agents {labels}, got {named}")
         for name, items in (("game_data", self.game_data), ("clips", self.clips)):
