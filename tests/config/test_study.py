@@ -136,8 +136,12 @@ def test_a_scale_without_data_wants_a_store(read):
         read(SCALES, scale="paper")
 
 
-def test_a_study_without_scales_takes_any(read):
-    assert read(STUDY, scale="gpu").common == ["scale=gpu"]
+def test_a_study_without_a_scale_takes_any_and_one_with_one_no_other(read):
+    assert read(STUDY.replace("[scale=cpu]", "[optim=lamb]"), scale="gpu").common == ["optim=lamb", "scale=gpu"]
+    assert read(STUDY, scale="cpu") == read(STUDY)
+    for name in ("demo", "quickstart"):
+        with pytest.raises(ConfigError, match="yaml: scale must be cpu, this study has no other, got 'gpu'"):
+            load_study(find_study(name), scale="gpu")
 
 
 @pytest.mark.parametrize(

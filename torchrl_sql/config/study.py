@@ -113,13 +113,15 @@ def load_study(path: Path, *, scale: str | None = None, store: str | None = None
     """Reads and checks a study.
 
     A file may have the key ``scales``: for each scale (``configs/scale/``) values that replace those above. Only its
-    ``common``, and the ``set`` of its runs, are added to those above.
+    ``common``, and the ``set`` of its runs, are added to those above. One without has the scale that its ``common``
+    names.
 
     Args:
         path (Path): the file.
 
     Keyword Args:
-        scale (str, optional): of ``scales``; the first by default. Without ``scales``, a choice like any other.
+        scale (str, optional): of ``scales``; the first by default. Where neither ``scales`` nor ``common`` name one, a
+            choice like any other.
         store (str, optional): path of a store, in place of the study's data.
 
     Raises:
@@ -196,7 +198,12 @@ def _at_scale(content: dict[str, Any], scale: str | None) -> dict[str, Any]:
     """A study's values at one of its ``scales``, see :func:`load_study`."""
     above = {key: value for key, value in content.items() if key != "scales"}
     if "scales" not in content:
-        return above if scale is None else above | {"common": _joined(above, {"common": [f"scale={scale}"]}, "common")}
+        if scale is None:
+            return above
+        own = [word for word in _joined(above, {}, "common") if setting_key(word) == "scale"]
+        if own and own != [f"scale={scale}"]:
+            raise ConfigError(f"scale must be {own[0].partition('=')[2]}, this study has no other, got {scale!r}")
+        return above | {"common": _joined(above, {"common": [f"scale={scale}"]}, "common")}
     scales = _mapping(content["scales"], "scales")
     name = next(iter(scales), "") if scale is None else scale
     if name not in scales:
