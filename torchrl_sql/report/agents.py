@@ -6,10 +6,11 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from itertools import takewhile
-from typing import Any
+from itertools import product, takewhile
+from typing import Any, NamedTuple
 
 from torchrl_sql.config import RunConfig
+from torchrl_sql.config.study import StudyConfig
 from torchrl_sql.evaluation.agents import ConstantAgent
 from torchrl_sql.evaluation.episodes import EpisodeResult
 from torchrl_sql.evaluation.protocol import Decoding
@@ -113,6 +114,48 @@ def _place(config: RunConfig, x: str, num_parameters: int) -> float:
             f"x must be {PARAMETERS} or a setting that is a number, got {x}, which is {value} of {config.name}"
         )
     return value
+
+
+class Compared(NamedTuple):
+    """Who is compared with whom.
+
+    Attributes:
+        main (str, optional): name or label of the agent that the page is about; by default the first.
+        against (sequence of str, optional): names or labels; by default all others.
+        pairs (sequence of two str): labels of further agents, one compared with the other.
+        absent (str, optional): name of the agent that the page is about, if it has no scores.
+    """
+
+    main: str | None
+    against: Sequence[str] | None
+    pairs: Sequence[tuple[str, str]] = ()
+    absent: str | None = None
+
+
+def compared_by(
+    study: StudyConfig,
+    agents: Sequence[Agent],
+    chosen: Sequence[Agent],
+    main: str | None,
+    against: Sequence[str] | None,
+) -> Compared:
+    """What a study compares of its agents with scores, or of those of them that were ``chosen``; ``main`` and
+    ``against`` come before what it names. Nobody takes the place of an agent that has no scores yet.
+    """
+    planned = study.report.main or next(iter(study.runs))
+    absent = planned if main is None and planned not in {agent.agent for agent in agents} else None
+    kept = chosen or agents
+    names = {agent.agent for agent in kept}
+    there = [name for name in study.report.against if name in names]
+    if against is None and study.report.against and (there or not chosen):  # else all that were chosen
+        against = there
+    pairs = [
+        (one.label, other.label)
+        for first, second in study.report.pairs
+        for one, other in product(kept, kept)
+        if (one.agent, other.agent) == (first, second)
+    ]
+    return Compared(main or (planned if planned in names else None), against, pairs, absent)
 
 
 def arrange(

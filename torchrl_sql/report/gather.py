@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from itertools import product
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -26,7 +25,7 @@ from torchrl_sql.evaluation.protocol import AgentId
 from torchrl_sql.evaluation.tables import files_of
 from torchrl_sql.games import find_game
 from torchrl_sql.methods import make_method
-from torchrl_sql.report.agents import arrange, deciding_settings, find_agents, named
+from torchrl_sql.report.agents import Compared, arrange, compared_by, deciding_settings, find_agents, named
 from torchrl_sql.report.dataset import constant_actions, game_data, other_data
 from torchrl_sql.report.model import Agent, Clip, Curve, ReportData
 from torchrl_sql.report.reconstructions import reconstructions
@@ -90,17 +89,10 @@ def gather(
     study = next(iter(studies.values())) if len(paths) == len(studies) == 1 else None
     x = x or (study.report.x if study else None)
     found = find_agents([run.config for run in runs], episodes, x)
-    kept = [agent for name in agents for agent in named(found, name, "--agents")] or found
-    absent = None
-    if study is not None:
-        planned = study.report.main or next(iter(study.runs))
-        absent = planned if main is None and planned not in evaluated else None
-        names = {agent.agent for agent in kept}
-        main = main or (planned if planned in names else None)
-        there = [name for name in study.report.against if name in names]
-        if against is None and study.report.against and (there or not agents):  # else all that were asked for
-            against = there
-    ordered, compared = arrange([agent for agent in found if agent in kept], main, against)
+    chosen = [agent for name in agents for agent in named(found, name, "--agents")]
+    kept = [agent for agent in found if agent in chosen] or found
+    whom = Compared(main, against) if study is None else compared_by(study, found, chosen, main, against)
+    ordered, compared = arrange(kept, whom.main, whom.against)
     labels: dict[str, str] = {}
     for agent in ordered:
         labels.setdefault(agent.agent, agent.label.removesuffix(f" {agent.decoding}"))
@@ -126,15 +118,10 @@ def gather(
         games=shown,
         agents=ordered,
         episodes=[row for row in episodes if row.agent in labels],
-        main=ordered[0].label if main else "",
-        absent=absent,
+        main=ordered[0].label if whom.main else "",
+        absent=whom.absent,
         against=compared,
-        pairs=[
-            (one.label, other.label)
-            for first, second in (study.report.pairs if study else ())
-            for one, other in product(ordered, ordered)
-            if (one.agent, other.agent) == (first, second)
-        ],
+        pairs=whom.pairs,
         x=x,
         step=step,
         aggregate=aggregate,
