@@ -20,7 +20,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from torchrl_sql.data import AtariFrameStorage, FrameStore, summarise, verify
+from torchrl_sql.data import AtariFrameStorage, FrameStore, convert, summarise, verify
 from torchrl_sql.data import writer as writer_module
 from torchrl_sql.data.catalogue import list_recording
 from torchrl_sql.data.recording import Manifest
@@ -401,6 +401,26 @@ def test_settings_of_a_store_are_checked_when_it_is_opened(store, changes):
     edit_json(store.path / "store.json", **changes)
     with pytest.raises(ValueError, match=f"{store.path / 'store.json'}: (shard_frames|zstd_level) must"):
         FrameStore.open(store.path)
+
+
+def test_lz4_takes_as_many_frames_a_chunk_as_one_block_holds(tmp_path):
+    frames = np.repeat(np.arange(2, dtype=np.uint8), 37)[:, None, None] * np.ones((84, 84), np.uint8)
+    store = FrameStore.create(tmp_path / "37", codec="lz4", chunk_frames=37, shard_frames=37)
+    with store.writer("Pong", source="test") as writer:
+        writer.add_episode(frames, np.zeros(74, int), np.zeros(74), True)
+    np.testing.assert_array_equal(AtariFrameStorage(store)[:]["observation"][:, -1].numpy(), frames)
+    assert not list(verify(store))
+    message = "chunk_frames must be at most 37 with lz4, whose blocks hold 262,144 bytes, got 38: choose fewer, or zstd"
+    with pytest.raises(ValueError, match=message):
+        FrameStore.create(tmp_path / "38", codec="lz4", chunk_frames=38, shard_frames=38)
+    zstd = FrameStore.create(tmp_path / "zstd", chunk_frames=38, shard_frames=38)
+    with pytest.raises(ValueError, match=message):
+        convert(zstd, tmp_path / "38", codec="lz4")
+    assert {path.name for path in tmp_path.iterdir()} == {"37", "zstd"}
+    file = zstd.path / "store.json"
+    file.write_text(file.read_text().replace('"zstd"', '"lz4"'))
+    with pytest.raises(ValueError, match=f"{file}: {message}"):
+        FrameStore.open(zstd.path)
 
 
 def test_full_disk_leaves_the_old_store(store, lab):

@@ -23,6 +23,9 @@ Codec = Literal["zstd", "lz4"]
 CODECS: dict[Codec, str] = {"zstd": "zstd", "lz4": "blosc/lz4hc/noshuffle"}
 """What each codec is in Zarr's metadata. LZ4 comes in Blosc's frame, which is the one that Zarr v3 has for it."""
 
+_MAX_BLOSC_BLOCK_BYTES = 262_144
+"""c-blosc cuts larger chunks into several blocks, whatever block size it is given."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Encoding:
@@ -51,6 +54,12 @@ class Encoding:
             )
         if not 1 <= self.zstd_level <= 22:
             raise ValueError(f"zstd_level must lie in 1..22, got {self.zstd_level}")
+        max_chunk_frames = _MAX_BLOSC_BLOCK_BYTES // FRAME_BYTES
+        if self.codec == "lz4" and self.chunk_frames > max_chunk_frames:
+            raise ValueError(
+                f"chunk_frames must be at most {max_chunk_frames} with lz4, whose blocks hold "
+                f"{_MAX_BLOSC_BLOCK_BYTES:,} bytes, got {self.chunk_frames}: choose fewer, or zstd"
+            )
 
     def zarr_codec(self) -> dict[str, Any]:
         """The codec in Zarr's metadata."""

@@ -78,7 +78,8 @@ class FrameStore:
 
         Keyword Args:
             codec ("zstd" or "lz4"): zstd is smaller, lz4 faster to read; docs/data.md compares them.
-            chunk_frames (int): frames compressed together. More: smaller files, slower random reads.
+            chunk_frames (int): frames compressed together, at most 37 with lz4. More: smaller files, slower random
+                reads.
             shard_frames (int): frames per file, a multiple of ``chunk_frames``; a writer holds twice that many.
             zstd_level (int): 1 (fast) to 22 (small).
             exist_ok (bool): open the store if there is one already; its own settings stay.
