@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from torchrl_sql.cli import main
 from torchrl_sql.data import AtariFrameStorage, FrameStore, convert, verify
+from torchrl_sql.data.recording import drop_recording
 
 
 @pytest.fixture
@@ -96,14 +97,53 @@ def test_a_killed_conversion_continues_to_the_same_files(tmp_path, lab):
     assert lab.tree(tmp_path / "part") == lab.tree(whole.path)
 
 
-def test_damage_is_not_carried_over(filled, tmp_path):
-    rewards = filled.path / "Pong" / "0" / "rewards.f32"
-    data = bytearray(rewards.read_bytes())
+def flip(file):
+    data = bytearray(file.read_bytes())
     data[5] ^= 1
-    rewards.write_bytes(data)
-    with pytest.raises(ValueError, match=r"rewards\.f32 is damaged: its CRC32 does not match"):
+    file.write_bytes(data)
+
+
+def test_damage_is_not_carried_over_and_once_it_is_mended_the_conversion_goes_on(filled, tmp_path):
+    rewards = filled.path / "Pong" / "0" / "rewards.f32"
+    flip(rewards)
+    with pytest.raises(ValueError, match=rf"{rewards}: the CRC32 does not match the manifest"):
         convert(filled, tmp_path / "new", codec="lz4")
     assert not (tmp_path / "new").exists()
+    flip(rewards)
+    assert_same(convert(filled, tmp_path / "new", codec="lz4"), filled)
+
+
+@pytest.mark.parametrize(
+    ("member", "message"),
+    [("rewards.f32", "the CRC32 does not match"), ("frames/c/0/0/0", "chunk 0: the CRC32C does not match")],
+)
+def test_what_was_written_is_read_back(filled, tmp_path, member, message):
+    def damage(done: int, total: int) -> None:
+        if done == total:
+            (written,) = tmp_path.glob(f".new.*/Pong/0/{member}")
+            flip(written)
+
+    with pytest.raises(ValueError, match=rf"and was dropped: .*{message}.*\. Start again"):
+        convert(filled, tmp_path / "new", codec="lz4", progress=damage)
+    assert not (tmp_path / "new").exists()
+    assert_same(convert(filled, tmp_path / "new", codec="lz4"), filled)
+
+
+def test_a_half_made_recording_of_other_rewards_is_dropped(filled, tmp_path, lab):
+    def stop(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert(filled, tmp_path / "new", codec="lz4", progress=stop)
+    (unfinished,) = tmp_path.glob(".new.*")
+    half = FrameStore.open(unfinished)
+    drop_recording(half.recording("Breakout"))
+    e = lab.make_episode(50, 10, terminated=False)
+    with half.writer("Breakout", run="1", source="b", rewards="clipped") as writer:
+        writer.add_episode(e.frames, e.actions, np.zeros(10), False, cut=True)
+    with pytest.raises(ValueError, match=f"dropped: rewards are not those of {filled.path}/Breakout/1. Start again"):
+        convert(filled, tmp_path / "new", codec="lz4")
+    assert_same(convert(filled, tmp_path / "new", codec="lz4"), filled)
 
 
 def test_what_is_left_of_another_state_is_not_taken(filled, tmp_path, lab):

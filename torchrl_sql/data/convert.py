@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 
 from torchrl_sql.data.chunks import StoredFrames
+from torchrl_sql.data.damage import check_state
 from torchrl_sql.data.frames import Codec
-from torchrl_sql.data.recording import Recording
+from torchrl_sql.data.recording import Recording, drop_recording
 from torchrl_sql.data.store import FrameStore
 from torchrl_sql.files import sync_folder
 
@@ -25,9 +26,9 @@ def convert(
 ) -> FrameStore:
     """Writes all that is committed in a store into a new one with another codec: the same transitions, in their order.
 
-    The store appears when it is whole. The same call continues a conversion that was stopped, and ends in the same
-    files. Metadata goes along, so that a collection can be continued there. The fingerprint is another: checkpoints
-    belong to the store that they were trained on.
+    The store appears when it is whole and was read back. The same call continues a conversion that was stopped, and
+    ends in the same files. Metadata goes along, so that a collection can be continued there. The fingerprint is
+    another: checkpoints belong to the store that they were trained on.
 
     Args:
         store (FrameStore): what to convert; it stays as it is.
@@ -39,7 +40,9 @@ def convert(
 
     Raises:
         FileExistsError: if ``path`` is there already.
-        ValueError: if the store has this codec, or a part of it is not what was committed.
+        ValueError: if the store has this codec, its chunks are too large for it, or a part of it is not what was
+            committed; or if what was written of a recording is not that, or cannot be read. That recording begins anew
+            with the next call.
     """
     target = Path(path)
     if target.exists():
@@ -62,6 +65,9 @@ def convert(
 
 def _convert_recording(recording: Recording, new: FrameStore) -> Iterator[int]:
     """Yields the number of its frames done, after each episode."""
+    # Rows of actions and rewards have no checksum each: they are compared as a whole, before any is copied.
+    for damage in check_state(recording):
+        raise ValueError(damage)
     manifest, frames = recording.manifest, StoredFrames([recording])
     actions, rewards, labels = recording.actions, recording.rewards, recording.stored_labels
     with new.writer(
@@ -93,8 +99,15 @@ def _convert_recording(recording: Recording, new: FrameStore) -> Iterator[int]:
                 uncommitted = 0
             yield first_frame + num_frames
         writer.commit(metadata=manifest.metadata)
-    # Rows of actions and rewards have no checksum each: what was read from them is compared as a whole.
-    converted = new.recording(recording.game, recording.name).manifest
-    for key in manifest.members:
-        if key != "chunks" and converted.crc32[key] != manifest.crc32[key]:
-            raise ValueError(f"{recording.member_file(key)} is damaged: its CRC32 does not match the manifest")
+    converted = new.recording(recording.game, recording.name)
+    if reason := _difference(converted, recording):
+        drop_recording(converted)
+        raise ValueError(f"what was written is not what is to be converted, and was dropped: {reason}. Start again")
+
+
+def _difference(converted: Recording, recording: Recording) -> str:
+    """What is wrong with the copy of a recording, read back as a whole, or ``""``."""
+    for key in recording.manifest.members:
+        if key != "chunks" and converted.manifest.crc32[key] != recording.manifest.crc32[key]:
+            return f"{key} are not those of {recording.path}"
+    return next((str(damage) for damage in check_state(converted, every_shard=True)), "")

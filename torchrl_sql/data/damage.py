@@ -70,7 +70,7 @@ def verify(store: FrameStore, *, progress: Callable[[int, int], None] = lambda d
         progress(index + 1, len(checks))
 
 
-def check_state(recording: Recording) -> Iterator[Damage]:
+def check_state(recording: Recording, *, every_shard: bool = False) -> Iterator[Damage]:
     """Compares the flat files and the last shard of a recording, or of an earlier state of one, with its manifest.
 
     What is intact so far is of that state: the files have the checksums of all earlier shards.
@@ -78,14 +78,17 @@ def check_state(recording: Recording) -> Iterator[Damage]:
     Args:
         recording (Recording): what to check.
 
+    Keyword Args:
+        every_shard (bool): check the earlier shards, too.
+
     Yields:
         As :func:`verify`.
     """
     for key in recording.manifest.members:
         yield from _check_member(recording, key)
     files = ShardFiles([recording])
-    if files.num_shards:
-        yield from _check_shard(recording, files, files.num_shards - 1)
+    for shard in range(0 if every_shard else max(files.num_shards - 1, 0), files.num_shards):
+        yield from _check_shard(recording, files, shard)
 
 
 def _check_member(recording: Recording, key: str) -> Iterator[Damage]:

@@ -371,6 +371,15 @@ def restore_recording(path: Path, manifest: str) -> None:
     list_recording(path, Manifest.read(file).checksum)
 
 
+def drop_recording(recording: Recording) -> None:
+    """Takes back all that was committed of a recording, so that the next writer begins anew.
+
+    No writer may have it open.
+    """
+    list_recording(recording.path, ABSENT, recording.manifest.checksum)
+    (recording.path / "manifest.json").unlink()
+
+
 def open_recording(path: Path) -> Recording | None:
     """The recording in a folder as the store's list has it; None if it has not been committed.
 
