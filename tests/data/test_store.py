@@ -4,6 +4,7 @@ import dataclasses
 import fcntl
 import json
 import os
+import pickle
 import resource
 import shutil
 import signal
@@ -20,7 +21,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from torchrl_sql.data import AtariFrameStorage, FrameStore, convert, summarise, verify
+from torchrl_sql.data import AtariFrameStorage, FrameStore, GrowingStore, convert, summarise, verify
 from torchrl_sql.data import writer as writer_module
 from torchrl_sql.data.catalogue import list_recording
 from torchrl_sql.data.recording import Manifest
@@ -401,6 +402,24 @@ def test_settings_of_a_store_are_checked_when_it_is_opened(store, changes):
     edit_json(store.path / "store.json", **changes)
     with pytest.raises(ValueError, match=f"{store.path / 'store.json'}: (shard_frames|zstd_level) must"):
         FrameStore.open(store.path)
+
+
+def test_a_relative_path_is_that_of_when_the_store_was_opened(tmp_path, monkeypatch, lab):
+    monkeypatch.chdir(tmp_path)
+    stores = [FrameStore.create("store", chunk_frames=4, shard_frames=8)]
+    lab.write(stores[0], "Pong", lab.make_episodes([(5, True, False)]))
+    stores.append(FrameStore.open("store"))
+    growing = GrowingStore("growing", ["Pong"], source="test", about={})
+    storage = AtariFrameStorage(stores[1])
+    copy = pickle.dumps(storage)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir("elsewhere")
+    assert all(store.path == tmp_path / "store" and store.games == ("Pong",) for store in stores)
+    assert not list(verify(stores[0]))
+    assert (storage[:] == pickle.loads(copy)[:]).all()
+    growing.open()
+    growing.close()
+    assert growing.store.path == tmp_path / "growing"
 
 
 def test_lz4_takes_as_many_frames_a_chunk_as_one_block_holds(tmp_path):

@@ -55,7 +55,7 @@ class GrowingStore:
         shard_frames: int = 4000,
     ) -> None:
         self.games = tuple(games)
-        self._path, self._shard_frames = Path(path), shard_frames
+        self._path, self._shard_frames = Path(path).absolute(), shard_frames
         self._source, self._about = source, json.loads(json.dumps(about))  # as it is read
         self._labels = tuple(labels)
         self._writers: dict[str, RecordingWriter] = {}

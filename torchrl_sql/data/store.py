@@ -57,7 +57,7 @@ class FrameStore:
     """
 
     def __init__(self, path: Path, encoding: Encoding) -> None:
-        self.path = path
+        self.path = path.absolute()  # The process may go to another folder.
         self.encoding = encoding
 
     @classmethod
@@ -123,8 +123,8 @@ class FrameStore:
             encoding = Encoding(codec=json_field({"codec": "zstd"} | fields, "codec", str, file), **counts)
         except ValueError as error:
             raise ValueError(f"{file}: {error}") from error
-        read_list(Path(path))
-        return cls(Path(path), encoding)
+        read_list(file.parent)
+        return cls(file.parent, encoding)
 
     @property
     def recordings(self) -> tuple[Recording, ...]:
