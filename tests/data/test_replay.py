@@ -3,13 +3,14 @@ from __future__ import annotations
 import pickle
 import threading
 import time
+from itertools import islice
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torchrl.data import ReplayBufferEnsemble, SamplerWithoutReplacement
+from torchrl.data import ReplayBufferEnsemble, SamplerWithoutReplacement, TensorDictReplayBuffer
 from torchrl.envs.transforms import RewardScaling, ToTensorImage
 from torchrl.objectives import DiscreteCQLLoss, DistributionalDQNLoss, DQNLoss, HardUpdate
 
@@ -178,6 +179,18 @@ def test_a_loop_without_replacement_ends_after_an_epoch(two_games, prefetch):
         drawn = torch.cat([batch["index"] for batch in replay])
         assert sorted(drawn.tolist()) == list(range(80))
     replay.shutdown()
+
+
+@pytest.mark.parametrize("prefetch", [None, 1, 2, 3])
+@pytest.mark.parametrize("batch_size", [16, 12])  # 80 transitions: 5 batches each epoch, or 7, 7 and 6
+def test_so_does_a_loop_over_a_buffer_of_torchrl(two_games, batch_size, prefetch):
+    storage, sampler = AtariFrameStorage(two_games), GameMixtureSampler(replacement=False, mixture="transitions")
+    buffer = TensorDictReplayBuffer(storage=storage, sampler=sampler, batch_size=batch_size, prefetch=prefetch)
+    epochs = [[batch["index"] for batch in islice(buffer, 20)] for _ in range(3)]
+    assert [len(epoch) for epoch in epochs] == {16: [5, 5, 5], 12: [7, 7, 6]}[batch_size]
+    drawn = torch.cat([index for epoch in epochs for index in epoch])
+    assert sorted(drawn.tolist()) == sorted([*range(80)] * 3)
+    buffer.shutdown()
 
 
 @pytest.mark.parametrize("prefetch", [0, 2])

@@ -216,7 +216,10 @@ class GameMixtureSamplerWithoutReplacement(GameMixtureSampler):
         super().advance(storage, batch_size)
         sizes = np.diff(storage.game_offsets)
         epoch = int(sizes[self._weights(sizes) > 0].sum())
-        self._ran_out = self.step * batch_size // epoch > (self.step - 1) * batch_size // epoch
+        num_drawn = self.step * batch_size
+        self._ran_out = num_drawn // epoch > (num_drawn - batch_size) // epoch
+        # TorchRL's own buffers read no more batches ahead than this, and none while ran_out is true: set it last.
+        self._remaining_batches = -((num_drawn % epoch - epoch) // batch_size)
 
     def _global_indices(self, offsets: np.ndarray, batch_size: int, step: int) -> np.ndarray:
         weights = self._weights(np.diff(offsets))

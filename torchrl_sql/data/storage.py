@@ -99,9 +99,7 @@ class AtariFrameStorage(Storage):
         if not names:
             raise ValueError(f"the store {store.path} holds no games yet")
         recordings = [recording for name in names for recording in store.recordings_of(name)]
-        self._init_from_recordings(
-            store.path, names, recordings, n_steps=n_steps, gamma=float(gamma), subset=subset
-        )
+        self._init_from_recordings(store.path, names, recordings, n_steps=n_steps, gamma=float(gamma), subset=subset)
 
     def _init_from_recordings(
         self,
