@@ -270,6 +270,29 @@ def test_other_batch_size_with_prefetch(two_games):
         replay.sample(6)
 
 
+@pytest.mark.parametrize("prefetch", [0, 2])
+def test_nothing_of_an_earlier_sampler_or_storage_is_delivered(two_games, prefetch):
+    replay = OfflineAtariReplay(two_games, batch_size=12, seed=4, prefetch=prefetch)
+    pong, sampler = AtariFrameStorage(two_games, "Pong"), GameMixtureSampler(seed=5)
+    replay.sample()
+    sampler.sample(replay.storage, 12)
+    replay.set_sampler(sampler)
+    assert indices(replay, 1) == [sampler.indices(replay.storage, 12, 1).tolist()]
+    replay.set_storage(pong)
+    batch = replay.sample()
+    assert batch["index"].tolist() == sampler.indices(pong, 12, 2).tolist()
+    assert (batch.exclude("index") == pong[batch["index"]]).all() and (replay[:3] == pong[:3]).all()
+    replay.shutdown()
+
+
+def test_a_buffer_of_torchrl_can_be_given_another_storage(two_games):
+    buffer = TensorDictReplayBuffer(storage=AtariFrameStorage(two_games), sampler=GameMixtureSampler(), batch_size=6)
+    pong = AtariFrameStorage(two_games, "Pong")
+    buffer.set_storage(pong, collate_fn=pong.collate)
+    batch = buffer.sample()
+    assert (batch.exclude("index") == pong[batch["index"]]).all()
+
+
 def blocks(batch):
     """The memory behind each entry."""
     return {key: value.untyped_storage() for key, value in batch.items(True, True)}

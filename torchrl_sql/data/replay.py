@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, Literal
@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from tensordict import NestedKey, unravel_key
 from torchrl.data import TensorDictReplayBuffer
+from torchrl.data.replay_buffers import Sampler, Storage
 from torchrl.data.replay_buffers.writers import ImmutableDatasetWriter
 
 from torchrl_sql.data.recording import Recording
@@ -188,6 +189,25 @@ class OfflineAtariReplay(TensorDictReplayBuffer):
             future.cancel()
         wait([future for _, future in self._reads])  # they read from a storage that may be about to change
         self._reads.clear()
+
+    def set_storage(self, storage: AtariFrameStorage, collate_fn: Callable[[Any], Any] | None = None) -> Storage:
+        """Draws from another storage from now on; returns the one before.
+
+        Args:
+            storage (AtariFrameStorage): what to draw from.
+            collate_fn (callable, optional): applied to what ``replay[index]`` reads; default: nothing.
+        """
+        with self._futures_lock:
+            self._drop_reads()
+            storage.pin_memory = self._storage.pin_memory
+            self._fresh_until = None
+            return super().set_storage(storage, storage.collate if collate_fn is None else collate_fn)
+
+    def set_sampler(self, sampler: Sampler) -> Sampler:
+        """Draws with another sampler from now on, which is at its own step; returns the one before."""
+        with self._futures_lock:
+            self._drop_reads()
+            return super().set_sampler(sampler)
 
     def seek(self, step: int) -> None:
         """Make the batch of the sampler's ``step``, counted from 0, the next one."""

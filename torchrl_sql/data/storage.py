@@ -317,7 +317,12 @@ class AtariFrameStorage(Storage):
         # Batches come out whole, but TorchRL's default collate function knows only its own storage classes and raises
         # for others (_get_default_collate); the buffer attaches before it looks for one.
         if getattr(buffer, "_init_collate_fn", None) is None:
-            buffer._init_collate_fn = _identity
+            buffer._init_collate_fn = self.collate
+
+    @staticmethod
+    def collate(batch: TensorDict) -> TensorDict:
+        """The batch, which comes out whole: the ``collate_fn`` that TorchRL's ``set_storage`` must be given."""
+        return batch
 
     def __getstate__(self) -> dict[str, Any]:
         manifests = [recording.manifest for recording in self._recordings]
@@ -335,7 +340,3 @@ class AtariFrameStorage(Storage):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({str(self._path)!r}, games={list(self.games)}, num_transitions={len(self)})"
-
-
-def _identity(batch: TensorDict) -> TensorDict:
-    return batch
