@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import os
 import pickle
+import signal
 import threading
 import time
 from itertools import islice
@@ -291,6 +293,21 @@ def test_a_buffer_of_torchrl_can_be_given_another_storage(two_games):
     buffer.set_storage(pong, collate_fn=pong.collate)
     batch = buffer.sample()
     assert (batch.exclude("index") == pong[batch["index"]]).all()
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_child_reads_ahead_in_threads_of_its_own(two_games, expected):
+    replay = OfflineAtariReplay(two_games, batch_size=12, seed=4, prefetch=2)
+    indices(replay, 2)
+    child = os.fork()
+    if child == 0:
+        signal.alarm(60)  # ends a child that waits for threads which it does not have
+        right = indices(replay, 3) == expected[2:5]
+        replay.shutdown()
+        os._exit(0 if right else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    assert indices(replay, 3) == expected[2:5]
+    replay.shutdown()
 
 
 def blocks(batch):

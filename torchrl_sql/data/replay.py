@@ -106,6 +106,7 @@ class OfflineAtariReplay(TensorDictReplayBuffer):
         storage.pin_memory = self._copies is not None and self._copies.device.type == "cuda"
         self._reads: deque[tuple[int, Future[Any]]] = deque()
         self._readers: ThreadPoolExecutor | None = None
+        self._process = os.getpid()
         super().__init__(
             storage=storage,
             sampler=(GameMixtureSampler if replacement else GameMixtureSamplerWithoutReplacement)(
@@ -173,7 +174,8 @@ class OfflineAtariReplay(TensorDictReplayBuffer):
         return batch if self._copies is None else self._copies.send(batch)
 
     def _read_ahead(self, step: int) -> Any:
-        if self._reads and self._reads[0][0] != step:  # The sampler was moved, or the last read failed.
+        moved = self._reads and self._reads[0][0] != step  # or the last read failed
+        if moved or self._process != os.getpid():
             self._drop_reads()
         if self._readers is None:
             self._readers = ThreadPoolExecutor(self._depth, thread_name_prefix="replay-reader")
@@ -185,6 +187,8 @@ class OfflineAtariReplay(TensorDictReplayBuffer):
         return self._reads.popleft()[1].result()
 
     def _drop_reads(self) -> None:
+        if self._process != os.getpid():  # A forked child has no threads that could end what its parent began.
+            self._reads, self._readers, self._process = deque(), None, os.getpid()
         for _, future in self._reads:
             future.cancel()
         wait([future for _, future in self._reads])  # they read from a storage that may be about to change
