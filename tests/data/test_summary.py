@@ -91,6 +91,23 @@ def test_table(summaries):
     assert re.fullmatch(r"2 games, 27 transitions, [\d.]+ MB in lz4, [\d,.]+ bytes per transition", lines[-1])
 
 
+def test_games_without_episodes_yet(store, lab):
+    for game in ("Breakout", "Pong"):
+        with store.writer(game, source="test") as writer:
+            writer.commit(metadata={})
+    lines = format_summaries(list(summarise(store)), codec="zstd").splitlines()
+    assert lines[2].split() == ["Breakout", "0", "0", "-", "-", "0.0", "-"]
+    assert lines[-1].startswith("2 games, 0 transitions, ")
+    for draw in (contact_sheet, mean_frame):
+        with pytest.raises(ValueError, match="holds no frames of Pong yet"):
+            draw(store, "Pong")
+    with pytest.raises(ValueError, match="holds no frames yet"):
+        draw_contact_sheets(store)
+    lab.write(store, "Pong", lab.make_episodes([(9, True, False)]))
+    sheets = np.asarray(draw_contact_sheets(store, num_columns=3))
+    np.testing.assert_array_equal(sheets[16:], contact_sheet(store, "Pong", num_columns=3))
+
+
 def test_contact_sheet_by_hand(store, lab):
     """Breakout: frames 0..9 in run a and 100..109 in run b, of which every fifth is shown."""
     for run, tag in (("a", 0), ("b", 100)):
@@ -105,7 +122,7 @@ def test_contact_sheet_by_hand(store, lab):
 
 
 def test_sheets_of_all_games(store, lab):
-    with pytest.raises(ValueError, match="holds no games yet"):
+    with pytest.raises(ValueError, match="holds no frames yet"):
         draw_contact_sheets(store)
     for tag, game in enumerate(("Breakout", "Pong", "Qbert")):
         lab.write(store, game, lab.make_episodes([(40, True, False)], 100 * tag))

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import gzip
+import logging
 import os
 import pickle
 import shutil
@@ -19,6 +20,8 @@ from torchrl_sql.data.chunks import StoredFrames
 from torchrl_sql.data.recording import Recording
 from torchrl_sql.data.store import FrameStore
 from torchrl_sql.games import FRAME_SHAPE, NUM_ACTIONS, find_game, illegal_actions
+
+logger = logging.getLogger(__name__)
 
 _NUM_PADDING_ROWS = 3
 _TIME_LIMIT_STEPS = 27_000
@@ -38,8 +41,8 @@ def export_dqn_replay(
     """Writes recordings as ``PATH/<Game>/<1, 2, ...>/replay_logs``, whose names and files are those of DQN-Replay.
 
     ``import dqn-replay`` gives the episodes back, in the order in which they were played; of raw rewards with
-    ``rewards="raw"``. Not in the format, so not written: frames after a time-out's last step, and behaviours. The
-    folder appears when it is whole.
+    ``rewards="raw"``. Not in the format, so not written: frames after a time-out's last step, and behaviours; and
+    recordings without episodes, which a warning names. The folder appears when it is whole.
 
     Args:
         store (FrameStore): what to write.
@@ -56,8 +59,8 @@ def export_dqn_replay(
 
     Raises:
         FileExistsError: if ``path`` is there already.
-        ValueError: for what the format cannot hold: actions that the game does not know, and episodes that are cut with
-            others after them, which would join.
+        ValueError: if there is no episode; for what the format cannot hold: actions that the game does not know, and
+            episodes that are cut with others after them, which would join.
     """
     if num_rows <= _NUM_PADDING_ROWS + 1:
         raise ValueError(f"num_rows must be > {_NUM_PADDING_ROWS + 1}, got {num_rows}")
@@ -69,8 +72,14 @@ def export_dqn_replay(
         shutil.rmtree(unfinished)
     logs: dict[Path, _Log] = {}
     for game in store.games if games is None else games:
-        for number, recording in enumerate(store.recordings_of(game), start=1):
+        recordings = store.recordings_of(game)
+        for recording in recordings:
+            if not recording.num_episodes:
+                logger.warning("%s, run %r has no episodes: it is left out", game, recording.name)
+        for number, recording in enumerate([each for each in recordings if each.num_episodes], start=1):
             logs[Path(game) / str(number) / "replay_logs"] = _Log(recording, num_rows)
+    if not logs:
+        raise ValueError(f"{store} has no episodes to export")
     num_done, num_all = 0, sum(log.num_rows * len(log.ends) for log in logs.values())
     for folder, log in logs.items():
         (unfinished / folder).mkdir(parents=True)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -70,8 +70,8 @@ class GameSummary:
 
     @property
     def ratio_to_raw(self) -> float:
-        """How many times smaller than one raw frame (7,056 bytes) a transition is."""
-        return prod(FRAME_SHAPE) / self.bytes_per_transition
+        """How many times smaller than one raw frame (7,056 bytes) a transition is; NaN without transitions."""
+        return math.prod(FRAME_SHAPE) / self.bytes_per_transition if self.num_transitions else math.nan
 
 
 def summarise(
@@ -150,9 +150,10 @@ def format_summaries(summaries: Sequence[GameSummary], *, codec: str) -> str:
 
     for s in summaries:
         length = f"{s.lengths.mean():.0f}" if len(s.lengths) else "-"
+        ratio = f"1/{s.ratio_to_raw:.0f}" if s.num_transitions else "-"
         lines.append(
             f"{s.game:<16} {s.num_transitions:>12,} {len(s.returns):>9,} {spread(s.returns):>16} {length:>8} "
-            f"{s.bytes_per_transition:>9.1f} {f'1/{s.ratio_to_raw:.0f}':>8}"
+            f"{s.bytes_per_transition:>9.1f} {ratio:>8}"
         )
         for index, name in enumerate(s.behaviour_names):
             returns = s.returns[s.behaviours == index]
@@ -163,7 +164,7 @@ def format_summaries(summaries: Sequence[GameSummary], *, codec: str) -> str:
             lines.append(f"  returns from first to last steps: {life[0]:.2f} {_bars(life)} {life[-1]:.2f}")
         share = s.action_counts / max(s.action_counts.sum(), 1)
         actions = ", ".join(f"{ACTION_NAMES[a]} {share[a]:.0%}" for a in np.argsort(-share) if share[a] > 0)
-        lines.append(f"  actions: {actions}")
+        lines.append(f"  actions: {actions or '-'}")
         lines.append(f"  rewards: {s.rewards}; source: {'; '.join(s.sources)}")
         if illegal := illegal_actions(s.game, s.action_counts.tolist()):
             lines.append(f"  not legal in {s.game}, act as NOOP: {illegal}")
@@ -235,8 +236,12 @@ def mean_frame(store: FrameStore, game: str, *, num_samples: int = 2000, seed: i
 
     Returns:
         float32 ``[84, 84]`` in 0..255.
+
+    Raises:
+        ValueError: if the store holds no frames of the game.
+        DamagedFramesError: if a frame cannot be read.
     """
-    frames = StoredFrames(store.recordings_of(game))
+    frames = _frames_of(store, game)
     drawn = np.sort(np.random.default_rng(seed).integers(0, len(frames), num_samples))
     batches = np.array_split(drawn, range(512, num_samples, 512))
     total = sum((frames[batch].sum(0, dtype=np.int64) for batch in batches), np.zeros(FRAME_SHAPE, np.int64))
@@ -258,10 +263,10 @@ def contact_sheet(store: FrameStore, game: str, *, num_columns: int = 12, num_ro
         uint8 ``[84 * num_rows, 84 * num_columns]``.
 
     Raises:
-        ValueError: if the store holds none of the game.
+        ValueError: if the store holds no frames of the game.
         DamagedFramesError: if a frame cannot be read.
     """
-    frames = StoredFrames(store.recordings_of(game))
+    frames = _frames_of(store, game)
     tiles = frames[np.arange(num_columns * num_rows) * len(frames) // (num_columns * num_rows)]
     height, width = FRAME_SHAPE
     tiles = tiles.reshape(num_rows, num_columns, height, width)
@@ -269,15 +274,15 @@ def contact_sheet(store: FrameStore, game: str, *, num_columns: int = 12, num_ro
 
 
 def draw_contact_sheets(store: FrameStore, *, num_columns: int = 12) -> Image.Image:
-    """The contact sheets of all games below each other, each under its name: 8 rows of frames or a few more in all.
+    """The contact sheets of all games that have frames, each under its name: 8 rows of frames or a few more in all.
 
     Raises:
-        ValueError: if the store holds no games yet.
+        ValueError: if the store holds no frames yet.
         DamagedFramesError: if a frame cannot be read.
     """
-    games = store.games
+    games = [*dict.fromkeys(recording.game for recording in store.recordings if recording.num_frames)]
     if not games:
-        raise ValueError(f"the store {store.path} holds no games yet")
+        raise ValueError(f"the store {store.path} holds no frames yet")
     num_rows = -(-8 // len(games))
     height, width = FRAME_SHAPE
     block = _LABEL_PIXELS + num_rows * height
@@ -287,6 +292,13 @@ def draw_contact_sheets(store: FrameStore, *, num_columns: int = 12) -> Image.Im
         sheet = contact_sheet(store, game, num_columns=num_columns, num_rows=num_rows)
         image.paste(Image.fromarray(sheet), (0, index * block + _LABEL_PIXELS))
     return image
+
+
+def _frames_of(store: FrameStore, game: str) -> StoredFrames:
+    frames = StoredFrames(store.recordings_of(game))
+    if not len(frames):
+        raise ValueError(f"the store {store.path} holds no frames of {game} yet")
+    return frames
 
 
 def _folder_bytes(folder: Path) -> int:

@@ -53,6 +53,16 @@ def test_files_by_hand(lab, tmp_path, small_store):
     np.testing.assert_array_equal(read(folder, "$store$_reward_ckpt.0.gz")[3:5], a.rewards)
 
 
+def test_recordings_without_episodes_are_left_out_and_named(lab, tmp_path, small_store, caplog):
+    with small_store.writer("Pong", run="0", source="test") as writer:
+        writer.commit(metadata={})
+    with pytest.raises(ValueError, match="has no episodes to export"):
+        export_dqn_replay(small_store, tmp_path / "log")
+    write(small_store, lab, [(2, True)], run="1")
+    assert export_dqn_replay(small_store, tmp_path / "log") == [tmp_path / "log" / "Pong" / "1" / "replay_logs"]
+    assert "Pong, run '0' has no episodes: it is left out" in caplog.messages
+
+
 @settings(max_examples=25, deadline=None)
 @given(data=st.data())
 def test_exported_and_imported_a_store_is_what_it_was(dopamine, lab, data):
