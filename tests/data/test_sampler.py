@@ -211,7 +211,7 @@ def test_without_replacement_by_hand():
 def test_share_too_small_without_replacement():
     sampler = GameMixtureSamplerWithoutReplacement(mixture=[1.0, 1e-7])
     with pytest.raises(
-        ValueError, match=r"game 1 has a share of 1\.0e-07 in the mixture, too small without replacement"
+        ValueError, match=r"game 1 of the storage has a share of 1\.0e-07 in the mixture, too small without replacement"
     ):
         sampler.sample(fake_storage(5, 5), 4)
 
@@ -247,6 +247,16 @@ def test_bad_calls():
         GameMixtureSampler(mixture=[1, 1]).sample(fake_storage(5, 5, 5), 8)
     with pytest.raises(ValueError, match="game 1 of the storage has no sampleable transition"):
         GameMixtureSampler().sample(fake_storage(5, 0), 8)
+    named = SimpleNamespace(**vars(fake_storage(5, 0)), games=("Pong", "Qbert"))
+    for replacement in (True, False):
+        with pytest.raises(
+            ValueError, match=r"^Qbert has no sampleable transition: .*last_fraction.* n_steps or windows"
+        ):
+            GameMixtureSampler(replacement=replacement).sample(named, 8)
+    with pytest.raises(ValueError, match=r"^Qbert has a share of"):
+        GameMixtureSampler(replacement=False, mixture=[1.0, 1e-7]).sample(
+            SimpleNamespace(**vars(fake_storage(5, 5)), games=named.games), 4
+        )
     with pytest.raises(TypeError, match="game_offsets, got list"):
         GameMixtureSampler().sample([1, 2], 8)
     sampler = GameMixtureSampler(mixture=[1, 0])

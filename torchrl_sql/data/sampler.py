@@ -116,20 +116,21 @@ class GameMixtureSampler(Sampler):
                 f"batch_size must be a positive multiple of world_size {self.world_size}, got {batch_size}"
             )
         share = batch_size // self.world_size
-        offsets = getattr(storage, "game_offsets", None)
-        if offsets is None:
+        if getattr(storage, "game_offsets", None) is None:
             raise TypeError(f"{type(self).__name__} needs a storage with game_offsets, got {type(storage).__name__}")
-        index = self._global_indices(offsets, batch_size, step)
+        index = self._global_indices(storage, batch_size, step)
         return torch.from_numpy(index[self.rank * share : (self.rank + 1) * share].copy())
 
-    def _global_indices(self, offsets: np.ndarray, batch_size: int, step: int) -> np.ndarray:
+    def _global_indices(self, storage: Storage, batch_size: int, step: int) -> np.ndarray:
+        offsets: np.ndarray = storage.game_offsets
         sizes = np.diff(offsets)
         key, counter = np.array([self.seed, 0], np.uint64), np.array([0, 0, step, 0], np.uint64)
         bits = np.random.Philox(key=key, counter=counter).random_raw(2 * batch_size)
-        game = _choose(bits[:batch_size], self._weights(sizes))
+        game = _choose(bits[:batch_size], self._weights(storage))
         return offsets[game] + _scale_bits(bits[batch_size:], sizes[game])
 
-    def _weights(self, sizes: np.ndarray) -> np.ndarray:
+    def _weights(self, storage: Storage) -> np.ndarray:
+        sizes = np.diff(storage.game_offsets)
         if self.mixture == "transitions":
             weights = sizes.astype(np.float64)
         elif self.mixture == "games":
@@ -140,7 +141,11 @@ class GameMixtureSampler(Sampler):
                 raise ValueError(f"mixture must have one weight for each of the {len(sizes)} games, got {len(weights)}")
         empty = (weights > 0) & (sizes == 0)
         if empty.any() or not weights.any():
-            raise ValueError(f"game {int(empty.argmax())} of the storage has no sampleable transition")
+            raise ValueError(
+                f"{_name_of(empty.argmax(), storage)} has no sampleable transition: none is stored, or the part that "
+                "is shown has none (first_fraction, last_fraction, every_kth_episode, newest_steps), or its episodes "
+                "are cut before what n_steps or windows need. Leave the game out, or give it no weight in the mixture"
+            )
         if self.temperature != 1.0:
             # Relative to the largest, so that no power overflows. 0 stays 0.
             weights = np.where(weights > 0, (weights / weights.max()) ** (1.0 / self.temperature), 0.0)
@@ -215,14 +220,14 @@ class GameMixtureSamplerWithoutReplacement(GameMixtureSampler):
         """See :meth:`GameMixtureSampler.advance`."""
         super().advance(storage, batch_size)
         sizes = np.diff(storage.game_offsets)
-        epoch = int(sizes[self._weights(sizes) > 0].sum())
+        epoch = int(sizes[self._weights(storage) > 0].sum())
         num_drawn = self.step * batch_size
         self._ran_out = num_drawn // epoch > (num_drawn - batch_size) // epoch
         # TorchRL's own buffers read no more batches ahead than this, and none while ran_out is true: set it last.
         self._remaining_batches = -((num_drawn % epoch - epoch) // batch_size)
 
-    def _global_indices(self, offsets: np.ndarray, batch_size: int, step: int) -> np.ndarray:
-        weights = self._weights(np.diff(offsets))
+    def _global_indices(self, storage: Storage, batch_size: int, step: int) -> np.ndarray:
+        offsets, weights = storage.game_offsets, self._weights(storage)
         if self.mixture == "transitions" and self.temperature == 1.0:
             offsets, weights = offsets[[0, -1]], np.ones(1)
         game_at, before, count = game_pattern(tuple(weights.tolist()))
@@ -230,7 +235,8 @@ class GameMixtureSamplerWithoutReplacement(GameMixtureSampler):
         if never_drawn.any():
             share = weights[never_drawn][0] / weights.sum()
             raise ValueError(
-                f"game {never_drawn.argmax()} has a share of {share:.1e} in the mixture, too small without replacement"
+                f"{_name_of(never_drawn.argmax(), storage)} has a share of {share:.1e} in the mixture, too small "
+                "without replacement"
             )
         draw = np.uint64(step * batch_size) + np.arange(batch_size, dtype=np.uint64)
         block, position = np.divmod(draw, np.uint64(PATTERN_LENGTH))
@@ -243,6 +249,10 @@ class GameMixtureSamplerWithoutReplacement(GameMixtureSampler):
 
 
 _REPLACEMENT_DISPATCH[GameMixtureSampler] = GameMixtureSamplerWithoutReplacement  # TorchRL's own way to register it
+
+
+def _name_of(game: np.integer, storage: Storage) -> str:
+    return storage.games[game] if hasattr(storage, "games") else f"game {game} of the storage"
 
 
 def _choose(bits: np.ndarray, weights: np.ndarray) -> np.ndarray:
