@@ -1,13 +1,17 @@
 from __future__ import annotations
 
+import ctypes
+import errno
 import json
 import mmap
 import os
+import resource
 import shutil
 import struct
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import google_crc32c
 import lz4.block
@@ -19,6 +23,7 @@ from hypothesis import strategies as st
 
 from torchrl_sql.data import AtariFrameStorage, FrameStore, OfflineAtariReplay
 from torchrl_sql.data import chunks as chunks_module
+from torchrl_sql.data import mapping as mapping_module
 from torchrl_sql.data import shards as shards_module
 from torchrl_sql.data.chunks import FrameReader
 from torchrl_sql.data.damage import verify
@@ -132,6 +137,42 @@ def test_the_first_range_behind_the_end_of_a_cut_file_is_named(tmp_path, bad):
     with pytest.raises(UnreadableRangeError, match="was cut") as error:
         read_ranges(address, np.full(3000, 3))
     assert error.value.index == bad
+
+
+@pytest.mark.parametrize("bad", [None, 2])
+def test_a_short_write_goes_on_where_it_ended(tmp_path, monkeypatch, bad):
+    (tmp_path / "file").write_bytes(bytes(range(256)) * 32)
+    file, pwritev = MappedFile(tmp_path / "file"), mapping_module._libc.pwritev
+
+    def three_bytes(descriptor: int, ranges: int, count: int, offset: int) -> int:
+        address, size = (ctypes.c_uint64 * 2).from_address(ranges)
+        return pwritev(descriptor, (ctypes.c_uint64 * 2)(address, min(size, 3)), 1, offset)
+
+    monkeypatch.setattr(mapping_module, "_libc", SimpleNamespace(pwritev=three_bytes))
+    address, size = file.address + np.array([10, 0, 4096, 30]), np.array([7, 0, 4, 2])
+    if bad is None:
+        assert read_ranges(address, size).tolist() == [10, 11, 12, 13, 14, 15, 16, 0, 1, 2, 3, 30, 31]
+    else:
+        os.truncate(tmp_path / "file", 100)
+        with pytest.raises(UnreadableRangeError) as error:
+            read_ranges(address, size)
+        assert error.value.index == bad
+
+
+@pytest.mark.parametrize(("file_bytes", "part"), [(20, slice(20, 21)), (10_000, slice(None))])
+def test_a_limit_of_the_process_is_not_called_damage(pong, file_bytes, part):
+    """It is met by the index of a shard, 36 bytes, or by chunks."""
+    storage = AtariFrameStorage(pong.path.parent.parent)
+    storage[:1]  # to the memory of this thread, which it keeps
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, hard))
+    try:
+        with pytest.raises(OSError, match="cannot copy ranges of mapped files into memory: File too large") as error:
+            storage[part]
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert error.value.errno == errno.EFBIG
+    assert len(storage[:]) == 27
 
 
 def test_a_forked_child_reads_into_memory_of_its_own(tmp_path):

@@ -28,6 +28,9 @@ _MAP_FAILED = ctypes.c_void_p(-1).value
 _MAX_RANGES = 1024
 """Of one system call, ``IOV_MAX``."""
 
+OWN_LIMITS = frozenset({errno.EFBIG, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC})
+"""Errors of a process or host that has too little of something. They say nothing of the file that was to be read."""
+
 
 class MappedFile:
     """A file of at least one byte, mapped for reading with :func:`read_ranges`; unmapped with this object.
@@ -84,21 +87,24 @@ def read_ranges(address: np.ndarray, size: np.ndarray) -> np.ndarray:
 
     Raises:
         UnreadableRangeError: if a range cannot be read.
+        OSError: if there is no room to copy them to.
     """
     ranges = np.stack([address, size], axis=1).astype(np.uint64)
     ends = np.cumsum(size)
-    memory = _memory(int(ends[-1]) if len(ends) else 0)
-    done = 0
-    for first in range(0, len(ranges), _MAX_RANGES):
-        end = int(ends[min(first + _MAX_RANGES, len(ranges)) - 1])
+    num_bytes = int(ends[-1]) if len(ends) else 0
+    memory, done = _memory(num_bytes), 0
+    while done < num_bytes:
+        first = int(np.searchsorted(ends, done, side="right"))  # the range of the next byte; a write may be short
+        ranges[first] = address[first] + size[first] - (ends[first] - done), ends[first] - done
         count = min(_MAX_RANGES, len(ranges) - first)
         written = _libc.pwritev(memory.descriptor, ranges[first:].ctypes.data, count, done)
-        if written != end - done:
-            if written < 0 and ctypes.get_errno() != errno.EFAULT:
-                raise OSError(ctypes.get_errno(), "cannot copy ranges of mapped files")
-            raise UnreadableRangeError(int(np.searchsorted(ends, done + max(written, 0), side="right")))
-        done = end
-    return memory.array[:done]
+        if written <= 0:
+            code = ctypes.get_errno() if written else errno.EIO
+            if code == errno.EFAULT:
+                raise UnreadableRangeError(first)
+            raise OSError(code, f"cannot copy ranges of mapped files into memory: {os.strerror(code)}")
+        done += written
+    return memory.array[:num_bytes]
 
 
 class _MemoryFile:

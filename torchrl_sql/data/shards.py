@@ -20,7 +20,7 @@ import numpy as np
 
 from torchrl_sql.data.frames import FRAME_BYTES, FrameLayout, shard_path
 from torchrl_sql.data.gather import decode
-from torchrl_sql.data.mapping import MappedFile, UnreadableRangeError, advise, read_ranges
+from torchrl_sql.data.mapping import OWN_LIMITS, MappedFile, UnreadableRangeError, advise, read_ranges
 from torchrl_sql.data.recording import CHECKSUM_DTYPE, Recording
 
 _CRC32C_RESIDUE = 0x48674BC7
@@ -240,6 +240,8 @@ class ShardFiles:
             except FileNotFoundError as error:
                 raise self.damaged(begin, "the file is missing", whole_shard=True) from error
             except (OSError, ValueError) as error:
+                if isinstance(error, OSError) and error.errno in OWN_LIMITS:
+                    raise
                 raise self.damaged(begin, str(error), whole_shard=True) from error
             mapped.append(self._shards.setdefault(number, shard))
             self._places[begin : begin + self.chunks_per_shard] = mapped[-1].places
