@@ -258,7 +258,13 @@ def test_cannot_be_written(two_games):
     [
         ({"batch_size": 10, "world_size": 3}, "batch_size must be a positive multiple of world_size 3, got 10"),
         ({"batch_size": 0}, "batch_size must be a positive multiple"),
-        ({"batch_size": 4, "prefetch": -1}, "prefetch must be >= 0, got -1"),
+        ({"batch_size": None}, "batch_size must be a positive multiple of world_size 1, got None"),
+        ({"batch_size": 8.0}, "batch_size must be a positive multiple of world_size 1, got 8.0"),
+        ({"batch_size": 4, "world_size": 0}, "rank must lie in 0..world_size-1, got rank 0 of world_size 0"),
+        ({"batch_size": 4, "prefetch": -1}, "prefetch must be an integer >= 0, got -1"),
+        ({"batch_size": 4, "prefetch": None}, "prefetch must be an integer >= 0, got None"),
+        ({"batch_size": 4, "window_steps": 2, "n_steps": 3}, "n_steps has no meaning with window_steps, .* got 3"),
+        ({"batch_size": 4, "window_steps": 2, "gamma": 0.5}, "gamma has no meaning with window_steps, .* got 0.5"),
     ],
 )
 def test_bad_arguments(two_games, kwargs, message):
@@ -356,6 +362,11 @@ def test_entries_asked_for_are_delivered_and_absent_ones_refused(two_games, opti
     keys = ["action", ("next", "reward"), "index"]
     replay = OfflineAtariReplay(two_games, batch_size=6, keys=keys, **options)
     assert set(replay.sample().keys(True, True)) == set(keys)
+    replay.shutdown()
+    replay = OfflineAtariReplay(two_games, batch_size=6, keys=["action"], **options)
+    batch, info = replay.sample(return_info=True)
+    assert set(batch.keys(True, True)) == {"action"}
+    assert torch.equal(batch["action"], AtariFrameStorage(two_games)[info["index"]]["action"])
     replay.shutdown()
     replay = OfflineAtariReplay(two_games, batch_size=6, keys=[*keys, "observations"], **options)
     with pytest.raises(KeyError, match=r"keys must be entries of the batch .* got \['observations'\]"):

@@ -107,7 +107,7 @@ def test_fingerprint_follows_contents_not_place(tmp_path, store, lab):
     lab.write(other, "Pong", episodes[:1])
     assert other.fingerprint() != store.fingerprint()
     lab.write(other, "Pong", episodes[1:])
-    assert other.fingerprint() == store.fingerprint() == store.fingerprint(["Pong"])
+    assert other.fingerprint() == store.fingerprint() == store.fingerprint(["Pong"]) == store.fingerprint("Pong")
 
 
 GOOD = {"frames": np.zeros((3, 84, 84), np.uint8), "actions": [0, 1, 2], "rewards": [0.0, 1.0, 0.5], "terminated": True}
@@ -143,6 +143,9 @@ def test_clipped_runs_take_only_clipped_rewards(store):
     writer = store.writer("Pong", source="test", rewards="clipped")
     with pytest.raises(ValueError, match=r"within \[-1, 1\] .* got 2.0"):
         writer.add_episode(**{**GOOD, "rewards": [0.0, 2.0, 0.0]})
+    with pytest.raises(ValueError, match=r"within \[-1, 1\] .* got -128"):  # whose absolute value is -128, too
+        writer.add_episode(**{**GOOD, "rewards": np.array([0, -128, 0], np.int8)})
+    writer.add_episode(**{**GOOD, "rewards": np.array([0, -1, 1], np.int8)})
     writer.close()
 
 
@@ -153,6 +156,13 @@ def test_bad_arguments_are_named(tmp_path, store, lab):
         store.writer("Pong", run="../x", source="test")
     with pytest.raises(ValueError, match="rewards must be 'raw' or 'clipped'"):
         store.writer("Pong", source="test", rewards="scaled")
+    for what in ("behaviours", "labels"):
+        for names in ("greedy", [1]):
+            with pytest.raises(ValueError, match=rf"{what} must be a sequence of names, got \[?'?{names[0]}"):
+                store.writer("Pong", source="test", **{what: names})
+    assert GrowingStore(tmp_path / "growing", "Pong-m0", source="test", about={}).games == ("Pong",)
+    with pytest.raises(ValueError, match="labels must be a sequence of names, got 'lives'"):
+        GrowingStore(tmp_path / "growing", "Pong", source="test", about={}, labels="lives")
     with pytest.raises(ValueError, match="metadata must be JSON"):
         store.writer("Pong", source="test", metadata={"x": {1, 2}})
     with pytest.raises(ValueError, match="multiple of chunk_frames, got 20 and 16"):

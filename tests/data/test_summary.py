@@ -75,7 +75,7 @@ def test_summary_of_a_part_by_hand(store, summaries):
     assert (breakout.num_transitions, breakout.returns.tolist()) == (4, [1.5, -2.0])
     assert (breakout.lengths.tolist(), breakout.behaviours.tolist()) == ([3, 2], [0, 1])
     assert breakout.action_counts.tolist() == [1, 2] + [0] * 15 + [1]
-    (breakout,) = summarise(store, ["Breakout"], subset=Subset(every_kth_episode=2))
+    (breakout,) = summarise(store, "Breakout-m0", subset=Subset(every_kth_episode=2))
     assert (breakout.num_transitions, breakout.returns.tolist()) == (7, [1.5, 4.0])
     assert breakout.bytes_per_transition == pytest.approx(summaries[0].bytes_per_transition, abs=0.5)
     (pong,) = summarise(store, ["Pong"], subset=Subset(first_fraction=0.5))

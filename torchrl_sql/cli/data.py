@@ -182,17 +182,15 @@ def _export(args: argparse.Namespace) -> None:
     """
     check_exists(args.store)
     from torchrl_sql.data import AtariFrameStorage, FrameStore, export_dqn_replay, export_memmap
-    from torchrl_sql.games import resolve_games
 
     names = ("n_steps", "gamma", "first_fraction", "last_fraction", "every_kth_episode", "transitions_per_game")
     options = {name: getattr(args, name) for name in names if hasattr(args, name)}
     if args.dqn_replay:
         if options:
             raise ValueError(f"--dqn-replay writes whole recordings, got --{next(iter(options)).replace('_', '-')}")
-        games = None if args.games is None else resolve_games(args.games)
         store = FrameStore.open(args.store)
         with _bar("export", "row") as progress:
-            folders = export_dqn_replay(store, args.out, games, progress=progress)
+            folders = export_dqn_replay(store, args.out, args.games, progress=progress)
         for folder in folders:
             print(f"{folder}: checkpoints 0-{len(list(folder.glob('add_count_ckpt.*.gz'))) - 1}")
         return

@@ -15,9 +15,10 @@ import numpy as np
 
 from torchrl_sql.data.catalogue import ABSENT, list_recording, locked
 from torchrl_sql.data.damage import check_state
-from torchrl_sql.data.recording import Manifest, Recording, Tail, open_recording, restore_recording
+from torchrl_sql.data.recording import Manifest, Recording, Tail, as_names, open_recording, restore_recording
 from torchrl_sql.data.store import FrameStore, recording_folders
 from torchrl_sql.data.writer import RecordingWriter
+from torchrl_sql.games import resolve_games
 
 _RECORDING = "0"
 
@@ -30,7 +31,7 @@ class GrowingStore:
 
     Args:
         path (path): of the store; made by :meth:`open` if absent.
-        games (sequence of str): what is played.
+        games (str or sequence of str): what is played, see :func:`torchrl_sql.games.resolve_games`.
 
     Keyword Args:
         source (str): where the episodes come from, for people.
@@ -41,23 +42,23 @@ class GrowingStore:
 
     Attributes:
         store (FrameStore): what is written; from :meth:`open` on.
-        games (tuple of str): as given.
+        games (tuple of str): their names.
     """
 
     def __init__(
         self,
         path: str | os.PathLike[str],
-        games: Sequence[str],
+        games: str | Sequence[str],
         *,
         source: str,
         about: Mapping[str, Any],
         labels: Sequence[str] = ("agent_step", "gradient_step", "epsilon"),
         shard_frames: int = 4000,
     ) -> None:
-        self.games = tuple(games)
+        self.games = resolve_games(games)
         self._path, self._shard_frames = Path(path).absolute(), shard_frames
         self._source, self._about = source, json.loads(json.dumps(about))  # as it is read
-        self._labels = tuple(labels)
+        self._labels = as_names("labels", labels)
         self._writers: dict[str, RecordingWriter] = {}
         self._num_committed: dict[str, int] = {}
 

@@ -50,6 +50,17 @@ MEMBERS: dict[str, tuple[str, np.dtype, str]] = {
 without labels has none for them."""
 
 
+def as_names(what: str, names: Sequence[str]) -> tuple[str, ...]:
+    """The names of behaviours or labels; a lone string is not taken for its letters.
+
+    Raises:
+        ValueError: if they are not a sequence of strings.
+    """
+    if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{what} must be a sequence of names, got {names!r}")
+    return tuple(names)
+
+
 def never_written(key: str, values: np.ndarray) -> np.ndarray:
     """Positions of actions, rewards or labels that no writer accepts: their file is damaged."""
     if key == "actions":

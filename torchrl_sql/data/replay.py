@@ -16,9 +16,9 @@ from torchrl.data.replay_buffers import Sampler, Storage
 from torchrl.data.replay_buffers.writers import ImmutableDatasetWriter
 
 from torchrl_sql.data.recording import Recording
-from torchrl_sql.data.sampler import GameMixtureSampler, GameMixtureSamplerWithoutReplacement
+from torchrl_sql.data.sampler import GameMixtureSampler, GameMixtureSamplerWithoutReplacement, check_batch_size
 from torchrl_sql.data.sequences import AtariSequenceStorage
-from torchrl_sql.data.storage import AtariFrameStorage
+from torchrl_sql.data.storage import DEFAULT_GAMMA, AtariFrameStorage
 from torchrl_sql.data.store import FrameStore
 from torchrl_sql.data.transfer import DeviceCopies
 
@@ -64,7 +64,7 @@ class OfflineAtariReplay(TensorDictReplayBuffer):
         window_steps: int | None = None,
         games: str | Sequence[str] | None = None,
         n_steps: int = 1,
-        gamma: float = 0.99,
+        gamma: float = DEFAULT_GAMMA,
         first_fraction: float = 1.0,
         last_fraction: float = 1.0,
         every_kth_episode: int = 1,
@@ -81,12 +81,18 @@ class OfflineAtariReplay(TensorDictReplayBuffer):
         keys: Sequence[NestedKey] | None = None,
         transform: Any = None,
     ) -> None:
-        if batch_size < 1 or batch_size % world_size:
-            raise ValueError(f"batch_size must be a positive multiple of world_size {world_size}, got {batch_size}")
-        if prefetch < 0:
-            raise ValueError(f"prefetch must be >= 0, got {prefetch}")
-        if window_steps is not None and n_steps != 1:
-            raise ValueError(f"n_steps must be 1 with window_steps, whose returns go to the end, got {n_steps}")
+        sampler = (GameMixtureSampler if replacement else GameMixtureSamplerWithoutReplacement)(
+            mixture=mixture, temperature=temperature, seed=seed, rank=rank, world_size=world_size
+        )
+        check_batch_size(batch_size, world_size)
+        if isinstance(prefetch, bool) or not isinstance(prefetch, int) or prefetch < 0:
+            raise ValueError(f"prefetch must be an integer >= 0, got {prefetch!r}")
+        for name, value, default in (("n_steps", n_steps, 1), ("gamma", gamma, DEFAULT_GAMMA)):
+            if window_steps is not None and value != default:
+                raise ValueError(
+                    f"{name} has no meaning with window_steps, whose returns go to the end and are not discounted, "
+                    f"got {value!r}"
+                )
         storage: AtariFrameStorage
         subset: dict[str, Any] = {
             "first_fraction": first_fraction,
@@ -109,13 +115,7 @@ class OfflineAtariReplay(TensorDictReplayBuffer):
         self._process = os.getpid()
         super().__init__(
             storage=storage,
-            sampler=(GameMixtureSampler if replacement else GameMixtureSamplerWithoutReplacement)(
-                mixture=mixture,
-                temperature=temperature,
-                seed=seed,
-                rank=rank,
-                world_size=world_size,
-            ),
+            sampler=sampler,
             writer=ImmutableDatasetWriter(),
             batch_size=batch_size,
             transform=transform,
@@ -132,7 +132,7 @@ class OfflineAtariReplay(TensorDictReplayBuffer):
 
         Args:
             batch_size (int, optional): another global batch size; not together with ``prefetch``.
-            return_info (bool): return ``(batch, {"index": ...})`` instead of the batch.
+            return_info (bool): return ``(batch, {"index": ...})`` instead of the batch, with the index on the host.
 
         Raises:
             RuntimeError: after :meth:`shutdown`.
@@ -154,15 +154,15 @@ class OfflineAtariReplay(TensorDictReplayBuffer):
             raise ValueError(f"batch_size must be {self._batch_size} as read ahead, got {batch_size}")
         with self._futures_lock:
             step = self._sampler.step
-            read = self._read_ahead(step) if self._depth else self._read(batch_size, step)
+            index, read = self._read_ahead(step) if self._depth else self._read(batch_size, step)
             self._sampler.advance(self._storage, batch_size)
         batch = read if self._copies is None else self._copies.receive(read)
         if len(self._transform):
             batch = self._transform(batch)
-        return (batch, {"index": batch["index"]}) if return_info else batch
+        return (batch, {"index": index}) if return_info else batch
 
-    def _read(self, batch_size: int, step: int) -> Any:
-        """A batch, or what is under way to the device."""
+    def _read(self, batch_size: int, step: int) -> tuple[torch.Tensor, Any]:
+        """The index of a batch, and the batch or what is under way to the device."""
         index = self._sampler.indices(self._storage, batch_size, step)
         batch = self._storage.get(index)
         batch["index"] = index
@@ -171,9 +171,9 @@ class OfflineAtariReplay(TensorDictReplayBuffer):
             if absent := [key for key in self._keys if unravel_key(key) not in known]:
                 raise KeyError(f"keys must be entries of the batch ({sorted(known, key=str)}), got {absent}")
             batch = batch.select(*self._keys)
-        return batch if self._copies is None else self._copies.send(batch)
+        return index, batch if self._copies is None else self._copies.send(batch)
 
-    def _read_ahead(self, step: int) -> Any:
+    def _read_ahead(self, step: int) -> tuple[torch.Tensor, Any]:
         moved = self._reads and self._reads[0][0] != step  # or the last read failed
         if moved or self._process != os.getpid():
             self._drop_reads()

@@ -19,7 +19,7 @@ import numpy as np
 from torchrl_sql.data.chunks import StoredFrames
 from torchrl_sql.data.recording import Recording
 from torchrl_sql.data.store import FrameStore
-from torchrl_sql.games import FRAME_SHAPE, NUM_ACTIONS, find_game, illegal_actions
+from torchrl_sql.games import FRAME_SHAPE, NUM_ACTIONS, find_game, illegal_actions, resolve_games
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ _NUM_ROWS_AT_ONCE = 1024
 def export_dqn_replay(
     store: FrameStore,
     path: str | os.PathLike[str],
-    games: Sequence[str] | None = None,
+    games: str | Sequence[str] | None = None,
     *,
     num_rows: int = 1_000_000,
     gzip_level: int = 6,
@@ -47,7 +47,7 @@ def export_dqn_replay(
     Args:
         store (FrameStore): what to write.
         path (path): the new folder.
-        games (sequence of str, optional): default all.
+        games (str or sequence of str, optional): see :func:`torchrl_sql.games.resolve_games`; default all.
 
     Keyword Args:
         num_rows (int): capacity of the buffer, which is what a checkpoint holds; less for a recording that needs less.
@@ -71,7 +71,7 @@ def export_dqn_replay(
     if unfinished.exists():  # Of an export that was killed.
         shutil.rmtree(unfinished)
     logs: dict[Path, _Log] = {}
-    for game in store.games if games is None else games:
+    for game in store.games if games is None else resolve_games(games):
         recordings = store.recordings_of(game)
         for recording in recordings:
             if not recording.num_episodes:

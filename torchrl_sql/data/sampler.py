@@ -111,10 +111,7 @@ class GameMixtureSampler(Sampler):
                 sampleable transition.
             TypeError: if the storage does not say where its games begin (``game_offsets``).
         """
-        if batch_size < 1 or batch_size % self.world_size:
-            raise ValueError(
-                f"batch_size must be a positive multiple of world_size {self.world_size}, got {batch_size}"
-            )
+        check_batch_size(batch_size, self.world_size)
         share = batch_size // self.world_size
         if getattr(storage, "game_offsets", None) is None:
             raise TypeError(f"{type(self).__name__} needs a storage with game_offsets, got {type(storage).__name__}")
@@ -249,6 +246,17 @@ class GameMixtureSamplerWithoutReplacement(GameMixtureSampler):
 
 
 _REPLACEMENT_DISPATCH[GameMixtureSampler] = GameMixtureSamplerWithoutReplacement  # TorchRL's own way to register it
+
+
+def check_batch_size(batch_size: int, world_size: int) -> None:
+    """Checks that a global batch divides evenly among the ranks.
+
+    Raises:
+        ValueError: if not.
+    """
+    is_integer = isinstance(batch_size, Integral) and not isinstance(batch_size, bool)
+    if not is_integer or batch_size < 1 or batch_size % world_size:
+        raise ValueError(f"batch_size must be a positive multiple of world_size {world_size}, got {batch_size!r}")
 
 
 def _name_of(game: np.integer, storage: Storage) -> str:

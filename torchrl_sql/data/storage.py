@@ -24,6 +24,9 @@ from torchrl_sql.data.scalars import ScalarReader
 from torchrl_sql.data.store import FrameStore
 from torchrl_sql.games import FRAME_SHAPE, FRAME_STACK, resolve_games
 
+DEFAULT_GAMMA = 0.99
+"""Per agent step."""
+
 
 class AtariFrameStorage(Storage):
     """Read-only TorchRL storage over a :class:`FrameStore`: an index gives a transition with stacked frames.
@@ -75,7 +78,7 @@ class AtariFrameStorage(Storage):
         games: str | Sequence[str] | None = None,
         *,
         n_steps: int = 1,
-        gamma: float = 0.99,
+        gamma: float = DEFAULT_GAMMA,
         first_fraction: float = 1.0,
         last_fraction: float = 1.0,
         every_kth_episode: int = 1,

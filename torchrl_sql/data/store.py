@@ -29,7 +29,7 @@ from typing import Any, Literal
 
 from torchrl_sql.data.catalogue import LOCK_FILE, RECORDINGS_FILE, locked, read_list
 from torchrl_sql.data.frames import Codec, Encoding
-from torchrl_sql.data.recording import VERSION, Recording, fingerprint, open_recording
+from torchrl_sql.data.recording import VERSION, Recording, as_names, fingerprint, open_recording
 from torchrl_sql.data.writer import RecordingWriter
 from torchrl_sql.files import json_field, read_json, write_text
 from torchrl_sql.games import resolve_games
@@ -191,8 +191,8 @@ class FrameStore:
             self.path / game / run,
             source=source,
             rewards=rewards,
-            behaviours=tuple(behaviours),
-            labels=tuple(labels),
+            behaviours=as_names("behaviours", behaviours),
+            labels=as_names("labels", labels),
             metadata=metadata,
             encoding=self.encoding,
         )
@@ -201,10 +201,11 @@ class FrameStore:
         recordings = (open_recording(folder) for folder in recording_folders(self.path, pattern))
         return tuple(recording for recording in recordings if recording is not None)
 
-    def fingerprint(self, games: Sequence[str] | None = None) -> str:
+    def fingerprint(self, games: str | Sequence[str] | None = None) -> str:
         """SHA-256 over the manifests: equal for equal contents wherever the store lies, for checkpoints."""
-        recordings = self.recordings if games is None else [r for game in games for r in self.recordings_of(game)]
-        return fingerprint(recordings)
+        if games is None:
+            return fingerprint(self.recordings)
+        return fingerprint([recording for game in resolve_games(games) for recording in self.recordings_of(game)])
 
     def __repr__(self) -> str:
         return f"FrameStore({str(self.path)!r}, games={list(self.games)})"

@@ -14,7 +14,7 @@ from torchrl_sql.data.chunks import StoredFrames
 from torchrl_sql.data.index import EpisodeIndex, Subset
 from torchrl_sql.data.recording import Recording
 from torchrl_sql.data.store import FrameStore
-from torchrl_sql.games import ACTION_NAMES, FRAME_SHAPE, NUM_ACTIONS, illegal_actions
+from torchrl_sql.games import ACTION_NAMES, FRAME_SHAPE, NUM_ACTIONS, illegal_actions, resolve_games
 
 _LABEL_PIXELS = 16
 _NUM_PARTS = 20
@@ -75,13 +75,14 @@ class GameSummary:
 
 
 def summarise(
-    store: FrameStore, games: Sequence[str] | None = None, *, subset: Subset | None = None
+    store: FrameStore, games: str | Sequence[str] | None = None, *, subset: Subset | None = None
 ) -> Iterator[GameSummary]:
     """Yields the summary of each game of a store, in its order.
 
     Args:
         store (FrameStore): where they are.
-        games (sequence of str, optional): default all. Absent ones are ignored.
+        games (str or sequence of str, optional): see :func:`torchrl_sql.games.resolve_games`; default all. Absent ones
+            are ignored.
 
     Keyword Args:
         subset (Subset, optional): summarise the transitions that one-step targets can draw from it, and the
@@ -90,7 +91,8 @@ def summarise(
     Raises:
         ValueError, FileNotFoundError: if a manifest or a member is damaged or missing.
     """
-    for game in store.games if games is None else [game for game in store.games if game in games]:
+    names_of_games = store.games if games is None else resolve_games(games)
+    for game in [game for game in store.games if game in names_of_games]:
         recordings = store.recordings_of(game)
         names: list[str] = []
         behaviours = []

@@ -185,9 +185,10 @@ class RecordingWriter:
         if actions.min() < 0 or actions.max() >= NUM_ACTIONS:
             raise ValueError(f"actions must lie in 0..{NUM_ACTIONS - 1}, got {actions.min()}..{actions.max()}")
         limit = 1.0 if self._manifest.rewards == "clipped" else np.finfo(np.float32).max
-        if not np.all(np.abs(rewards) <= limit):
+        allowed = (-limit <= rewards) & (rewards <= limit)  # of int8, abs(-128) is -128
+        if not allowed.all():
             kind = "within [-1, 1] (this recording's rewards are clipped)" if limit == 1.0 else "finite"
-            raise ValueError(f"rewards must be {kind}, got {rewards[~(np.abs(rewards) <= limit)][0]}")
+            raise ValueError(f"rewards must be {kind}, got {rewards[~allowed][0]}")
         if not isinstance(terminated, (bool, np.bool_)):
             raise ValueError(f"terminated must be a bool, got {terminated!r}")
         if cut and terminated:

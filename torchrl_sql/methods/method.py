@@ -76,17 +76,17 @@ class Method(ABC):
             data (DataConfig): which transitions.
             store (FrameStore): where they are.
             options: ``seed``, ``rank``, ``world_size``, ``device``, ``keys`` and ``window_steps``, which takes the
-                place of ``n_steps``, see :class:`OfflineAtariReplay`.
+                place of ``n_steps`` and ``gamma``, see :class:`OfflineAtariReplay`.
 
         Raises:
             ValueError: if the store does not hold the games, or the batch does not divide among the ranks.
         """
+        if options.get("window_steps") is None:
+            options |= {"n_steps": data.n_steps, "gamma": self.gamma}
         return OfflineAtariReplay(
             store,
             batch_size=data.batch_size,
             games=data.games,
-            n_steps=data.n_steps if options.get("window_steps") is None else 1,
-            gamma=self.gamma,
             first_fraction=data.first_fraction,
             last_fraction=data.last_fraction,
             every_kth_episode=data.every_kth_episode,

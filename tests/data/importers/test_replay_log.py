@@ -63,6 +63,13 @@ def test_recordings_without_episodes_are_left_out_and_named(lab, tmp_path, small
     assert "Pong, run '0' has no episodes: it is left out" in caplog.messages
 
 
+def test_games_go_by_one_name(lab, tmp_path, small_store):
+    write(small_store, lab, [(2, True)])
+    for number, games in enumerate(("Pong", ["Pong-m0"])):
+        (log,) = export_dqn_replay(small_store, tmp_path / str(number), games)
+        assert log == tmp_path / str(number) / "Pong" / "1" / "replay_logs"
+
+
 @settings(max_examples=25, deadline=None)
 @given(data=st.data())
 def test_exported_and_imported_a_store_is_what_it_was(dopamine, lab, data):

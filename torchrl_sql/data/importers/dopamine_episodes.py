@@ -271,7 +271,7 @@ class _EpisodeBuilder:
         check("action", actions, (actions >= 0) & (actions < num_actions), expected)
         if self.rewards == "clipped":
             hint = " (the game's own rewards need rewards='raw', --rewards raw)"
-            check("reward", rewards, np.abs(rewards) <= 1, "clipped to [-1, 1]", hint)
+            check("reward", rewards, (rewards >= -1) & (rewards <= 1), "clipped to [-1, 1]", hint)
         else:
             check("reward", rewards, np.isfinite(rewards), "finite")
         check("terminal", terminals, (terminals == 0) | (terminals == 1), "0 or 1")

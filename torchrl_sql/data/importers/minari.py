@@ -212,9 +212,10 @@ class MinariSource(EpisodeSource):
         if actions.shape != (num_steps,) or actions.min() < 0 or actions.max() >= len(self._full_actions):
             raise ValueError(f"{where}: actions must be {num_steps} numbers in 0..{len(self._full_actions) - 1}")
         limit = 1.0 if self.rewards == "clipped" else np.finfo(np.float32).max
-        if not (np.abs(rewards) <= limit).all():
+        allowed = (-limit <= rewards) & (rewards <= limit)
+        if not allowed.all():
             kind = "within [-1, 1], for they are clipped" if self.rewards == "clipped" else "finite"
-            raise ValueError(f"{where}: rewards must be {kind}, got {rewards[~(np.abs(rewards) <= limit)][0]}")
+            raise ValueError(f"{where}: rewards must be {kind}, got {rewards[~allowed][0]}")
         terminated, truncated = ended[:, -1]
         return Episode(
             frames[:num_steps] if terminated else frames,
