@@ -77,6 +77,12 @@ def sync_folder(path: Path) -> None:
         os.close(folder)
 
 
+def sync_tree(path: Path) -> None:
+    """Put a folder on disk, with all that is in it."""
+    for each in (*path.rglob("*"), path):
+        sync_folder(each)  # files, too
+
+
 def read_json(path: Path, expected_format: str, *, version: int, text: str | None = None) -> dict[str, Any]:
     """Read a JSON object with a format and version; return its other fields.
 

@@ -42,8 +42,26 @@ def test_nothing_appears_before_the_end_and_it_can_be_repeated(two_games, tmp_pa
 
     with pytest.raises(KeyboardInterrupt):
         export.export_memmap(storage, tmp_path / "out", progress=stop)
-    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.iterdir())
+    (tmp_path / ".out.unfinished-export" / "left").mkdir(parents=True)  # by one that was killed
+    (tmp_path / ".out.unfinished-export" / "left.memmap").touch()
     export.export_memmap(storage, tmp_path / "out")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "meta.json", "games.json", "next", "observation.memmap", "action.memmap", "game_id.memmap",
+        "steps_to_next_obs.memmap",
+    }  # fmt: skip
+    assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
+
+
+def test_two_exports_to_one_folder_do_not_disturb_each_other(two_games, tmp_path):
+    storage = AtariFrameStorage(two_games, "Pong")
+
+    def begin_another(done: int, total: int) -> None:
+        with pytest.raises(BlockingIOError, match=r"\.out\.unfinished-export is open in another writer"):
+            export.export_memmap(storage, tmp_path / "out")
+
+    export.export_memmap(storage, tmp_path / "out", progress=begin_another)
+    assert (TensorDict.load_memmap(tmp_path / "out") == storage[:]).all()
     assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
 
 

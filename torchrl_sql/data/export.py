@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from torchrl_sql.data.catalogue import LOCK_FILE, locked
 from torchrl_sql.data.storage import AtariFrameStorage
+from torchrl_sql.files import sync_folder, sync_tree
 
 GAMES_FILE = "games.json"
 """Names of the games in the exported folder: ``game_id`` indexes them."""
@@ -44,8 +47,7 @@ def export_memmap(
         ValueError: if there is no transition.
     """
     target = Path(path)
-    if target.exists():
-        raise FileExistsError(f"{target} is there already: choose another path, or delete it")
+    check_free(target)
     if not len(storage):
         raise ValueError(f"{storage} has no transition to export")
     one = storage[:1]
@@ -56,14 +58,55 @@ def export_memmap(
         raise OSError(
             f"{target} needs {num_bytes:,} bytes for {len(storage):,} transitions, the disk has {free:,} free"
         )
-    unfinished = target.with_name(f".{target.name}.unfinished-export")
-    if unfinished.exists():  # Of an export that was killed.
-        shutil.rmtree(unfinished)
-    out = one.expand(len(storage)).memmap_like(str(unfinished))
-    for first in range(0, len(storage), _NUM_TRANSITIONS_AT_ONCE):
-        last = min(first + _NUM_TRANSITIONS_AT_ONCE, len(storage))
-        out[first:last] = storage[first:last]
-        progress(last, len(storage))
-    (unfinished / GAMES_FILE).write_text(json.dumps(list(storage.games)) + "\n", encoding="utf-8")
-    os.replace(unfinished, target)
+    with new_folder(target) as unfinished:
+        out = one.expand(len(storage)).memmap_like(str(unfinished))
+        for first in range(0, len(storage), _NUM_TRANSITIONS_AT_ONCE):
+            last = min(first + _NUM_TRANSITIONS_AT_ONCE, len(storage))
+            out[first:last] = storage[first:last]
+            progress(last, len(storage))
+        (unfinished / GAMES_FILE).write_text(json.dumps(list(storage.games)) + "\n", encoding="utf-8")
     return num_bytes
+
+
+def check_free(target: Path) -> None:
+    """Checks that nothing has the name of a folder that is to be made.
+
+    Raises:
+        FileExistsError: if something has.
+    """
+    if target.exists():
+        raise FileExistsError(f"{target} is there already: choose another path, or delete it")
+
+
+@contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """Fill a folder under a hidden name beside ``target`` and move it there, on disk, if the block succeeds.
+
+    Args:
+        target (Path): the new folder.
+
+    Yields:
+        The hidden folder, empty. It is removed if the block raises, or by the next attempt if the process was killed.
+
+    Raises:
+        FileExistsError: if ``target`` is there already.
+        BlockingIOError: if another process is filling it.
+    """
+    unfinished = target.with_name(f".{target.name}.unfinished-export")
+    unfinished.mkdir(parents=True, exist_ok=True)
+    with locked(unfinished, wait=False):
+        try:
+            check_free(target)  # Another process may have ended meanwhile.
+            for left in unfinished.iterdir():
+                if left.is_dir():
+                    shutil.rmtree(left)
+                elif left.name != LOCK_FILE:
+                    left.unlink()
+            yield unfinished
+            (unfinished / LOCK_FILE).unlink()
+            sync_tree(unfinished)
+            os.replace(unfinished, target)
+        except BaseException:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            raise
+    sync_folder(target.parent)

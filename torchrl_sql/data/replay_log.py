@@ -9,7 +9,6 @@ import gzip
 import logging
 import os
 import pickle
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from torchrl_sql.data.chunks import StoredFrames
+from torchrl_sql.data.export import check_free, new_folder
 from torchrl_sql.data.recording import Recording
 from torchrl_sql.data.store import FrameStore
 from torchrl_sql.games import FRAME_SHAPE, NUM_ACTIONS, find_game, illegal_actions, resolve_games
@@ -65,11 +65,7 @@ def export_dqn_replay(
     if num_rows <= _NUM_PADDING_ROWS + 1:
         raise ValueError(f"num_rows must be > {_NUM_PADDING_ROWS + 1}, got {num_rows}")
     target = Path(path)
-    if target.exists():
-        raise FileExistsError(f"{target} is there already: choose another path, or delete it")
-    unfinished = target.with_name(f".{target.name}.unfinished-export")
-    if unfinished.exists():  # Of an export that was killed.
-        shutil.rmtree(unfinished)
+    check_free(target)
     logs: dict[Path, _Log] = {}
     for game in store.games if games is None else resolve_games(games):
         recordings = store.recordings_of(game)
@@ -81,13 +77,13 @@ def export_dqn_replay(
     if not logs:
         raise ValueError(f"{store} has no episodes to export")
     num_done, num_all = 0, sum(log.num_rows * len(log.ends) for log in logs.values())
-    for folder, log in logs.items():
-        (unfinished / folder).mkdir(parents=True)
-        for number in range(len(log.ends)):
-            for num_written in log.write(unfinished / folder, number, gzip_level):
-                num_done += num_written
-                progress(num_done, num_all)
-    os.replace(unfinished, target)
+    with new_folder(target) as unfinished:
+        for folder, log in logs.items():
+            (unfinished / folder).mkdir(parents=True)
+            for number in range(len(log.ends)):
+                for num_written in log.write(unfinished / folder, number, gzip_level):
+                    num_done += num_written
+                    progress(num_done, num_all)
     return [target / folder for folder in logs]
 
 

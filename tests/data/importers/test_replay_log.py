@@ -63,6 +63,17 @@ def test_recordings_without_episodes_are_left_out_and_named(lab, tmp_path, small
     assert "Pong, run '0' has no episodes: it is left out" in caplog.messages
 
 
+def test_an_export_that_failed_leaves_nothing(lab, tmp_path, small_store):
+    write(small_store, lab, [(2, True)])
+
+    def fail(done: int, total: int) -> None:
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        export_dqn_replay(small_store, tmp_path / "new" / "log", progress=fail)
+    assert not list((tmp_path / "new").iterdir())
+
+
 def test_games_go_by_one_name(lab, tmp_path, small_store):
     write(small_store, lab, [(2, True)])
     for number, games in enumerate(("Pong", ["Pong-m0"])):
