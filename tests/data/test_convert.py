@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -153,7 +154,15 @@ def test_what_is_left_of_another_state_is_not_taken(filled, tmp_path, lab):
     with pytest.raises(KeyboardInterrupt):
         convert(filled, tmp_path / "new", codec="lz4", progress=stop)
     lab.write(filled, "Pong", lab.make_episodes([(6, True, False)], 900), run="1")
+    (tmp_path / ".new.v2.lz4-0123456789abcdef.unfinished-conversion").mkdir()  # of another name
+    (being_written,) = tmp_path.glob(".new.lz4-*")
+    with FrameStore.open(being_written).writer("Pong", run="9", source="test"):
+        assert_same(convert(filled, tmp_path / "new", codec="lz4"), filled)
+    assert being_written.exists()
+    shutil.rmtree(tmp_path / "new")
     assert_same(convert(filled, tmp_path / "new", codec="lz4"), filled)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"store", "new", ".new.v2.lz4-0123456789abcdef.unfinished-conversion"}
 
 
 def test_what_is_in_the_way_and_what_is_there_already(filled, tmp_path):

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import os
+import re
+import shutil
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 
+from torchrl_sql.data.catalogue import locked
 from torchrl_sql.data.chunks import StoredFrames
 from torchrl_sql.data.damage import check_state
-from torchrl_sql.data.frames import Codec
+from torchrl_sql.data.export import check_free
+from torchrl_sql.data.frames import CODECS, Codec
 from torchrl_sql.data.recording import Recording, drop_recording
 from torchrl_sql.data.store import FrameStore
 from torchrl_sql.files import sync_folder
@@ -45,13 +50,13 @@ def convert(
             with the next call.
     """
     target = Path(path)
-    if target.exists():
-        raise FileExistsError(f"{target} is there already: choose another path, or delete it")
+    check_free(target)
     if codec == store.encoding.codec:
         raise ValueError(f"{store.path} is in {codec} already")
     recordings, encoding = store.recordings, asdict(replace(store.encoding, codec=codec))
     # Of this state of this store: what is left of another conversion is never taken for it.
     unfinished = target.with_name(f".{target.name}.{codec}-{store.fingerprint()[:16]}.unfinished-conversion")
+    _remove_others(target, unfinished)
     new = FrameStore.create(unfinished, **encoding, exist_ok=True)
     total, done = sum(recording.num_frames for recording in recordings), 0
     for recording in recordings:
@@ -63,13 +68,20 @@ def convert(
     return FrameStore.open(target)
 
 
+def _remove_others(target: Path, unfinished: Path) -> None:
+    """Removes what other conversions of that name left, such as of an earlier state, unless one is being written."""
+    pattern = re.compile(rf"\.{re.escape(target.name)}\.({'|'.join(CODECS)})-[0-9a-f]{{16}}\.unfinished-conversion")
+    for other in target.parent.glob(".*.unfinished-conversion"):
+        if other != unfinished and pattern.fullmatch(other.name):
+            with ExitStack() as stack, suppress(BlockingIOError):
+                for recording in other.glob("*/*/"):
+                    stack.enter_context(locked(recording, wait=False))
+                shutil.rmtree(other)
+
+
 def _convert_recording(recording: Recording, new: FrameStore) -> Iterator[int]:
     """Yields the number of its frames done, after each episode."""
-    # Rows of actions and rewards have no checksum each: they are compared as a whole, before any is copied.
-    for damage in check_state(recording):
-        raise ValueError(damage)
     manifest, frames = recording.manifest, StoredFrames([recording])
-    actions, rewards, labels = recording.actions, recording.rewards, recording.stored_labels
     with new.writer(
         recording.game,
         run=recording.name,
@@ -78,6 +90,10 @@ def _convert_recording(recording: Recording, new: FrameStore) -> Iterator[int]:
         behaviours=manifest.behaviours,
         labels=manifest.labels,
     ) as writer:
+        # Rows of actions and rewards have no checksum each: they are compared as a whole, before any is copied.
+        for damage in check_state(recording):
+            raise ValueError(damage)
+        actions, rewards, labels = recording.actions, recording.rewards, recording.stored_labels
         step, uncommitted = writer.num_steps, 0
         for number, episode in enumerate(recording.stored_episodes[writer.num_episodes :], writer.num_episodes):
             first_frame, num_steps = int(episode["first_frame"]), int(episode["num_steps"])
@@ -100,9 +116,10 @@ def _convert_recording(recording: Recording, new: FrameStore) -> Iterator[int]:
             yield first_frame + num_frames
         writer.commit(metadata=manifest.metadata)
     converted = new.recording(recording.game, recording.name)
-    if reason := _difference(converted, recording):
-        drop_recording(converted)
-        raise ValueError(f"what was written is not what is to be converted, and was dropped: {reason}. Start again")
+    with locked(converted.path, wait=False):  # so that nobody removes it meanwhile
+        if reason := _difference(converted, recording):
+            drop_recording(converted)
+            raise ValueError(f"what was written is not what is to be converted, and was dropped: {reason}. Start again")
 
 
 def _difference(converted: Recording, recording: Recording) -> str:
