@@ -69,12 +69,11 @@ def _panels(
         left=0.1, right=0.97, top=1 - (legend_height + 0.2) / height, bottom=0.45 / height, wspace=0.26, hspace=0.62
     )
     drawn: dict[str, Any] = {}
-    shifts = _shifts(lines) if axis == analysis.learning.axis else [0.0] * len(lines)
     for axes, (name, curves) in zip(grid.flat, panels.items(), strict=False):
-        for line, shift in zip(lines, shifts, strict=True):
-            _draw_line(
-                axes, line, analysis, {x + shift: interval for x, interval in curves.get(line.label, {}).items()}
-            )
+        there = [line for line in lines if curves.get(line.label)]
+        shifts = _shifts(there) if axis == analysis.learning.axis else [0.0] * len(there)
+        for line, shift in zip(there, shifts, strict=True):
+            _draw_line(axes, line, analysis, {x + shift: interval for x, interval in curves[line.label].items()})
         drawn |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
         axes.set_title("Human-normalised IQM" if name == ALL else name, fontsize=8.5)
         _set_axis(axes, axis, lines, steps=axis == analysis.learning.axis, label=False)
@@ -96,8 +95,6 @@ def _shifts(lines: Sequence[Line]) -> list[float]:
 
 
 def _draw_line(axes: Axes, line: Line, analysis: Analysis, points: Mapping[float, Interval]) -> None:
-    if not points:
-        return
     reach = [
         [interval.point - interval.low for interval in points.values()],
         [interval.high - interval.point for interval in points.values()],
