@@ -17,7 +17,8 @@ With ``--before`` both versions play what a quickstart plays, in turns, each in 
 an untrained network and ``constant`` actions as ``torchrl-sql evaluate`` does, ``collection`` into a store. Seconds are
 after imports, emulators' creation included. Beside them is the time on all cores by all processes, imports included,
 which suffers less from other work on the machine, and a digest of the returns or of the store's files, which must be
-the same.
+the same. Last comes the least that these steps can cost: ALE's ``act`` in one process, four times a step with random
+actions, no picture taken, no network, no process told; it bounds what any code around ALE can save.
 
 With one core for emulators and one for the network, the limit of the pipeline is the slower of the two rates. Emulator
 processes also use what the network leaves of its core, so a step's whole work is compared with two cores as well.
@@ -46,6 +47,7 @@ import ale_py
 import gymnasium
 import numpy as np
 import torch
+from ale_py import ALEInterface, LoggerMode, roms
 from gymnasium.wrappers import AtariPreprocessing
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
@@ -167,29 +169,50 @@ def gym_loop_rate(policy: NetworkPolicy, seconds: float) -> float:
     return steps / spent
 
 
-def play_evaluation(policy: NetworkPolicy, num_episodes: int, folder: Path) -> str:
-    """Returns of some episodes of each of the quickstart's games."""
+def bare_emulator_seconds(num_steps: int = 5_000) -> float:
+    """Processor time of four frames of ALE, and nothing else, in the quickstart's games."""
+    spent = 0.0
+    ALEInterface.setLoggerMode(LoggerMode.Error)
+    for game in QUICKSTART:
+        ale = ALEInterface()
+        ale.loadROM(roms.get_rom_path(GAMES[game].rom))
+        legal = [action.value for action in ale.getMinimalActionSet()]
+        start = time.process_time()
+        for action in np.random.default_rng(0).choice(legal, num_steps).tolist():
+            for _ in range(4):
+                ale.act(action)
+            if ale.game_over():  # it would emulate nothing from here on
+                ale.reset_game()
+        spent += time.process_time() - start
+    return spent / (num_steps * len(QUICKSTART))
+
+
+def play_evaluation(policy: NetworkPolicy, num_episodes: int, folder: Path) -> tuple[str, int]:
+    """Returns of some episodes of each of the quickstart's games, and agent steps."""
     episodes = [(game, episode) for episode in range(num_episodes) for game in QUICKSTART]
-    played = rollout(policy, QUICKSTART, episodes, SHORTER)
-    return repr(sorted((one.game, one.episode, one.episode_return, one.length_agent_steps) for one in played))
+    played = list(rollout(policy, QUICKSTART, episodes, SHORTER))
+    returns = sorted((one.game, one.episode, one.episode_return, one.length_agent_steps) for one in played)
+    return repr(returns), sum(one.length_agent_steps for one in played)
 
 
-def play_constants(policy: NetworkPolicy, num_episodes: int, folder: Path) -> str:
-    """Returns of each legal action of each game."""
+def play_constants(policy: NetworkPolicy, num_episodes: int, folder: Path) -> tuple[str, int]:
+    """Returns of each legal action of each game, and agent steps."""
     protocol = Protocol(emulator=SHORTER, num_episodes=max(num_episodes // 4, 1))
     agents = make_agents("constant", QUICKSTART)
-    return repr([row for agent in agents for row in agent.evaluate(folder / "constant", protocol=protocol)])
+    rows = [row for agent in agents for row in agent.evaluate(folder / "constant", protocol=protocol)]
+    return repr(rows), sum(row.length_agent_steps for row in rows)
 
 
-def play_collection(policy: NetworkPolicy, num_episodes: int, folder: Path) -> str:
-    """Files of a store of as many steps per game as the episodes above may have."""
-    store = FrameStore.create(folder / "store")
+def play_collection(policy: NetworkPolicy, num_episodes: int, folder: Path) -> tuple[str, int]:
+    """Files of a store of as many steps per game as the episodes above may have, and those steps."""
+    store, num_steps = FrameStore.create(folder / "store"), num_episodes * SHORTER.max_env_frames // 4
     for game in QUICKSTART:
         mixture = SkillMixture(game)
         with store.writer(game, source="benchmark", behaviours=mixture.behaviour_names) as writer:
-            collect(writer, mixture, game, num_episodes * SHORTER.max_env_frames // 4, SHORTER)
+            collect(writer, mixture, game, num_steps, SHORTER)
     files = sorted(path for path in store.path.rglob("*") if path.is_file() and path.name != ".lock")
-    return repr([(str(path.relative_to(folder)), sha256(path.read_bytes()).hexdigest()) for path in files])
+    digests = repr([(str(path.relative_to(folder)), sha256(path.read_bytes()).hexdigest()) for path in files])
+    return digests, num_steps * len(QUICKSTART)
 
 
 PLAYS = {"evaluation": play_evaluation, "constant": play_constants, "collection": play_collection}
@@ -199,9 +222,9 @@ def measure(name: str, policy: NetworkPolicy, num_episodes: int) -> dict[str, An
     """Seconds of one of the plays, here."""
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
         started = time.perf_counter()
-        outcome = PLAYS[name](policy, num_episodes, Path(folder))
+        outcome, num_steps = PLAYS[name](policy, num_episodes, Path(folder))
         seconds = time.perf_counter() - started
-    return {"seconds": seconds, "digest": sha256(outcome.encode()).hexdigest()[:16]}
+    return {"seconds": seconds, "agent_steps": num_steps, "digest": sha256(outcome.encode()).hexdigest()[:16]}
 
 
 def processor_seconds() -> float:
@@ -235,7 +258,18 @@ def compare(before: Path, args: argparse.Namespace) -> dict[str, Any]:
     keys = ("seconds", "processor_seconds")
     ratios = {name: {key: ratio(name, key) for key in keys} for name in rounds}
     print("before / after:", json.dumps(ratios))
-    return {"episodes_per_game": args.episodes, "rounds": rounds, "before_over_after": ratios}
+    step = bare_emulator_seconds()
+    bare = {
+        name: {
+            "seconds": each[0]["after"]["agent_steps"] * step,
+            **{side: statistics.median(r[side]["agent_steps"] * step / r[side]["processor_seconds"] for r in each)
+               for side in sides},
+        }
+        for name, each in rounds.items()
+    }  # fmt: skip
+    print("share of the processor time that ALE alone takes for the same steps:", json.dumps(bare))
+    measured = {"before_over_after": ratios, "seconds_per_step_of_bare_ale": step, "bare_ale": bare}
+    return {"episodes_per_game": args.episodes, "rounds": rounds} | measured
 
 
 def main() -> None:

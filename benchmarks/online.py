@@ -11,9 +11,11 @@ One network (scale=cpu), batches of 32, 3-step returns, Breakout. Per round, one
   LazyMemmapStorage and DistributionalDQNLoss, with our network. recipe_env: the same with our AtariEnv in place of
   GymEnv and transforms, which is the fairer comparison of everything else.
 
-Then the buffer: processor time of a batch and of an appended transition, of the growing store and of TorchRL's
-LazyTensorStorage of the same capacity. Speeds are medians over rounds; wall clock and processor time are both there, as
-the machine may have other work.
+Then the buffers, at each capacity: processor time of a batch and of an appended transition, of the growing store and of
+TorchRL's LazyTensorStorage, which is as large as half of the machine's memory allows where the capacity does not fit
+(``memory_capacity``). Speeds are medians over rounds; wall clock and processor time are both there, as the machine may
+have other work. ``share_of_slower_limit`` is the speed of an overlapped run, by the clock, against the slower of the
+learner alone and of acting alone, each with the whole machine.
 """
 
 from __future__ import annotations
@@ -68,6 +70,7 @@ from torchrl_sql.training import Trainer
 from torchrl_sql.training.build import build_trainer
 
 GAME = "Breakout"
+RATIOS = (4, 16)
 LEGAL = np.array([0, 1, 3, 4])
 
 
@@ -257,6 +260,7 @@ def episodes(num_transitions: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.
 
 def buffers(folder: Path, capacity: int) -> dict[str, float]:
     """Processor milliseconds of a batch and of an appended transition, at this capacity."""
+    print(f"buffers of {capacity:,} transitions", flush=True)
     growing = GrowingStore(folder / "store", [GAME], source="a benchmark", about={}, shard_frames=2_000)
     growing.open()
     for frames, actions, rewards in episodes(capacity):
@@ -264,7 +268,7 @@ def buffers(folder: Path, capacity: int) -> dict[str, float]:
     recordings = growing.commit()
     make = partial(OfflineAtariReplay, batch_size=32, n_steps=3)
     replay = make(growing.store)
-    rows = {}
+    rows: dict[str, float] = {}
     more = list(episodes(4_000))
 
     def append() -> int:
@@ -283,9 +287,11 @@ def buffers(folder: Path, capacity: int) -> dict[str, float]:
     rows["store_bytes_per_transition"] = (
         sum(path.stat().st_size for path in recordings[0].path.rglob("*") if path.is_file()) / recordings[0].num_steps
     )
-    other = TensorDictReplayBuffer(storage=LazyTensorStorage(capacity), batch_size=32)
     one = replay.sample().exclude("index")
-    for _ in range(-(-capacity // 4096)):
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    rows["memory_capacity"] = fits = min(capacity, int(memory / 2 / (one.bytes() / 32)))
+    other = TensorDictReplayBuffer(storage=LazyTensorStorage(fits), batch_size=32)
+    for _ in range(-(-fits // 4096)):
         other.extend(torch.cat([one] * 128))
     rows["memory_batch_ms"] = cpu_ms(other.sample, 200)
     rows["memory_append_ms"] = cpu_ms(lambda: other.extend(one[:16]), 100) / 16
@@ -311,9 +317,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--encoder", default="resnet_tiny")
     parser.add_argument("--steps", type=int, default=60, help="gradient steps per measurement")
-    parser.add_argument("--capacity", type=int, default=100_000, help="transitions of the buffers; 0 for none")
+    parser.add_argument("--capacities", type=int, nargs="*", default=[100_000, 1_000_000], help="of the buffers")
     args = parser.parse_args()
     torch.set_num_threads(1)
+    machine = describe_benchmark() | {"load_average": os.getloadavg()}
     rounds: dict[str, list[dict[str, float]]] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -323,7 +330,7 @@ def main() -> None:
             "acting": lambda at: emulator(at, args.encoder, 300, acting=True),
             "learner": lambda at: learner(folder / "first" / "store", at, args.encoder, args.steps),
         }
-        for ratio in (4, 16):
+        for ratio in RATIOS:
             sides[f"online_{ratio}"] = partial(online, encoder=args.encoder, ratio=ratio, num_steps=args.steps)
             for kind, ours in (("recipe", False), ("recipe_env", True)):
                 sides[f"{kind}_{ratio}"] = partial(
@@ -333,14 +340,22 @@ def main() -> None:
             for side, measure in sides.items():
                 rounds.setdefault(side, []).append(measure(folder / f"{side}-{number}"))
                 print(side, rounds[side][-1], flush=True)
-        buffer = buffers(folder / "buffer", args.capacity) if args.capacity else {}
+        buffer = {f"{capacity}": buffers(folder / f"buffer-{capacity}", capacity) for capacity in args.capacities}
     medians = {
         side: {key: statistics.median(row[key] for row in rows) for key in rows[0]} for side, rows in rounds.items()
     }
-    result = {"settings": vars(args) | {"json": None}, "medians": medians, "buffer": buffer, "rounds": rounds}
-    print(json.dumps({"medians": medians, "buffer": buffer}, indent=1))
+    shares = {
+        ratio: statistics.median(
+            one["per_second"] / min(learner["per_second"], acting["per_second"] / ratio)
+            for one, learner, acting in zip(rounds[f"online_{ratio}"], rounds["learner"], rounds["acting"], strict=True)
+        )
+        for ratio in RATIOS
+    }
+    result = {"medians": medians, "share_of_slower_limit": shares, "buffers": buffer}
+    print(json.dumps(result, indent=1))
     if args.json is not None:
-        args.json.write_text(json.dumps(describe_benchmark() | result, indent=1) + "\n")
+        document = machine | {"settings": vars(args) | {"json": None}} | result | {"rounds": rounds}
+        args.json.write_text(json.dumps(document, indent=1) + "\n")
 
 
 if __name__ == "__main__":
