@@ -71,6 +71,7 @@ from torchrl_sql.training.build import build_trainer
 
 GAME = "Breakout"
 RATIOS = (4, 16)
+LABELS = {"agent_step": 0.0, "gradient_step": 0.0, "epsilon": 0.1}
 LEGAL = np.array([0, 1, 3, 4])
 
 
@@ -264,7 +265,7 @@ def buffers(folder: Path, capacity: int) -> dict[str, float]:
     growing = GrowingStore(folder / "store", [GAME], source="a benchmark", about={}, shard_frames=2_000)
     growing.open()
     for frames, actions, rewards in episodes(capacity):
-        growing.add(GAME, frames, actions, rewards, terminated=True, labels={"epsilon": 0.1})
+        growing.add(GAME, frames, actions, rewards, terminated=True, labels=LABELS)
     recordings = growing.commit()
     make = partial(OfflineAtariReplay, batch_size=32, n_steps=3)
     replay = make(growing.store)
@@ -276,7 +277,7 @@ def buffers(folder: Path, capacity: int) -> dict[str, float]:
         count = 0
         while count < 1_000:
             frames, actions, rewards = more.pop()
-            growing.add(GAME, frames, actions, rewards, terminated=True, labels={"epsilon": 0.1})
+            growing.add(GAME, frames, actions, rewards, terminated=True, labels=LABELS)
             count += len(actions)
         replay.show(growing.commit(), until=10**9)
         return count
@@ -316,7 +317,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--encoder", default="resnet_tiny")
-    parser.add_argument("--steps", type=int, default=60, help="gradient steps per measurement")
+    parser.add_argument("--steps", type=int, default=120, help="gradient steps per measurement")
     parser.add_argument("--capacities", type=int, nargs="*", default=[100_000, 1_000_000], help="of the buffers")
     args = parser.parse_args()
     torch.set_num_threads(1)
