@@ -116,15 +116,19 @@ def test_rows_of_a_forward_do_not_depend_on_the_others():
     assert torch.equal(policy(batch)["action_value"][:4], value[:4])
 
 
-def test_every_forward_has_the_same_shape():
+@pytest.mark.parametrize(("has_parameters", "rows"), [(True, 16), (False, 4)])
+def test_every_forward_has_the_same_shape(has_parameters, rows):
     seen = []
 
     def spy(game_id):
         seen.append(len(game_id))
         return torch.zeros_like(game_id)
 
-    assert len(play(TensorDictModule(spy, ["game_id"], ["action"]))) == 6
-    assert set(seen) == {16}  # whatever is left to play
+    policy = TensorDictModule(spy, ["game_id"], ["action"])
+    if has_parameters:
+        policy.weight = torch.nn.Parameter(torch.zeros(1))
+    assert len(play(policy)) == 6
+    assert set(seen) == {rows}  # whatever is left to play
 
 
 def test_exploration_is_uniform_over_the_legal_actions():
@@ -159,8 +163,8 @@ def module(function, *outputs):
     ("policy", "message"),
     [
         (module(lambda g: g + 18, "action"), r"action must be in 0..17, got 18..18"),
-        (module(lambda g: g.float(), "action"), r"action must be integers \[16\], got torch.float32 \(16,\)"),
-        (module(lambda g: g.unsqueeze(-1), "action"), r"action must be integers \[16\], got torch.int64 \(16, 1\)"),
+        (module(lambda g: g.float(), "action"), r"action must be integers \[4\], got torch.float32 \(4,\)"),
+        (module(lambda g: g.unsqueeze(-1), "action"), r"action must be integers \[4\], got torch.int64 \(4, 1\)"),
         (
             module(lambda g: (g, torch.zeros(len(g), 4)), "action", "action_value"),
             "must have 18 actions, got action_value",

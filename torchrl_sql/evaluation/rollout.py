@@ -31,6 +31,8 @@ CALIBRATION_INTERVAL_AGENT_STEPS = 50
 
 ROWS_PER_FORWARD = {"cpu": 16, "cuda": 128}
 """By the policy's device: few enough that the last long episodes do not pay for many empty rows."""
+ROWS_WITHOUT_PARAMETERS = 4
+"""Without a network a forward costs little: emulators need not wait until many others have answered."""
 
 
 @dataclass
@@ -159,9 +161,9 @@ def rollout(
     Keyword Args:
         epsilon (float): probability of a uniformly random legal action in place of the policy's.
         seed (int): evaluation seed.
-        num_parallel (int, optional): episodes played at a time; default two forwards of them.
-        rows_per_forward (int, optional): ``B``; default by the policy's device, 16 or (CUDA) 128. What the network
-            computes may depend on it in the last bits.
+        num_parallel (int, optional): episodes played at a time; default two forwards of a network.
+        rows_per_forward (int, optional): ``B``; default by the policy's device, 16 or (CUDA) 128; at most 4 without
+            parameters. What a network computes may depend on it in the last bits.
         record (callable): whether to keep the actions and values of (game, episode).
         on_decision (callable): is called before each forward; what it raises ends the rollout.
 
@@ -176,8 +178,10 @@ def rollout(
     if not 0.0 <= epsilon <= 1.0:
         raise ValueError(f"epsilon must be in [0, 1], got {epsilon}")
     check_action_set(policy)
-    device = next((p.device for p in policy.parameters()), torch.device("cpu"))
-    rows = rows_per_forward or ROWS_PER_FORWARD.get(device.type, ROWS_PER_FORWARD["cuda"])
+    parameter = next(policy.parameters(), None)
+    device = torch.device("cpu") if parameter is None else parameter.device
+    network_rows = rows_per_forward or ROWS_PER_FORWARD.get(device.type, ROWS_PER_FORWARD["cuda"])
+    rows = min(network_rows, ROWS_WITHOUT_PARAMETERS) if parameter is None else network_rows
     context_steps = getattr(policy, "context_steps", 0)
     legal = legal_action_mask(games)
     queue = deque(episodes)
@@ -193,7 +197,7 @@ def rollout(
         slots.start(playing, game, new.episode_seed, slot=slot)
 
     with Slots[_Playing](emulator) as slots:
-        for _ in range(min(num_parallel or 2 * rows, len(queue))):
+        for _ in range(min(num_parallel or 2 * network_rows, len(queue))):
             start()
         while slots:
             batch: list[Slot[_Playing]] = []
