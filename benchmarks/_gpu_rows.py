@@ -29,7 +29,7 @@ from torchrl_sql.modules import NetworkPolicy, make_q_actor
 from torchrl_sql.training import Trainer, train
 from torchrl_sql.training.build import build_trainer
 from torchrl_sql.training.checkpoint import checkpoint_path, load_checkpoint
-from torchrl_sql.training.device import resolve_device
+from torchrl_sql.training.device import resolve_device, tune
 from torchrl_sql.training.logs import read_scalars
 from torchrl_sql.training.writer import CheckpointWriter
 
@@ -65,6 +65,7 @@ class Measurements:
 
     def __init__(self, device: str, folder: Path, *, tiny: bool) -> None:
         self.device = resolve_device(device)
+        tune(self.device, try_algorithms=True)  # for the peers, too; runs do it themselves
         self.folder = folder
         self.tiny = tiny
         torch._dynamo.config.recompile_limit = 64  # as update_step.py does for TorchRL's side
@@ -139,7 +140,9 @@ class Measurements:
         """The same step composed of TorchRL's parts."""
         batch = update_step.make_batch(item["batch_size"], update_step.NUM_GAMES[item["network"]], self.device)
         mode = "eager" if item["mode"] == "eager" else "compiled"
-        variant = update_step.torchrl_step(item["network"], item["side"], item["precision"], mode, batch)
+        variant = update_step.torchrl_step(
+            item["network"], item["side"], item["precision"], mode, batch, LAYOUTS[item["layout"]]
+        )
         times = time_calls(variant.step, self.device, num_repeats=5 if self.tiny else 20)
         return {"samples_per_second": round(item["batch_size"] / times.step_seconds)} | _milliseconds(times)
 

@@ -61,6 +61,7 @@ from torchrl_sql.evaluation.rollout import ROWS_PER_FORWARD, rollout
 from torchrl_sql.games import GAMES
 from torchrl_sql.modules import NetworkPolicy, make_q_actor
 from torchrl_sql.provenance import describe_benchmark
+from torchrl_sql.training.device import prepare_cpu
 
 gymnasium.register_envs(ale_py)
 
@@ -283,7 +284,7 @@ def main() -> None:
     parser.add_argument("--measure", choices=PLAYS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
-    torch.set_num_threads(1)
+    prepare_cpu(1)
     torch.manual_seed(0)
     games = QUICKSTART if args.measure else PLAYED
     policy = NetworkPolicy(make_q_actor(games, encoder=args.encoder).eval(), games)

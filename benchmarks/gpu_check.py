@@ -14,7 +14,7 @@ skipped, and named. Results are written after each row.
   needs to issue a step with its batch. ``host_blocked_milliseconds``: time of a step inside CUDA calls that may wait
   for the device. ``data_wait_N``: share of the time in which the loop waits for batches with N readers.
 - ``peer`` rows are the same step composed of TorchRL's parts, see ``update_step.py``: ``torchrl`` as it comes,
-  ``torchrl_hooked`` with care, which does double Q as the ``double_q`` rows do.
+  ``torchrl_hooked`` with care, which does double Q as the ``double_q`` rows do; both layouts are tried for it, too.
 - ``curve``: 10 points of a loss curve beside the CPU's in fp32, as the root of the mean square of relative differences;
   three times that of the CPU's own curve in bf16 is taken to be noise.
 - ``resume``: a run continued from its middle beside the one that ran through. ``checkpoint``: what saving costs.
@@ -60,8 +60,8 @@ def step(network: str, batch_size: int, precision: str, layout: str, mode: str, 
     return {"kind": "step", **row, "double_q": False, "readers": [], "games": TRAIN_40, **more}
 
 
-def peer(network: str, batch_size: int, precision: str, mode: str, side: str) -> Item:
-    row = {"network": network, "batch_size": batch_size, "precision": precision, "mode": mode}
+def peer(network: str, batch_size: int, precision: str, mode: str, side: str, layout: str = "contiguous") -> Item:
+    row = {"network": network, "batch_size": batch_size, "precision": precision, "layout": layout, "mode": mode}
     return {"kind": "peer", "side": side, **row}
 
 
@@ -76,6 +76,8 @@ def make_plan() -> list[Item]:
         peer("resnet50", 512, "bf16", "eager", "torchrl_hooked"),
         step("resnet101", 512, *best, "graph", readers=[2]),
         peer("resnet101", 512, "bf16", "eager", "torchrl_hooked"),
+        peer("resnet50", 512, "bf16", "eager", "torchrl_hooked", "channels_last"),
+        peer("resnet101", 512, "bf16", "eager", "torchrl_hooked", "channels_last"),
         step("resnet50", 512, *best, "eager"),
         {
             "kind": "evaluation",

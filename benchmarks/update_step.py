@@ -52,7 +52,7 @@ from torchrl_sql.modules.norm import GroupNorm
 from torchrl_sql.objectives import DistributionalCQLLoss
 from torchrl_sql.provenance import describe_benchmark
 from torchrl_sql.training import Trainer
-from torchrl_sql.training.device import prepare_cpu
+from torchrl_sql.training.device import prepare_cpu, tune
 from torchrl_sql.training.parallel import SingleProcess
 
 NUM_GAMES = {"resnet_small": 2, "resnet34": 40, "resnet50": 40, "resnet101": 40}
@@ -104,10 +104,11 @@ def make_batch(batch_size: int, num_games: int, device: torch.device) -> TensorD
     return TensorDict(source, [batch_size]).to(device)
 
 
-def make_actor(network: str, side: str, device: torch.device) -> Any:
+def make_actor(network: str, side: str, device: torch.device, memory_format: torch.memory_format | None = None) -> Any:
     torch.manual_seed(0)
-    fastest = torch.channels_last if device.type == "cuda" else torch.contiguous_format  # as training chooses
-    memory_format = torch.contiguous_format if side.startswith("torchrl") else fastest
+    if memory_format is None:  # ours as training chooses, theirs as torch does
+        fastest = torch.channels_last if device.type == "cuda" else torch.contiguous_format
+        memory_format = torch.contiguous_format if side.startswith("torchrl") else fastest
     actor = make_q_actor(NUM_GAMES[network], encoder=network, memory_format=memory_format).to(device)
     if side.startswith("torchrl"):
         for module in actor.modules():
@@ -116,11 +117,18 @@ def make_actor(network: str, side: str, device: torch.device) -> Any:
     return actor
 
 
-def torchrl_step(network: str, side: str, dtype: str, mode: str, batch: TensorDict) -> Variant:
+def torchrl_step(
+    network: str,
+    side: str,
+    dtype: str,
+    mode: str,
+    batch: TensorDict,
+    memory_format: torch.memory_format | None = None,
+) -> Variant:
     """What a TorchRL user would write, first as it comes, then minding the time."""
     device = batch.device
     hooked = side == "torchrl_hooked"
-    actor = make_actor(network, side, device)
+    actor = make_actor(network, side, device, memory_format)
     loss = DistributionalDQNLoss(actor, gamma=GAMMA)
     updater = HardUpdate(loss, value_network_update_interval=TARGET_INTERVAL)
     parameters = list(loss.parameters())
@@ -364,6 +372,7 @@ def main() -> None:
     if args.clock == "processor" and (args.threads != 1 or device.type != "cpu"):
         parser.error("--clock processor needs --device cpu and --threads 1")
     prepare_cpu(args.threads)
+    tune(device, try_algorithms=True)
     args.batch_size = args.batch_size or (512 if device.type == "cuda" else 32)
     networks = args.networks or (list(NUM_GAMES) if device.type == "cuda" else ["resnet_small"])
 

@@ -109,7 +109,7 @@ def measure(config: RunConfig, ranks: Ranks, *, samples_per_gpu: Sequence[int], 
         trainer = build_trainer(_with_batch(config, num_samples), Ranks(0, 1, ranks.device))
         try:
             times[num_samples] = time_steps(trainer, num_repeats=num_repeats)
-            read_seconds = _seconds_per_call(trainer.replay.sample, ranks.device, num_repeats)
+            read_seconds = time_reads(trainer, num_ahead=config.data.prefetch, num_repeats=num_repeats)
             num_parameters = sum(p.numel() for group in trainer.optimizer.param_groups for p in group["params"])
         finally:
             trainer.replay.shutdown()
@@ -173,6 +173,27 @@ def time_calls(step: Callable[[], object], device: torch.device, *, num_repeats:
     step_seconds = _seconds_per_call(step, device, num_repeats)
     peak_bytes = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
     return StepTimes(start_seconds=start_seconds, step_seconds=step_seconds, peak_bytes=peak_bytes)
+
+
+def time_reads(trainer: Trainer, *, num_ahead: int, num_repeats: int) -> float:
+    """Seconds per batch at which a trainer's readers deliver when nothing else is done.
+
+    Args:
+        trainer (Trainer): of the readers.
+
+    Keyword Args:
+        num_ahead (int): batches that they may have read before: these are dropped, and several times as many timed.
+        num_repeats (int): batches to time at least.
+    """
+    for _ in range(num_ahead + 1):
+        trainer.replay.sample()
+    num_calls = max(num_repeats, 4 * (num_ahead + 1))
+    _synchronize(trainer.device)
+    started = time.perf_counter()
+    for _ in range(num_calls):
+        trainer.replay.sample()
+    _synchronize(trainer.device)
+    return (time.perf_counter() - started) / num_calls
 
 
 def read_bytes_per_transition(store: FrameStore, *, n_steps: int) -> float:

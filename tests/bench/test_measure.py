@@ -4,13 +4,14 @@ import json
 import os
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
 import torch
 
 from tests.training.conftest import free_port
-from torchrl_sql.bench import measure, read_bytes_per_transition, time_steps
+from torchrl_sql.bench import measure, read_bytes_per_transition, time_reads, time_steps
 from torchrl_sql.cli import main
 from torchrl_sql.config import compose_run_config
 from torchrl_sql.data import FrameStore
@@ -137,6 +138,33 @@ def test_command_prints_measurements_and_a_plan(settings, tmp_path, capsys):
     assert json.loads(file.read_text())["step_seconds"].keys() == {"4", "8"}
 
 
-def test_command_refuses_words_for_numbers(settings, capsys):
-    assert main(["bench", *settings, "--samples", "few"]) == 1
-    assert "--samples must be whole numbers separated by commas, got 'few'" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--samples", "few", "--samples must be whole numbers separated by commas, got 'few'"),
+        ("--gpus", "all", "--gpus must be whole numbers separated by commas, got 'all'"),
+        ("--repeats", "0", "--repeats must be at least 1, got 0"),
+    ],
+)
+def test_command_refuses_bad_numbers_before_it_measures(settings, capsys, monkeypatch, option, value, message):
+    monkeypatch.setattr("torchrl_sql.bench.measure", None)
+    assert main(["bench", *settings, option, value]) == 1
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("num_readers", [0, 2, 8])
+def test_batches_that_were_read_before_are_not_counted(settings, monkeypatch, num_readers):
+    trainer = build_trainer(compose_run_config([*settings, f"data.prefetch={num_readers}"]))
+    get = type(trainer.replay.storage).get
+
+    def slow(storage, index):
+        time.sleep(0.02)
+        return get(storage, index)
+
+    monkeypatch.setattr(type(trainer.replay.storage), "get", slow)
+    try:
+        trainer.replay.sample()
+        time.sleep(0.2)  # as while steps are timed: the readers fill their queue
+        assert time_reads(trainer, num_ahead=num_readers, num_repeats=5) > 0.02 / max(num_readers, 1)
+    finally:
+        trainer.replay.shutdown()

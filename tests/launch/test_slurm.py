@@ -160,6 +160,22 @@ def test_sizes_are_for_training_and_bench_only(make_group, kind, gpu):
     assert {line for line in found if "gpu" in line} == ({gpu} if gpu else set())
 
 
+@pytest.mark.parametrize(
+    ("gres", "one"),
+    [
+        ("gpu:8", "gpu:1"),
+        ("gpu", "gpu:1"),
+        ("gpu:nvidia_a100-sxm4-80gb:8", "gpu:nvidia_a100-sxm4-80gb:1"),
+        ("gpu:a100-40g:8(S:0-1)", "gpu:a100-40g:1"),
+        ("tmpfs:100G,gpu:h100:8", "gpu:h100:1"),
+        ("tmpfs:100G", "gpu:1"),
+    ],
+)
+def test_one_gpu_is_of_the_kind_of_many(make_group, gres, one):
+    group = make_group(f"cluster.sbatch.gres='{gres}'", "cluster.sbatch.gpus_per_node=null", kind="evaluate")
+    assert lines(script_text(group, [0]), "#SBATCH --g") == [f"#SBATCH --gres={one}"]
+
+
 def test_evaluation_takes_one_gpu_of_nodes_that_have_eight(make_group):
     text = script_text(make_group("cluster.sbatch.gres='gpu:h100:8'", kind="evaluate"), [0])
     assert lines(text, "#SBATCH --g") == ["#SBATCH --gpus-per-node=1"]

@@ -37,7 +37,9 @@ def _bench(args: argparse.Namespace) -> None:
     from torchrl_sql.training.device import resolve_device
     from torchrl_sql.training.ranks import process_group
 
-    samples = _numbers("--samples", args.samples)
+    if args.repeats < 1:
+        raise ValueError(f"--repeats must be at least 1, got {args.repeats}")
+    samples, numbers_of_gpus = _numbers("--samples", args.samples), _numbers("--gpus", args.gpus)
     with process_group(resolve_device(config.trainer.device)) as ranks:
         measured = measure(config, ranks, samples_per_gpu=samples, num_repeats=args.repeats)
     if not ranks.is_main:
@@ -46,7 +48,7 @@ def _bench(args: argparse.Namespace) -> None:
     if args.json is not None:
         args.json.write_text(json.dumps(asdict(measured), indent=1) + "\n", encoding="utf-8")
     plans = []
-    for num_gpus in _numbers("--gpus", args.gpus):
+    for num_gpus in numbers_of_gpus:
         try:
             plans.append(
                 plan(

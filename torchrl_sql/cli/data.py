@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -96,6 +97,24 @@ def _add_formats(importer: argparse.ArgumentParser) -> None:
 
 def _import(args: argparse.Namespace) -> None:
     """Reads a data set of others into a store. The same command continues an import that was stopped."""
+    new = not args.out.exists()
+    try:
+        _read_into_store(args)
+    finally:
+        if new:
+            _remove_if_empty(args.out)
+
+
+def _remove_if_empty(store: Path) -> None:
+    """Leaves nothing of an import that brought nothing, e.g. from a folder that is not there."""
+    from torchrl_sql.data.catalogue import LOCK_FILE, RECORDINGS_FILE
+
+    names = {entry.name for entry in store.iterdir()} if store.is_dir() else set()
+    if names == {"store.json", LOCK_FILE, RECORDINGS_FILE} and not (store / RECORDINGS_FILE).read_bytes():
+        shutil.rmtree(store)
+
+
+def _read_into_store(args: argparse.Namespace) -> None:
     from torchrl_sql.data import FrameStore, importers
 
     if args.codec is not None:

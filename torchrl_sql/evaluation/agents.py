@@ -242,7 +242,7 @@ class TrainedAgent(Agent):
 
 
 def evaluate_checkpoint(checkpoint: Path, on_decision: Callable[[], None] = lambda: None) -> dict[str, float]:
-    """Plays a checkpoint of a run into the run's tables; torch's random states stay as they are.
+    """Plays a checkpoint of a run into the run's tables; torch's random states and settings stay as they are.
 
     Args:
         checkpoint (Path): in the folder of the run.
@@ -252,7 +252,8 @@ def evaluate_checkpoint(checkpoint: Path, on_decision: Callable[[], None] = lamb
         Its :meth:`Agent.scores`.
     """
     devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices):  # a network is made before it is loaded
+    # A network is made before it is loaded, and acts without trying algorithms, as training does.
+    with torch.random.fork_rng(devices), torch.backends.cudnn.flags(benchmark=torch.backends.cudnn.benchmark):
         agent = TrainedAgent(checkpoint)
         if agent.run_dir is None:
             raise ValueError(f"{checkpoint} must be in the folder of a run, which has config.yaml")

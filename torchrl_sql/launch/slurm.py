@@ -71,8 +71,8 @@ def resources(cluster: ClusterConfig, kind: str) -> ClusterConfig:
     given = {name.replace("_", "-"): value for name, value in cluster.sbatch.items()}
     options = {name: value for name, value in given.items() if value is None or not _SIZES.fullmatch(name)}
     if num_gpus and "gpus-per-node" in options:
-        of_its_kind = re.match(r"gpu(:[a-zA-Z]\w*)?", str(given.get("gres")))
-        options["gres"] = f"{of_its_kind[0] if of_its_kind else 'gpu'}:{num_gpus}"
+        its_kind = re.search(r"(?:^|,)gpu(:[a-zA-Z][^:,(]*)?", str(given.get("gres")))
+        options["gres"] = f"gpu{(its_kind and its_kind[1]) or ''}:{num_gpus}"
     if _is_all(given.get("mem")):
         del options["mem"]
     memory = None if _is_all(cluster.memory) else cluster.memory

@@ -85,6 +85,21 @@ def test_import_in_another_codec(dopamine, tmp_path, capsys):
     assert f"{store} is in lz4 already, got --codec zstd" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("codec", [[], ["--codec", "lz4"]])
+@pytest.mark.parametrize(
+    ("folder", "message"), [("none", "does not exist"), (".", "1 of 1 games could not be imported")]
+)
+def test_nothing_is_left_of_an_import_that_brought_nothing(tmp_path, capsys, codec, folder, message):
+    source, store = tmp_path / folder, tmp_path / "store"
+    arguments = ["import", "dqn-replay", str(source), "--games", "Pong", "--checkpoints", "0-1", "--out", str(store)]
+    assert main([*arguments, *codec]) == 1
+    assert message in capsys.readouterr().err
+    assert not store.exists()
+    FrameStore.create(store)
+    assert main(arguments) == 1
+    assert FrameStore.open(store).games == ()  # somebody's own empty store stays
+
+
 def test_verify_names_illegal_actions(store, lab, capsys):
     e = lab.make_episode(0, 4)
     with store.writer("Breakout", source="test") as writer:
