@@ -80,7 +80,7 @@ def run_config(folder: Path, ratio: int, encoder: str) -> RunConfig:
     return compose_run_config(
         [
             "scale=cpu", "online=cpu", f"data.games={GAME}", f"run_dir={folder}", f"model.encoder={encoder}",
-            f"online.agent_steps_per_gradient_step={ratio}", "online.first_agent_steps=2_000",
+            f"online.agent_steps_per_gradient_step={ratio}", "data.n_steps=3", "online.first_agent_steps=2_000",
             f"online.commit_interval_gradient_steps={max(50, 500 // ratio)}",
             "online.epsilon_decay_agent_steps=1",  # else most steps would be random, and need no network
         ]

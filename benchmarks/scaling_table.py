@@ -24,7 +24,7 @@ SUSTAINED_FLOPS = 75e12  # a tenth of what large bf16 matrix products reach on a
 LEAST_STEP_SECONDS = 0.015  # some 1,500 kernels launched one by one, however small the batch
 NODE_BYTES_PER_SECOND = 200e9  # eight GPUs on NVLink
 NETWORKS_BYTES_PER_SECOND = {"100 Gb/s per node": 10e9, "8 x 200 Gb/s per node": 150e9}
-READ_TRANSITIONS_PER_SECOND = 26_800.0  # measured, one reader thread, zstd, busy CPU: benchmarks/results/buffer.md
+READ_TRANSITIONS_PER_SECOND = 27_116.0  # measured, one reader thread, zstd: benchmarks/results/buffer.md
 READ_BYTES_PER_TRANSITION = 157.6 * 20 * 1.2  # 157.6 bytes per frame, measured there; 1.2 chunks of 20 frames hold 5
 
 

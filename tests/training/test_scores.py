@@ -15,6 +15,7 @@ from torchrl_sql.evaluation.episodes import EpisodeResult, read_episodes
 from torchrl_sql.evaluation.tables import TableWriter
 from torchrl_sql.training import Trainer, train
 from torchrl_sql.training.checkpoint import best_step, checkpoint_step, list_checkpoints, load_checkpoint
+from torchrl_sql.training.policy import find_checkpoint
 from torchrl_sql.training.signals import Interrupted
 
 PLAYED = [
@@ -84,6 +85,16 @@ def test_training_is_the_same_with_evaluation_and_logs_its_scores(make_config, w
         assert logged(whole, f"evaluation/return_{game}") == [(step, sum(means[step]) / 2) for step in means]
     assert [step for step, _ in logged(whole, "evaluation/human_normalised_mean")] == [4, 8, 12]
     assert not Path(without.run_dir, "scores.csv").exists()
+
+
+def test_an_evaluation_leaves_the_choice_of_algorithms_to_training(whole, monkeypatch):
+    def on_a_gpu(device, *, try_algorithms):
+        torch.backends.cudnn.benchmark = try_algorithms
+
+    monkeypatch.setattr("torchrl_sql.evaluation.agents.tune", on_a_gpu)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    evaluate_checkpoint(find_checkpoint(Path(whole.run_dir)))
+    assert torch.backends.cudnn.benchmark is True
 
 
 @pytest.mark.parametrize("step", [4, 12])

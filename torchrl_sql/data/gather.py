@@ -1,7 +1,7 @@
 """From chunks as they are stored to the frames of a batch: in C, or in Python where that was not built.
 
 ``gather.c`` is built at installation, if there is a compiler (``hatch_build.py``). It decodes a batch in one call,
-without Python's global lock, each chunk only as far as it is needed, straight to where the frames belong. Both use the
+without Python's global lock, lz4 only as far as it is needed, straight to where the frames belong. Both use the
 packages lz4, zstandard and google-crc32c: the C code by the addresses of their functions.
 """
 

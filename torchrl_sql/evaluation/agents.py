@@ -252,12 +252,15 @@ def evaluate_checkpoint(checkpoint: Path, on_decision: Callable[[], None] = lamb
         Its :meth:`Agent.scores`.
     """
     devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
-    # A network is made before it is loaded, and acts without trying algorithms, as training does.
-    with torch.random.fork_rng(devices), torch.backends.cudnn.flags(benchmark=torch.backends.cudnn.benchmark):
-        agent = TrainedAgent(checkpoint)
-        if agent.run_dir is None:
-            raise ValueError(f"{checkpoint} must be in the folder of a run, which has config.yaml")
-        episodes = agent.evaluate(agent.run_dir, on_decision=on_decision)
+    tries_algorithms = torch.backends.cudnn.benchmark
+    try:
+        with torch.random.fork_rng(devices):  # a network is made before it is loaded
+            agent = TrainedAgent(checkpoint)
+            if agent.run_dir is None:
+                raise ValueError(f"{checkpoint} must be in the folder of a run, which has config.yaml")
+            episodes = agent.evaluate(agent.run_dir, on_decision=on_decision)
+    finally:
+        torch.backends.cudnn.benchmark = tries_algorithms
     agent.mark_if_best(episodes)
     return agent.scores(episodes)
 

@@ -162,7 +162,7 @@ def rollout(
         epsilon (float): probability of a uniformly random legal action in place of the policy's.
         seed (int): evaluation seed.
         num_parallel (int, optional): episodes played at a time; default two forwards of a network.
-        rows_per_forward (int, optional): ``B``; default by the policy's device, 16 or (CUDA) 128; at most 4 without
+        rows_per_forward (int, optional): ``B``; default by the policy's device, 16 or (CUDA) 128, and 4 without
             parameters. What a network computes may depend on it in the last bits.
         record (callable): whether to keep the actions and values of (game, episode).
         on_decision (callable): is called before each forward; what it raises ends the rollout.
@@ -181,7 +181,7 @@ def rollout(
     parameter = next(policy.parameters(), None)
     device = torch.device("cpu") if parameter is None else parameter.device
     network_rows = rows_per_forward or ROWS_PER_FORWARD.get(device.type, ROWS_PER_FORWARD["cuda"])
-    rows = min(network_rows, ROWS_WITHOUT_PARAMETERS) if parameter is None else network_rows
+    rows = rows_per_forward or (ROWS_WITHOUT_PARAMETERS if parameter is None else network_rows)
     context_steps = getattr(policy, "context_steps", 0)
     legal = legal_action_mask(games)
     queue = deque(episodes)
