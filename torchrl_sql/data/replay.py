@@ -110,6 +110,7 @@ class OfflineAtariReplay(TensorDictReplayBuffer):
         self._keys = None if keys is None else list(keys)
         self._copies = None if device is None else DeviceCopies(_with_index(torch.device(device)))
         storage.pin_memory = self._copies is not None and self._copies.device.type == "cuda"
+        storage.reads_next = keys is None or ("next", "observation") in map(unravel_key, keys)
         self._reads: deque[tuple[int, Future[Any]]] = deque()
         self._readers: ThreadPoolExecutor | None = None
         self._process = os.getpid()
@@ -203,7 +204,7 @@ class OfflineAtariReplay(TensorDictReplayBuffer):
         """
         with self._futures_lock:
             self._drop_reads()
-            storage.pin_memory = self._storage.pin_memory
+            storage.pin_memory, storage.reads_next = self._storage.pin_memory, self._storage.reads_next
             self._fresh_until = None
             return super().set_storage(storage, storage.collate if collate_fn is None else collate_fn)
 

@@ -121,6 +121,8 @@ class AtariFrameStorage(Storage):
         self.gamma = gamma
         self.pin_memory = False
         """Whether frames are read to page-locked memory; torch uses its blocks again and again."""
+        self.reads_next = True
+        """Whether ``("next", "observation")`` is there; replay buffers whose ``keys`` leave it out do without."""
         self.subset = subset
         """Which transitions of the recordings this storage shows."""
         self._take(recordings)
@@ -228,10 +230,10 @@ class AtariFrameStorage(Storage):
         rewards = np.zeros((len(index), self.n_steps), np.float32)
         rewards[ahead < span[:, None]] = np.clip(self._rewards.read(recording, row, span), -1.0, 1.0)
         reward = (rewards @ self.gamma**ahead).astype(np.float32)
-        observation, next_observation = self._read_stacks(episode, step, span)
+        stacks = self._read_stacks(episode, step, span)
         game_id = torch.from_numpy(episodes.recording_game[recording])
         next_ = {
-            "observation": next_observation,
+            **({"observation": stacks[1]} if self.reads_next else {}),
             "game_id": game_id,
             "reward": torch.from_numpy(reward).unsqueeze(-1),
             "terminated": torch.from_numpy(terminated).unsqueeze(-1),
@@ -239,7 +241,7 @@ class AtariFrameStorage(Storage):
             "done": torch.from_numpy(at_end).unsqueeze(-1),
         }
         source = {
-            "observation": observation,
+            "observation": stacks[0],
             "action": torch.from_numpy(action),
             "game_id": game_id,
             "steps_to_next_obs": torch.from_numpy(span).unsqueeze(-1),
@@ -248,12 +250,15 @@ class AtariFrameStorage(Storage):
         return TensorDict(source, batch_size=[len(index)])
 
     def _read_stacks(self, episode: np.ndarray, step: np.ndarray, span: np.ndarray) -> tuple[torch.Tensor, ...]:
+        """Observations and, if they are read, the next ones."""
         if not len(step):
             empty = torch.zeros(0, FRAME_STACK, *FRAME_SHAPE, dtype=torch.uint8)
             return empty, empty
         recording, first = self._episodes.recording[episode], self._episodes.first_frame[episode]
         stop = self._episodes.stop_frame[episode]
         start = first + step - (FRAME_STACK - 1)
+        if not self.reads_next:
+            return (self._read_frames(recording, start, first, stop, length=FRAME_STACK),)
         if self.n_steps == 1:
             frames = self._read_frames(recording, start, first, stop, length=FRAME_STACK + 1)
             return frames[:, :FRAME_STACK], frames[:, 1:]
