@@ -67,7 +67,15 @@ def test_two_exports_to_one_folder_do_not_disturb_each_other(two_games, tmp_path
 
 def test_too_small_a_disk_is_noticed_before(two_games, tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9 - 10**6, 10**6))
+    left = tmp_path / ".out.unfinished-export" / "observation.memmap"  # of an attempt that was killed
+    left.parent.mkdir()
+    left.touch()
+
+    def measured(path):
+        assert not left.exists()  # its space is free again
+        return usage(10**9, 10**9 - 10**6, 10**6)
+
+    monkeypatch.setattr(shutil, "disk_usage", measured)
     with pytest.raises(OSError, match=r"out needs 4,518,960 bytes for 80 transitions, the disk has 1,000,000 free"):
         export.export_memmap(AtariFrameStorage(two_games), tmp_path / "out")
     assert not list(tmp_path.iterdir())

@@ -52,13 +52,12 @@ def export_memmap(
         raise ValueError(f"{storage} has no transition to export")
     one = storage[:1]
     num_bytes = len(storage) * sum(leaf.numel() * leaf.element_size() for leaf in one.values(True, True))
-    target.parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(target.parent).free
-    if num_bytes > free:
-        raise OSError(
-            f"{target} needs {num_bytes:,} bytes for {len(storage):,} transitions, the disk has {free:,} free"
-        )
-    with new_folder(target) as unfinished:
+    with new_folder(target) as unfinished:  # which removes what an attempt that was killed left on the disk
+        free = shutil.disk_usage(unfinished).free
+        if num_bytes > free:
+            raise OSError(
+                f"{target} needs {num_bytes:,} bytes for {len(storage):,} transitions, the disk has {free:,} free"
+            )
         out = one.expand(len(storage)).memmap_like(str(unfinished))
         for first in range(0, len(storage), _NUM_TRANSITIONS_AT_ONCE):
             last = min(first + _NUM_TRANSITIONS_AT_ONCE, len(storage))
