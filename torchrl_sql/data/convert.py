@@ -32,8 +32,8 @@ def convert(
     """Writes all that is committed in a store into a new one with another codec: the same transitions, in their order.
 
     The store appears when it is whole and was read back. The same call continues a conversion that was stopped, reads
-    back anew what was written before, and ends in the same files. Metadata goes along, so that a collection can be continued there. The fingerprint is
-    another: checkpoints belong to the store that they were trained on.
+    back anew what was written before, and ends in the same files. Metadata goes along, so that a collection can be
+    continued there. The fingerprint is another: checkpoints belong to the store that they were trained on.
 
     Args:
         store (FrameStore): what to convert; it stays as it is.
