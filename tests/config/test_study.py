@@ -54,7 +54,7 @@ def test_folders_of_scores(read):
 
 
 def test_a_run_that_only_prepares_others_is_not_played(read):
-    study = read(STUDY.replace("decode: [greedy, sampled]", "decode: []"))
+    study = read(STUDY.replace("decode: [greedy, sampled]", "decode: []").replace("against: [b]", "against: [c]"))
     assert not [folder for folder in study.score_folders(Path("s")) if folder.parent.name == "b"]
 
 
@@ -62,7 +62,17 @@ def test_a_run_that_only_prepares_others_is_not_played(read):
     ("old", "new", "message"),
     [
         ("title: T", "", "title must be given"),
-        ("cql_alpha=0.3]", "cql_alpha=0.3], decode: []", "runs.a.decode must name a decoding, for the page is about"),
+        (
+            "cql_alpha=0.3]",
+            "cql_alpha=0.3], decode: []",
+            r"runs.a.decode must name a .* \(report.main\), got",
+        ),
+        ("decode: [greedy, sampled]", "decode: []", r"runs.b.decode must name a .* \(report.against\), got"),
+        (
+            "load: encoder}\nreport: {main: a, against: [b]",
+            "load: encoder, decode: []}\nreport: {main: a, pairs: [[b, c]]",
+            r"runs.c.decode must name a decoding, .* \(report.pairs\), got none",
+        ),
         ("title: T", "titel: T", "titel is not known; is it title"),
         ("title: T", "title: [T]", r"title must be text, got \['T'\]"),
         ("seeds: [0, 2]", "seeds: [0, true]", "seeds must be a list of whole numbers"),

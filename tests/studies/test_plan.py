@@ -110,12 +110,28 @@ def test_training_whose_scores_others_cannot_make_is_done_again_with_another_pro
         (("q: {}", "q: {games: [Pong]}"), r"runs.q.games must be its games \(Breakout, Freeway\) or .* got 'Pong'"),
         (("{main: q,", "{main: q, games: [Pnog],"), r"report.games must be .* play \(Breakout, Freeway\), got 'Pnog'"),
         (("data: collect", "data: import 'x"), 'data must be a command line, got "import \'x"'),
+        (
+            ("bc: {set: [method=bc], decode: [greedy, sampled], seeds: [1]}\nreport: {main: q,",
+             "bc: {set: [method=bc, data.games=Pong], decode: []}\nreport: {main: q, games: [Pong],"),
+            r"report.games must be .* play \(Breakout, Freeway\), got 'Pong'",
+        ),
     ],
     ids=str,
-)
+)  # fmt: skip
 def test_what_cannot_be_played_is_refused_before_anything_is_trained(make_study, tmp_path, change, message):
     with pytest.raises(ConfigError, match=message):
         plan_study(make_study(change), tmp_path)
+
+
+def test_constant_actions_are_played_where_the_main_run_is(make_study, tmp_path):
+    def games(*changes):
+        tasks = {task.name: task for task in plan_study(make_study(*changes), tmp_path)}
+        return tasks["constant"].settings["games"]
+
+    variations = ("q: {}", "q: {games: [Breakout-m4, Freeway-d1]}")
+    assert games() == ["Breakout", "Freeway"]
+    assert games(variations) == ["Breakout-m4", "Freeway-d1"]
+    assert games(variations, ("{main: q,", "{main: q, games: [Freeway],")) == ["Freeway"]
 
 
 def test_two_runs_that_would_play_into_one_recording_are_refused(tmp_path):

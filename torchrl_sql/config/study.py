@@ -170,16 +170,16 @@ def check_study(study: StudyConfig) -> None:
         if (run.from_ is None) != (run.load is None) or run.load not in (None, "encoder", "all"):
             raise ConfigError(f"runs.{name}.load must be encoder or all with from, else absent, got {run.load!r}")
         earlier.append(name)
-    main = study.report.main or earlier[0]
-    if main in study.runs and not study.runs[main].decode:
-        raise ConfigError(f"runs.{main}.decode must name a decoding, for the page is about this run, got none")
     pairs = study.report.pairs
     if alone := [pair for pair in pairs if len({*pair}) < 2 or len(pair) > 2]:
         raise ConfigError(f"report.pairs must each be two runs, got {alone[0]}")
-    main_run = [study.report.main] if study.report.main else []
-    for key, names in (("main", main_run), ("against", study.report.against), ("pairs", chain(*pairs))):
+    main = study.report.main or earlier[0]
+    for key, names in (("main", [main]), ("against", study.report.against), ("pairs", [*chain(*pairs)])):
         if unknown := [name for name in names if name not in study.runs]:
             raise ConfigError(f"report.{key} must be among the runs ({_list(study.runs)}), got {unknown[0]!r}")
+        if unplayed := [name for name in names if not study.runs[name].decode]:
+            where = f"runs.{unplayed[0]}.decode"
+            raise ConfigError(f"{where} must name a decoding, for the page needs its scores (report.{key}), got none")
     if study.report.constant_actions < 0:
         raise ConfigError(f"report.constant_actions must be at least 0, got {study.report.constant_actions}")
 

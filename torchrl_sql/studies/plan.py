@@ -159,7 +159,7 @@ def plan_study(study: StudyConfig, folder: Path, *, num_ranks: int = 1) -> list[
     if judged is not None and study.report.constant_actions:
         number = min(study.report.constant_actions, judged.evaluation.num_episodes_per_game)
         protocol = replace(judged.evaluation, num_episodes_per_game=number)
-        games = study.report.games or list(judged.games)
+        games = study.report.games or study.runs[main].games or list(judged.games)
         words = ["constant", "--games", ",".join(games), *evaluation_options(protocol)]
         constant = add(
             "constant", "evaluate", [*words, "--out", str(folder / "constant")], after=data, reads=False,
@@ -363,7 +363,9 @@ def _deciding(config: RunConfig) -> dict[str, Any]:
 
 
 def _check_played(name: str, run: StudyRun, config: RunConfig) -> Sequence[str]:
-    """Before anything is trained, checks that a run can be evaluated as the study says; returns the games it plays."""
+    """Before anything is trained, checks that a run can be evaluated as the study says; returns the games that it is
+    evaluated in: none if it only prepares others.
+    """
     known = config.method.decodings
     if unknown := [decoding for decoding in run.decode if decoding not in known]:
         may = f"among {', '.join(known)}" if known else "empty"
@@ -373,7 +375,7 @@ def _check_played(name: str, run: StudyRun, config: RunConfig) -> Sequence[str]:
             raise ConfigError(
                 f"runs.{name}.games must be its games ({', '.join(config.games)}) or variations of them, got {game!r}"
             )
-    return run.games or config.games
+    return (run.games or config.games) if run.decode else ()
 
 
 def _check_axis(x: str | None, run: str, config: RunConfig) -> None:
