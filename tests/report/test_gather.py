@@ -19,9 +19,12 @@ from torchrl_sql.evaluation.episodes import EpisodeResult
 from torchrl_sql.evaluation.tables import TableWriter, part_of
 from torchrl_sql.report import write_report
 from torchrl_sql.report.analysis import BEHAVIOUR, Analysis
+from torchrl_sql.report.caveats import caveats
 from torchrl_sql.report.context_tables import data_table
+from torchrl_sql.report.figures.games import many_games_plots
 from torchrl_sql.report.findings import findings
 from torchrl_sql.report.gather import gather
+from torchrl_sql.report.score_tables import aggregate_table, published_table
 
 GAMES = ("Breakout", "Freeway")
 
@@ -185,6 +188,34 @@ def test_an_ablation_is_called_by_its_name_and_is_no_size(tmp_path):
     assert [agent.label for agent in alone.agents] == ["impala"]
 
 
+@pytest.mark.parametrize(
+    ("runs", "labels"),
+    [
+        ({"cql": [], "bc": ["method=bc"]}, {"cql": "Scaled QL", "bc": "BC"}),  # torchrl-sql train scale=paper
+        ({"cql": [], "scaled_ql": ["data.n_steps=2"]}, {"cql": "cql", "scaled_ql": "Scaled QL"}),
+        ({"cql": [], "scaled_ql_a": ["data.n_steps=2"]}, {"cql": "cql", "scaled_ql_a": "scaled_ql_a"}),
+        ({"cql": [], "cql_a": ["data.n_steps=2"]}, {"cql": "Scaled QL", "cql_a": "cql_a"}),
+        ({"cql": [], "tuned": ["init.policy=p"]}, {"cql": "cql", "tuned": "tuned"}),
+    ],
+)
+def test_a_run_that_was_given_no_name_is_called_by_its_method_if_no_other_is(tmp_path, runs, labels):
+    for name, overrides in runs.items():
+        write(run_folder(tmp_path / name, *overrides, name=name) / "scores.csv", episodes(name))
+    for paths in itertools.permutations(tmp_path / name for name in runs):
+        assert {agent.agent: agent.label for agent in gather(paths).agents} == labels
+
+
+def test_a_family_without_names_is_called_by_its_method_and_shares_its_label_with_nobody(tmp_path):
+    runs = {"cql": [], "cql_a": ["data.first_fraction=0.5"], "cql_b": ["method.cql_alpha=0.7"],
+            "cql_c": ["method.cql_alpha=0.7", "data.first_fraction=0.5"]}  # fmt: skip
+    for name, overrides in runs.items():
+        write(run_folder(tmp_path / name, *overrides, name=name) / "scores.csv", episodes(name))
+    for paths in itertools.permutations(tmp_path / name for name in runs):
+        families = {agent.agent: agent.family for agent in gather(paths, x="data.first_fraction").agents}
+        assert families["cql"] == families["cql_a"] == "Scaled QL"
+        assert families["cql_b"] == families["cql_c"] != "Scaled QL"
+
+
 CHANGES = ("method.cql_alpha=0.7", "data.batch_size=7", "trainer.num_gradient_steps=300")
 
 
@@ -243,7 +274,8 @@ def test_the_data_shown_is_the_part_that_the_method_was_trained_on(tmp_path):
     write(other / "scores.csv", episodes("other"))
     data = gather([ours, other])
     assert [(d.game, d.behaviour.mean, d.num_episodes) for d in data.game_data] == [(game, 2.0, 2) for game in GAMES]
-    assert "The data's returns and statistics are those of the method; other had other data." in data.caveats
+    said = "The data's returns and statistics are of Scaled QL's training data; other had other data."
+    assert said in data.caveats
     assert any("part that was trained on: every_kth_episode=2." in text for text in data.caveats)
 
 
@@ -544,6 +576,113 @@ def test_those_whom_a_study_compares_with_have_no_stand_in_either(tmp_path):
     assert not any("no_cql" in text for _, text in findings(Analysis(data)))
     assert gather([study], agents=["scaled_ql", "no_cql"]).against is None  # these two were asked for
     assert gather([study], against=["no_cql"]).against == ["no_cql"]
+
+
+def test_without_the_agent_that_a_study_is_about_nobody_else_chooses_the_games(tmp_path):
+    study = tmp_path / "study"
+    text = "title: T\ndata: collect\nruns: {scaled_ql: {}, only_Pong: {}, only_Freeway: {}}\n"
+    for name, games, steps in (("only_Pong", ["Pong"], (50, 100)), ("only_Freeway", ["Freeway"], (100,))):
+        run = run_folder(study / name / "seed0", name=name, games=games)
+        write(run / "scores.csv", [row for step in steps for row in episodes(name, games=games, step=step)])
+        (run / "clips").mkdir()
+        (run / "clips" / f"{games[0]}-{name}-greedy-seed0-100.gif").write_bytes(b"gif")
+    (study / "study.yaml").write_text(text)
+    data = gather([study], aggregate=True)
+    assert (data.absent, data.games, data.clips) == ("scaled_ql", ("Freeway", "Pong"), [])
+    analysis = Analysis(data)
+    assert {*analysis.runs} == {"only_Pong", "only_Freeway"} and not analysis.learning.areas
+    assert not any("not on this page" in text or "No area" in text for text in caveats(analysis))
+    assert not aggregate_table(analysis, "human").records  # nobody played all games of the page
+    data = gather([study], agents=["only_Pong"])
+    assert (data.absent, data.games) == (None, ("Pong",))  # who is asked for chooses
+    (study / "study.yaml").write_text(f"{text}report: {{games: [Freeway]}}\n")
+    assert gather([study]).games == ("Freeway",)
+
+
+def test_a_page_without_its_agent_has_all_agents_in_many_games_and_none_that_was_published(tmp_path):
+    def page(study):
+        analysis = Analysis(gather([study]))
+        (plot,) = many_games_plots(analysis)
+        assert analysis.many_games and write_report(analysis, tmp_path / "report.html")
+        return plot, bool(published_table(analysis).records), bool(analysis.aggregates("human"))
+
+    games = ["Assault", "Breakout", "Enduro", "Freeway", "Qbert"]
+    (tmp_path / "study.yaml").write_text("title: T\ndata: collect\nruns: {scaled_ql: {}, some: {}, all: {}}\n")
+    for name, played in (("some", games[:1]), ("all", games)):
+        run = run_folder(tmp_path / name / "seed0", name=name, games=played)
+        write(run / "scores.csv", episodes(name, games=played))
+    plot, published, aggregated = page(tmp_path)
+    assert "for some, all;" in plot.description and not published and aggregated
+    shutil.rmtree(tmp_path / "all")
+    write(tmp_path / "some" / "seed0" / "scores.csv", episodes("some", games=games[1:3]))
+    run = run_folder(tmp_path / "all" / "seed0", name="all", games=games)
+    write(run / "scores.csv", episodes("all", games=games[2:]))
+    plot, published, aggregated = page(tmp_path)
+    assert "for some, all;" in plot.description and not published and not aggregated
+    run = run_folder(tmp_path / "scaled_ql" / "seed0", games=games)
+    write(run / "scores.csv", episodes(games=games))
+    plot, published, aggregated = page(tmp_path)
+    assert "for Scaled QL, some;" in plot.description and published and aggregated
+
+
+def test_an_agent_that_is_evaluated_on_variations_has_a_page_of_these(tmp_path):
+    variations = ["Breakout-m4", "Freeway-d1"]
+    (tmp_path / "study.yaml").write_text(
+        "title: T\ndata: collect\nreport: {main: tuned}\n"
+        "runs: {before: {games: [Breakout, Freeway-d1]}, tuned: {from: before, load: all}}\n"
+    )
+    before = run_folder(tmp_path / "before" / "seed0", name="before")
+    write(before / "scores.csv", episodes("before", games=["Breakout", "Freeway-d1"]))
+    tuned = run_folder(tmp_path / "tuned" / "seed0", name="tuned", games=variations)
+    write(tuned / "scores.csv", episodes("tuned", games=variations))
+    assert gather([tmp_path]).games == ("Breakout-m4", "Freeway-d1")
+    assert gather([tmp_path], main="before").games == ("Breakout", "Freeway-d1")
+    shutil.rmtree(tuned)
+    data = gather([tmp_path])
+    assert (data.absent, data.games) == ("tuned", ("Breakout", "Freeway-d1"))
+    write(before / "scores.csv", episodes("before", games=["Breakout-m4"]))
+    alone = run_folder(tmp_path / "alone", name="alone")
+    write(alone / "scores.csv", episodes("alone", games=variations))
+    data = gather([alone])
+    assert data.games == ("Breakout-m4", "Freeway-d1")
+    assert "Not shown, for no agent was evaluated there: Breakout and Freeway." in data.caveats
+
+
+def test_whom_a_study_compares_its_agent_with_is_no_matter_of_others(tmp_path):
+    text = STUDY.replace("[bc, mgdt]", "[bc]")
+    runs = {"no_cql": (9.0, "method.cql_alpha=0"), "scaled_ql": (5.0,), "bc": (1.0, "method=bc")}
+    study = study_folder(tmp_path, runs, text)
+
+    def compared(**chosen):
+        analysis = Analysis(gather([study], **chosen))
+        return analysis.main.label, [agent.label for agent in analysis.against]
+
+    assert compared() == compared(main="scaled_ql") == compared(main="Scaled QL") == ("Scaled QL", ["BC"])
+    assert compared(main="bc") == ("BC", ["no_cql", "Scaled QL"])
+    assert compared(agents=["bc", "no_cql"]) == ("no_cql", ["BC"])
+    assert compared(main="bc", agents=["bc", "scaled_ql"]) == ("BC", ["Scaled QL"])
+    assert compared(agents=["scaled_ql", "bc", "no_cql"]) == ("Scaled QL", ["BC"])
+    assert compared(against=["bc", "BC", "no_cql"]) == ("Scaled QL", ["BC", "no_cql"])  # each once
+    with pytest.raises(ValueError, match="--against must name others than the main agent, got bc"):
+        compared(main="bc", against=["bc"])
+    shutil.rmtree(study / "scaled_ql")
+    assert gather([study]).absent == "scaled_ql"
+    data = gather([study], agents=["bc", "no_cql"])  # they were asked for
+    assert data.absent is None and any("no_cql scores higher than BC" in text for _, text in findings(Analysis(data)))
+
+
+def test_a_pair_that_is_compared_already_is_not_compared_again(tmp_path):
+    text = STUDY.replace("[bc, mgdt]", "[bc, mgdt], pairs: [[no_cql, bc], [bc, no_cql], [scaled_ql, bc]]")
+    study = study_folder(tmp_path, {"no_cql": (9.0,), "scaled_ql": (5.0,), "bc": (1.0, "method=bc")}, text)
+
+    def judged(**chosen):
+        texts = [text for _, text in findings(Analysis(gather([study], **chosen))) if "scores higher" in text]
+        return sorted(tuple(word for word in ("no_cql", "Scaled QL", "BC") if word in text) for text in texts)
+
+    ours, theirs, pair = ("Scaled QL", "BC"), ("no_cql", "Scaled QL"), ("no_cql", "BC")
+    assert judged() == sorted([ours, pair])
+    assert judged(main="no_cql") == sorted([theirs, pair, ours])
+    assert judged(main="bc", against=["no_cql"]) == sorted([pair, ours])
 
 
 def test_a_study_names_further_pairs_which_are_compared_by_all_their_decodings(tmp_path):

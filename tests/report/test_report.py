@@ -355,6 +355,53 @@ def test_others_are_compared_at_the_place_of_the_main_agent():
     assert [line.label for line in analysis.lines] == ["Ours", "BC"]
 
 
+def of_family(name, *places):
+    """Greedy agents of another family, which score what a :func:`family` does."""
+    agents, rows = family(*places)
+    agents = [dataclasses.replace(each, agent=f"{name}{each.x}", label=f"{name} {each.x}", family=name)
+              for each in agents]  # fmt: skip
+    return agents, [
+        dataclasses.replace(row, agent=row.agent.replace("ours", name)) for row in rows if row.agent != "bc"
+    ]
+
+
+def test_sizes_of_an_unfinished_study_are_not_compared_by_their_rank():
+    """The smallest network of the main family has no scores yet, or no seed of it has all games."""
+    bc, of_bc = of_family("cloning", 1, 2, 3)
+    mgdt, of_mgdt = of_family("mgdt", 20, 30)
+    agents, rows = family(1, 2, 3)
+    rows += of_bc + of_mgdt
+
+    def compared(agents, rows):
+        analysis = Analysis(make(agents=agents, episodes=rows, main="Ours 2", x="parameters"))
+        said = [text for text in caveats(analysis) if "is not compared with" in text]
+        return [agent.label for agent in analysis.against], analysis.unmatched, " ".join(said)
+
+    text = "Ours 2 is not compared with {}: their sizes are more or fewer than its own family's; --against "
+    text += "names others to compare it with."
+    assert compared([*agents, *bc], rows) == (["cloning 2"], [], "")
+    assert compared([*agents, *bc, *mgdt], rows) == (["cloning 2"], ["mgdt"], text.format("mgdt"))
+    assert compared([*agents[1:], *bc, *mgdt], rows) == (["mgdt 20"], ["cloning"], text.format("cloning"))
+    assert compared([agents[1], *bc, *mgdt], rows) == ([], ["cloning", "mgdt"], text.format("cloning, mgdt"))
+    assert compared([*agents, bc[0], BC], rows) == (["BC greedy"], ["cloning"], text.format("cloning"))
+    partly = [row for row in rows if (row.agent, row.game, row.seed == 0) not in (
+        ("ours1", "Breakout", True), ("ours1", "Freeway", False))]  # fmt: skip
+    assert compared([*agents, *bc], partly) == (["cloning 2"], [], "")
+
+
+def test_at_a_setting_those_of_the_same_value_are_compared():
+    agents, rows = family(0.5, 1)
+    bc, of_bc = of_family("cloning", 0.2, 0.5)
+    mgdt, of_mgdt = of_family("mgdt", 0.2, 1)
+    fields = {"agents": [*agents, *bc, *mgdt], "episodes": rows + of_bc + of_mgdt, "x": "data.first_fraction"}
+    analysis = Analysis(make(**fields, main="Ours 1"))
+    assert ([agent.label for agent in analysis.against], analysis.unmatched) == (["mgdt 1"], ["cloning"])
+    text = "Ours 1 is not compared with cloning: none there has its data.first_fraction; --against names"
+    assert any(said.startswith(text) for said in caveats(analysis))
+    analysis = Analysis(make(**fields, main="Ours 1", against=["cloning 0.5"]))
+    assert not any("is not compared with" in said for said in caveats(analysis))
+
+
 def test_five_families_look_different():
     agents, rows = family(1, 2)
     names = ["Ours", *"ABCD"]

@@ -25,9 +25,10 @@ PARAMETERS = "parameters"
 def find_agents(runs: Sequence[RunConfig], episodes: Sequence[EpisodeResult], x: str | None = None) -> list[Agent]:
     """Every agent of the tables but constant actions, the runs first, in the order given.
 
-    A run that is named like its method, ``scaled_ql`` or ``bc``, is called by the method's label; every other, an
-    ablation say, by its own name. With ``x``, runs that differ in nothing else are a family; its members are called by
-    the family and their place on the axis.
+    A run that is named like its method, ``scaled_ql`` or ``bc``, is called by the method's label, and so is one that
+    was given no name, ``cql``, where no other is named like the method; every other, an ablation say, by its own name.
+    With ``x``, runs that differ in nothing else are a family; its members are called by the family and their place on
+    the axis.
 
     Args:
         runs (sequence of RunConfig): evaluated runs.
@@ -78,7 +79,7 @@ def find_agents(runs: Sequence[RunConfig], episodes: Sequence[EpisodeResult], x:
 def _families(configs: Mapping[str, RunConfig], x: str | None) -> dict[str, str]:
     """By a run's name, what it and those that differ from it in ``x`` only are called: the words that their names begin
     with, as the method's label if they say the same (``bc_transformer`` is BC (transformer)) and no run starts from
-    another or learns online.
+    another or learns online. Where no run's name says the label, that which runs have by default stands for it.
     """
     groups: list[tuple[dict[str, Any], list[str]]] = []
     for name, config in configs.items():
@@ -100,7 +101,9 @@ def _families(configs: Mapping[str, RunConfig], x: str | None) -> dict[str, str]
         method = configs[names[0]].method.name
         label = METHODS[method].label
         plain = re.sub(r"\W+", "_", label.lower()).strip("_")
-        is_plain = shared == plain and not named_by_run and (plain in names or plain not in configs)
+        said = any(f"{name}_".startswith(f"{plain}_") for name in configs)
+        own = plain if said else method  # a run's name is its method's where none was given
+        is_plain = shared == own and not named_by_run and (own in names or own not in configs)
         labels = (*[label] * is_plain, shared or method, names[0])
         taken = {*families.values(), *configs} - {*names}
         families |= dict.fromkeys(names, next(label for label in labels if label not in taken))
@@ -140,22 +143,28 @@ def compared_by(
     against: Sequence[str] | None,
 ) -> Compared:
     """What a study compares of its agents with scores, or of those of them that were ``chosen``; ``main`` and
-    ``against`` come before what it names. Nobody takes the place of an agent that has no scores yet.
+    ``against`` come before what it names. Those whom it names are compared with the agent that it is about only; any
+    other is compared with all. Nobody takes the place of an agent that has no scores yet, unless agents were chosen.
     """
     planned = study.report.main or next(iter(study.runs))
-    absent = planned if main is None and planned not in {agent.agent for agent in agents} else None
     kept = chosen or agents
     names = {agent.agent for agent in kept}
-    there = [name for name in study.report.against if name in names]
-    if against is None and study.report.against and (there or not chosen):  # else all that were chosen
-        against = there
+    absent = planned if main is None and not chosen and planned not in names else None
+    if main is None and planned in names:
+        main = planned
+    if against is None and absent is not None:
+        against = []
+    elif against is None and main is not None and named(kept, main, "--main")[0].agent == planned:
+        there = [name for name in study.report.against if name in names]
+        if study.report.against and (there or not chosen):  # else all that were chosen
+            against = there
     pairs = [
         (one.label, other.label)
         for first, second in study.report.pairs
         for one, other in product(kept, kept)
         if (one.agent, other.agent) == (first, second)
     ]
-    return Compared(main or (planned if planned in names else None), against, pairs, absent)
+    return Compared(main, against, pairs, absent)
 
 
 def arrange(
@@ -172,7 +181,8 @@ def arrange(
         ValueError: for a name that no agent has.
     """
     first = agents[0] if main is None else named(agents, main, "--main")[0]
-    compared = [agent for name in against or () for agent in named(agents, name, "--against") if agent != first]
+    called = dict.fromkeys(agent for name in against or () for agent in named(agents, name, "--against"))
+    compared = [agent for agent in called if agent != first]
     rest = [agent for agent in agents if agent != first and agent not in compared]
     rest.sort(key=lambda agent: agent.family is None or agent.family != first.family)
     return [first, *compared, *rest], None if against is None else [agent.label for agent in compared]

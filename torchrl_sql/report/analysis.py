@@ -13,6 +13,7 @@ import numpy as np
 
 from torchrl_sql.evaluation.episodes import EpisodeResult, returns_of
 from torchrl_sql.games import find_game
+from torchrl_sql.report.agents import PARAMETERS
 from torchrl_sql.report.learning import LearningCurves
 from torchrl_sql.report.model import Agent, GameData, ReportData, Returns
 from torchrl_sql.report.selection import Selection, select
@@ -141,16 +142,40 @@ class Analysis:
         others = [agent for agent in self.agents if agent != self.main]
         if self.data.against is not None:
             return [agent for label in self.data.against for agent in others if agent.label == label]
-        places = {agent: place for family in self.families.values() for place, agent in enumerate(family)}
-        ours = places.get(self.main)
-        return [agent for agent in others if agent not in self.family and places.get(agent, ours) == ours]
+        strangers = {agent: self._place(agent) for agent in others if agent not in self.family}
+        ours = self._place(self.main)
+        return [agent for agent, place in strangers.items() if place is None or ours is None or place == ours]
+
+    def _place(self, agent: Agent) -> tuple[float, ...] | None:
+        """Its place on the axis, the same in different families if they are compared there: a setting's value; as
+        methods have networks of different sizes, its rank among those of its family, and how many these are.
+        """
+        if agent.family is None or agent.x is None:
+            return None
+        if self.data.x != PARAMETERS:
+            return (agent.x,)
+        sizes = [other.x for other in self.data.agents if other.family == agent.family and other.x is not None]
+        return sum(size < agent.x for size in sizes), len(sizes)
+
+    @cached_property
+    def unmatched(self) -> list[str]:
+        """Families that the main agent is not compared with, as none of theirs is known to have its place."""
+        if self.data.against is not None:
+            return []
+        compared = {agent.family for agent in (self.main, *self.against)}
+        return [*dict.fromkeys(agent.family for agent in self.agents if agent.family and agent.family not in compared)]
 
     @cached_property
     def comparisons(self) -> list[tuple[Agent, Agent]]:
-        """Whom findings compare: the main agent with each of :attr:`against`, then the page's further pairs."""
+        """Whom findings compare: the main agent with each of :attr:`against`, then those of the page's further pairs
+        that are not compared yet.
+        """
         by_label = {agent.label: agent for agent in self.agents}
-        pairs = [(by_label[one], by_label[other]) for one, other in self.data.pairs if {one, other} <= {*by_label}]
-        return [(self.main, other) for other in self.against] + pairs
+        compared = [(self.main, other) for other in self.against]
+        for one, other in self.data.pairs:
+            if {one, other} <= {*by_label} and {one, other} not in [{x.label, y.label} for x, y in compared]:
+                compared.append((by_label[one], by_label[other]))
+        return compared
 
     @property
     def family(self) -> list[Agent]:
@@ -192,7 +217,7 @@ class Analysis:
             for agent, complete in steps.items()
             if len(complete) > 1
         }
-        return LearningCurves(runs, self.main, self.against)
+        return LearningCurves(runs, None if self.data.absent else self.main, self.against)
 
     @cached_property
     def learning_curves(self) -> list[Line]:
@@ -271,10 +296,11 @@ class Analysis:
         return {label: game_means(runs) for label, runs in self.runs.items()}
 
     def aggregate_games(self, reference: Reference) -> tuple[str, ...]:
-        """The games that are aggregated: of the main agent's, those with such a reference score; none if they are few
-        and nobody asked for aggregates.
+        """The games that are aggregated: of the main agent's, or of the page's if that has no scores, those with such a
+        reference score; none if they are few and nobody asked for aggregates.
         """
-        games, _ = split_by_reference(self.runs[self.main.label].games, reference)
+        of_page = self.data.games if self.data.absent else self.runs[self.main.label].games
+        games, _ = split_by_reference(of_page, reference)
         return games if len(games) >= MANY_GAMES or self.data.aggregate else ()
 
     def normalised(self, reference: Reference) -> dict[str, RunReturns]:
@@ -352,7 +378,9 @@ class Analysis:
 
     @cached_property
     def published_games(self) -> list[str]:
-        """The main agent's games in which every published agent has a score."""
+        """The main agent's games in which every published agent has a score; none if it has no scores itself."""
+        if self.data.absent:
+            return []
         return [
             game
             for game in self.runs[self.main.label].games

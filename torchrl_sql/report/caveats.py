@@ -7,6 +7,7 @@ from math import isfinite, isnan
 
 import numpy as np
 
+from torchrl_sql.report.agents import PARAMETERS
 from torchrl_sql.report.analysis import BEST_BEHAVIOUR, BEST_CONSTANT, Analysis
 from torchrl_sql.report.text import REFERENCE_LABELS, name_games, plural, sentence, span
 from torchrl_sql.statistics.scores import split_by_reference
@@ -33,6 +34,17 @@ def _of_agents(analysis: Analysis) -> Iterator[str]:
     games = analysis.data.games
     if (absent := analysis.data.absent) is not None:
         yield f"{absent}, which the page is about, has no scores yet: nothing is compared."
+    elif families := analysis.unmatched:
+        axis = analysis.data.x or ""
+        why = (
+            "their sizes are more or fewer than its own family's"
+            if axis == PARAMETERS
+            else f"none there has its {axis}"
+        )
+        yield (
+            f"{analysis.main.label} is not compared with {', '.join(families)}: {why}; --against names others to "
+            "compare it with."
+        )
     for agent in analysis.data.agents:
         label = agent.label
         if agent not in analysis.agents:
@@ -160,7 +172,7 @@ def _of_curves(analysis: Analysis) -> Iterator[str]:
         paces = ", ".join(f"{pace:g}" for pace in sorted(pace for pace in learning.paces if pace is not None))
         none = ", or none" if None in learning.paces else ""
         yield f"Learning curves are against gradient steps; their agents played {paces} agent steps in each{none}."
-    if learning.runs and learning.main not in learning.runs:
+    if learning.runs and learning.main is not None and learning.main not in learning.runs:
         yield f"No areas under learning curves: {learning.main.label} was evaluated in full at one gradient step only."
     if not learning.areas:
         return

@@ -90,17 +90,16 @@ def _subset(data: DataConfig) -> Subset:
     )
 
 
-def other_data(method: DataConfig, others: Mapping[str, DataConfig]) -> list[str]:
-    """What is to be said where not all agents (by label) were trained on the method's data, or the method on a part."""
-    subset = _subset(method)
+def other_data(label: str, own: DataConfig, others: Mapping[str, DataConfig]) -> list[str]:
+    """What is to be said where not all agents were trained on the data shown, an agent's ``own``, or this on a part."""
+    subset = _subset(own)
     part = asdict(subset).items() - asdict(Subset()).items()
     settings = ", ".join(f"{name}={value}" for name, value in sorted(part))
     caveats = [f"The data's statistics are those of the part that was trained on: {settings}."] if part else []
-    unlike = [label for label, data in others.items() if (data.store, _subset(data)) != (method.store, subset)]
+    unlike = [other for other, data in others.items() if (data.store, _subset(data)) != (own.store, subset)]
     if unlike:
-        caveats.append(
-            f"The data's returns and statistics are those of the method; {', '.join(unlike)} had other data."
-        )
+        listed = ", ".join(unlike)
+        caveats.append(f"The data's returns and statistics are of {label}'s training data; {listed} had other data.")
     return caveats
 
 

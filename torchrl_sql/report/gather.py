@@ -62,7 +62,8 @@ def gather(
             those of its runs, and gives introduction, and title, main, against and x unless they are given here.
 
     Keyword Args:
-        games (sequence of str, optional): those to report; by default the games of the main agent's run.
+        games (sequence of str, optional): those to report; by default those that its study names, or the games of the
+            main agent's run; all, where there are no scores of it or in none of them.
         agents (sequence of str): those to report, by name or label; by default all.
         main (str, optional): the agent that the page is about; by default the first run. That of a study may have no
             scores yet: then the page says so and compares nothing.
@@ -93,13 +94,14 @@ def gather(
     kept = [agent for agent in found if agent in chosen] or found
     whom = Compared(main, against) if study is None else compared_by(study, found, chosen, main, against)
     ordered, compared = arrange(kept, whom.main, whom.against)
+    if against and not compared and whom.absent is None:
+        raise ValueError(f"--against must name others than the main agent, got {', '.join(against)}")
     labels: dict[str, str] = {}
     for agent in ordered:
         labels.setdefault(agent.agent, agent.label.removesuffix(f" {agent.decoding}"))
     runs = [run for run in runs if run.config.name in labels]
     main_runs = [run for run in runs if run.config.name == ordered[0].agent]
-    of_study = study.report.games if study else []
-    expected = of_study or (main_runs[0].config.games if main_runs else ())
+    expected = _expected_games(study, whom.absent, main_runs)
     shown, of_games = _choose_games(expected, episodes, games)
     caveats += of_games
     unknown = [name for name in labels if name not in {run.config.name for run in runs}]
@@ -111,7 +113,7 @@ def gather(
     statistics, missing = game_data(main_runs, shown)
     if main_runs:
         others = {labels[run.config.name]: run.config.data for run in runs if run not in main_runs}
-        caveats += other_data(main_runs[0].config.data, others)
+        caveats += other_data(labels[ordered[0].agent], main_runs[0].config.data, others)
     return ReportData(
         title=title or (study.title if study else ", ".join(labels)),
         introduction=study.introduction if study else (),
@@ -131,7 +133,7 @@ def gather(
         caveats=[*caveats, *missing],
         curves=[curve for run in runs for curve in _curves(run, labels[run.config.name])]
         + [curve for run in _preparing(studies) for curve in _curves(run, run.config.name)],
-        clips=_clips(main_runs, shown, ordered[0], episodes, step),
+        clips=[] if whom.absent else _clips(main_runs, shown, ordered[0], episodes, step),
         probes=read_probes(paths[0] / PROBES) if study is not None and (paths[0] / PROBES).is_file() else None,
         reconstructions=reconstructions([*_preparing(studies), *runs]),
         settings=_settings(runs, labels),
@@ -221,23 +223,34 @@ def _read(tables: Sequence[Path], read: Callable[[Path], list[Row]]) -> list[Row
     return [row for row, _ in rows.values()]
 
 
+def _expected_games(study: StudyConfig | None, absent: str | None, main_runs: Sequence[_Run]) -> Sequence[str]:
+    """The games of the study's page, or those in which the main agent is evaluated; none if no run tells."""
+    if study and study.report.games:
+        return study.report.games
+    if absent or not main_runs:
+        return ()
+    config = main_runs[0].config
+    played = study.runs[config.name].games if study and config.name in study.runs else None
+    return played or config.games
+
+
 def _choose_games(
     expected: Sequence[str], episodes: Sequence[EpisodeResult], games: Sequence[str] | None
 ) -> tuple[tuple[str, ...], list[str]]:
     """The games of the page, and what is to be said of others: those asked for, or as many as there are of those that
-    are expected, or all.
+    are expected, or all if there are none of these.
     """
     evaluated = {episode.game for episode in episodes}
     in_order = sorted(evaluated, key=lambda game: find_game(game).seed_key)
     wanted = tuple(games or expected or in_order)
-    shown = tuple(game for game in wanted if game in evaluated)
-    if not shown or (games and shown != wanted):
+    shown = tuple(game for game in wanted if game in evaluated) or (() if games else tuple(in_order))
+    if games and shown != wanted:
         raise ValueError(f"games must have been evaluated, got {wanted}, and episodes of {tuple(sorted(evaluated))}")
     caveats = []
     unplayed = [game for game in wanted if game not in evaluated]
     if unplayed:
         caveats.append(f"Not shown, for no agent was evaluated there: {name_games(unplayed, len(wanted))}.")
-    others = sorted(evaluated.difference(wanted))
+    others = sorted(evaluated.difference(shown))
     if others:
         caveats.append(f"Not shown, though episodes are in the tables: {name_games(others, len(evaluated))}.")
     return shown, caveats

@@ -19,12 +19,12 @@ class LearningCurves:
 
     Attributes:
         runs (mapping): ``{agent: {gradient step: returns}}``, steps ascending.
-        main (Agent): the agent that the page is about, with a curve or not.
+        main (Agent, optional): the agent that the page is about, with a curve or not; None if it has no scores.
         against (sequence of Agent): those that it is compared with, likewise.
     """
 
     runs: Mapping[Agent, Mapping[int, RunReturns]]
-    main: Agent
+    main: Agent | None
     against: Sequence[Agent]
 
     @cached_property
@@ -51,9 +51,9 @@ class LearningCurves:
         """Gradient steps at which the main agent and those that it is compared with were evaluated in full, ascending.
 
         Of the latter, one that has fewer than two of them in common with those before it does not count. Empty if the
-        main agent has no curve.
+        main agent has no curve or no scores.
         """
-        steps = [*self.runs.get(self.main, ())]
+        steps = [*self.runs.get(self.main, ())] if self.main else []
         for agent in self.against:
             shared = [step for step in steps if step in self.runs.get(agent, ())]
             steps = shared if len(shared) > 1 else steps

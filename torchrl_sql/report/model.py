@@ -167,7 +167,8 @@ class ReportData:
         main (str): label of the agent that the page is about; by default the first.
         absent (str, optional): name of the agent that the page is about, if it has no scores: then none is compared.
         against (sequence of str, optional): labels of the agents that findings compare it with; by default all others
-            outside its family; of another family, the one that has the main agent's place in it.
+            outside its family; of another family, the one that has the main agent's place: its value of the setting,
+            or its rank among as many sizes.
         pairs (sequence of two str): labels of further agents that findings compare, one with the other.
         x (str, optional): what agents of a family differ in along an axis, e.g. ``"parameters"``.
         step (int, optional): gradient steps at which trained agents are compared; by default the last of each at which

@@ -195,7 +195,7 @@ def area_span(analysis: Analysis) -> str:
 def area_table(analysis: Analysis) -> Table:
     """Agents by the areas under their learning curves; of many games, only that of all is shown."""
     steps, main = analysis.learning.area_steps, analysis.main.label
-    compared = [] if analysis.data.absent is not None else [label for label in analysis.learning.areas if label != main]
+    compared = [label for label in analysis.learning.areas if label != main]
     verdicts = {label: analysis.area_verdicts(label) for label in compared}
     records = [
         {

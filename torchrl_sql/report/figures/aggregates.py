@@ -47,7 +47,7 @@ def profile_plot(analysis: Analysis) -> Plot | None:
     """Performance profiles of all agents."""
     scores = analysis.normalised("human")
     games = analysis.aggregate_games("human")
-    if len(games) < MANY_GAMES:  # a handful of steps
+    if len(games) < MANY_GAMES or not scores:  # a handful of steps
         return None
     top = float(np.quantile(np.concatenate([runs.run_scores().ravel() for runs in scores.values()]), 0.98))
     thresholds = np.linspace(0, max(1.2, min(top, 8.0)), 121)

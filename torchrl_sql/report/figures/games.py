@@ -65,28 +65,32 @@ def few_games_plot(analysis: Analysis) -> Plot:
 
 def many_games_plots(analysis: Analysis) -> list[Plot]:
     """Many games, a row each, best first: the main agent, the first it is compared with and the behaviour as bars,
-    published scores as marks; one scale for all.
+    published scores as marks; one scale for all. If the main agent has no scores, all agents and the behaviour.
     """
     included, excluded = split_by_reference(analysis.data.games, "human")
-    main = analysis.main.label
-    policies = [main, *(agent.label for agent in analysis.against[:1]), BEHAVIOUR]
+    absent = analysis.data.absent is not None
+    leading = [*analysis.runs] if absent else [analysis.main.label]
+    others = [] if absent else [agent.label for agent in analysis.against[:1]]
     bars = {
         game: {
             policy: _normalised(analysis.policies[game][policy].mean, game)
-            for policy in policies
+            for policy in (*leading, *others, BEHAVIOUR)
             if policy in analysis.policies[game]
         }
         for game in included
     }
     published = {DQN: {game: score for game in included if (score := _dqn_score(analysis, game)) is not None}}
-    published |= {agent.label: agent.scores for agent in published_agents() if agent.mark is not None}
+    if not absent:
+        published |= {agent.label: agent.scores for agent in published_agents() if agent.mark is not None}
     marks = {
         game: {
             name: normalised_score(scores[game], game, "human") for name, scores in published.items() if game in scores
         }
         for game in included
     }
-    games = sorted(included, key=lambda game: -bars[game][main].point if main in bars[game] else np.inf)
+    best = {game: max((bar.point for policy, bar in bars[game].items() if policy in leading), default=-np.inf)
+            for game in included}  # fmt: skip
+    games = sorted(included, key=lambda game: -best[game])
     num_plots = -(-len(games) // GAMES_IN_ONE_PLOT)
     size = -(-len(games) // max(num_plots, 1))
     parts = [games[index * size : (index + 1) * size] for index in range(num_plots)]
