@@ -74,21 +74,21 @@ def make_plan() -> list[Item]:
         {"kind": "device_peak", "precisions": ["bf16", "fp32"]},
         step("resnet50", 512, *best, "graph", readers=[1, 2, 4]),
         peer("resnet50", 512, "bf16", "eager", "torchrl_hooked"),
-        step("resnet101", 512, *best, "graph", readers=[2]),
-        peer("resnet101", 512, "bf16", "eager", "torchrl_hooked"),
         peer("resnet50", 512, "bf16", "eager", "torchrl_hooked", "channels_last"),
-        peer("resnet101", 512, "bf16", "eager", "torchrl_hooked", "channels_last"),
         step("resnet50", 512, *best, "eager"),
+        {"kind": "curve", "games": games, "batch_size": 32, "num_steps": 200, "modes": ["eager", "graph"]},
+        {"kind": "resume", "games": games, "batch_size": 32, "num_steps": 40, "precision": "bf16", "mode": "graph"},
+        {"kind": "checkpoint", "network": "resnet50", "batch_size": 64, "precision": "bf16", "games": TRAIN_40},
         {
             "kind": "evaluation",
             "network": "resnet50",
             "games": games,
             "num_episodes_per_game": 64,
-            "max_agent_steps": 1000,
+            "max_agent_steps": 400,
         },
-        {"kind": "checkpoint", "network": "resnet50", "batch_size": 64, "precision": "bf16", "games": TRAIN_40},
-        {"kind": "curve", "games": games, "batch_size": 32, "num_steps": 200, "modes": ["eager", "graph"]},
-        {"kind": "resume", "games": games, "batch_size": 32, "num_steps": 40, "precision": "bf16", "mode": "graph"},
+        step("resnet101", 512, *best, "graph", readers=[2]),
+        peer("resnet101", 512, "bf16", "eager", "torchrl_hooked"),
+        peer("resnet101", 512, "bf16", "eager", "torchrl_hooked", "channels_last"),
         peer("resnet50", 512, "bf16", "eager", "torchrl"),
         peer("resnet101", 512, "bf16", "kernels", "torchrl_hooked"),
         step("resnet101", 512, *best, "eager"),
@@ -222,6 +222,7 @@ def run_tests(seconds: float, device: str) -> dict[str, Any]:
     lines = done.stdout.strip().splitlines()
     row = {"summary": lines[-1] if lines else done.stderr[-300:]}
     if done.returncode != 0 or (device == "cuda" and " passed" not in row["summary"]):
+        print(done.stdout, done.stderr, sep="\n")
         row["failed"] = "; ".join(line for line in lines if line.startswith(("FAILED", "ERROR"))) or row["summary"]
     return row
 
