@@ -5,10 +5,12 @@ from __future__ import annotations
 import gc
 import itertools
 import logging
+import re
 import shutil
 import statistics
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -42,14 +44,24 @@ WAITING_CALLS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSyn
 SHORT_COPY_MICROSECONDS = 50
 """An asynchronous copy that only had to be queued returns sooner; one from pageable memory waits."""
 
+KERNELS = {
+    "convolution": r"conv|xmma|wgrad|dgrad|fprop",
+    "matmul": r"gemm|nvjet|cutlass|cublas",
+    "triton": r"^triton",
+    "optimizer": r"multi_tensor|fused_adam",
+    "copy": r"^mem(cpy|set)",
+}
+"""Kinds of kernels by their names; the first that fits."""
+
 Item = dict[str, Any]
 
 
 def make_store(path: Path, *, games: tuple[str, ...], num_steps: int) -> None:
     """Frames of real play, since readers decode: one episode of at most ``num_steps`` of each game."""
     store = FrameStore.create(path)
-    for game in games:
-        episode = next(play(game, max_steps=num_steps))
+    with ThreadPoolExecutor() as pool:
+        episodes = list(pool.map(lambda game: next(play(game, max_steps=num_steps)), games))
+    for game, episode in zip(games, episodes, strict=True):
         with store.writer(game, source="a random policy, for a benchmark") as writer:
             writer.add_episode(episode.frames, episode.actions, episode.rewards, terminated=episode.terminated)
 
@@ -114,8 +126,9 @@ class Measurements:
                 "share_of_matmul_peak": round(flops / times.step_seconds / self.peak(item["precision"]), 3),
                 **_milliseconds(times),
                 "host_milliseconds": round(1e3 * issue_seconds(trainer), 2),
-                "host_blocked_milliseconds": round(1e3 * blocked_seconds(trainer), 3),
             }
+            times_inside, kernels = profiled(trainer)
+            row |= times_inside | {"kernels": kernels}
             for num_readers in item["readers"]:
                 row[f"data_wait_{num_readers}"] = round(self._data_wait(config, trainer, num_readers), 4)
         finally:
@@ -272,8 +285,13 @@ def issue_seconds(trainer: Trainer) -> float:
     return statistics.median(seconds)
 
 
-def blocked_seconds(trainer: Trainer, num_steps: int = 5) -> float:
-    """Time per step inside calls that may wait for the device, of all threads, as the profiler saw it."""
+def profiled(trainer: Trainer, num_steps: int = 5) -> tuple[dict[str, float], list[tuple[str, float, int]]]:
+    """What a step's time went into, as the profiler saw it.
+
+    Returns:
+        Milliseconds of a step: ``host_blocked_milliseconds`` inside calls that may wait for the device, of all threads;
+        on CUDA also those of kernels by kind. And of each kernel its name, milliseconds and calls, the longest first.
+    """
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (trainer.device.type == "cuda")
     for _ in range(num_steps):  # whose memory the profiled steps use again
         trainer.update(trainer.replay.sample())
@@ -294,4 +312,17 @@ def blocked_seconds(trainer: Trainer, num_steps: int = 5) -> float:
         and steps.start <= event.time_range.start <= steps.end
         and not ("Async" in event.name and event.time_range.elapsed_us() < SHORT_COPY_MICROSECONDS)
     ]
-    return sum(waits) / 1e6 / num_steps
+    row = {"host_blocked_milliseconds": round(sum(waits) / 1e3 / num_steps, 3)}
+    if trainer.device.type != "cuda":
+        return row, []
+    kernels: dict[str, list[float]] = {}
+    for event in events:
+        if event.device_type == DeviceType.CUDA and not event.is_user_annotation:
+            kernels.setdefault(event.name, []).append(event.time_range.elapsed_us() / 1e3 / num_steps)
+    for kind in (*KERNELS, "other"):
+        row[f"{kind}_milliseconds"] = 0.0
+    for name, times in kernels.items():
+        kind = next((kind for kind, pattern in KERNELS.items() if re.search(pattern, name, re.IGNORECASE)), "other")
+        row[f"{kind}_milliseconds"] = round(row[f"{kind}_milliseconds"] + sum(times), 3)
+    table = [(name, round(sum(times), 4), len(times) // num_steps) for name, times in kernels.items()]
+    return row, sorted(table, key=lambda kernel: -kernel[1])

@@ -12,7 +12,8 @@ skipped, and named. Results are written after each row.
   bench`` does. ``share_of_matmul_peak``: its counted operations over the measured rate of a large matrix product in the
   same precision. ``start_seconds``: of the first four steps, with compiling. ``host_milliseconds``: what the host
   needs to issue a step with its batch. ``host_blocked_milliseconds``: time of a step inside CUDA calls that may wait
-  for the device. ``data_wait_N``: share of the time in which the loop waits for batches with N readers.
+  for the device. ``convolution_milliseconds`` and so on: a step's kernels by kind; each is in the JSON file.
+  ``data_wait_N``: share of the time in which the device waits for batches with N readers.
 - ``peer`` rows are the same step composed of TorchRL's parts, see ``update_step.py``: ``torchrl`` as it comes,
   ``torchrl_hooked`` with care, which does double Q as the ``double_q`` rows do; both layouts are tried for it, too.
 - ``curve``: 10 points of a loss curve beside the CPU's in fp32, as the root of the mean square of relative differences;
@@ -309,7 +310,7 @@ def markdown(machine: dict[str, Any], rows: list[Item]) -> str:
 def _table(rows: list[dict[str, Any]]) -> list[str]:
     if not rows:
         return ["Nothing."]
-    columns = list(dict.fromkeys(key for row in rows for key in row))
+    columns = list(dict.fromkeys(key for row in rows for key, value in row.items() if not isinstance(value, list)))
     lines = [columns, ["---"] * len(columns), *([str(row.get(key, "")) for key in columns] for row in rows)]
     return [f"| {' | '.join(line)} |" for line in lines]
 
@@ -320,7 +321,14 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="each kind of row, in little")
     parser.add_argument("--minutes", type=float, default=10, help="in all (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="without suffix (default: benchmarks/results/gpu_check_DEVICE)")
+    parser.add_argument("--rows", nargs="+", metavar="NAME", help="only these of the plan, as the output names them")
     args = parser.parse_args()
+    plan = make_tiny_plan(args.device) if args.tiny else make_plan()
+    if args.rows:
+        known = {name_of(item): item for item in plan}
+        if unknown := [name for name in args.rows if name not in known]:
+            parser.error(f"--rows must be of the plan ({', '.join(known)}), got {unknown[0]!r}")
+        plan = [known[name] for name in args.rows]
     deadline = time.monotonic() + 60 * args.minutes - 15  # for the imports before, and to stop and write
     try:
         device = resolve_device(args.device)
@@ -335,7 +343,6 @@ def main() -> None:
         out.with_suffix(".md").write_text(markdown(machine, rows))
 
     with tempfile.TemporaryDirectory() as folder:
-        plan = make_tiny_plan(args.device) if args.tiny else make_plan()
         games = ("Pong", "Breakout") if args.tiny else TRAIN_40
         make_store(Path(folder, "store"), games=games, num_steps=60 if args.tiny else 300)
         worker = Worker(args.device, Path(folder), tiny=args.tiny)

@@ -25,10 +25,10 @@ def gpu_check(monkeypatch):
 
 
 @pytest.fixture
-def blocked_seconds(gpu_check):
-    from _gpu_rows import blocked_seconds
+def blocked_milliseconds(gpu_check):
+    from _gpu_rows import profiled
 
-    return blocked_seconds
+    return lambda trainer, **more: profiled(trainer, **more)[0]["host_blocked_milliseconds"]
 
 
 @pytest.fixture
@@ -86,26 +86,45 @@ def steps_that(update, device):
     return SimpleNamespace(device=torch.device(device), replay=SimpleNamespace(sample=lambda: None), update=update)
 
 
-def test_time_in_calls_that_wait_is_added_up_per_step(blocked_seconds):
+def test_time_in_calls_that_wait_is_added_up_per_step(blocked_milliseconds):
     def update(batch):
         for name, seconds in (("cudaStreamSynchronize", 0.01), ("cudaMemcpyAsync", 0.02), ("cudaLaunchKernel", 0.04)):
             with record_function(name):
                 time.sleep(seconds)
 
-    assert 0.03 <= blocked_seconds(steps_that(update, "cpu"), num_steps=3) < 0.04
-    assert blocked_seconds(steps_that(lambda batch: time.sleep(0.01), "cpu")) == 0
+    assert 30 <= blocked_milliseconds(steps_that(update, "cpu"), num_steps=3) < 40
+    assert blocked_milliseconds(steps_that(lambda batch: time.sleep(0.01), "cpu")) == 0
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("waits", [False, True])
-def test_a_step_that_waits_for_the_device_is_told_from_one_that_does_not(blocked_seconds, waits):
+def test_a_step_that_waits_for_the_device_is_told_from_one_that_does_not(blocked_milliseconds, waits):
     def update(batch):
         torch.cuda._sleep(50_000_000)  # some 25 ms
         if waits:
             torch.cuda.synchronize()
 
-    assert (blocked_seconds(steps_that(update, "cuda")) > 0.005) == waits
+    assert (blocked_milliseconds(steps_that(update, "cuda")) > 5) == waits
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_kernels_are_told_apart_by_kind(gpu_check):
+    from _gpu_rows import profiled
+
+    x = torch.randn(8, 64, 32, 32, device="cuda", dtype=torch.bfloat16)
+    matrix = torch.randn(2048, 2048, device="cuda", dtype=torch.bfloat16)
+
+    def update(batch):
+        torch.nn.functional.conv2d(x, x[:, :, :3, :3].contiguous())
+        return matrix @ matrix
+
+    row, kernels = profiled(steps_that(update, "cuda"))
+    assert row["convolution_milliseconds"] > 0 and row["matmul_milliseconds"] > 0 and row["triton_milliseconds"] == 0
+    assert sum(value for name, value in row.items() if name != "host_blocked_milliseconds") == pytest.approx(
+        sum(milliseconds for _, milliseconds, _ in kernels), abs=0.01
+    )
 
 
 def row(**changes):

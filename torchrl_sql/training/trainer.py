@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torchrl.objectives import LossModule, TargetNetUpdater
 
+from torchrl_sql.training.data_wait import DataWait
 from torchrl_sql.training.parallel import LossCall, SingleProcess
 from torchrl_sql.training.ranks import Ranks
 from torchrl_sql.training.recorded import Recorded
@@ -59,7 +60,6 @@ class _Interval:
     sums: TensorDict | None = None
     num_steps: int = 0
     num_timed_samples: int = 0
-    data_seconds: float = 0.0
     started: float = field(default_factory=time.perf_counter)
 
     def add(self, metrics: TensorDict, num_samples: int) -> None:
@@ -130,6 +130,7 @@ class Trainer:
         self._learning_rates = [group["lr"] for group in optimizer.param_groups]
         self._call = SingleProcess(loss) if call is None else call
         self._interval = _Interval()
+        self._data_wait = DataWait(self.device)
         # From the first gradient that is not finite on, steps are counted and, by fused optimizers, not taken: the
         # weights are still those before it when the host hears of it at the next result.
         self._broken = torch.zeros((), device=self.device)
@@ -259,7 +260,7 @@ class Trainer:
         Yields:
             After every ``log_interval``-th step and the last: the mean of each metric over ranks and over the steps
             since the last result, with ``learning_rate`` (of the last step), ``samples_per_second`` (of all ranks) and
-            ``data_wait_fraction`` (share of time spent waiting for data).
+            ``data_wait_fraction`` (share of time in which the device waited for data).
 
         Raises:
             NonFiniteError: if the objective or its gradient was not finite since the last result or target update. With
@@ -268,9 +269,8 @@ class Trainer:
         self._interval.started = time.perf_counter()
         num_checked = self.step + _NUM_CHECKED_STEPS
         while self.step < num_gradient_steps:
-            waiting = time.perf_counter()
-            batch = self.replay.sample().to(self.device, non_blocking=True)
-            self._interval.data_seconds += time.perf_counter() - waiting
+            with self._data_wait:
+                batch = self.replay.sample().to(self.device, non_blocking=True)
             is_checked = self.step < num_checked
             if is_checked:
                 self._check_batch(batch)
@@ -289,8 +289,9 @@ class Trainer:
         """Means of the interval that ends here with a batch; begins the next."""
         self.check_gradients()
         means = self._probed(batch) | self._means()
+        data_seconds = self._data_wait.take_seconds()
         interval, self._interval = self._interval, _Interval()
-        seconds = torch.tensor([interval.data_seconds, self._interval.started - interval.started], device=self.device)
+        seconds = torch.tensor([data_seconds, self._interval.started - interval.started], device=self.device)
         data_seconds, all_seconds = self.ranks.mean(seconds).tolist()
         return means | {
             "learning_rate": self._scheduled(self.step - 1)[0],
@@ -344,6 +345,7 @@ class Trainer:
         self.step = step
         self.replay.seek(step)
         self._interval = _Interval()
+        self._data_wait.take_seconds()
         self._set_learning_rates()
 
     def state_dict(self) -> dict[str, Any]:
@@ -383,6 +385,7 @@ class Trainer:
         self._load_optimizer(state["optimizer"])
         self.replay.load_state_dict(state["replay"])
         self._interval = _Interval()
+        self._data_wait.take_seconds()
         if state["interval"] is not None:
             sums = {name: _of_shape(value, ()) for name, value in state["interval"]["sums"].items()}
             self._interval.sums = TensorDict(sums, device=self.device)
