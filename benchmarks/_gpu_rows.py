@@ -45,9 +45,9 @@ SHORT_COPY_MICROSECONDS = 50
 """An asynchronous copy that only had to be queued returns sooner; one from pageable memory waits."""
 
 KERNELS = {
+    "triton": r"^triton",
     "convolution": r"conv|xmma|wgrad|dgrad|fprop",
     "matmul": r"gemm|nvjet|cutlass|cublas",
-    "triton": r"^triton",
     "optimizer": r"multi_tensor|fused_adam",
     "copy": r"^mem(cpy|set)",
 }

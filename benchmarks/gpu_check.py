@@ -301,9 +301,10 @@ def markdown(machine: dict[str, Any], rows: list[Item]) -> str:
     lines = [f"# {machine['device']}", "", made, "", *_table(targets(rows))]
     lines += ["", "## Gradient steps", "", *_table(steps), "", "## Others", ""]
     lines += [f"- {name_of(row)}: {_short({k: v for k, v in row.items() if k not in NAMES})}" for row in others]
-    for how in ("failed", "skipped"):
-        lines += ["", f"## {how.capitalize()}", ""]
-        lines += [f"- {name_of(row)}: {row[how]}" for row in rows if how in row] or ["Nothing."]
+    lines += ["", "## Failed", ""]
+    lines += [f"- {name_of(row)}: {row['failed']}" for row in rows if "failed" in row] or ["Nothing."]
+    lines += ["", "## Skipped for want of time", ""]
+    lines += ["; ".join(name_of(row) for row in rows if "skipped" in row) or "Nothing."]
     return "\n".join(lines) + "\n"
 
 

@@ -169,4 +169,4 @@ def test_the_whole_script_in_little_without_a_gpu(tmp_path):
     (resumed,) = (row for row in rows if row["kind"] == "resume")
     assert resumed["is_equal_bit_for_bit"] and resumed["greatest_way_of_a_weight"] > 0
     page = (tmp_path / "check.md").read_text()
-    assert page.startswith("# cpu (") and "## Skipped\n\nNothing." in page
+    assert page.startswith("# cpu (") and "## Skipped for want of time\n\nNothing." in page
