@@ -22,8 +22,8 @@ def test_waits_add_up_until_they_are_taken(device):
     for _ in range(3):
         with wait:
             time.sleep(0.02)
-        time.sleep(0.05)
-    assert 0.06 <= wait.take_seconds() < 0.15
+        time.sleep(0.1)
+    assert 0.05 <= wait.take_seconds() < 0.2
     assert wait.take_seconds() == 0
 
 
@@ -31,10 +31,11 @@ def test_waits_add_up_until_they_are_taken(device):
 def test_a_batch_that_never_came_was_not_waited_for(device):
     wait = DataWait(torch.device(device))
     with pytest.raises(OSError), wait:
+        time.sleep(0.1)
         raise OSError
     with wait:
         pass
-    assert wait.take_seconds() < 0.05
+    assert wait.take_seconds() < 0.1
 
 
 @pytest.mark.gpu
@@ -48,13 +49,14 @@ def test_a_gpu_with_steps_to_take_does_not_wait_though_the_host_does():
     assert wait.take_seconds() < 0.02
     with wait:
         time.sleep(0.02)
-    assert wait.take_seconds() >= 0.02
+    assert wait.take_seconds() > 0.015
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_host_goes_so_many_steps_ahead_and_no_further():
     wait = DataWait(torch.device("cuda"))
+    work_of_the_gpu(0.001)
     torch.cuda.synchronize()
     began = time.perf_counter()
     for step in range(MAX_STEPS_AHEAD + 2):
@@ -65,3 +67,4 @@ def test_a_host_goes_so_many_steps_ahead_and_no_further():
         work_of_the_gpu(0.1)
     assert issued < 0.05
     assert time.perf_counter() - began > 0.05
+    torch.cuda.synchronize()  # other tests' calls would wait for it

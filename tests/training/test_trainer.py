@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import time
 from functools import partial
 
 import pytest
@@ -273,6 +274,16 @@ def test_training_can_be_left_within_an_interval_without_losing_its_metrics():
     results = first + list(continued.train(6, log_interval=3))
     assert [r["objective"] for r in results] == [r["objective"] for r in expected]
     assert [r["td_error"] for r in results] == [r["td_error"] for r in expected]
+
+
+def test_speeds_after_training_was_left_within_an_interval_are_of_the_time_since(monkeypatch):
+    trainer = make_trainer()
+    sample = trainer.replay.sample
+    monkeypatch.setattr(trainer.replay, "sample", lambda: time.sleep(0.05) or sample())
+    list(trainer.train(6, log_interval=6, stop=lambda: trainer.step == 5))
+    (result,) = trainer.train(6, log_interval=6)
+    assert result["data_wait_fraction"] <= 1
+    assert result["samples_per_second"] <= 6 / 0.05
 
 
 def test_bf16_stays_close_to_fp32():

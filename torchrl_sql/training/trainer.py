@@ -266,7 +266,8 @@ class Trainer:
             NonFiniteError: if the objective or its gradient was not finite since the last result or target update. With
                 a fused optimizer weights, moments and target are then those before that step.
         """
-        self._interval.started = time.perf_counter()
+        self._data_wait.take_seconds()
+        self._interval.num_timed_samples, self._interval.started = 0, time.perf_counter()
         num_checked = self.step + _NUM_CHECKED_STEPS
         while self.step < num_gradient_steps:
             with self._data_wait:
