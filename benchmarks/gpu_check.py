@@ -76,6 +76,7 @@ def make_plan() -> list[Item]:
         step("resnet50", 512, *best, "graph", readers=[1, 2, 4]),
         peer("resnet50", 512, "bf16", "eager", "torchrl_hooked"),
         peer("resnet50", 512, "bf16", "eager", "torchrl_hooked", "channels_last"),
+        step("resnet50", 512, "bf16", "contiguous", "eager"),
         step("resnet50", 512, *best, "eager"),
         step("resnet50", 512, *best, "graph", double_q=True),
         {

@@ -104,11 +104,8 @@ def make_batch(batch_size: int, num_games: int, device: torch.device) -> TensorD
     return TensorDict(source, [batch_size]).to(device)
 
 
-def make_actor(network: str, side: str, device: torch.device, memory_format: torch.memory_format | None = None) -> Any:
+def make_actor(network: str, side: str, device: torch.device, memory_format: torch.memory_format) -> Any:
     torch.manual_seed(0)
-    if memory_format is None:  # ours as training chooses, theirs as torch does
-        fastest = torch.channels_last if device.type == "cuda" else torch.contiguous_format
-        memory_format = torch.contiguous_format if side.startswith("torchrl") else fastest
     actor = make_q_actor(NUM_GAMES[network], encoder=network, memory_format=memory_format).to(device)
     if side.startswith("torchrl"):
         for module in actor.modules():
@@ -123,7 +120,7 @@ def torchrl_step(
     dtype: str,
     mode: str,
     batch: TensorDict,
-    memory_format: torch.memory_format | None = None,
+    memory_format: torch.memory_format = torch.contiguous_format,
 ) -> Variant:
     """What a TorchRL user would write, first as it comes, then minding the time."""
     device = batch.device
@@ -169,7 +166,8 @@ def torchrl_step(
 def our_step(network: str, side: str, dtype: Literal["fp32", "bf16"], mode: str, batch: TensorDict) -> Variant:
     """The trainer's step."""
     device = batch.device
-    actor = make_actor(network, side, device)
+    suits = device.type == "cuda" and mode == "compiled"  # as training chooses
+    actor = make_actor(network, side, device, torch.channels_last if suits else torch.contiguous_format)
     loss = DistributionalCQLLoss(actor, gamma=GAMMA, cql_alpha=CQL_ALPHA, double_q=side == "ours_double_q")
     updater = HardUpdate(loss, value_network_update_interval=TARGET_INTERVAL)
     parameters = list(loss.parameters())
@@ -324,7 +322,7 @@ def measure_network(network: str, args: argparse.Namespace, device: torch.device
 
 def count_flops(network: str, batch: TensorDict) -> dict[str, int]:
     """FLOP of each side's products and convolutions; multiply and add count as two."""
-    module = make_actor(network, "ours", batch.device).module[0].module
+    module = make_actor(network, "ours", batch.device, torch.contiguous_format).module[0].module
 
     def count(*, backward: bool) -> int:
         with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(backward):

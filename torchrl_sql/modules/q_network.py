@@ -59,7 +59,7 @@ class MultiGameQNetwork(nn.Module):
             states alike.
         legal_actions (Tensor or None): ``[G, A]`` bool; where given, the network also returns each sample's row.
         memory_format (torch.memory_format): layout of the encoder's weights and input; ``torch.channels_last`` suits
-            convolutions on CUDA.
+            compiled networks on CUDA.
 
     Shape:
         - observation: ``[*B, *input_shape]``, uint8 (scaled to [0, 1] here, on the device) or float (taken as scaled);

@@ -104,8 +104,10 @@ def build_trainer(
     torch.manual_seed(config.seed)
     device = ranks.device
     if memory_format is None:
-        # Channels-last suits CUDA's convolutions; on the CPU the small network is faster without.
-        memory_format = torch.channels_last if device.type == "cuda" else torch.contiguous_format
+        # Channels-last suits CUDA's convolutions, but not torch's group normalization, which compiled steps do not call
+        # (benchmarks/results/gpu.md); on the CPU the small network is faster without.
+        suits = device.type == "cuda" and config.trainer.compile != "off"
+        memory_format = torch.channels_last if suits else torch.contiguous_format
     method = make_method(config.method)
     # Before any data is opened: the network refuses names that it does not know.
     network = method.network(config.model, config.games, memory_format=memory_format)
