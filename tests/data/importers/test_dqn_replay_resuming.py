@@ -198,6 +198,20 @@ def test_any_episodes_across_any_borders(dopamine, lab, data):
         assert summary.num_truncated + summary.num_cut == sum(not e.terminated for e in expected)
 
 
+def test_padding_that_two_laps_have_in_the_same_rows_does_not_join_them(dopamine, tmp_path):
+    """Without checkpoint 4 nothing but its number tells that the last one is a lap later than it seems."""
+    log = dopamine.new_log(tmp_path / "dqn", capacity=8, looks_at_every_row=True)
+    for num_steps in (1, 1, 13, 2, 4, 6):
+        log.play(num_steps)
+    log.log_final()
+    (_, end), (begin, _) = log.logged[3], log.logged[5]
+    assert (end, begin) == (31, 37)  # rows 29, 30 and 37, 38, which lie in rows 5 and 6 of the ring, are padding
+    store = FrameStore.create(tmp_path / "store")
+    import_dqn_replay(tmp_path / "dqn", store.path, games="Pong", checkpoints=[3, 5])
+    expected = dopamine.expected(log, "Pong", [3, 5])
+    dopamine.check_same(dopamine.stored(store, "Pong"), expected)
+
+
 @settings(max_examples=30, deadline=None)
 @given(data=st.data())
 def test_any_import_stopped_anywhere_continues(dopamine, lab, data):

@@ -179,8 +179,11 @@ def _rows_written(
     if previous is None:
         return state.number * num_rows + state.cursor if is_reduced else state.add_count
     count = state.add_count
-    if is_reduced:  # The first that is not before `end`.
-        count = end + (state.cursor - end) % num_rows
+    if is_reduced:
+        # The first that is not before `end`; where counts go on past a lap, each checkpoint left out between is one.
+        num_laps = state.number - previous.number - 1 if previous.is_past_first_lap else 0
+        least = end + num_laps * num_rows
+        count = least + (state.cursor - least) % num_rows
     if count < end:
         raise ValueError(f"{state.name}: add_count {count} is not after that of {previous.name}")
     shared = np.arange(max(count - num_rows, end - num_rows, 0), end) % num_rows
