@@ -7,7 +7,7 @@ import re
 import secrets
 import shlex
 from collections.abc import Sequence
-from dataclasses import asdict, fields, is_dataclass, replace
+from dataclasses import asdict, replace
 from datetime import datetime
 from itertools import product
 from pathlib import Path
@@ -105,11 +105,10 @@ def plan_study(study: StudyConfig, folder: Path, *, num_ranks: int = 1) -> list[
             common = combined(common, [f"init.load={run.load}"])
         if plays_data and not plays:
             raise ConfigError(f"runs.{name} must have the setting online=NAME, for the study's data is play")
-        compose = _Seeded(common)
         for seed in study.seeds_of(name):
             place = f"{name}/seed{seed}"
             words = [*common, f"run_dir={quoted(folder / place)}", f"seed={seed}"]
-            config = _placed(compose(seed), folder / place)
+            config = _placed(compose_run_config([*common, f"seed={seed}"]), folder / place)
             if plays_data:
                 own_store = folder / "stores" / f"seed{seed}"
                 words.append(f"data.store={quoted(own_store)}")
@@ -205,15 +204,9 @@ def plan_training(overrides: Sequence[str], root: Path, *, num_ranks: int = 1) -
         if setting_key(override) == "run_dir":
             raise ConfigError(f"the launcher makes the run's folder: give --into instead of {override}")
     combinations = expand(overrides)
-    composed: dict[tuple[str, ...], _Seeded] = {}
     tasks: dict[str, Task] = {}
     for label, own in combinations:
-        seeds = [word.removeprefix("seed=") for word in own if word.startswith("seed=")]
-        rest = tuple(word for word in own if not word.startswith("seed="))
-        if len(seeds) == 1 and seeds[0].isdecimal() and len(combinations) > 2:
-            config = composed.setdefault(rest, _Seeded(rest))(int(seeds[0]))
-        else:
-            config = compose_run_config(own)
+        config = compose_run_config(own)
         check_ranks(config, num_ranks)
         config = _placed(config, (root if len(combinations) == 1 else root / folder_name(label)).resolve())
         agent = ",".join(part for part in label.split(",") if part and not part.startswith("seed="))
@@ -314,37 +307,6 @@ def evaluation_options(evaluation: EvaluationConfig) -> list[str]:
         f"--seed={evaluation.seed}",
         f"--max-env-frames={evaluation.max_env_frames_per_episode}",
     ]
-
-
-class _Seeded:
-    """The configuration of these settings with any seed, composed twice: Hydra takes a tenth of a second for each."""
-
-    def __init__(self, overrides: Sequence[str]) -> None:
-        self._overrides = list(overrides)
-        self._composed: tuple[RunConfig, RunConfig] | None = None
-
-    def __call__(self, seed: int) -> RunConfig:
-        if self._composed is None:
-            zero, one = (compose_run_config([*self._overrides, f"seed={number}"]) for number in (0, 1))
-            self._composed = zero, one
-        try:
-            config = _follow_seed(*self._composed, seed)
-        except LookupError:  # a text that holds the seed, say
-            config = compose_run_config([*self._overrides, f"seed={seed}"])
-        assert isinstance(config, RunConfig)
-        return config
-
-
-def _follow_seed(zero: Any, one: Any, seed: int) -> Any:
-    """What a value that is ``zero`` with seed 0 and ``one`` with seed 1 is with another."""
-    if is_dataclass(zero) and not isinstance(zero, type) and type(zero) is type(one):
-        values = {field.name: (getattr(zero, field.name), getattr(one, field.name)) for field in fields(zero)}
-        return replace(zero, **{name: _follow_seed(*pair, seed) for name, pair in values.items()})
-    if zero == one:
-        return zero
-    if (zero, one) != (0, 1):
-        raise LookupError
-    return seed
 
 
 def _placed(config: RunConfig, folder: Path) -> RunConfig:
