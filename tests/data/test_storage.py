@@ -416,7 +416,7 @@ def test_other_processes(two_games, method):
     queue = context.Queue()
     child = context.Process(target=_read_in_child, args=(storage, queue))
     child.start()
-    assert queue.get(timeout=60) == expected
+    assert queue.get(timeout=300) == expected
     child.join()
 
 

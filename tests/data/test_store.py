@@ -651,4 +651,4 @@ def test_processes_may_create_one_store_at_the_same_time(tmp_path):
         for process in processes:
             process.stdin.write(f"{tmp_path / str(number)}\n")
             process.stdin.flush()
-    assert [process.communicate(timeout=60)[1] for process in processes] == [""] * 3
+    assert [process.communicate(timeout=300)[1] for process in processes] == [""] * 3

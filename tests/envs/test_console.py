@@ -209,13 +209,13 @@ vector = AtariVector("Pong", 1, num_processes=1)
 with consoles._starting:  # as another thread holds it while it starts a process
     pid = os.fork()
     if pid == 0:
-        signal.alarm(50)
+        signal.alarm(250)
         seen = AtariVector("Pong", 1, num_processes=1).reset(np.array([0])).any()
         consoles._stop_processes()
         os._exit(0 if seen else 1)
 assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 if os.fork() == 0:  # holds the connections of its parent
-    signal.alarm(50)
+    signal.alarm(250)
     signal.pause()
 (process,) = consoles._processes[os.getpid()]
 assert process.stop() == 0
@@ -224,8 +224,8 @@ assert process.stop() == 0
 
 def test_forks_neither_wait_for_a_lock_nor_keep_processes_from_ending():
     began = time.monotonic()
-    subprocess.run([sys.executable, "-c", FORKS], check=True, timeout=120, stdin=subprocess.DEVNULL)
-    assert time.monotonic() - began < 45
+    subprocess.run([sys.executable, "-c", FORKS], check=True, timeout=300, stdin=subprocess.DEVNULL)
+    assert time.monotonic() - began < 200
 
 
 @pytest.mark.parametrize("how", ["kill", "exit"])
@@ -247,7 +247,7 @@ def test_no_process_outlives_the_one_that_started_it(how):
         else:
             parent.stdin.write(b"\n")
             parent.stdin.flush()
-        parent.wait(60)
+        parent.wait(300)
         deadline = time.monotonic() + 60
         while any(os.path.exists(f"/proc/{pid}/fd/0") for pid in children):
             assert time.monotonic() < deadline

@@ -131,7 +131,7 @@ def test_sigterm_keeps_what_was_played_and_the_same_command_continues(tmp_path):
                 assert process.poll() is None
                 time.sleep(0.02)
             process.send_signal(signal.SIGTERM)
-            _, err = process.communicate(timeout=60)
+            _, err = process.communicate(timeout=300)
         finally:
             process.kill()
     assert process.returncode == 130 and "the same command continues" in err

@@ -322,7 +322,7 @@ def test_a_process_that_hangs_is_queued_again_after_the_signal(hanging, marker, 
     time.sleep(0.7)
     assert hanging.poll() is None  # without a signal nothing happens
     hanging.send_signal(signal.SIGUSR2)
-    assert hanging.wait(60) == job.EXIT_REQUEUE
+    assert hanging.wait(300) == job.EXIT_REQUEUE
     assert TaskFolder(tmp_path).text("requeue") == marker
 
 
@@ -332,12 +332,12 @@ def test_the_watch_goes_on_when_files_cannot_be_read_or_written(hanging, tmp_pat
     time.sleep(1.5)
     assert hanging.poll() is None
     hanging.send_signal(signal.SIGUSR2)
-    assert hanging.wait(60) == job.EXIT_REQUEUE
+    assert hanging.wait(300) == job.EXIT_REQUEUE
 
 
 def test_an_orphan_ends_when_a_newer_attempt_starts(hanging, tmp_path):
     TaskFolder(tmp_path).write("attempt", "0.1")
-    assert hanging.wait(60) == job.EXIT_SUPERSEDED
+    assert hanging.wait(300) == job.EXIT_SUPERSEDED
     assert TaskFolder(tmp_path).text("requeue") is None
 
 

@@ -180,7 +180,7 @@ def test_nodes_without_scontrol_say_so_at_once(attempt, tmp_path):
     (attempt.task / "requeue").write_text("0.0\n")
     script = f"source {JOB_SHELL}; torchrl_sql_begin {tmp_path / 'group'} 0 0; torchrl_sql_end 75"
     own = {"PATH": str(programs), "SLURM_JOB_ID": "7"}
-    done = subprocess.run([shutil.which("bash"), "-c", script], env=own, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([shutil.which("bash"), "-c", script], env=own, capture_output=True, text=True, timeout=300)
     assert done.returncode == 75 and done.stderr == ""
     assert "scontrol is not on PATH: not requeued; torchrl-sql resume continues it" in done.stdout
 

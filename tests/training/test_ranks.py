@@ -75,7 +75,7 @@ def ranks():
     """What each of two ranks said."""
     where = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", RANKS]
-    done = subprocess.run(command, env=os.environ | where, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, env=os.environ | where, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return sorted((json.loads(line) for line in done.stdout.splitlines()), key=lambda said: said["rank"])
 

@@ -40,7 +40,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(writer, tmp_path, monkey
     may_write, save = threading.Event(), writer_module.save_checkpoint
 
     def slow(*args):
-        assert may_write.wait(20)
+        assert may_write.wait(200)
         return save(*args)
 
     monkeypatch.setattr(writer_module, "save_checkpoint", slow)
@@ -146,7 +146,7 @@ def test_other_failures_reach_the_training_loop(writer, monkeypatch):
 
     monkeypatch.setattr(writer_module, "save_checkpoint", failing)
     writer.save(1, {})
-    writer._writing.exception(timeout=20)
+    writer._writing.exception(timeout=200)
     with pytest.raises(PermissionError, match="not allowed"):
         writer.check()
 
