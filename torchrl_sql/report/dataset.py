@@ -90,13 +90,19 @@ def _subset(data: DataConfig) -> Subset:
     )
 
 
-def other_data(label: str, own: DataConfig, others: Mapping[str, DataConfig]) -> list[str]:
+def other_data(label: str, own: RunConfig, others: Mapping[str, RunConfig]) -> list[str]:
     """What is to be said where not all agents were trained on the data shown, an agent's ``own``, or this on a part."""
-    subset = _subset(own)
+    if own.online is not None:
+        return [f"The data's returns and statistics are of what {label} played while it learned."]
+    subset = _subset(own.data)
     part = asdict(subset).items() - asdict(Subset()).items()
     settings = ", ".join(f"{name}={value}" for name, value in sorted(part))
     caveats = [f"The data's statistics are those of the part that was trained on: {settings}."] if part else []
-    unlike = [other for other, data in others.items() if (data.store, _subset(data)) != (own.store, subset)]
+    unlike = [
+        other
+        for other, config in others.items()
+        if (config.data.store, _subset(config.data)) != (own.data.store, subset)
+    ]
     if unlike:
         listed = ", ".join(unlike)
         caveats.append(f"The data's returns and statistics are of {label}'s training data; {listed} had other data.")

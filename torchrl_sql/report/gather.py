@@ -112,8 +112,8 @@ def gather(
         )
     statistics, missing = game_data(main_runs, shown)
     if main_runs:
-        others = {labels[run.config.name]: run.config.data for run in runs if run not in main_runs}
-        caveats += other_data(labels[ordered[0].agent], main_runs[0].config.data, others)
+        others = {labels[run.config.name]: run.config for run in runs if run not in main_runs}
+        caveats += other_data(labels[ordered[0].agent], main_runs[0].config, others)
     return ReportData(
         title=title or (study.title if study else ", ".join(labels)),
         introduction=study.introduction if study else (),
