@@ -217,7 +217,7 @@ def test_resume_submits_what_is_unfinished(group, here, monkeypatch, capsys):
     assert main(["resume", "runs/a", "--dry-run", "cluster.timeout_minutes=9"]) == 0
     out = capsys.readouterr().out
     assert "torchrl_sql_begin " + str(group.folder) + " 1 1" in out and "--time=9" in out and "array" not in out
-    assert group.task_folder(1).text("FATAL") is not None  # a dry run changes nothing
+    assert group.task_folder(1).text("FATAL") is not None and not (group.root / "launch/.lock").exists()  # dry
     put_on_path(here, "sbatch", "echo Submitted batch job 34", monkeypatch)
     assert main(["resume", "runs/a"]) == 0
     assert "train: job 34, 1 tasks" in capsys.readouterr().out

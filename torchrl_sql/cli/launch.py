@@ -328,7 +328,7 @@ def _resume(args: argparse.Namespace) -> None:
     from torchrl_sql.studies.folder import owned
 
     root = _groups(args.run)[0].root
-    with owned(root / "launch"):  # two at once would give their submissions one number
+    with nullcontext() if args.dry_run else owned(root / "launch"):  # two at once would give submissions one number
         _submit_unfinished(find_groups(root), args)
 
 
