@@ -246,8 +246,12 @@ def run_tests(seconds: float, device: str) -> dict[str, Any]:
 
 def run(plan: list[Item], worker: Worker, deadline: float, save: Any) -> list[Item]:
     """Works through the plan; returns its items with what became of each: columns, ``failed`` or ``skipped``."""
-    rows: list[Item] = []
-    for item in plan:
+    rows = [
+        {key: value for key, value in item.items() if key not in ("games", "readers", "seconds")}
+        | {"skipped": "not reached"}
+        for item in plan
+    ]
+    for number, item in enumerate(plan):
         left = max(0.0, deadline - time.monotonic())
         limit = min(left, LONGEST_ROW_SECONDS)
         try:
@@ -259,8 +263,8 @@ def run(plan: list[Item], worker: Worker, deadline: float, save: Any) -> list[It
             found = {"skipped" if limit == left else "failed": str(error)}
         except RuntimeError as error:
             found = {"failed": str(error)}
-        rows.append({key: value for key, value in item.items() if key not in ("games", "readers", "seconds")} | found)
-        rows[-1]["row_seconds"] = round(left - (deadline - time.monotonic()), 1)
+        del rows[number]["skipped"]
+        rows[number] |= found | {"row_seconds": round(left - (deadline - time.monotonic()), 1)}
         print(f"{max(0.0, deadline - time.monotonic()):5.0f} s left  {name_of(item)}: {_short(found)}", flush=True)
         save(rows)
     return rows
