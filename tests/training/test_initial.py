@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 
+import numpy as np
 import pytest
 import torch
 
@@ -71,7 +72,21 @@ def test_of_all_weights_heads_go_by_the_games_names(make_config, source):
     assert learned <= equal_names(online, theirs) and {"pooling.weight", "log_scale"} <= learned
     for name in ("heads.weight", "heads.bias"):
         assert torch.equal(online[name][0], theirs[name][1]) and torch.equal(online[name][1], theirs[name][0])
-    assert torch.equal(online["input_mean"][0], theirs["input_mean"][1])  # of this run's own data
+    assert torch.equal(online["input_mean"], theirs["input_mean"].flip(0))
+
+
+def test_mean_frames_come_with_all_weights_and_only_those_of_new_games_are_of_the_data(
+    make_config, source, monkeypatch
+):
+    monkeypatch.setattr("torchrl_sql.training.build.mean_frame", lambda store, game: np.full((84, 84), 51.0))
+    words = ["data.games=[Freeway]", f"init.policy={source}", "init.load=all"]
+    one = train(make_config(*words, name="one")) / POLICY_FILE
+    theirs = weights_of(source)["input_mean"]
+    assert torch.equal(weights_of(one)["input_mean"], theirs[1:])
+    _, both, _ = build(make_config(f"init.policy={one}", "init.load=all"))
+    assert torch.equal(both["input_mean"][1], theirs[1]) and (both["input_mean"][0] == 51 / 255).all()
+    _, encoder, _ = build(make_config(f"init.policy={one}"))
+    assert (encoder["input_mean"] == 51 / 255).all()
 
 
 def test_heads_of_games_that_the_source_does_not_know_are_new_and_named(make_config, source, caplog):
@@ -91,8 +106,10 @@ def test_a_variation_starts_with_the_head_of_its_game(make_config, source, caplo
     network = make_method(config.method).network(config.model, config.games)
     with caplog.at_level(logging.INFO, "torchrl_sql.training.initial"):
         load_initial(network, config, Ranks(0, 1, torch.device("cpu")))
-    ours, theirs = short(network.state_dict())["heads.weight"], weights_of(source)["heads.weight"]
-    assert torch.equal(ours[1], theirs[1]) and torch.equal(ours[2], theirs[1])  # of Breakout and Freeway
+    ours, theirs = short(network.state_dict()), weights_of(source)
+    for name in ("heads.weight", "heads.bias", "input_mean"):  # of Breakout and Freeway
+        assert torch.equal(ours[name][1], theirs[name][1]) and torch.equal(ours[name][2], theirs[name][1])
+    assert not ours["input_mean"][0].any()
     assert caplog.messages[-1].endswith("new: the head of Pong")
 
 

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +16,10 @@ import torch
 from torchrl_sql.cli import main
 from torchrl_sql.config import ConfigError, compose_run_config
 from torchrl_sql.data import FrameStore, GrowingStore, OfflineAtariReplay
+from torchrl_sql.envs.atari import Emulator
 from torchrl_sql.envs.lockstep import EmulatorError, Lockstep
 from torchrl_sql.envs.slots import Slot
-from torchrl_sql.evaluation.policies import RandomPolicy
+from torchrl_sql.evaluation.policies import ConstantPolicy, RandomPolicy
 from torchrl_sql.games import GAMES
 from torchrl_sql.training import Interrupted, train
 from torchrl_sql.training.build import build_trainer
@@ -282,6 +284,33 @@ def test_epsilon_falls_from_one_as_the_agent_learns():
     assert [pace.epsilon(step) for step in (0, 100, 300, 1000)] == [1.0, 0.7, 0.1, 0.1]
 
 
+def test_a_policy_that_can_play_makes_the_first_steps_but_for_the_initial_epsilon(tmp_path):
+    policy = ConstantPolicy(3)
+    policy.weight = torch.nn.Parameter(torch.zeros(1))
+    chosen = {}
+    for epsilon in (0.0, 0.5):
+        growing = GrowingStore(tmp_path / str(epsilon), ["Pong"], source="test", about={})
+        pace = Pace(
+            agent_steps_per_gradient_step=1,
+            first_agent_steps=200,
+            initial_epsilon=epsilon,
+            final_epsilon=0.1,
+            epsilon_decay_agent_steps=100,
+            commit_interval_gradient_steps=1,
+        )
+        players = Lockstep(["Pong"], 1, Emulator(max_env_frames=400), seed=0)
+        replay = OnlineReplay(growing, players, policy, partial(OfflineAtariReplay, batch_size=2), pace)
+        replay.begin()
+        recording = growing.store.recording("Pong")
+        assert set(recording.labels["epsilon"]) == {epsilon}
+        chosen[epsilon] = np.array(recording.actions)
+        replay.shutdown()
+    assert (chosen[0.0] == 3).all()
+    # Of Pong's 6 actions a random one is another with 5/6: 5/12 of 200, 10 standard deviations being 0.35.
+    assert 0.2 < (chosen[0.5] != 3).mean() < 0.65
+    assert pace.epsilon(0) == 0.5 and pace.epsilon(50) == 0.3
+
+
 def test_offline_transitions_are_mixed_in(played, make_config):
     mixed = make_config(f"online.offline_store={played / 'store'}", "online.offline_fraction=0.5", "data.prefetch=0")
     trainer = build_trainer(mixed)
@@ -425,6 +454,8 @@ def test_a_run_whose_checkpoints_are_gone_does_not_wipe_what_it_played(make_conf
         (["online.commit_interval_gradient_steps=2"], "must be at least trainer.log_interval_gradient_steps=3"),
         (["online.shard_frames=30"], "online.shard_frames must be a multiple of 20"),
         (["online.final_epsilon=2"], r"online.final_epsilon must be in \[0, 1\]"),
+        (["online.initial_epsilon=0.1"], "online.initial_epsilon must be 1 without init.policy and init.load=all"),
+        (["online.initial_epsilon=0.1", "init.policy=x"], "online.initial_epsilon must be 1 without init.policy and"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(make_config, overrides, message):

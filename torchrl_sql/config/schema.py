@@ -66,9 +66,9 @@ def one_of(*choices: str) -> Bound:
     return Bound(lambda value: value in choices, f"one of {', '.join(choices)}")
 
 
-def setting(bound: Bound) -> Any:
+def setting(bound: Bound, *, default: Any = MISSING) -> Any:
     """A field of a section whose value must be within a bound, if it is not null."""
-    return field(default=MISSING, metadata={"bound": bound})
+    return field(default=default, metadata={"bound": bound})
 
 
 def check_bounds(section: Any, prefix: str = "") -> None:
@@ -372,11 +372,14 @@ class OnlineConfig:
     agent_steps_per_gradient_step: float = setting(positive)
     """Of all emulators together: the inverse of the replay ratio."""
     first_agent_steps: int = setting(at_least(1))
-    """Random steps before learning begins; more, until each game has a whole episode."""
+    """Before learning begins; more, until each game has a whole episode."""
+    initial_epsilon: float = setting(probability, default=1.0)
+    """Probability of a random legal action until learning begins; 1 as in files of before there was another. Less only
+    with ``init.load: all``, which has something to act by."""
     final_epsilon: float = setting(probability)
-    """Probability of a random legal action once it has decayed."""
+    """That once it has decayed."""
     epsilon_decay_agent_steps: int = setting(at_least(1))
-    """From 1 to the final one, linearly, once learning has begun."""
+    """From the initial to the final one, linearly, once learning has begun."""
     capacity_transitions_per_game: int | None = setting(at_least(1))
     """The learner sees the newest episodes that hold at most so many; null for all. All stay in the store."""
     commit_interval_gradient_steps: int = setting(at_least(1))
@@ -519,6 +522,12 @@ def _check_online(config: RunConfig, online: OnlineConfig, require: Callable[[bo
     everything = {"first_fraction": 1.0, "last_fraction": 1.0, "every_kth_episode": 1, "transitions_per_game": None}
     for key, value in (everything | {"replacement": True}).items():
         require(getattr(config.data, key) == value, f"data.{key}", f"{value} online, where all data is one's own")
+    acts_at_once = config.init.policy is not None and config.init.load == "all"
+    require(
+        online.initial_epsilon == 1 or acts_at_once,
+        "online.initial_epsilon",
+        "1 without init.policy and init.load=all, as an untrained network has nothing to act by",
+    )
     num_games = len(config.games)
     require(
         online.num_emulators % num_games == 0, "online.num_emulators", f"a multiple of the number of games, {num_games}"

@@ -321,6 +321,8 @@ def _deciding(config: RunConfig) -> dict[str, Any]:
     settings = {"seed": config.seed} | config.deciding_settings()
     if config.init == InitConfig():  # as in the records of before there was it
         settings = {key: value for key, value in settings.items() if not key.startswith("init.")}
+    if settings.get("online.initial_epsilon") == 1:  # likewise
+        del settings["online.initial_epsilon"]
     return settings
 
 

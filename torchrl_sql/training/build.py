@@ -136,7 +136,9 @@ def build_trainer(
     for name, buffer in () if continues else network.named_buffers():
         if name.endswith("input_mean"):
             store = FrameStore.open(expand_path(config.data.store))
-            buffer.copy_(torch.stack([torch.from_numpy(mean_frame(store, game)) / 255 for game in config.games]))
+            for mean, game in zip(buffer, config.games, strict=True):
+                if not mean.any():  # those of a loaded policy stay
+                    mean.copy_(torch.from_numpy(mean_frame(store, game)) / 255)
     compile, graph = config.trainer.compile != "off", config.trainer.compile == "graph"
     call: LossCall
     if ranks.world_size == 1:
@@ -214,6 +216,7 @@ def build_online_replay(
         Pace(
             agent_steps_per_gradient_step=online.agent_steps_per_gradient_step,
             first_agent_steps=online.first_agent_steps,
+            initial_epsilon=online.initial_epsilon,
             final_epsilon=online.final_epsilon,
             epsilon_decay_agent_steps=online.epsilon_decay_agent_steps,
             commit_interval_gradient_steps=online.commit_interval_gradient_steps,

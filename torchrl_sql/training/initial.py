@@ -22,7 +22,8 @@ logger = logging.getLogger(__name__)
 _ENCODER = re.compile(r"(?:.*\.)?encoder\.(.+)")
 _HEADS = re.compile(r"(?:.*\.)?heads\.(?:weight|bias)")
 _ONE_HEAD = "all games"
-_GIVEN = re.compile(r"(?:.*\.)?(?:input_mean|support)")
+_MEAN_FRAMES = re.compile(r"(?:.*\.)?input_mean")
+_GIVEN = re.compile(rf"{_MEAN_FRAMES.pattern}|(?:.*\.)?support")
 """Not learned: what the data and the settings say."""
 
 
@@ -30,8 +31,8 @@ def load_initial(network: nn.Module, config: RunConfig, ranks: Ranks) -> tuple[s
     """Fill a fresh network with what ``config.init`` names; nothing is loaded in part.
 
     ``load: encoder`` takes what maps frames to the feature map, ``load: all`` everything that is learned, of per-game
-    heads those of games that both runs have, by name; a variation of a game starts with the head of the game. The rest
-    stays as it is, and the log names it.
+    heads those of games that both runs have, by name; a variation of a game starts with the head of the game. Mean
+    frames come with ``all`` likewise. The rest stays as it is, and the log names it.
 
     Args:
         network (nn.Module): of the run, on the CPU.
@@ -66,6 +67,7 @@ def load_initial(network: nn.Module, config: RunConfig, ranks: Ranks) -> tuple[s
     before = run_config_from_yaml(source["config"], source=f"the configuration in {path}")
     _check_same_function((config, _groups(network)), (before, source["groups"]), path)
     ours, theirs = network.state_dict(), source["weights"]
+    means: dict[str, str] = {}
     if config.init.load == "encoder":
         here, there = _encoder(ours), _encoder(theirs)
         for weights, method in ((here, config.method), (there, before.method)):
@@ -85,9 +87,14 @@ def load_initial(network: nn.Module, config: RunConfig, ranks: Ranks) -> tuple[s
         new = [f"the head of {name}" for name in sources if name not in shared]
         if shared:
             _check_heads(shared, (ours, config), (theirs, before), path)
-            here |= _heads(ours, config, {name: name for name in shared})
-            there |= _heads(theirs, before, shared)
-    _copy(here, there, path)
+            here |= _of_games(_HEADS, ours, _head_names(config), {name: name for name in shared})
+            there |= _of_games(_HEADS, theirs, _head_names(before), shared)
+        means = {game: known for game in config.games if (known := _source_of(game, before.games)) is not None}
+    _copy(
+        here | _of_games(_MEAN_FRAMES, ours, config.games, {name: name for name in means}),
+        there | _of_games(_MEAN_FRAMES, theirs, before.games, means),
+        path,
+    )
     if ranks.is_main:
         loaded = sum(value.numel() for value in here.values())
         logger.info(
@@ -186,17 +193,20 @@ def _check_heads(
         )
 
 
-def _heads(weights: Mapping[str, Tensor], config: RunConfig, shared: Mapping[str, str]) -> dict[str, Tensor]:
-    """Views of the weights of heads: those that ``shared`` names, called what it names them for."""
-    names = _head_names(config)
+def _of_games(
+    kind: re.Pattern[str], weights: Mapping[str, Tensor], names: Sequence[str], shared: Mapping[str, str]
+) -> dict[str, Tensor]:
+    """Views of the rows, one for each of ``names``, of weights of a kind: those that ``shared`` names, called what it
+    names them for.
+    """
     return {
-        f"{name} of {ours}": weights[name][names.index(head)] for name in weights if _HEADS.fullmatch(name)
-        for ours, head in shared.items()
+        f"{name} of {ours}": weights[name][names.index(theirs)] for name in weights if kind.fullmatch(name)
+        for ours, theirs in shared.items()
     }  # fmt: skip
 
 
 def _source_of(name: str, heads: Sequence[str]) -> str | None:
-    """Which of another network's heads becomes this one: its own, or that of the game that it is a variation of."""
+    """Which of another run's games or heads becomes this one: its own, or the game that it is a variation of."""
     if name in heads or name == _ONE_HEAD:
         return name if name in heads else None
     base = find_game(name).base

@@ -31,15 +31,17 @@ class Pace:
 
     Attributes:
         agent_steps_per_gradient_step (float): of all emulators together; four is a replay ratio of 1/4.
-        first_agent_steps (int): random steps before the first gradient step; more, until each game has an episode.
-        final_epsilon (float): probability of a random legal action in the end.
-        epsilon_decay_agent_steps (int): from 1 to there, linearly, from the first gradient step on.
+        first_agent_steps (int): before the first gradient step; more, until each game has an episode.
+        initial_epsilon (float): probability of a random legal action until then.
+        final_epsilon (float): that in the end.
+        epsilon_decay_agent_steps (int): from the one to the other, linearly, from the first gradient step on.
         commit_interval_gradient_steps (int): finished episodes are shown to the learner at its multiples.
         seed (int): of exploration.
     """
 
     agent_steps_per_gradient_step: float
     first_agent_steps: int
+    initial_epsilon: float = 1.0
     final_epsilon: float
     epsilon_decay_agent_steps: int
     commit_interval_gradient_steps: int
@@ -48,7 +50,7 @@ class Pace:
     def epsilon(self, agent_step: int) -> float:
         """Probability of a random action, so many agent steps after learning began."""
         done = min(agent_step / self.epsilon_decay_agent_steps, 1.0)
-        return round(1.0 - (1.0 - self.final_epsilon) * done, 6)
+        return round(self.initial_epsilon - (self.initial_epsilon - self.final_epsilon) * done, 6)
 
 
 class _Shown(NamedTuple):
@@ -123,7 +125,7 @@ class OnlineReplay:
         return self._num_ticks * len(self.players)
 
     def begin(self) -> None:
-        """Empties the store and plays the first steps, at random.
+        """Empties the store and plays the first steps.
 
         Raises:
             ValueError: if the store holds anything but an earlier start of this run.
@@ -295,7 +297,7 @@ class OnlineReplay:
     @property
     def _epsilon(self) -> float:
         if self._first_ticks is None:
-            return 1.0
+            return self.pace.initial_epsilon
         return self.pace.epsilon((self._num_ticks - self._first_ticks) * len(self.players))
 
     def _labels(self, gradient_step: int) -> dict[str, float]:
