@@ -454,8 +454,8 @@ def test_a_run_whose_checkpoints_are_gone_does_not_wipe_what_it_played(make_conf
         (["online.commit_interval_gradient_steps=2"], "must be at least trainer.log_interval_gradient_steps=3"),
         (["online.shard_frames=30"], "online.shard_frames must be a multiple of 20"),
         (["online.final_epsilon=2"], r"online.final_epsilon must be in \[0, 1\]"),
-        (["online.initial_epsilon=0.1"], "online.initial_epsilon must be 1 without init.policy and init.load=all"),
-        (["online.initial_epsilon=0.1", "init.policy=x"], "online.initial_epsilon must be 1 without init.policy and"),
+        (["online.initial_epsilon=0.1"], "online.initial_epsilon must be 1 without init.load=all, as"),
+        (["online.initial_epsilon=0.1", "init.policy=x"], "online.initial_epsilon must be 1 without init.load=all"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(make_config, overrides, message):

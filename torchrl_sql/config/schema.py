@@ -522,11 +522,10 @@ def _check_online(config: RunConfig, online: OnlineConfig, require: Callable[[bo
     everything = {"first_fraction": 1.0, "last_fraction": 1.0, "every_kth_episode": 1, "transitions_per_game": None}
     for key, value in (everything | {"replacement": True}).items():
         require(getattr(config.data, key) == value, f"data.{key}", f"{value} online, where all data is one's own")
-    acts_at_once = config.init.policy is not None and config.init.load == "all"
     require(
-        online.initial_epsilon == 1 or acts_at_once,
+        online.initial_epsilon == 1 or config.init.load == "all",
         "online.initial_epsilon",
-        "1 without init.policy and init.load=all, as an untrained network has nothing to act by",
+        "1 without init.load=all, as an untrained network has nothing to act by",
     )
     num_games = len(config.games)
     require(
