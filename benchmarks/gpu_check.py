@@ -6,7 +6,7 @@
 No network and no data set are needed; frames come from the emulator. The plan (:func:`make_plan`) is worked through in
 order, the most valuable rows first. A row that fails is reported as failed; a process of its own measures, so that one
 that breaks the device loses itself only. When the time is up the row under way is stopped; rows that no longer fit are
-skipped, and named. Results are written after each row.
+skipped, and named. Results are written before and after each row.
 
 - ``step`` rows are :meth:`torchrl_sql.training.Trainer.update` of a run of ``scale=paper``, timed as ``torchrl-sql
   bench`` does. ``share_of_matmul_peak``: its counted operations over the measured rate of a large matrix product in the
@@ -255,6 +255,8 @@ def run(plan: list[Item], worker: Worker, deadline: float, save: Any) -> list[It
         left = max(0.0, deadline - time.monotonic())
         limit = min(left, LONGEST_ROW_SECONDS)
         try:
+            rows[number]["skipped"] = "under way"
+            save(rows)
             if left <= item["seconds"]:
                 found = {"skipped": f"{left:.0f} s were left"}
             else:
@@ -323,8 +325,13 @@ def markdown(machine: dict[str, Any], rows: list[Item]) -> str:
     lines += [f"- {name_of(row)}: {_short({k: v for k, v in row.items() if k not in NAMES})}" for row in others]
     lines += ["", "## Failed", ""]
     lines += [f"- {name_of(row)}: {row['failed']}" for row in rows if "failed" in row] or ["Nothing."]
-    lines += ["", "## Skipped for want of time", ""]
-    lines += ["; ".join(name_of(row) for row in rows if "skipped" in row) or "Nothing."]
+    lines += ["", "## Not measured", ""]
+    skipped = {
+        row["skipped"]: [name_of(each) for each in rows if each.get("skipped") == row["skipped"]]
+        for row in rows
+        if "skipped" in row
+    }
+    lines += [f"- {why}: {'; '.join(names)}" for why, names in skipped.items()] or ["Nothing."]
     return "\n".join(lines) + "\n"
 
 

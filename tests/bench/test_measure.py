@@ -99,7 +99,7 @@ if child:
 def test_ranks_agree_on_the_slowest_and_measure_the_link_between_them(settings):
     where = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     command = [sys.executable, "-c", RANKS, *settings]
-    done = subprocess.run(command, env=os.environ | where, capture_output=True, text=True, timeout=180)
+    done = subprocess.run(command, env=os.environ | where, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     first, second = map(json.loads, done.stdout.splitlines())
     assert first == second

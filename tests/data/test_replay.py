@@ -307,7 +307,7 @@ def test_a_forked_child_reads_ahead_in_threads_of_its_own(two_games, expected):
     indices(replay, 2)
     child = os.fork()
     if child == 0:
-        signal.alarm(60)  # ends a child that waits for threads which it does not have
+        signal.alarm(300)  # ends a child that waits for threads which it does not have
         right = indices(replay, 3) == expected[2:5]
         replay.shutdown()
         os._exit(0 if right else 1)

@@ -110,7 +110,7 @@ def test_a_variation_starts_with_the_head_of_its_game(make_config, source, caplo
     for name in ("heads.weight", "heads.bias", "input_mean"):  # of Breakout and Freeway
         assert torch.equal(ours[name][1], theirs[name][1]) and torch.equal(ours[name][2], theirs[name][1])
     assert not ours["input_mean"][0].any()
-    assert caplog.messages[-1].endswith("new: the head of Pong")
+    assert caplog.messages[-1].endswith("new: the head of Pong, the mean frame of Pong")
 
 
 def test_a_source_of_another_kind_gives_its_encoder(make_config, source):

@@ -26,6 +26,7 @@ from torchrl_sql.training.build import build_trainer
 from torchrl_sql.training.checkpoint import checkpoint_step, list_checkpoints, load_checkpoint
 from torchrl_sql.training.logs import read_scalars
 from torchrl_sql.training.online import OnlineReplay, Pace
+from torchrl_sql.training.policy import POLICY_FILE, load_policy
 from torchrl_sql.training.trainer import NonFiniteError, Trainer
 
 TINY = [
@@ -306,9 +307,28 @@ def test_a_policy_that_can_play_makes_the_first_steps_but_for_the_initial_epsilo
         chosen[epsilon] = np.array(recording.actions)
         replay.shutdown()
     assert (chosen[0.0] == 3).all()
-    # Of Pong's 6 actions a random one is another with 5/6: 5/12 of 200, 10 standard deviations being 0.35.
-    assert 0.2 < (chosen[0.5] != 3).mean() < 0.65
+    # Of Pong's 6 actions a random one is another with 5/6: 5/12 of 200, with a standard deviation of 0.035.
+    assert abs((chosen[0.5] != 3).mean() - 5 / 12) < 4 * 0.035
     assert pace.epsilon(0) == 0.5 and pace.epsilon(50) == 0.3
+
+
+def test_a_loaded_policy_acts_at_once_in_games_that_it_can_play(played, make_config):
+    """Its mean frames, which come with it, are subtracted from the first step on."""
+    words = ["model.center_input=true", "online.initial_epsilon=0.0", "online.final_epsilon=0.0"]
+    words += ["init.load=all", f"init.policy={played / POLICY_FILE}"]
+    trainer = build_trainer(make_config(*words, "data.games=[Freeway,Breakout]"))
+    store = trainer.replay.growing.store
+    policy = load_policy(played / POLICY_FILE)
+    for game in ("Breakout", "Freeway"):
+        recording = store.recording(game)
+        batch = OfflineAtariReplay(store, batch_size=1, games=[game])[: recording.num_steps]
+        batch["game_id"] = torch.full_like(batch["game_id"], ("Breakout", "Freeway").index(game))
+        assert torch.equal(policy(batch)["action"], torch.from_numpy(np.array(recording.actions)).long())
+    trainer.replay.shutdown()
+    with pytest.raises(ConfigError, match=r"must be 1 with games that no loaded policy can play, Pong, got 0\.0"):
+        build_trainer(make_config(*words, "data.games=[Breakout,Pong]", name="new"))
+    with pytest.raises(ConfigError, match="with games that no loaded policy can play, Breakout, Freeway, got"):
+        build_trainer(make_config(*words[:-1], name="none"))
 
 
 def test_offline_transitions_are_mixed_in(played, make_config):
@@ -455,6 +475,10 @@ def test_a_run_whose_checkpoints_are_gone_does_not_wipe_what_it_played(make_conf
         (["online.shard_frames=30"], "online.shard_frames must be a multiple of 20"),
         (["online.final_epsilon=2"], r"online.final_epsilon must be in \[0, 1\]"),
         (["online.initial_epsilon=0.1"], "online.initial_epsilon must be 1 without init.load=all, as"),
+        (
+            ["online.initial_epsilon=0.1", "init.load=all", "online.final_epsilon=0.2"],
+            "must be at most online.initial_",
+        ),
         (["online.initial_epsilon=0.1", "init.policy=x"], "online.initial_epsilon must be 1 without init.load=all"),
     ],
 )

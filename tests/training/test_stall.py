@@ -7,7 +7,7 @@ from torchrl_sql.training.stall import StallWatch
 
 
 def wait_until(condition):
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while not condition() and time.monotonic() < deadline:
         time.sleep(0.01)
     assert condition()

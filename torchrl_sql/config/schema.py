@@ -302,7 +302,8 @@ class InitConfig:
     continued does not read it again."""
     load: str = field(default="encoder", metadata={"bound": one_of("encoder", "all")})
     """encoder: what maps frames to the feature map. all: everything that is learned, of per-game heads those of games
-    that both runs have, and of games whose variations this run has. What is not loaded is new."""
+    that both runs have, and of games whose variations this run has, and their mean frames. What is not loaded is new.
+    """
     freeze: bool = False
     """Do not train the encoder, loaded or not."""
     sha256: str | None = None
@@ -372,12 +373,12 @@ class OnlineConfig:
     agent_steps_per_gradient_step: float = setting(positive)
     """Of all emulators together: the inverse of the replay ratio."""
     first_agent_steps: int = setting(at_least(1))
-    """Before learning begins; more, until each game has a whole episode."""
+    """Steps before learning begins; more, until each game has a whole episode."""
     initial_epsilon: float = setting(probability, default=1.0)
     """Probability of a random legal action until learning begins; 1 as in files of before there was another. Less only
-    with ``init.load: all``, which has something to act by."""
+    with ``init.load: all``, from a policy that can play all games."""
     final_epsilon: float = setting(probability)
-    """That once it has decayed."""
+    """Probability of a random legal action once it has decayed; at most the initial one."""
     epsilon_decay_agent_steps: int = setting(at_least(1))
     """From the initial to the final one, linearly, once learning has begun."""
     capacity_transitions_per_game: int | None = setting(at_least(1))
@@ -526,6 +527,11 @@ def _check_online(config: RunConfig, online: OnlineConfig, require: Callable[[bo
         online.initial_epsilon == 1 or config.init.load == "all",
         "online.initial_epsilon",
         "1 without init.load=all, as an untrained network has nothing to act by",
+    )
+    require(
+        online.final_epsilon <= online.initial_epsilon,
+        "online.final_epsilon",
+        f"at most online.initial_epsilon={online.initial_epsilon}",
     )
     num_games = len(config.games)
     require(

@@ -91,9 +91,15 @@ def _subset(data: DataConfig) -> Subset:
 
 
 def other_data(label: str, own: RunConfig, others: Mapping[str, RunConfig]) -> list[str]:
-    """What is to be said where not all agents were trained on the data shown, an agent's ``own``, or this on a part."""
+    """What is to be said of the data shown, an agent's ``own``: that it played it, or was trained on a part of it, or
+    that others were trained on other data.
+    """
     if own.online is not None:
-        return [f"The data's returns and statistics are of what {label} played while it learned."]
+        mixed = f", without what it took from {own.online.offline_store}" if own.online.offline_fraction else ""
+        return [
+            f"The data's returns and statistics are of what {label} played while it learned{mixed}; each agent that "
+            "learned online has its own, the others were trained on other data."
+        ]
     subset = _subset(own.data)
     part = asdict(subset).items() - asdict(Subset()).items()
     settings = ", ".join(f"{name}={value}" for name, value in sorted(part))

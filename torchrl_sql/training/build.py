@@ -23,7 +23,7 @@ from torchrl_sql.files import expand_path
 from torchrl_sql.methods import Method, make_method
 from torchrl_sql.training.device import prepare_cpu, resolve_device, tune
 from torchrl_sql.training.features import FeatureProbe
-from torchrl_sql.training.initial import freeze_encoder, load_initial
+from torchrl_sql.training.initial import MEAN_FRAMES, freeze_encoder, load_initial
 from torchrl_sql.training.lamb import Lamb
 from torchrl_sql.training.online import OnlineReplay, Pace
 from torchrl_sql.training.parallel import AveragedAfterwards, LossCall, Replicated, SingleProcess
@@ -111,8 +111,15 @@ def build_trainer(
     method = make_method(config.method)
     # Before any data is opened: the network refuses names that it does not know.
     network = method.network(config.model, config.games, memory_format=memory_format)
+    playable: tuple[str, ...] = ()
     if config.init.policy is not None and not continues:
-        config.init.source, config.init.sha256 = load_initial(network, config, ranks)
+        config.init.source, config.init.sha256, playable = load_initial(network, config, ranks)
+    new = [game for game in config.games if game not in playable]
+    if new and config.online is not None and config.online.initial_epsilon < 1 and not continues:
+        raise ConfigError(
+            f"online.initial_epsilon must be 1 with games that no loaded policy can play, {', '.join(new)}, got "
+            f"{config.online.initial_epsilon}"
+        )
     if config.init.freeze:
         freeze_encoder(network)
     network.to(device)
@@ -134,11 +141,10 @@ def build_trainer(
         if not continues:
             replay.begin()
     for name, buffer in () if continues else network.named_buffers():
-        if name.endswith("input_mean"):
+        if MEAN_FRAMES.fullmatch(name):
             store = FrameStore.open(expand_path(config.data.store))
-            for mean, game in zip(buffer, config.games, strict=True):
-                if not mean.any():  # those of a loaded policy stay
-                    mean.copy_(torch.from_numpy(mean_frame(store, game)) / 255)
+            for game in new:
+                buffer[config.games.index(game)] = torch.from_numpy(mean_frame(store, game)) / 255
     compile, graph = config.trainer.compile != "off", config.trainer.compile == "graph"
     call: LossCall
     if ranks.world_size == 1:
@@ -194,6 +200,8 @@ def build_online_replay(
         data = replace(config.data, batch_size=num_offline)
         offline = method.replay(data, FrameStore.open(expand_path(online.offline_store)), **other)
     sections = {key: asdict(getattr(config, key)) for key in ("online", "data", "model", "method", "optim", "init")}
+    if online.initial_epsilon == 1:  # as in stores of before there was another
+        del sections["online"]["initial_epsilon"]
     for section, key in (("data", "store"), ("data", "prefetch"), ("init", "policy"), ("online", "offline_store")):
         del sections[section][key]
     sections["data"]["games"] = list(config.games)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,12 +22,27 @@ logger = logging.getLogger(__name__)
 _ENCODER = re.compile(r"(?:.*\.)?encoder\.(.+)")
 _HEADS = re.compile(r"(?:.*\.)?heads\.(?:weight|bias)")
 _ONE_HEAD = "all games"
-_MEAN_FRAMES = re.compile(r"(?:.*\.)?input_mean")
-_GIVEN = re.compile(rf"{_MEAN_FRAMES.pattern}|(?:.*\.)?support")
+MEAN_FRAMES = re.compile(r"(?:.*\.)?input_mean")
+_GIVEN = re.compile(rf"{MEAN_FRAMES.pattern}|(?:.*\.)?support")
 """Not learned: what the data and the settings say."""
 
 
-def load_initial(network: nn.Module, config: RunConfig, ranks: Ranks) -> tuple[str, str]:
+class Start(NamedTuple):
+    """What a network was filled with.
+
+    Attributes:
+        source (str): name of the policy's run.
+        sha256 (str): of the policy.
+        games (tuple of str): those of the run that it can play, with whatever it has of its own for each: head and mean
+            frame.
+    """
+
+    source: str
+    sha256: str
+    games: tuple[str, ...]
+
+
+def load_initial(network: nn.Module, config: RunConfig, ranks: Ranks) -> Start:
     """Fill a fresh network with what ``config.init`` names; nothing is loaded in part.
 
     ``load: encoder`` takes what maps frames to the feature map, ``load: all`` everything that is learned, of per-game
@@ -38,9 +53,6 @@ def load_initial(network: nn.Module, config: RunConfig, ranks: Ranks) -> tuple[s
         network (nn.Module): of the run, on the CPU.
         config (RunConfig): with ``init.policy``.
         ranks (Ranks): rank 0 reads the file for all.
-
-    Returns:
-        The name of the policy's run, and its SHA-256, as its file says.
 
     Raises:
         CheckpointError: if the file is damaged or of another format.
@@ -67,7 +79,7 @@ def load_initial(network: nn.Module, config: RunConfig, ranks: Ranks) -> tuple[s
     before = run_config_from_yaml(source["config"], source=f"the configuration in {path}")
     _check_same_function((config, _groups(network)), (before, source["groups"]), path)
     ours, theirs = network.state_dict(), source["weights"]
-    means: dict[str, str] = {}
+    known: dict[str, str] = {}
     if config.init.load == "encoder":
         here, there = _encoder(ours), _encoder(theirs)
         for weights, method in ((here, config.method), (there, before.method)):
@@ -89,19 +101,19 @@ def load_initial(network: nn.Module, config: RunConfig, ranks: Ranks) -> tuple[s
             _check_heads(shared, (ours, config), (theirs, before), path)
             here |= _of_games(_HEADS, ours, _head_names(config), {name: name for name in shared})
             there |= _of_games(_HEADS, theirs, _head_names(before), shared)
-        means = {game: known for game in config.games if (known := _source_of(game, before.games)) is not None}
-    _copy(
-        here | _of_games(_MEAN_FRAMES, ours, config.games, {name: name for name in means}),
-        there | _of_games(_MEAN_FRAMES, theirs, before.games, means),
-        path,
-    )
+        known = {game: base for game in config.games if (base := _source_of(game, before.games)) is not None}
+        here |= _of_games(MEAN_FRAMES, ours, config.games, {game: game for game in known})
+        there |= _of_games(MEAN_FRAMES, theirs, before.games, known)
+        if any(MEAN_FRAMES.fullmatch(name) for name in ours):
+            new += [f"the mean frame of {game}" for game in config.games if game not in known]
+    _copy(here, there, path)
     if ranks.is_main:
         loaded = sum(value.numel() for value in here.values())
         logger.info(
             "starting from %s (method %s, sha256 %s): %s weights loaded; new: %s",
             path, before.method.name, source["sha256"], f"{loaded:,}", ", ".join(new) or "nothing",
         )  # fmt: skip
-    return before.name, str(source["sha256"])
+    return Start(before.name, str(source["sha256"]), tuple(known))
 
 
 def freeze_encoder(network: nn.Module) -> None:
@@ -205,12 +217,12 @@ def _of_games(
     }  # fmt: skip
 
 
-def _source_of(name: str, heads: Sequence[str]) -> str | None:
+def _source_of(name: str, names: Sequence[str]) -> str | None:
     """Which of another run's games or heads becomes this one: its own, or the game that it is a variation of."""
-    if name in heads or name == _ONE_HEAD:
-        return name if name in heads else None
+    if name in names or name == _ONE_HEAD:
+        return name if name in names else None
     base = find_game(name).base
-    return base if base in heads else None
+    return base if base in names else None
 
 
 def _head_names(config: RunConfig) -> list[str]:

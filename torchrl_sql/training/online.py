@@ -31,9 +31,9 @@ class Pace:
 
     Attributes:
         agent_steps_per_gradient_step (float): of all emulators together; four is a replay ratio of 1/4.
-        first_agent_steps (int): before the first gradient step; more, until each game has an episode.
+        first_agent_steps (int): steps before the first gradient step; more, until each game has an episode.
         initial_epsilon (float): probability of a random legal action until then.
-        final_epsilon (float): that in the end.
+        final_epsilon (float): probability of a random legal action in the end.
         epsilon_decay_agent_steps (int): from the one to the other, linearly, from the first gradient step on.
         commit_interval_gradient_steps (int): finished episodes are shown to the learner at its multiples.
         seed (int): of exploration.
@@ -128,6 +128,7 @@ class OnlineReplay:
         """Empties the store and plays the first steps.
 
         Raises:
+            FloatingPointError: if the policy's values are not finite.
             ValueError: if the store holds anything but an earlier start of this run.
             EmulatorError: if an emulator fails.
             OSError: if the disk is full.

@@ -113,7 +113,7 @@ def test_sigkill_and_again(dopamine, lab, tmp_path, workers):
         time.sleep(0.1)
         child.send_signal(signal.SIGKILL)
         child.wait()
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 300
         while num_running(child.pid):
             assert time.monotonic() < deadline, "workers outlive the process that started them"
             time.sleep(0.05)
