@@ -321,8 +321,6 @@ def _deciding(config: RunConfig) -> dict[str, Any]:
     settings = {"seed": config.seed} | config.deciding_settings()
     if config.init == InitConfig():  # as in the records of before there was it
         settings = {key: value for key, value in settings.items() if not key.startswith("init.")}
-    if settings.get("online.initial_epsilon") == 1:  # likewise
-        del settings["online.initial_epsilon"]
     return settings
 
 
@@ -344,6 +342,6 @@ def _check_played(name: str, run: StudyRun, config: RunConfig) -> Sequence[str]:
 
 def _check_axis(x: str | None, run: str, config: RunConfig) -> None:
     """Before anything is trained, checks that the page can place a run on its axis."""
-    value = 0 if x in (None, "parameters") else ({"seed": config.seed} | config.deciding_settings()).get(str(x))
+    value = 0 if x in (None, "parameters") else _deciding(config).get(str(x))
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ConfigError(f"report.x must be parameters or a setting that is a number, got {x!r}, {value} in {run}")
