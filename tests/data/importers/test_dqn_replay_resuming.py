@@ -170,6 +170,12 @@ def logs(draw, dopamine, folder):
     return log, {"games": "Pong", "checkpoints": sorted(chosen), "max_episode_steps": limit}
 
 
+def reads_as_a_start_that_it_is_not(log):
+    """Whether all that is left is a flush, whose count is within its lap, that begins within an episode."""
+    last_lap = log.add_count - log.add_count % log.capacity
+    return log.flushed == 0 < last_lap and not any(e.first_row - 3 == last_lap for e in log.episodes)
+
+
 @settings(max_examples=50, deadline=None)
 @given(data=st.data())
 def test_any_episodes_across_any_borders(dopamine, lab, data):
@@ -179,10 +185,8 @@ def test_any_episodes_across_any_borders(dopamine, lab, data):
         log, arguments = data.draw(logs(dopamine, folder))
         checkpoints = arguments["checkpoints"]
         expected = dopamine.expected(log, "Pong", checkpoints, limit=arguments["max_episode_steps"])
-        first_lap_is_lost = log.flushed == 0 and log.add_count >= log.capacity
-        last_lap = log.add_count - log.add_count % log.capacity
-        if first_lap_is_lost and not any(e.first_row - 3 == last_lap for e in log.episodes):
-            with pytest.raises(ImportFailedError, match="must be padding"):  # It reads as the start of a run.
+        if reads_as_a_start_that_it_is_not(log):
+            with pytest.raises(ImportFailedError, match="must be padding"):
                 import_dqn_replay(folder / "dqn", folder / "store", **arguments)
             return
         store = FrameStore.create(folder / "store", chunk_frames=2, shard_frames=8)
@@ -218,6 +222,7 @@ def test_any_import_stopped_anywhere_continues(dopamine, lab, data):
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         log, arguments = data.draw(logs(dopamine, folder))
+        assume(not reads_as_a_start_that_it_is_not(log))
         checkpoints = arguments["checkpoints"]
         assume(dopamine.expected(log, "Pong", checkpoints, limit=arguments["max_episode_steps"]))
         whole, part = (
