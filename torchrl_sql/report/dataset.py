@@ -96,9 +96,9 @@ def other_data(label: str, own: RunConfig, others: Mapping[str, RunConfig]) -> l
     """
     if own.online is not None:
         mixed = f", without what it took from {own.online.offline_store}" if own.online.offline_fraction else ""
+        apart = "; each other agent that learned online has its own, the rest were trained on other data"
         return [
-            f"The data's returns and statistics are of what {label} played while it learned{mixed}; each agent that "
-            "learned online has its own, the others were trained on other data."
+            f"The data's returns and statistics are of what {label} played while it learned{mixed}{apart if others else ''}."
         ]
     subset = _subset(own.data)
     part = asdict(subset).items() - asdict(Subset()).items()
