@@ -313,8 +313,8 @@ def test_agents_that_play_a_game_each_have_one_page_and_are_not_judged_by_their_
     said = " ".join(text for _, text in findings(Analysis(data)))
     assert "behaviour" not in said and not any("not on this page" in caveat for caveat in data.caveats)
     assert [caveat for caveat in data.caveats if "data" in caveat] == [
-        "The data's returns and statistics are of what breakout played while it learned; each other agent that "
-        "learned online has its own, the rest were trained on other data."
+        "The data's returns and statistics are of what breakout played while it learned.",
+        "Each other agent that learned online has data of its own, the rest had other data.",
     ]
     shutil.rmtree(tmp_path / "freeway")  # its runs failed
     data = gather([tmp_path])

@@ -96,10 +96,10 @@ def other_data(label: str, own: RunConfig, others: Mapping[str, RunConfig]) -> l
     """
     if own.online is not None:
         mixed = f", without what it took from {own.online.offline_store}" if own.online.offline_fraction else ""
-        apart = "; each other agent that learned online has its own, the rest were trained on other data"
-        return [
-            f"The data's returns and statistics are of what {label} played while it learned{mixed}{apart if others else ''}."
-        ]
+        caveats = [f"The data's returns and statistics are of what {label} played while it learned{mixed}."]
+        if others:
+            caveats.append("Each other agent that learned online has data of its own, the rest had other data.")
+        return caveats
     subset = _subset(own.data)
     part = asdict(subset).items() - asdict(Subset()).items()
     settings = ", ".join(f"{name}={value}" for name, value in sorted(part))
