@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from torchrl_sql.config import ConfigError, load_run_config, run_config_from_yaml
-from torchrl_sql.config.study import STUDY_FILE, StudyConfig, load_study
+from torchrl_sql.config.study import KERNELS_FOLDER, STUDY_FILE, StudyConfig, load_study
 from torchrl_sql.files import write_text
 from torchrl_sql.studies.local import Start, format_seconds, run_tasks
 from torchrl_sql.studies.task import Task, read_record
@@ -52,13 +52,15 @@ def run_study(
         ValueError: if tasks failed, or what is in the way is not the study's, or must not be deleted.
         KeyboardInterrupt: if it was stopped.
     """
+    # Runs that differ in their seeds have the same compiled kernels.
+    environment = {"TORCHINDUCTOR_CACHE_DIR": str(folder.absolute() / KERNELS_FOLDER)} | os.environ
     with owned(folder):
         prepare_folder(study, tasks, folder, fresh=fresh, reuse=reuse, confirm=confirm, say=say)
         say(f"{sum(map(Task.is_done, tasks))} of {len(tasks)} tasks of {folder} are done")
 
         def start(task: Task) -> Start:
             log = task.record_file.with_suffix(".log")
-            return Start([sys.executable, "-m", "torchrl_sql", *task.arguments], os.environ, log)
+            return Start([sys.executable, "-m", "torchrl_sql", *task.arguments], environment, log)
 
         try:
             failed = run_tasks(tasks, start, num_jobs=num_jobs, say=say)

@@ -92,7 +92,10 @@ def _own(folder: Path, ranks: Ranks) -> Iterator[RunLock | None]:
 
 @contextmanager
 def _kernels_in(folder: Path) -> Iterator[None]:
-    """Compiled kernels go where the next start finds them, on whatever node."""
+    """Compiled kernels go where the next start finds them, on whatever node; where the environment says, if it does."""
+    if os.environ.get(_CACHE_VARIABLES[0]):
+        yield
+        return
     before = {name: os.environ.pop(name, None) for name in _CACHE_VARIABLES}  # torch sets the second by the first
     os.environ[_CACHE_VARIABLES[0]] = str(folder)
     try:
