@@ -2,7 +2,8 @@
 
     python benchmarks/online.py --json benchmarks/results/online_cpu.json
 
-One network (scale=cpu), batches of 32, 3-step returns, Breakout. Per round, one after the other:
+One network (scale=cpu; --device cuda takes it to a GPU), batches of 32, 3-step returns, Breakout. Per round, one after
+the other:
 
 - emulator: emulators that step together, random actions. acting: the same with the network's forward.
 - learner: gradient steps on a store that nobody appends to.
@@ -68,6 +69,7 @@ from torchrl_sql.methods import make_method
 from torchrl_sql.provenance import describe_benchmark
 from torchrl_sql.training import Trainer
 from torchrl_sql.training.build import build_trainer
+from torchrl_sql.training.device import describe_device, resolve_device
 
 GAME = "Breakout"
 RATIOS = (4, 16)
@@ -75,11 +77,11 @@ LABELS = {"agent_step": 0.0, "gradient_step": 0.0, "epsilon": 0.1}
 LEGAL = np.array([0, 1, 3, 4])
 
 
-def run_config(folder: Path, ratio: int, encoder: str) -> RunConfig:
+def run_config(folder: Path, ratio: int, network: list[str]) -> RunConfig:
     """A run that begins to learn soon; 1/ratio gradient steps per agent step."""
     return compose_run_config(
         [
-            "scale=cpu", "online=cpu", f"data.games={GAME}", f"run_dir={folder}", f"model.encoder={encoder}",
+            "scale=cpu", "online=cpu", f"data.games={GAME}", f"run_dir={folder}", *network,
             f"online.agent_steps_per_gradient_step={ratio}", "data.n_steps=3", "online.first_agent_steps=2_000",
             f"online.commit_interval_gradient_steps={max(50, 500 // ratio)}",
             "online.epsilon_decay_agent_steps=1",  # else most steps would be random, and need no network
@@ -110,11 +112,12 @@ class Clock:
         return {"per_second": count / wall, "per_cpu_second": count / cpu}
 
 
-def emulator(folder: Path, encoder: str, num_ticks: int, *, acting: bool) -> dict[str, float]:
+def emulator(folder: Path, network: list[str], num_ticks: int, *, acting: bool) -> dict[str, float]:
     """Agent steps of four emulators."""
-    config = run_config(folder, 4, encoder)
+    config = run_config(folder, 4, network)
+    device = resolve_device(config.trainer.device)
     method = make_method(config.method)
-    policy = method.policy(method.network(config.model, config.games), config.games).eval()
+    policy = method.policy(method.network(config.model, config.games), config.games).eval().to(device)
     players = Lockstep([GAME], 4, seed=0)
     players.begin({})
     clock, rng = Clock(), np.random.default_rng(0)
@@ -122,25 +125,26 @@ def emulator(folder: Path, encoder: str, num_ticks: int, *, acting: bool) -> dic
         if acting:
             with torch.inference_mode():
                 observation, game_id = torch.from_numpy(players.observation), torch.zeros(4, dtype=torch.int64)
-                policy(TensorDict(observation=observation, game_id=game_id, batch_size=[4]))
+                batch = TensorDict(observation=observation, game_id=game_id, batch_size=[4])
+                policy(batch.to(device))["action"].cpu()
         players.step(LEGAL[rng.integers(4, size=4)], {})
     rates = clock.rates(4 * num_ticks)
     players.close()
     return rates
 
 
-def learner(store: Path, folder: Path, encoder: str, num_steps: int) -> dict[str, float]:
+def learner(store: Path, folder: Path, network: list[str], num_steps: int) -> dict[str, float]:
     """Gradient steps on data that is there."""
     config = compose_run_config(
         ["scale=cpu", "method=dqn_c51", f"data.games={GAME}", f"data.store={store}", f"run_dir={folder}",
-         f"model.encoder={encoder}", "data.n_steps=3"]
+         "data.n_steps=3", *network]
     )  # fmt: skip
     return _rates(build_trainer(config), num_steps)
 
 
-def online(folder: Path, encoder: str, ratio: int, num_steps: int) -> dict[str, float]:
+def online(folder: Path, network: list[str], ratio: int, num_steps: int) -> dict[str, float]:
     """Gradient steps of a run that plays."""
-    return _rates(build_trainer(run_config(folder, ratio, encoder)), num_steps)
+    return _rates(build_trainer(run_config(folder, ratio, network)), num_steps)
 
 
 def _rates(trainer: Trainer, num_steps: int) -> dict[str, float]:
@@ -197,21 +201,25 @@ class WithGame(TensorDictModuleBase):
         return tensordict.set("game_id", torch.zeros(tensordict.batch_size, dtype=torch.int64))
 
 
-def recipe(folder: Path, encoder: str, ratio: int, num_steps: int, *, our_env: bool) -> dict[str, float]:
+def recipe(folder: Path, network: list[str], ratio: int, num_steps: int, *, our_env: bool) -> dict[str, float]:
     """Gradient steps of TorchRL's loop: collect 16 frames, append them, take 16 / ratio gradient steps."""
-    config = run_config(folder, ratio, encoder)
+    config = run_config(folder, ratio, network)
+    device = resolve_device(config.trainer.device)
     method = make_method(config.method)
-    network = method.network(config.model, config.games)
+    q_network = method.network(config.model, config.games).to(device)
     env = AtariEnv(GAME, 1) if our_env else recipe_env()
-    explore = EGreedyModule(AtariEnv(GAME, 1).action_spec[0] if our_env else env.action_spec, eps_init=0.5, eps_end=0.5)
-    actor = network if our_env else TensorDictSequential(WithGame(), network)
+    explore = EGreedyModule(
+        AtariEnv(GAME, 1).action_spec[0] if our_env else env.action_spec, eps_init=0.5, eps_end=0.5
+    ).to(device)
+    actor = q_network if our_env else TensorDictSequential(WithGame(), q_network)
     collector = Collector(
-        env, TensorDictSequential(actor, explore), frames_per_batch=16, total_frames=-1, init_random_frames=0
-    )
+        env, TensorDictSequential(actor, explore), frames_per_batch=16, total_frames=-1, init_random_frames=0,
+        policy_device=device, env_device="cpu", storing_device="cpu",
+    )  # fmt: skip
     buffer = TensorDictReplayBuffer(
         storage=LazyMemmapStorage(20_000, scratch_dir=str(folder / "memmap")), batch_size=32, prefetch=3
     )
-    loss = DistributionalDQNLoss(network, gamma=0.99, delay_value=True)
+    loss = DistributionalDQNLoss(q_network, gamma=0.99, delay_value=True)
     loss.make_value_estimator()
     optimizer = torch.optim.Adam(loss.parameters(), lr=1e-4, fused=True)
     updater = HardUpdate(loss, value_network_update_interval=500)
@@ -227,7 +235,7 @@ def recipe(folder: Path, encoder: str, ratio: int, num_steps: int, *, our_env: b
             continue
         due += 16 / ratio
         while due >= 1:
-            batch = buffer.sample()
+            batch = buffer.sample().to(device)
             batch["next", "game_id"] = batch["game_id"]
             batch["steps_to_next_obs"] = batch["steps_to_next_obs"].reshape(-1, 1)
             value = loss(batch)["loss"]
@@ -317,25 +325,28 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--encoder", default="resnet_tiny")
+    parser.add_argument("--device", default="cpu", help="of acting and learning")
     parser.add_argument("--steps", type=int, default=120, help="gradient steps per measurement")
     parser.add_argument("--capacities", type=int, nargs="*", default=[100_000, 1_000_000], help="of the buffers")
     args = parser.parse_args()
     torch.set_num_threads(1)
+    network = [f"model.encoder={args.encoder}", f"trainer.device={args.device}"]
     machine = describe_benchmark() | {"load_average": os.getloadavg()}
+    machine["device"] = describe_device(resolve_device(args.device))
     rounds: dict[str, list[dict[str, float]]] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        online(folder / "first", args.encoder, 4, 20)
+        online(folder / "first", network, 4, 20)
         sides: dict[str, Callable[[Path], dict[str, float]]] = {
-            "emulator": lambda at: emulator(at, args.encoder, 300, acting=False),
-            "acting": lambda at: emulator(at, args.encoder, 300, acting=True),
-            "learner": lambda at: learner(folder / "first" / "store", at, args.encoder, args.steps),
+            "emulator": lambda at: emulator(at, network, 300, acting=False),
+            "acting": lambda at: emulator(at, network, 300, acting=True),
+            "learner": lambda at: learner(folder / "first" / "store", at, network, args.steps),
         }
         for ratio in RATIOS:
-            sides[f"online_{ratio}"] = partial(online, encoder=args.encoder, ratio=ratio, num_steps=args.steps)
+            sides[f"online_{ratio}"] = partial(online, network=network, ratio=ratio, num_steps=args.steps)
             for kind, ours in (("recipe", False), ("recipe_env", True)):
                 sides[f"{kind}_{ratio}"] = partial(
-                    recipe, encoder=args.encoder, ratio=ratio, num_steps=args.steps, our_env=ours
+                    recipe, network=network, ratio=ratio, num_steps=args.steps, our_env=ours
                 )
         for number in range(args.rounds):
             for side, measure in sides.items():
