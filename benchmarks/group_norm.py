@@ -1,6 +1,6 @@
 """How group normalization is best written for a compiler: forward and backward with the ReLU behind it, on a GPU.
 
-    python benchmarks/group_norm.py --json group_norm.json     # a minute, of which most is compiling
+    python benchmarks/group_norm.py --json group_norm.json     # minutes, of which most is compiling
     python benchmarks/group_norm.py --device cpu --batch-size 2 --rounds 1     # the same path, in little
 
 Each variant normalizes the maps of a ResNet-50 (84 x 84 frames, bf16, channels-last) as often as that network does,
@@ -9,6 +9,7 @@ forward two readings and a result, backward two readings of input and gradient a
 
 - ``groups``: moments of each group at once;
 - ``channels``: moments of each channel first, :func:`torchrl_sql.modules.norm.group_norm`;
+- ``looped``: the same, compiled without persistent reductions, which hold a whole map and read few channels at a time;
 - ``sums``: sums of each channel's values and squares instead of its moments;
 - ``torch``: ``torch.nn.functional.group_norm``.
 """
@@ -63,7 +64,7 @@ def of_torch(x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: floa
 
 
 VARIANTS: dict[str, Callable[..., Tensor]] = {
-    "channels": group_norm, "sums": of_sums, "groups": of_groups, "torch": of_torch,
+    "channels": group_norm, "looped": group_norm, "sums": of_sums, "groups": of_groups, "torch": of_torch,
 }  # fmt: skip
 
 
@@ -112,7 +113,9 @@ def main() -> None:
     elements = [x.numel() * count for x, (_, _, count) in zip(maps, MAPS, strict=True)]
     rows = {}
     for name in arguments.variants:
-        compiled = torch.compile(partial(activated, VARIANTS[name]), fullgraph=True, dynamic=False)
+        torch._dynamo.reset()
+        options = {"triton.persistent_reductions": name != "looped"}
+        compiled = torch.compile(partial(activated, VARIANTS[name]), fullgraph=True, dynamic=False, options=options)
         start = time.perf_counter()
         works = []
         for x, gradient, weight, bias, (_, _, count) in zip(maps, gradients, weights, biases, MAPS, strict=True):

@@ -8,6 +8,7 @@ import json
 import re
 import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
+from itertools import pairwise
 
 import pytest
 from PIL import Image
@@ -319,6 +320,25 @@ def test_a_family_is_a_line_along_the_axis():
     assert {plot.name for plot in line_plots(analysis, analysis.lines, name="a", axis="x")} == {"a", "a_by_game_1"}
     (found,) = (text for kind, text in findings(analysis) if "by data.first_fraction" in text)
     assert "at first_fraction=0.5, " in found and found.endswith("the last is higher than the first.")
+
+
+@pytest.mark.parametrize(
+    "places",
+    [
+        (34e3, 86e3, 103e3, 153e3, 247e3, 498e3, 502e3, 1.01e6, 2.09e6),  # of the study scaling
+        (31e6, 60e6, 60.5e6, 79e6),
+        (1e6,),
+    ],
+)
+def test_sizes_close_to_each_other_leave_room_for_their_labels(places):
+    agents, rows = family(*places)
+    analysis = Analysis(make(agents=agents, episodes=rows, x="parameters", aggregate=True))
+    for plot in line_plots(analysis, analysis.lines, name="a", axis="parameters"):
+        plot.figure.draw_without_rendering()
+        for axes in plot.figure.axes:
+            boxes = [label.get_window_extent() for label in axes.get_xticklabels()]
+            assert all(before.x1 < after.x0 for before, after in pairwise(boxes))
+            assert {axes.get_xticks()[0], axes.get_xticks()[-1]} == {places[0], places[-1]}
 
 
 def test_each_family_s_ends_are_compared_game_by_game_where_nothing_is_aggregated():

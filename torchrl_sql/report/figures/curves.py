@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -110,7 +111,8 @@ def _set_axis(axes: Axes, axis: str, lines: Sequence[Line] = (), *, steps: bool,
     axes.set_xlabel(axis if label else "")
     axes.grid()
     places = sorted({x for line in lines for x in line.runs})
-    if not steps and places and places[0] > 0 and places[-1] / places[0] >= WIDE_AXIS:
+    logarithmic = not steps and bool(places) and places[0] > 0 and places[-1] / places[0] >= WIDE_AXIS
+    if logarithmic:
         axes.set_xscale("log")
     if steps:
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
@@ -118,9 +120,22 @@ def _set_axis(axes: Axes, axis: str, lines: Sequence[Line] = (), *, steps: bool,
     else:
         number = EngFormatter(places=0, sep="") if axis == "parameters" else FuncFormatter(lambda x, _: f"{x:g}")
         axes.xaxis.set_major_formatter(number)
-        axes.set_xticks(places)
+        axes.set_xticks(_apart(places, 0.08 if label else 0.16, math.log if logarithmic else float))
         axes.xaxis.set_minor_locator(NullLocator())
         axes.margins(x=0.1)
+
+
+def _apart(places: Sequence[float], share: float, scale: Callable[[float], float]) -> list[float]:
+    """The first place, the last, and of those between as many as leave this share of the axis to each label."""
+    if len(places) < 2:
+        return list(places)
+    end = scale(places[-1])
+    room = share * (end - scale(places[0]))
+    kept = [places[0]]
+    for place in places[1:-1]:
+        if scale(place) - scale(kept[-1]) >= room and end - scale(place) >= room:
+            kept.append(place)
+    return [*kept, places[-1]]
 
 
 def training_plots(analysis: Analysis) -> list[Plot]:
