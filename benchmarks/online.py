@@ -198,7 +198,9 @@ class WithGame(TensorDictModuleBase):
 
     def forward(self, tensordict: Any) -> Any:
         """Writes zeros."""
-        return tensordict.set("game_id", torch.zeros(tensordict.batch_size, dtype=torch.int64))
+        return tensordict.set(
+            "game_id", torch.zeros(tensordict.batch_size, dtype=torch.int64, device=tensordict.device)
+        )
 
 
 def recipe(folder: Path, network: list[str], ratio: int, num_steps: int, *, our_env: bool) -> dict[str, float]:

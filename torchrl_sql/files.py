@@ -10,6 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+KERNELS_VARIABLE = "TORCHRL_SQL_KERNELS"
+"""In the environment: a folder for compiled kernels in place of each run's own, for runs that share theirs."""
+
 
 @contextmanager
 def replacing(path: Path, *, concurrent: bool = False) -> Iterator[Path]:

@@ -323,17 +323,19 @@ def test_a_family_is_a_line_along_the_axis():
 
 
 @pytest.mark.parametrize(
-    "places",
+    ("axis", "places"),
     [
-        (34e3, 86e3, 103e3, 153e3, 247e3, 498e3, 502e3, 1.01e6, 2.09e6),  # of the study scaling
-        (31e6, 60e6, 60.5e6, 79e6),
-        (1e6,),
+        ("parameters", (34e3, 86e3, 103e3, 153e3, 247e3, 498e3, 502e3, 1.01e6, 2.09e6)),  # of the study scaling
+        ("parameters", (31e6, 60e6, 60.5e6, 79e6)),
+        ("parameters", (1e6,)),
+        ("optim.learning_rate", (2.5e-4, 3.125e-4, 3.75e-4, 5e-4)),
+        ("optim.eps", (1e-5, 3.125e-4, 1e-3, 1e-2)),
     ],
 )
-def test_sizes_close_to_each_other_leave_room_for_their_labels(places):
+def test_places_close_to_each_other_leave_room_for_their_labels(axis, places):
     agents, rows = family(*places)
-    analysis = Analysis(make(agents=agents, episodes=rows, x="parameters", aggregate=True))
-    for plot in line_plots(analysis, analysis.lines, name="a", axis="parameters"):
+    analysis = Analysis(make(agents=agents, episodes=rows, x=axis, aggregate=True))
+    for plot in line_plots(analysis, analysis.lines, name="a", axis=axis):
         plot.figure.draw_without_rendering()
         for axes in plot.figure.axes:
             boxes = [label.get_window_extent() for label in axes.get_xticklabels()]

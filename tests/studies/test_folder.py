@@ -12,7 +12,8 @@ import pytest
 from torchrl_sql.cli import main
 from torchrl_sql.config import ConfigError
 from torchrl_sql.config.study import find_study, load_study
-from torchrl_sql.studies.folder import check_reuse, format_tasks, owned, prepare_folder, reusable, run_study
+from torchrl_sql.files import KERNELS_VARIABLE
+from torchrl_sql.studies.folder import check_reuse, format_tasks, owned, prepare_folder, reusable, task_environment
 from torchrl_sql.studies.plan import plan_study
 
 
@@ -342,18 +343,8 @@ def test_one_process_at_a_time(folder):
         pass
 
 
-def test_runs_share_their_compiled_kernels_unless_the_environment_says_where(make_study, folder, monkeypatch):
-    seen = []
-
-    def run_nothing(tasks, start, **settings):
-        seen.append({start(task).environment["TORCHINDUCTOR_CACHE_DIR"] for task in tasks})
-        return {}
-
-    monkeypatch.setattr("torchrl_sql.studies.folder.run_tasks", run_nothing)
-    study = make_study()
-    tasks = plan_study(study, folder)
-    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
-    run_study(study, tasks, folder, confirm=allow)
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/elsewhere")
-    run_study(study, tasks, folder, confirm=allow)
-    assert seen == [{str(folder / "compiled")}, {"/elsewhere"}]
+def test_tasks_share_their_compiled_kernels_unless_the_environment_says_where(folder, monkeypatch):
+    monkeypatch.delenv(KERNELS_VARIABLE, raising=False)
+    assert task_environment(folder)[KERNELS_VARIABLE] == str(folder / ".compiled")
+    monkeypatch.setenv(KERNELS_VARIABLE, "/elsewhere")
+    assert task_environment(folder)[KERNELS_VARIABLE] == "/elsewhere"

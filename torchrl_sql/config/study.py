@@ -18,10 +18,7 @@ from torchrl_sql.config import ConfigError, configs_dir, list_choices
 STUDY_FILE = "study.yaml"
 """In a study's folder: its resolved :class:`StudyConfig`, and the mark that the folder is a study's."""
 
-KERNELS_FOLDER = "compiled"
-"""In a study's folder: kernels that its runs have compiled here."""
-
-_OTHER_FOLDERS = (KERNELS_FOLDER, "constant", "launch", "store", "stores", "tasks")
+_OTHER_FOLDERS = ("constant", "launch", "store", "stores", "tasks")
 """Of a study, beside those of its runs."""
 
 

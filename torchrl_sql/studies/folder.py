@@ -11,13 +11,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from torchrl_sql.config import ConfigError, load_run_config, run_config_from_yaml
-from torchrl_sql.config.study import KERNELS_FOLDER, STUDY_FILE, StudyConfig, load_study
-from torchrl_sql.files import write_text
+from torchrl_sql.config.study import STUDY_FILE, StudyConfig, load_study
+from torchrl_sql.files import KERNELS_VARIABLE, write_text
 from torchrl_sql.studies.local import Start, format_seconds, run_tasks
 from torchrl_sql.studies.task import Task, read_record
 
 _COPYING = ".copying"
 """What is being copied from another study lies there until it is complete."""
+_KERNELS = ".compiled"
+"""What runs have compiled: those that differ in their seeds have the same kernels."""
 
 
 def run_study(
@@ -52,15 +54,13 @@ def run_study(
         ValueError: if tasks failed, or what is in the way is not the study's, or must not be deleted.
         KeyboardInterrupt: if it was stopped.
     """
-    # Runs that differ in their seeds have the same compiled kernels.
-    environment = {"TORCHINDUCTOR_CACHE_DIR": str(folder.absolute() / KERNELS_FOLDER)} | os.environ
     with owned(folder):
         prepare_folder(study, tasks, folder, fresh=fresh, reuse=reuse, confirm=confirm, say=say)
         say(f"{sum(map(Task.is_done, tasks))} of {len(tasks)} tasks of {folder} are done")
 
         def start(task: Task) -> Start:
             log = task.record_file.with_suffix(".log")
-            return Start([sys.executable, "-m", "torchrl_sql", *task.arguments], environment, log)
+            return Start([sys.executable, "-m", "torchrl_sql", *task.arguments], task_environment(folder), log)
 
         try:
             failed = run_tasks(tasks, start, num_jobs=num_jobs, say=say)
@@ -70,6 +70,13 @@ def run_study(
         reasons = "".join(f"\n  {name}: {reason}" for name, reason in failed.items())
         raise ValueError(f"{len(failed)} of {len(tasks)} tasks of {folder} failed:{reasons}")
     return folder / "report.html"
+
+
+def task_environment(folder: Path) -> dict[str, str]:
+    """Of the processes of a study that runs in this folder: they share their compiled kernels there, unless this
+    process's environment says where they are.
+    """
+    return {KERNELS_VARIABLE: str(folder.absolute() / _KERNELS)} | os.environ
 
 
 def format_tasks(tasks: Sequence[Task], *, fresh: bool = False, reuse: Path | None = None) -> str:

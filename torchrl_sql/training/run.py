@@ -14,7 +14,7 @@ from typing import Any
 
 from torchrl_sql.config import ConfigError, RunConfig, check_ranks, run_config_from_yaml
 from torchrl_sql.data import FrameStore
-from torchrl_sql.files import expand_path, write_text
+from torchrl_sql.files import KERNELS_VARIABLE, expand_path, write_text
 from torchrl_sql.provenance import software_versions
 from torchrl_sql.training.build import build_trainer, check_here
 from torchrl_sql.training.checkpoint import (
@@ -76,7 +76,8 @@ def train(config: RunConfig, *, evaluate: Evaluate | None = None) -> Path:
         if folder.resolve() == expand_path(config.data.store).resolve():
             raise ConfigError(f"data.store must be another folder than run_dir, got {folder} for both")
         fingerprint = _fingerprint(config)  # before there is a folder: data that is missing leaves none
-        with _own(folder, ranks) as lock, _kernels_in(folder / "compiled"):
+        kernels = Path(os.environ.get(KERNELS_VARIABLE) or folder / "compiled")
+        with _own(folder, ranks) as lock, _kernels_in(kernels):
             return _train(config, fingerprint, ranks, signals, lock, Scores(config, ranks, signals, evaluate))
 
 
@@ -92,10 +93,7 @@ def _own(folder: Path, ranks: Ranks) -> Iterator[RunLock | None]:
 
 @contextmanager
 def _kernels_in(folder: Path) -> Iterator[None]:
-    """Compiled kernels go where the next start finds them, on whatever node; where the environment says, if it does."""
-    if os.environ.get(_CACHE_VARIABLES[0]):
-        yield
-        return
+    """Compiled kernels go where the next start finds them, on whatever node."""
     before = {name: os.environ.pop(name, None) for name in _CACHE_VARIABLES}  # torch sets the second by the first
     os.environ[_CACHE_VARIABLES[0]] = str(folder)
     try:

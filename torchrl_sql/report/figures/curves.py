@@ -27,6 +27,10 @@ LABELS_INSIDE = 4
 """As many labels leave room for the lines of a small plot; more are beside them, and lines have markers."""
 LABEL_LENGTH = 18
 """Characters that two columns of a small plot's legend have room for."""
+_MARGIN = 0.1
+"""Of an axis of settings, at each end, as a share of the data's range."""
+_CHARACTER_POINTS = 5.0
+"""More than a character of a tick's label is wide."""
 WIDE_AXIS = 8
 """Where the ends of an axis are so many times apart, it is logarithmic."""
 
@@ -120,9 +124,12 @@ def _set_axis(axes: Axes, axis: str, lines: Sequence[Line] = (), *, steps: bool,
     else:
         number = EngFormatter(places=0, sep="") if axis == "parameters" else FuncFormatter(lambda x, _: f"{x:g}")
         axes.xaxis.set_major_formatter(number)
-        axes.set_xticks(_apart(places, 0.08 if label else 0.16, math.log if logarithmic else float))
+        longest = max((len(number(place)) for place in places), default=0)
+        points = axes.get_window_extent().width / axes.figure.dpi * 72 / (1 + 2 * _MARGIN)
+        share = _CHARACTER_POINTS * (longest + 1) / points
+        axes.set_xticks(_apart(places, share, math.log if logarithmic else float))
         axes.xaxis.set_minor_locator(NullLocator())
-        axes.margins(x=0.1)
+        axes.margins(x=_MARGIN)
 
 
 def _apart(places: Sequence[float], share: float, scale: Callable[[float], float]) -> list[float]:
