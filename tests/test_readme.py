@@ -48,5 +48,13 @@ def test_map_names_what_is_there():
         assert named
         for name in named:
             assert (base / name).exists(), name
-    for path in re.findall(r"\]\((?!https?:)([^)#]+)\)", README):
-        assert (ROOT / path).exists(), path
+
+
+def test_links_between_pages_lead_somewhere():
+    folders = (".", "docs", "examples", "slurm", "benchmarks/results", "benchmarks/results/studies")
+    pages = [page for folder in folders for page in (ROOT / folder).glob("*.md")]
+    assert len(pages) > 20
+    links = {
+        (page, path) for page in pages for path in re.findall(r"\]\((?!https?:)([^)#\s]+)", page.read_text("utf-8"))
+    }
+    assert [f"{page.name}: {path}" for page, path in sorted(links) if not (page.parent / path).exists()] == []
