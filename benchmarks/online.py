@@ -214,9 +214,10 @@ def recipe(folder: Path, network: list[str], ratio: int, num_steps: int, *, our_
         AtariEnv(GAME, 1).action_spec[0] if our_env else env.action_spec, eps_init=0.5, eps_end=0.5
     ).to(device)
     actor = q_network if our_env else TensorDictSequential(WithGame(), q_network)
+    # Named devices make the collector copy, so none is on the CPU.
+    devices = {} if device.type == "cpu" else {"policy_device": device, "env_device": "cpu", "storing_device": "cpu"}
     collector = Collector(
-        env, TensorDictSequential(actor, explore), frames_per_batch=16, total_frames=-1, init_random_frames=0,
-        policy_device=device, env_device="cpu", storing_device="cpu",
+        env, TensorDictSequential(actor, explore), frames_per_batch=16, total_frames=-1, init_random_frames=0, **devices
     )  # fmt: skip
     buffer = TensorDictReplayBuffer(
         storage=LazyMemmapStorage(20_000, scratch_dir=str(folder / "memmap")), batch_size=32, prefetch=3

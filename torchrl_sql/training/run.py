@@ -76,7 +76,7 @@ def train(config: RunConfig, *, evaluate: Evaluate | None = None) -> Path:
         if folder.resolve() == expand_path(config.data.store).resolve():
             raise ConfigError(f"data.store must be another folder than run_dir, got {folder} for both")
         fingerprint = _fingerprint(config)  # before there is a folder: data that is missing leaves none
-        kernels = Path(os.environ.get(KERNELS_VARIABLE) or folder / "compiled")
+        kernels = expand_path(os.environ.get(KERNELS_VARIABLE) or folder / "compiled")
         with _own(folder, ranks) as lock, _kernels_in(kernels):
             return _train(config, fingerprint, ranks, signals, lock, Scores(config, ranks, signals, evaluate))
 
