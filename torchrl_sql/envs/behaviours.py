@@ -90,12 +90,39 @@ def _pong(frame: np.ndarray) -> int:
     return _toward(ball.mean(), paddle.mean(), below=RIGHT, above=LEFT)  # RIGHT is up
 
 
+_QBERT_COLUMNS = (9, 15, 21, 28, 34, 42, 49, 55, 62, 68, 75)
+_QBERT_CUBES = {
+    (row, place): (round(14.4 + 11.6 * row), _QBERT_COLUMNS[5 + 2 * place - row])
+    for row in range(6)
+    for place in range(row + 1)
+}
+"""Where in a frame the tops of the cubes are, (row, column), by their row from above and place from the left."""
+_QBERT_HOPS = {UP: (-1, 0), RIGHT: (1, 1), LEFT: (-1, -1), DOWN: (1, 0)}
+"""Action -> where it leads, in rows and places."""
+
+
+def _qbert(frame: np.ndarray) -> int:
+    taken = [cube for cube, (y, x) in _QBERT_CUBES.items() if frame[y - 6 : y - 1, x].mean() > 30]
+    dark = [cube for cube, (y, x) in _QBERT_CUBES.items() if frame[y - 1 : y + 2, x - 2 : x + 3].max() < 115]
+    if not taken:
+        return NOOP
+    row, place = taken[-1]
+    reached = {action: (row + down, place + across) for action, (down, across) in _QBERT_HOPS.items()}
+    on_the_pyramid = [action for action, cube in reached.items() if cube in _QBERT_CUBES]
+    return next((action for action in on_the_pyramid if reached[action] in dark), on_the_pyramid[0])
+
+
 SKILLS: dict[str, Skill] = {
     "Breakout": Skill("Moves the paddle under the ball.", _breakout),
     "Enduro": Skill("At full speed in the middle of the road, away from cars ahead.", _enduro),
     "Freeway": Skill("Walks up, whatever comes.", lambda frame: UP),
     "Assault": Skill("Fires straight up, whatever comes.", lambda frame: UP),
     "Pong": Skill("Moves the paddle to the ball's height.", _pong),
+    "Qbert": Skill(
+        "Hops to a neighbouring cube that is dark, as those of the first level are until they are hopped on, else to "
+        "any; takes what stands lowest for itself and does not mind enemies.",
+        _qbert,
+    ),
     "SpaceInvaders": Skill("Fires from under the lowest invader, through the shields if need be.", _space_invaders),
 }
 """The games that have a scripted skill."""
