@@ -61,6 +61,23 @@ def test_keys_that_the_network_does_not_write_are_refused():
     assert "loss_return" not in loss.out_keys
 
 
+def test_a_key_may_be_a_tuple_of_one():
+    loss = DecisionTransformerLoss(table())
+    loss.set_keys(return_logits=("return_logits",), mask=("mask",))
+    assert loss.out_keys == ["loss_action", "loss_reward", "loss_return", "accuracy"]
+    assert loss.in_keys == DecisionTransformerLoss(table()).in_keys
+    torch.testing.assert_close(loss(batch()), DecisionTransformerLoss(table())(batch()))
+
+
+def test_windows_that_the_batch_masks_count_nowhere():
+    loss = DecisionTransformerLoss(table())
+    expected = loss(batch()[:1])
+    assert expected["accuracy"] == 0.5 and loss(batch())["accuracy"] != 0.5
+    masked = batch()
+    masked["collector", "mask"] = torch.tensor([True, False])
+    torch.testing.assert_close(loss(masked), expected)
+
+
 def test_its_mode_is_that_of_the_network():
     network = make_decision_transformer(width=64, num_layers=1, dropout=0.5)
     loss = DecisionTransformerLoss(network)

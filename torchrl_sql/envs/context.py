@@ -115,14 +115,15 @@ class PolicyInputs(Transform):
     def transform_observation_spec(self, observation_spec: TensorSpec) -> TensorSpec:
         """Adds the entries that are written."""
         batch = observation_spec.shape
-        shape = (*batch, self.num_steps)
+        shape, device = (*batch, self.num_steps), observation_spec.device
         observation_spec["context"] = Composite(
-            observation=Bounded(0, 255, shape=(*shape, *FRAME_SHAPE), dtype=torch.uint8),
-            action=Bounded(0, NUM_ACTIONS - 1, shape=shape, dtype=torch.int64),
-            reward=Unbounded(shape=(*shape, 1)),
-            mask=Binary(self.num_steps, shape=shape, dtype=torch.bool),
+            observation=Bounded(0, 255, shape=(*shape, *FRAME_SHAPE), dtype=torch.uint8, device=device),
+            action=Bounded(0, NUM_ACTIONS - 1, shape=shape, dtype=torch.int64, device=device),
+            reward=Unbounded(shape=(*shape, 1), device=device),
+            mask=Binary(self.num_steps, shape=shape, dtype=torch.bool, device=device),
             shape=batch,
+            device=device,
         )
         for key in ("uniform", "return_uniform"):
-            observation_spec[key] = Bounded(0.0, 1.0, shape=batch, dtype=torch.float64)
+            observation_spec[key] = Bounded(0.0, 1.0, shape=batch, dtype=torch.float64, device=device)
         return observation_spec

@@ -1,6 +1,7 @@
 """Emulators that play episodes, each at its own pace.
 
-Creating an emulator takes as long as some hundred steps, so that starts run in the background, and emulators are kept.
+Creating an emulator loads its ROM, which takes as long as many steps, so that starts run in the background, and
+emulators are kept.
 """
 
 from __future__ import annotations

@@ -253,7 +253,7 @@ class TransformerBlock(nn.Module):
         super().__init__()
         self.num_heads = width // _HEAD_WIDTH
         self.attention_norm = nn.LayerNorm(width)
-        self.query_key_value = nn.Linear(width, 3 * width)
+        self.query_key_value = nn.Linear(width, 3 * width)  # [ours] one, with one trust ratio in LAMB, not three
         self.attention_out = nn.Linear(width, width)
         self.hidden_norm = nn.LayerNorm(width)
         self.hidden = nn.Linear(width, 4 * width)

@@ -123,12 +123,16 @@ def action_index(action: Tensor, num_actions: int, batch_shape: torch.Size, acti
     )
 
 
+def writes(network: TensorDictModule, key: NestedKey) -> bool:
+    """Whether the network writes a key, in any of the forms that a key has."""
+    return unravel_key(key) in map(unravel_key, network.out_keys)
+
+
 def check_written(network: TensorDictModule, outputs: Sequence[str], given: Mapping[str, NestedKey | None]) -> None:
     """Raises ``ValueError`` where ``set_keys`` is given a key for an output that the network does not write."""
-    written = [unravel_key(key) for key in network.out_keys]
     for name in outputs:
-        if (key := given.get(name)) is not None and unravel_key(key) not in written:
-            raise ValueError(f"{name} must be a key that the network writes ({written}), got {key!r}")
+        if (key := given.get(name)) is not None and not writes(network, key):
+            raise ValueError(f"{name} must be a key that the network writes ({network.out_keys}), got {key!r}")
 
 
 def priority_weights(loss: LossModule, tensordict: TensorDictBase, batch_shape: torch.Size) -> Tensor | None:

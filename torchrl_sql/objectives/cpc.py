@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from tensordict import NestedKey, TensorDict, TensorDictBase, TensorDictParams
+from tensordict import NestedKey, TensorDict, TensorDictBase, TensorDictParams, unravel_key
 from tensordict.nn import TensorDictModule, dispatch
 from torchrl.objectives import LossModule
 
@@ -72,7 +72,7 @@ class ContrastivePredictionLoss(LossModule):
     def in_keys(self) -> list[NestedKey]:
         """Keys of a batch, in the order of positional arguments."""
         own = (self.tensor_keys.game_id, self.tensor_keys.terminated)
-        return [*self.actor_network.in_keys, *(key for key in own if key not in self.actor_network.in_keys)]
+        return list(dict.fromkeys([*self.actor_network.in_keys, *map(unravel_key, own)]))
 
     @property
     def out_keys(self) -> list[str]:

@@ -25,6 +25,7 @@ from torchrl_sql.objectives.common import (
     mean_over_batch,
     next_inputs,
     priority_weights,
+    writes,
 )
 from torchrl_sql.objectives.return_distribution import c51_projection, check_support, expected_value, hl_gauss_target
 
@@ -263,7 +264,7 @@ class DistributionalCQLLoss(LossModule):
 
     @property
     def _writes_feature_norm(self) -> bool:
-        return self.tensor_keys.feature_norm in self.value_network.out_keys
+        return writes(self.value_network, self.tensor_keys.feature_norm)
 
     @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDict:

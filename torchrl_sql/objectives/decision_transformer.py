@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from tensordict import NestedKey, TensorDict, TensorDictBase, TensorDictParams
+from tensordict import NestedKey, TensorDict, TensorDictBase, TensorDictParams, unravel_key
 from tensordict.nn import TensorDictModule, dispatch
 from torch import Tensor
 from torchrl.objectives import LossModule
 
-from torchrl_sql.objectives.common import check_reduction, check_written, priority_weights
+from torchrl_sql.objectives.common import check_reduction, check_written, mean_over_batch, priority_weights, writes
 
 
 class DecisionTransformerLoss(LossModule):
@@ -95,7 +95,7 @@ class DecisionTransformerLoss(LossModule):
     def in_keys(self) -> list[NestedKey]:
         """Keys of a batch, in the order of positional arguments."""
         own = (self.tensor_keys.action, self.tensor_keys.mask)
-        return [*self.actor_network.in_keys, *(key for key in own if key not in self.actor_network.in_keys)]
+        return list(dict.fromkeys([*self.actor_network.in_keys, *map(unravel_key, own)]))
 
     @property
     def out_keys(self) -> list[str]:
@@ -105,7 +105,7 @@ class DecisionTransformerLoss(LossModule):
 
     @property
     def _has_returns(self) -> bool:
-        return self.tensor_keys.return_logits in self.actor_network.out_keys
+        return writes(self.actor_network, self.tensor_keys.return_logits)
 
     @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDict:
@@ -129,8 +129,9 @@ class DecisionTransformerLoss(LossModule):
         result = {
             name: self._reduce_loss(loss / len(losses), tensordict, weights=weights) for name, loss in losses.items()
         }
-        counted = mask if weights is None else mask * weights.unsqueeze(-1)
-        result["accuracy"] = ((action_logits.argmax(-1) == action) * counted).sum() / counted.sum()
+        mean = mean_over_batch(self, tensordict, weights)
+        right = (action_logits.argmax(-1) == action) & mask
+        result["accuracy"] = mean(right.sum(-1).to(action_logits.dtype)) / mean(mask.sum(-1).to(action_logits.dtype))
         out = TensorDict(result)
         self._clear_weakrefs(tensordict, out, "actor_network_params")
         return out
