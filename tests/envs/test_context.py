@@ -42,6 +42,14 @@ def test_rows_of_a_batch_do_not_touch_each_other():
         assert all(torch.equal(together[key][row], alone[key]) for key in alone)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_contexts_are_where_the_environment_is():
+    env = TransformedEnv(AtariEnv("Pong", 2, device="cuda"), PolicyInputs(4))
+    check_env_specs(env)
+    assert env.rollout(3)["context", "observation"].device.type == "cuda"
+
+
 @pytest.mark.parametrize("num_steps", [1, 4])
 def test_a_torchrl_environment_gives_contexts(num_steps):
     env = TransformedEnv(AtariEnv("Pong", 2), PolicyInputs(num_steps))

@@ -131,7 +131,7 @@ class DecisionTransformerLoss(LossModule):
         }
         mean = mean_over_batch(self, tensordict, weights)
         right = (action_logits.argmax(-1) == action) & mask
-        result["accuracy"] = mean(right.sum(-1).to(action_logits.dtype)) / mean(mask.sum(-1).to(action_logits.dtype))
+        result["accuracy"] = mean(right.sum(-1).float()) / mean(mask.sum(-1).float())
         out = TensorDict(result)
         self._clear_weakrefs(tensordict, out, "actor_network_params")
         return out
