@@ -137,7 +137,7 @@ def to_markdown(result: dict) -> str:
     about, rows = result["benchmark"], result["rows"]
     gaussian = [row for row in rows if not row["skewed"]]
     covers = [name for name in rows[0] if name.startswith("covers") and RLIABLE not in name]
-    wrong = ["false, game", "false, IQM"]
+    wrong, uneven = ["false, game", "false, IQM"], ["false, game, one four times as wide"]
 
     def span(names: list[str], chosen: list[dict]) -> str:
         rates = [row[name] for row in chosen for name in names]
@@ -154,10 +154,12 @@ def to_markdown(result: dict) -> str:
         f"per row, {result['episodes']} episodes per run. A rate of 0.95 has a Monte-Carlo error of "
         f"{np.sqrt(0.95 * 0.05 / result['trials']):.3f}.",
         "",
-        f"- Gaussian rows: coverage {span(covers, gaussian)}; false verdicts {span(wrong, gaussian)}; power at most "
+        f"- Gaussian rows: coverage {span(covers, gaussian)}; false verdicts {span(wrong, gaussian)}, "
+        f"{span(uneven, gaussian)} where one spread is four times the other; power at most "
         f"{lost:.3f} below that of the t test that assumes equal spreads.",
         f"- Coverage of the mean by rliable's bootstrap there: {span([f'covers, {RLIABLE}'], gaussian)}.",
-        f"- Skewed rows: coverage {span(covers, skewed)}; false verdicts {span(wrong, skewed)}.",
+        f"- Skewed rows: coverage {span(covers, skewed)}; false verdicts {span(wrong, skewed)}, "
+        f"{span(uneven, skewed)}.",
         "",
         "| " + " | ".join(rows[0]) + " |",
         "|" + "---|" * len(rows[0]),
