@@ -2,8 +2,8 @@
 
     python benchmarks/group_norm.py --out benchmarks/results/group_norm_NAME.json
 
-Each form is the ``group_norm`` of a training run of ``scale=paper`` (bf16, channels-last, ``trainer.compile=graph``), in a
-process of its own. All compile at once; when the last has, each is timed in turn, alone, in several rounds.
+Each form is ``group_norm`` of a training run of ``scale=paper`` (bf16, channels-last, ``trainer.compile=graph``), in
+a process of its own. All compile at once; when the last has, each is timed in turn, alone, in several rounds.
 
 - ``var_mean``: moments of each channel by ``torch.var_mean``, of which those of the group are made.
 - ``sums``: those of sums and of sums of squares.
@@ -94,9 +94,10 @@ def work(connection: Connection, form: str, network: str, batch_size: int, folde
     """Compile, tell, then time as often as asked and profile once."""
     norm.group_norm, torch._inductor.config.triton.persistent_reductions, double_q = FORMS[form]
     measurements = Measurements("cuda", folder, tiny=False)
-    config = measurements.config(f"model.encoder={network}", f"data.batch_size={batch_size}",
-                                 f"run_dir={folder / form.replace(' ', '_')}", f"method.double_q={str(double_q).lower()}",
-                                 "trainer.precision=bf16", "trainer.compile=graph")  # fmt: skip
+    config = measurements.config(
+        f"model.encoder={network}", f"data.batch_size={batch_size}", f"run_dir={folder / form.replace(' ', '_')}",
+        f"method.double_q={str(double_q).lower()}", "trainer.precision=bf16", "trainer.compile=graph"
+    )  # fmt: skip
     trainer = build_trainer(config, memory_format=torch.channels_last)
     try:
         connection.send(time_steps(trainer, num_repeats=5).start_seconds)
