@@ -8,7 +8,7 @@ a process of its own. All compile at once; when the last has, each is timed in t
 - ``var_mean``: moments of each channel by ``torch.var_mean``, of which those of the group are made.
 - ``sums``: those of sums and of sums of squares.
 - ``pivot``: those of deviations from each map's first pixel, which loses nothing where the mean is large.
-- ``pivot in blocks``: the same without kernels that hold a whole map (``triton.persistent_reductions=False``).
+- ``pivot in blocks``: runs' own: without kernels that hold a whole map (``triton.persistent_reductions=False``).
 - ``pivot, double Q``: with one forward pass more, as TorchRL's parts have in ``update_step.py``.
 """
 
@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch._inductor.config
 from _gpu_rows import Measurements, make_store, profiled
 from torch import Tensor
 
@@ -33,6 +32,7 @@ from torchrl_sql.bench import time_steps
 from torchrl_sql.games import TRAIN_40
 from torchrl_sql.modules import norm
 from torchrl_sql.provenance import describe_benchmark
+from torchrl_sql.training import parallel
 from torchrl_sql.training.build import build_trainer
 from torchrl_sql.training.device import describe_device
 
@@ -45,7 +45,7 @@ def by_var_mean(x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: f
     variances, means = (moment.unflatten(1, (num_groups, -1)) for moment in moments)
     mean = means.mean(2, keepdim=True)
     variance = (variances + (means - mean).square()).mean(2, keepdim=True)
-    return _normalized(values, mean, variance, weight, bias, eps).to(x.dtype)
+    return norm._normalize(values, mean, variance, weight, bias, eps).to(x.dtype)
 
 
 def by_sums(x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
@@ -56,43 +56,23 @@ def by_sums(x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float
     )
     mean = sums / size
     variance = (squares / size - mean.square()).clamp_min(0)
-    return _normalized(values, mean, variance, weight, bias, eps).to(x.dtype)
-
-
-def by_sums_about_a_pixel(x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    values = x.float()
-    pivot = values[:, :, :1, :1].detach()  # moments do not depend on it
-    deviations = values - pivot
-    size = x[0, 0].numel()
-    offset = deviations.sum((2, 3)) / size
-    variances = (deviations.square().sum((2, 3)) / size - offset.square()).unflatten(1, (num_groups, -1))
-    means = (pivot.flatten(1) + offset).unflatten(1, (num_groups, -1))
-    mean = means.mean(2, keepdim=True)
-    variance = (variances + (means - mean).square()).mean(2, keepdim=True).clamp_min(0)
-    return _normalized(values, mean, variance, weight, bias, eps).to(x.dtype)
-
-
-def _normalized(values: Tensor, mean: Tensor, variance: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    num_groups = mean.shape[1]
-    scale = (variance + eps).rsqrt() * weight.float().view(num_groups, -1)
-    shift = bias.float().view(num_groups, -1) - mean * scale
-    scale, shift = (value.flatten(1)[:, :, None, None] for value in (scale, shift))
-    return torch.addcmul(shift, values, scale)
+    return norm._normalize(values, mean, variance, weight, bias, eps).to(x.dtype)
 
 
 FORMS: dict[str, tuple[Any, bool, bool]] = {
     "var_mean": (by_var_mean, True, False),
     "sums": (by_sums, True, False),
-    "pivot": (by_sums_about_a_pixel, True, False),
-    "pivot in blocks": (by_sums_about_a_pixel, False, False),
-    "pivot, double Q": (by_sums_about_a_pixel, True, True),
+    "pivot": (norm.group_norm, True, False),
+    "pivot in blocks": (norm.group_norm, False, False),
+    "pivot, double Q": (norm.group_norm, True, True),
 }
 """Name -> the function, whether kernels may hold a whole map, and whether the run does double Q."""
 
 
 def work(connection: Connection, form: str, network: str, batch_size: int, folder: Path) -> None:
     """Compile, tell, then time as often as asked and profile once."""
-    norm.group_norm, torch._inductor.config.triton.persistent_reductions, double_q = FORMS[form]
+    norm.group_norm, holds_maps, double_q = FORMS[form]
+    parallel._compiler_options = lambda loss: {"triton.persistent_reductions": holds_maps}
     measurements = Measurements("cuda", folder, tiny=False)
     config = measurements.config(
         f"model.encoder={network}", f"data.batch_size={batch_size}", f"run_dir={folder / form.replace(' ', '_')}",

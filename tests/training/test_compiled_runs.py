@@ -12,8 +12,11 @@ import pytest
 import torch
 
 from torchrl_sql.files import KERNELS_VARIABLE
+from torchrl_sql.modules import make_q_actor
+from torchrl_sql.objectives import DistributionalCQLLoss
 from torchrl_sql.training.checkpoint import list_checkpoints, load_checkpoint
 from torchrl_sql.training.logs import read_scalars
+from torchrl_sql.training.parallel import _compiler_options
 
 NAMES = ("off", "kernels", "graph", "kernels-of-two", "graph-of-two")
 
@@ -69,3 +72,19 @@ def test_a_compiled_run_has_the_numbers_of_an_eager_one(runs, name):
 
 def test_the_environment_says_where_kernels_are(runs):
     assert not (runs / "kernels-of-two" / "compiled").exists()
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch's own, on the way to a CPU's kernels
+@pytest.mark.parametrize(
+    ("device", "encoder", "options"),
+    [
+        ("cpu", "resnet_tiny", {"layout_optimization": False}),
+        ("meta", "resnet_tiny", {"triton.persistent_reductions": False}),
+        ("meta", "nature", {}),
+    ],
+)
+def test_the_compiler_is_told_what_suits_device_and_network(device, encoder, options, monkeypatch):
+    loss = DistributionalCQLLoss(make_q_actor(("Pong",), encoder=encoder))
+    monkeypatch.setattr(loss, "parameters", lambda: iter([torch.empty(0, device=device)]))
+    assert _compiler_options(loss) == options
+    assert torch.compile(lambda x: x.sum(), options=options)(torch.ones(3)) == 3  # it knows their names

@@ -31,10 +31,15 @@ def group_norm(x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: fl
     means = (pixel.flatten(1) + offsets).unflatten(1, (num_groups, -1))  # [B, G, C / G]
     mean = means.mean(2, keepdim=True)
     variance = (variances + (means - mean).square()).mean(2, keepdim=True).clamp_min(0)
+    return _normalize(values, mean, variance, weight, bias, eps).to(x.dtype)
+
+
+def _normalize(values: Tensor, mean: Tensor, variance: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    num_groups = mean.shape[1]
     scale = (variance + eps).rsqrt() * weight.float().view(num_groups, -1)
     shift = bias.float().view(num_groups, -1) - mean * scale
     scale, shift = (value.flatten(1)[:, :, None, None] for value in (scale, shift))
-    return torch.addcmul(shift, values, scale).to(x.dtype)
+    return torch.addcmul(shift, values, scale)
 
 
 class GroupNorm(nn.GroupNorm):

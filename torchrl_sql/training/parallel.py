@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -48,11 +48,7 @@ class SingleProcess:
         if compile:
             # TensorDict notes classes that it meets in arithmetic and moves; a class it notes later compiles all anew.
             _ = (TensorDict(a=torch.zeros(())) / 2 / 2.0).to(torch.device("cpu"))
-            # On the CPU channels-last costs more than it gains (benchmarks/results/update_step.md).
-            on_cpu = next(loss.parameters()).device.type == "cpu"
-            self._loss = torch.compile(
-                loss, fullgraph=True, dynamic=False, options={"layout_optimization": False} if on_cpu else None
-            )
+            self._loss = torch.compile(loss, fullgraph=True, dynamic=False, options=_compiler_options(loss))
 
     def __call__(self, batch: TensorDictBase, *, exchange: bool = True) -> TensorDict:
         """The loss's entries; there is nobody to exchange gradients with."""
@@ -60,6 +56,17 @@ class SingleProcess:
 
     def average_gradients(self) -> None:
         """There is nobody to exchange gradients with."""
+
+
+def _compiler_options(loss: LossModule) -> dict[str, Any]:
+    if next(loss.parameters()).device.type == "cpu":
+        return {
+            "layout_optimization": False
+        }  # channels-last costs more than it gains (benchmarks/results/update_step.md)
+    networks = [value for value in vars(loss).values() if isinstance(value, nn.Module)]  # where TorchRL keeps them
+    if any(isinstance(module, nn.GroupNorm) for network in networks for module in network.modules()):
+        return {"triton.persistent_reductions": False}  # kernels that hold a whole map are slower (.../gpu.md)
+    return {}
 
 
 class AveragedAfterwards(SingleProcess):
