@@ -17,6 +17,7 @@ from torchrl_sql.cli import main
 from torchrl_sql.evaluation.episodes import read_calibration, read_episodes
 from torchrl_sql.training.checkpoint import load_checkpoint
 from torchrl_sql.training.lock import RunLock
+from torchrl_sql.training.policy import POLICY_FILE, export_policy
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +45,22 @@ def test_a_run_and_all_its_checkpoints(run, tmp_path, capsys):
     assert len({row.checkpoint for row in rows}) == 2
     assert len((run / "scores.csv").read_text().splitlines()) == 1 + 4
     assert {point.gradient_step for point in read_calibration(run / "calibration.csv")} == {3, 6}
+
+
+def test_a_run_without_checkpoints_is_evaluated_by_its_policy(run, tmp_path, capsys):
+    for name, folders in (("kept", ["checkpoints"]), ("deleted", [])):
+        (tmp_path / name).mkdir()
+        shutil.copy(run / "config.yaml", tmp_path / name)
+        for folder in folders:
+            shutil.copytree(run / folder, tmp_path / name / folder)
+    export_policy(run, tmp_path / "deleted" / POLICY_FILE)
+    assert main(["evaluate", str(tmp_path / "kept")]) == 0
+    assert main(["evaluate", str(tmp_path / "deleted")]) == 0
+    assert f"small of {tmp_path / 'deleted'} at gradient step 6" in capsys.readouterr().out
+    kept, deleted = (read_episodes(tmp_path / name / "scores.csv") for name in ("kept", "deleted"))
+    assert kept == deleted and len(kept) == 4
+    assert main(["evaluate", str(tmp_path), "--episodes", "3"]) == 0  # both are found in the folder above
+    assert {len(read_episodes(tmp_path / name / "scores.csv")) for name in ("kept", "deleted")} == {6}
 
 
 def test_options_and_another_folder(run, tmp_path):

@@ -25,7 +25,7 @@ from torchrl_sql.statistics.intervals import interquartile_mean
 from torchrl_sql.statistics.scores import human_normalised, split_by_reference
 from torchrl_sql.training.checkpoint import list_checkpoints, mark_best
 from torchrl_sql.training.device import prepare_cpu, resolve_device, tune
-from torchrl_sql.training.policy import find_checkpoint, load_agent, read_policy
+from torchrl_sql.training.policy import POLICY_FILE, find_checkpoint, load_agent, read_policy
 
 
 class Agent:
@@ -187,8 +187,9 @@ class TrainedAgent(Agent):
     """A trained network, under its run's name and protocol.
 
     Args:
-        path (Path): a checkpoint, a run's folder (its newest checkpoint is taken), or a ``.safetensors`` file as
-            :func:`torchrl_sql.training.export_policy` writes it.
+        path (Path): a checkpoint, a run's folder (its newest checkpoint is taken, or its policy's file if all
+            checkpoints were deleted), or a ``.safetensors`` file as :func:`torchrl_sql.training.export_policy` writes
+            it.
 
     Keyword Args:
         games (sequence of str, optional): some of its games, or variations of them; default all its games.
@@ -207,6 +208,9 @@ class TrainedAgent(Agent):
         decoding: Decoding | None = None,
         device: str | None = None,
     ) -> None:
+        run_dir = path if path.is_dir() else path.parent.parent if path.parent.name == "checkpoints" else None
+        if path.is_dir() and not list_checkpoints(path / "checkpoints") and (path / POLICY_FILE).is_file():
+            path = path / POLICY_FILE
         if path.suffix == ".safetensors":
             network, config, gradient_step = read_policy(path)
         else:
@@ -227,8 +231,7 @@ class TrainedAgent(Agent):
         place = resolve_device(device or config.trainer.device)
         tune(place, try_algorithms=False)  # an episode that is played again must end as before
         network.to(place)
-        folder = path.parent.parent
-        in_run = path.parent.name == "checkpoints" and (folder / "config.yaml").is_file()
+        in_run = run_dir is not None and (run_dir / "config.yaml").is_file()
         super().__init__(
             agent,
             method.policy(network, config.games, decoding=agent.decoding),
@@ -236,7 +239,7 @@ class TrainedAgent(Agent):
             games=games,
             protocol=Protocol.from_config(config.evaluation),
             gamma=method.gamma if method.values == "q" else None,
-            run_dir=folder if in_run else None,
+            run_dir=run_dir if in_run else None,
             usual_decoding=usual,
         )
 
@@ -271,14 +274,22 @@ def find_runs(path: Path) -> list[Path]:
     Raises:
         FileNotFoundError: if there is none.
     """
-    if path.is_file() or list_checkpoints(path / "checkpoints"):
+    if path.is_file() or _holds_network(path):
         return [path]
-    folders = [folder for depth in ("*", "*/*", "*/*/*") for folder in path.glob(f"{depth}/checkpoints")]
-    if runs := sorted(folder.parent for folder in folders if list_checkpoints(folder)):
+    names = ("checkpoints", POLICY_FILE)
+    folders = {
+        found.parent for depth in ("*", "*/*", "*/*/*") for name in names for found in path.glob(f"{depth}/{name}")
+    }
+    if runs := sorted(filter(_holds_network, folders)):
         return runs
     raise FileNotFoundError(
-        f"{path} must be a checkpoint, the folder of a trained run or one that holds such folders, found no checkpoint"
+        f"{path} must be a checkpoint, the folder of a trained run or one that holds such folders, found no checkpoint "
+        f"and no {POLICY_FILE}"
     )
+
+
+def _holds_network(folder: Path) -> bool:
+    return bool(list_checkpoints(folder / "checkpoints")) or (folder / POLICY_FILE).is_file()
 
 
 class RandomAgent(Agent):
