@@ -29,8 +29,8 @@ def add_commands(commands: Any) -> None:
         nargs="+",
         metavar="AGENT",
         help="a run's folder (its newest checkpoint, or its policy.safetensors if there is none), a folder that holds "
-        "runs, checkpoints (all of a run: RUN/checkpoints/*.pt), a policy.safetensors, random, noop, constant_ACTION, or constant: each legal action of "
-        "each game",
+        "runs, checkpoints (all of a run: RUN/checkpoints/*.pt), a policy.safetensors, random, noop, constant_ACTION, "
+        "or constant: each legal action of each game",
     )
     evaluate.add_argument(
         "--games",
