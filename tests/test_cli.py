@@ -10,7 +10,9 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
+import torch
 
 import torchrl_sql
 from torchrl_sql.cli import main
@@ -167,7 +169,11 @@ def test_train_prints_its_configuration(capsys):
         (["inspect", "nowhere"], "nowhere does not exist"),
         (["train", "--config", "nowhere"], "nowhere does not exist"),
         (["train", "--config", "file"], "file must hold a run's configuration, keys with values, got 'text'"),
-        (["collect", "scale=cpu", "data.games=Pong", "data.store=file"], "file is there already"),
+        (["collect", "scale=cpu", "data.games=Pong", "data.store=file"], "file is there already, as a file"),
+        (["study", "quickstart", "--out", "store/x", "--dry-run"], "the folder of a study must be outside of stores"),
+        (["quickstart", "--jobs", "0", "--dry-run"], "--jobs must be at least 1, got 0"),
+        (["evaluate", "noop", "--games", "Pong", "--out", "store"], "--out must be outside of stores"),
+        (["config", "study/../scale/cpu"], "there is no study/../scale/cpu among the choices"),
         (["study", "broken.yaml"], "broken.yaml must hold a study: while parsing"),
     ],
 )
@@ -175,6 +181,7 @@ def test_bad_input_is_one_clear_line(arguments, message, capsys, tmp_path, monke
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("text")
     (tmp_path / "broken.yaml").write_text("runs: [")
+    FrameStore.create("store")
     assert main(arguments) == 1
     err = capsys.readouterr().err
     assert err.startswith(f"torchrl-sql {arguments[0]}: ") and message in err and "Traceback" not in err
@@ -243,6 +250,27 @@ def test_an_unknown_option_is_answered_by_its_command_with_the_closest_one(capsy
     error = capsys.readouterr().err
     assert "usage: torchrl-sql evaluate" in error
     assert "unrecognized arguments: --epsiode 3 --gmaes=Pong; did you mean --episode or --games?" in error
+
+
+@pytest.mark.parametrize(
+    "allocate",
+    [
+        lambda: torch.empty(2**55, dtype=torch.uint8),
+        lambda: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")),
+        lambda: np.empty(2**55, np.uint8),
+    ],
+)
+def test_too_little_memory_is_one_clear_line(monkeypatch, capsys, allocate):
+    monkeypatch.setattr("torchrl_sql.cli._run", lambda args: allocate())
+    assert main(["quickstart"]) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("torchrl-sql quickstart: there is not enough memory: ") and err.count("\n") == 1
+
+
+def test_other_errors_keep_their_traceback(monkeypatch):
+    monkeypatch.setattr("torchrl_sql.cli._run", lambda args: torch.ones(2) @ torch.ones(3))
+    with pytest.raises(RuntimeError, match="size"):
+        main(["quickstart"])
 
 
 def test_a_closed_pipe_is_silent():

@@ -1,11 +1,12 @@
 from __future__ import annotations
 
 import errno
+from pathlib import Path
 
 import pytest
 
 from torchrl_sql import files
-from torchrl_sql.files import expand_path, write_text
+from torchrl_sql.files import check_outside_stores, expand_path, write_text
 
 
 def test_the_new_text_takes_the_place_of_the_old(tmp_path):
@@ -43,3 +44,15 @@ def test_home_and_variables_in_paths_are_replaced_and_unknown_ones_named(monkeyp
     assert paths == ["/home/me/a", "/scratch/7/a b", "/scratch/7x", "a~/$5=,#(1)", "/a"]
     with pytest.raises(ValueError, match=r"^\$NOT_SET/a: the environment variable \$NOT_SET is not set on "):
         expand_path("$NOT_SET/a")
+    with pytest.raises(ValueError, match=r"^~nobody-here/a: there is no user 'nobody-here' on "):
+        expand_path("~nobody-here/a")
+
+
+def test_what_is_filled_lies_outside_of_stores(tmp_path, monkeypatch):
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / "store.json").touch()
+    check_outside_stores(tmp_path / "other", "run_dir")
+    monkeypatch.chdir(tmp_path / "store")
+    for inside in (tmp_path / "store", tmp_path / "store" / "a" / "b", Path("a"), Path(".")):
+        with pytest.raises(ValueError, match=r"run_dir must be outside of stores, but .*/store is one, got "):
+            check_outside_stores(inside, "run_dir")

@@ -47,12 +47,26 @@ def expand_path(text: str | Path) -> Path:
     """A path with ``~`` and environment variables (``$NAME``, ``${NAME}``) replaced, for where it is used.
 
     Raises:
-        ValueError: if a variable is not set.
+        ValueError: if a variable is not set, or there is no such user.
     """
     path = os.path.expandvars(os.path.expanduser(text))
+    if path.startswith("~"):
+        raise ValueError(f"{text}: there is no user {path[1:].split('/')[0]!r} on {os.uname().nodename}")
     if unset := re.search(r"\$([A-Za-z_]\w*|\{\w+\})", path):
         raise ValueError(f"{text}: the environment variable {unset[0]} is not set on {os.uname().nodename}")
     return Path(path)
+
+
+def check_outside_stores(path: Path, name: str) -> None:
+    """Checks that a folder that is to be filled is no store and lies in none; ``name`` is its option, for the message.
+
+    Raises:
+        ValueError: if it does.
+    """
+    place = path.absolute()
+    for folder in (place, *place.parents):
+        if (folder / "store.json").exists():
+            raise ValueError(f"{name} must be outside of stores, but {folder} is one, got {path}")
 
 
 def check_exists(path: Path) -> None:

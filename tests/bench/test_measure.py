@@ -129,7 +129,7 @@ def test_bytes_fetched_by_hand(store, n_steps, chunks):
 
 
 def test_command_prints_measurements_and_a_plan(settings, tmp_path, capsys):
-    file = tmp_path / "measured.json"
+    file = tmp_path / "new" / "measured.json"
     assert main(["bench", *settings, "--samples", "8,4", "--repeats", "1", "--gpus", "1,2", "--json", str(file)]) == 0
     printed = capsys.readouterr().out
     assert "step of 8 samples per device" in printed and "the first 4 took" in printed
@@ -144,6 +144,8 @@ def test_command_prints_measurements_and_a_plan(settings, tmp_path, capsys):
         ("--samples", "few", "--samples must be whole numbers separated by commas, got 'few'"),
         ("--gpus", "all", "--gpus must be whole numbers separated by commas, got 'all'"),
         ("--repeats", "0", "--repeats must be at least 1, got 0"),
+        ("--gpus", "1,0", "--gpus must be numbers of at least 1, got '1,0'"),
+        ("--json", ".", "--json must be a file, got the folder ."),
     ],
 )
 def test_command_refuses_bad_numbers_before_it_measures(settings, capsys, monkeypatch, option, value, message):

@@ -34,6 +34,12 @@ def test_what_is_in_the_way_stays(two_games, tmp_path):
     assert not list((tmp_path / "out").iterdir())
 
 
+def test_nothing_is_exported_into_a_store(two_games):
+    with pytest.raises(ValueError, match=r"the new folder must be outside of stores, but .* is one"):
+        export.export_memmap(AtariFrameStorage(two_games), two_games.path / "out")
+    assert not (two_games.path / "out").exists()
+
+
 def test_nothing_appears_before_the_end_and_it_can_be_repeated(two_games, tmp_path):
     storage = AtariFrameStorage(two_games)
 

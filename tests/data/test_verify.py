@@ -151,6 +151,14 @@ def test_garbled_json_does_not_end_the_check(copy, file, text):
     assert [damage.game for damage in verify(copy)] == ["Breakout", "Pong"]
 
 
+def test_another_encoding_than_the_store_s_is_named(copy):
+    file = copy.path / "store.json"
+    file.write_text(file.read_text().replace('"zstd"', '"lz4"'))
+    first, second = verify(FrameStore.open(copy.path))
+    assert [damage.game for damage in (first, second)] == ["Breakout", "Pong"]
+    assert first.reason.endswith("('lz4', 4, 8) as store.json has them, got ('zstd', 4, 8)")
+
+
 def test_damage_to_flat_files(copy):
     run = copy.recording("Pong").path
     flip(run / "rewards.f32", 3)

@@ -63,6 +63,14 @@ def test_a_run_without_checkpoints_is_evaluated_by_its_policy(run, tmp_path, cap
     assert {len(read_episodes(tmp_path / name / "scores.csv")) for name in ("kept", "deleted")} == {6}
 
 
+def test_a_damaged_configuration_is_named_before_anything_is_played(run, tmp_path, capsys):
+    shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("scores*", "calibration*"))
+    (tmp_path / "run" / "config.yaml").write_bytes(b"\xe0\x00")
+    assert main(["evaluate", str(tmp_path / "run"), "--out", str(tmp_path / "out")]) == 1
+    assert f"{tmp_path / 'run' / 'config.yaml'} must hold a run's configuration: 'utf-8'" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_options_and_another_folder(run, tmp_path):
     options = ["--games", "Freeway", "--episodes", "1", "--sticky", "0", "--epsilon", "0.5", "--seed", "9"]
     options += ["--max-env-frames", "80", "--decoding", "sampled", "--out", str(tmp_path / "out")]
@@ -182,7 +190,8 @@ def test_weights_of_another_list_of_games_are_refused(other_heads, capsys):
             "games must be among those the policy has (Breakout, Freeway) or variations of them, got ['Pong']",
         ),
         (["RUN", "--games", "Pog"], "did you mean Pong"),
-        (["RUN", "--episodes", "0"], "num_episodes must be at least 1, got 0"),
+        (["RUN", "--episodes", "0"], "num_episodes must be in [1, 1,000,000], got 0"),
+        (["RUN", "--seed", "-1", "--out", "OUT/new"], "seed must be in [0, 9,223,372,036,854,775,807], got -1"),
         (["RUN", "--epsilon", "2"], "epsilon must be in [0, 1], got 2.0"),
         (["RUN", "--episode", "1"], "--episode chooses what --video shows; it needs --video"),
         (["RUN", "--video", "--episode", "2"], "must be one of the 2 played per game, from 0, got 2"),
@@ -195,7 +204,7 @@ def test_weights_of_another_list_of_games_are_refused(other_heads, capsys):
         (["RUN/nothing.pt"], "nothing.pt must be a checkpoint, the folder of a trained run or"),
         (["random", "--out", "OUT"], "random needs --games and --out"),
         (["constant_UP", "--games", "Pong"], "--out must be given with constant_UP"),
-        (["constant_UPP"], "constant_UPP must be a checkpoint, the folder of a trained run or"),
+        (["constant_UPP"], "constant_UPP must be constant_ and an action (NOOP, FIRE, UP, "),
     ],
 )
 def test_bad_input_is_one_clear_line(run, tmp_path, arguments, message, capsys):

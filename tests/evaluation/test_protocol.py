@@ -37,7 +37,10 @@ def test_bad_ranks_are_refused(environment):
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"num_episodes": 0}, "num_episodes must be at least 1, got 0"),
+        ({"num_episodes": 0}, r"num_episodes must be in \[1, 1,000,000\], got 0"),
+        ({"num_episodes": 10**23}, "num_episodes must be in .*, got 1000"),
+        ({"seed": -1}, r"seed must be in \[0, 9,223,372,036,854,775,807\], got -1"),
+        ({"seed": 2**63}, "seed must be in .*, got 9223372036854775808"),
         ({"epsilon": 2}, r"epsilon must be in \[0, 1\], got 2"),
     ],
 )

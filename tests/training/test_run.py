@@ -175,7 +175,7 @@ def test_a_lost_terminal_saves(make_config, tmp_path):
 def test_nothing_is_trained_into_a_store(make_config):
     config = make_config()
     config.run_dir = config.data.store
-    with pytest.raises(ConfigError, match=r"run_dir must be the folder of a run, but .* is a store"):
+    with pytest.raises(ValueError, match=r"run_dir must be outside of stores, but .* is one"):
         train(config)
 
 

@@ -54,7 +54,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, FloatingPointError, ImportError) as error:
         print(f"torchrl-sql {args.command}: {_describe(error)}", file=sys.stderr)
         return 1
+    except (RuntimeError, MemoryError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        reason = next(iter(str(error).splitlines()), "")
+        print(f"torchrl-sql {args.command}: there is not enough memory: {reason}", file=sys.stderr)
+        return 1
     return 0
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    # torch has a class for devices' memory only; that of the CPU is a plain RuntimeError.
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "DefaultCPUAllocator" in str(error)
+    )
 
 
 @contextmanager
@@ -81,7 +96,7 @@ def _describe(error: Exception) -> str:
         return str(error)
     problems = {
         FileNotFoundError: "does not exist",
-        FileExistsError: "is there already",
+        FileExistsError: "is there already" + ", as a file" * Path(str(error.filename)).is_file(),
         NotADirectoryError: "is no folder",
         IsADirectoryError: "is a folder, not a file",
     }

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from torchrl_sql.cli.train import OVERRIDES_HELP
+from torchrl_sql.files import write_text
 
 
 def add_commands(commands: Any) -> None:
@@ -40,13 +41,17 @@ def _bench(args: argparse.Namespace) -> None:
     if args.repeats < 1:
         raise ValueError(f"--repeats must be at least 1, got {args.repeats}")
     samples, numbers_of_gpus = _numbers("--samples", args.samples), _numbers("--gpus", args.gpus)
+    if args.json is not None:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        if args.json.is_dir():
+            raise ValueError(f"--json must be a file, got the folder {args.json}")
     with process_group(resolve_device(config.trainer.device)) as ranks:
         measured = measure(config, ranks, samples_per_gpu=samples, num_repeats=args.repeats)
     if not ranks.is_main:
         return
     print(format_measurements(measured))
     if args.json is not None:
-        args.json.write_text(json.dumps(asdict(measured), indent=1) + "\n", encoding="utf-8")
+        write_text(args.json, json.dumps(asdict(measured), indent=1) + "\n")
     plans = []
     for num_gpus in numbers_of_gpus:
         try:
@@ -66,6 +71,9 @@ def _bench(args: argparse.Namespace) -> None:
 
 def _numbers(option: str, text: str) -> list[int]:
     try:
-        return [int(number) for number in text.split(",")]
+        numbers = [int(number) for number in text.split(",")]
     except ValueError:
         raise ValueError(f"{option} must be whole numbers separated by commas, got {text!r}") from None
+    if min(numbers) < 1:
+        raise ValueError(f"{option} must be numbers of at least 1, got {text!r}")
+    return numbers

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from torchrl_sql.arguments import check_count, check_number
 from torchrl_sql.cli.evaluate import add_decoding, check_agent
 
 
@@ -41,10 +42,9 @@ def _enjoy(args: argparse.Namespace) -> None:
     from torchrl_sql.evaluation.rollout import rollout
     from torchrl_sql.games import resolve_games
 
-    if args.episodes < 1:
-        raise ValueError(f"--episodes must be at least 1, got {args.episodes}")
-    if args.seconds is not None and args.seconds <= 0:
-        raise ValueError(f"--seconds must be greater than 0, got {args.seconds}")
+    check_count("--episodes", args.episodes)
+    if args.seconds is not None:
+        check_number("--seconds", args.seconds, 0, above=True)
     if args.out is None:
         check_window()
     else:

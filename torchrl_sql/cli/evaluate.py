@@ -10,7 +10,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torchrl_sql.files import check_outside_stores
+from torchrl_sql.games import ACTION_NAMES
+
 if TYPE_CHECKING:
+    from torchrl_sql.config import RunConfig
     from torchrl_sql.evaluation.agents import Agent
     from torchrl_sql.evaluation.episodes import EpisodeResult
     from torchrl_sql.evaluation.protocol import Protocol, Share
@@ -76,7 +80,11 @@ def check_agent(word: str) -> None:
 
     Raises:
         FileNotFoundError: if not.
+        ValueError: for a constant action that is none.
     """
+    prefix, _, action = word.partition("_")
+    if prefix == "constant" and action not in ("", *ACTION_NAMES) and not Path(word).exists():
+        raise ValueError(f"{word} must be constant_ and an action ({', '.join(ACTION_NAMES)}), got {action}")
     if not (word.startswith("constant") or word in ("random", "noop") or Path(word).exists()):
         raise FileNotFoundError(
             f"{word} must be a checkpoint, the folder of a trained run or one that holds such folders, a "
@@ -95,6 +103,8 @@ def _evaluate(args: argparse.Namespace) -> None:
     from torchrl_sql.evaluation.protocol import Share
     from torchrl_sql.games import resolve_games
 
+    if args.out is not None:
+        check_outside_stores(args.out, "--out")
     share = Share.from_environment() if args.share is None else Share.parse(args.share)
     games = None if args.games is None else resolve_games(args.games)
     if args.video and not has_video_encoder():
@@ -108,6 +118,7 @@ def _evaluate(args: argparse.Namespace) -> None:
 
 def _play(args: argparse.Namespace, games: Sequence[str] | None, share: Share) -> Iterator[Path]:
     """Evaluates one agent after the other; yields the folders of their tables."""
+    from torchrl_sql.config import load_run_config
     from torchrl_sql.evaluation.agents import make_agents
 
     for word in args.agents:
@@ -115,6 +126,7 @@ def _play(args: argparse.Namespace, games: Sequence[str] | None, share: Share) -
             folder = args.out or agent.run_dir
             if folder is None:
                 raise ValueError(f"--out must be given with {word}, which is not in the folder of a run")
+            config = None if agent.run_dir is None else load_run_config(agent.run_dir / "config.yaml")
             episodes = agent.evaluate(
                 folder,
                 protocol=_changed(agent.protocol, args),
@@ -124,22 +136,21 @@ def _play(args: argparse.Namespace, games: Sequence[str] | None, share: Share) -
             )
             if share.count == 1:  # a share's own means are of other episodes than those of other checkpoints
                 agent.mark_if_best(episodes)
-                _log(agent, episodes)
+                if config is not None:
+                    _log(agent, episodes, config)
             step = "" if agent.run_dir is None else f" of {agent.run_dir} at gradient step {agent.id.gradient_step:,}"
             _print_means(agent.id.name + step, episodes)
             yield folder
 
 
-def _log(agent: Agent, episodes: Sequence[EpisodeResult]) -> None:
+def _log(agent: Agent, episodes: Sequence[EpisodeResult], config: RunConfig) -> None:
     """Adds the scores of an idle run to its loggers."""
-    from torchrl_sql.config import load_run_config
     from torchrl_sql.training.lock import RunFolderError, RunLock
     from torchrl_sql.training.logs import log_scores
 
     scores = agent.scores(episodes)
     if agent.run_dir is None or not scores:
         return
-    config = load_run_config(agent.run_dir / "config.yaml")
     loggers, step = config.trainer.loggers, agent.id.gradient_step
     if "wandb" in loggers and find_spec("wandb") is None:
         print("The run logs to W&B, which is not installed here: its scores are not added there.")

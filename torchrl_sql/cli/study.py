@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torchrl_sql.arguments import check_count
 from torchrl_sql.cli.train import OVERRIDES_HELP
 
 if TYPE_CHECKING:
@@ -114,6 +115,7 @@ def _study(args: argparse.Namespace) -> None:
     from torchrl_sql.studies.folder import check_reuse, format_tasks, run_study
     from torchrl_sql.studies.plan import RUNS, plan_study
 
+    check_count("--jobs", args.jobs)
     study = read_study(args.name, args.overrides, args.seeds)
     folder = args.out or RUNS / Path(args.name).stem
     tasks = plan_study(study, folder)

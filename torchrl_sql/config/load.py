@@ -145,7 +145,11 @@ def load_run_config(path: Path) -> RunConfig:
         ConfigError: if the file is not such a configuration.
         OSError: if it cannot be read.
     """
-    return run_config_from_yaml(path.read_text(encoding="utf-8"), source=str(path))
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} must hold a run's configuration: {error}") from None
+    return run_config_from_yaml(text, source=str(path))
 
 
 def run_config_from_yaml(text: str, *, source: str) -> RunConfig:

@@ -89,6 +89,11 @@ def check_bounds(section: Any, prefix: str = "") -> None:
             raise ConfigError(f"{key} must be {bound.text}{', or null' * ('None' in str(each.type))}, got {value!r}")
 
 
+MAX_SEED = 2**63 - 1
+MAX_EPISODES = 1_000_000
+"""Of an evaluation, per game."""
+
+
 @dataclass(kw_only=True)
 class CollectionConfig:
     """How ``torchrl-sql collect`` makes a store with weak skills."""
@@ -101,7 +106,7 @@ class CollectionConfig:
     """How frames are compressed: zstd is smaller, lz4 faster to read; see docs/data.md."""
     max_repeat_probability: float = setting(probability)
     """Each episode repeats its last action with a probability drawn uniformly from 0 to this."""
-    seed: int = setting(within(0, 2**63 - 1))
+    seed: int = setting(within(0, MAX_SEED))
 
 
 @dataclass(kw_only=True)
@@ -127,7 +132,7 @@ class DataConfig:
     """Shares of the mixture are raised to the power 1 / temperature; larger values make them more equal."""
     replacement: bool = MISSING
     """false: no transition comes twice before all of its game have come once."""
-    batch_size: int = setting(at_least(1))
+    batch_size: int = setting(within(1, 1_048_576))
     """Transitions of the global batch."""
     n_steps: int = setting(at_least(1))
     """Agent steps a target looks ahead."""
@@ -161,13 +166,13 @@ class QNetworkConfig(ModelConfig):
     """A name in :data:`torchrl_sql.modules.ENCODERS`; building the network, before data is opened, refuses others."""
     pooling: str = MISSING
     """A name in :data:`torchrl_sql.modules.POOLINGS`."""
-    num_embeddings: int | None = setting(at_least(1))
+    num_embeddings: int | None = setting(within(1, 65_536))
     """Learned spatial embeddings; null for the encoder's default."""
     num_groups: int = setting(at_least(1))
     """Groups of the ResNets' GroupNorm."""
     last_norm_scale: float = setting(at_least(0))
     """Initial scale of the last GroupNorm of each of the ResNets' residual branches."""
-    feature_dim: int | None = setting(at_least(0))
+    feature_dim: int | None = setting(within(0, 65_536))
     """Width of the hidden layer after pooling, 0 for no such layer; null for the encoder's default."""
     feature_norm: bool = MISSING
     """Divide the feature vector by its L2 norm."""
@@ -187,9 +192,9 @@ class TransformerConfig(ModelConfig):
 
     choices = "mgdt_10m, mgdt_200m, mgdt_40m, mgdt_small"
 
-    width: int = setting(at_least(64))
+    width: int = setting(within(64, 65_536))
     """Of tokens, a multiple of 64."""
-    num_layers: int = setting(at_least(1))
+    num_layers: int = setting(within(1, 1_024))
     patch_size: int = setting(at_least(1))
     """Side of a patch in pixels, a divisor of 84."""
     dropout: float = setting(Bound(lambda value: 0 <= value < 1, "in [0, 1)"))
@@ -219,7 +224,7 @@ class QLearningConfig(MethodConfig):
     """Conservative Q-learning: heads and loss."""
 
     target: str = setting(one_of("c51", "hl_gauss", "mse"))
-    num_atoms: int | None = setting(at_least(2))
+    num_atoms: int | None = setting(within(2, 65_536))
     """Atoms of the return distribution; null for scalar heads, which ``target: mse`` needs."""
     v_min: float = MISSING
     """Least return of the support, in clipped-reward units."""
@@ -266,7 +271,7 @@ class AutoencodingConfig(MethodConfig):
 
     mask_share: float = setting(probability)
     """Share of the feature map's places that the decoder does not see."""
-    decoder_width: int = setting(at_least(64))
+    decoder_width: int = setting(within(64, 65_536))
     """Of the decoder's tokens, a multiple of 64."""
     decoder_layers: int = setting(at_least(1))
 
@@ -277,7 +282,7 @@ class ContrastiveConfig(MethodConfig):
 
     decodings = ()
 
-    width: int = setting(at_least(1))
+    width: int = setting(within(1, 65_536))
     """Of the two layers on top of the encoder."""
     same_game: bool = MISSING
     """Only states of the same game are candidates."""
@@ -400,12 +405,12 @@ class OnlineConfig:
 class EvaluationConfig:
     """The evaluation protocol (every report states it)."""
 
-    num_episodes_per_game: int = setting(at_least(1))
+    num_episodes_per_game: int = setting(within(1, MAX_EPISODES))
     epsilon: float = setting(probability)
     """Probability of a uniformly random legal action."""
     sticky_action_probability: float = setting(probability)
     max_env_frames_per_episode: int = setting(at_least(1))
-    seed: int = setting(within(0, 2**63 - 1))
+    seed: int = setting(within(0, MAX_SEED))
 
 
 @dataclass(kw_only=True)
@@ -416,7 +421,7 @@ class RunConfig:
     """Of the agent; runs that differ in their seeds only share it."""
     run_dir: str = setting(path)
     """Folder of checkpoints, logs and reports; expanded like ``data.store``."""
-    seed: int = setting(within(0, 2**63 - 1))
+    seed: int = setting(within(0, MAX_SEED))
     num_threads: int | None = setting(within(1, 1024))
     """CPU threads of torch in training and evaluation; null for torch's own choice."""
     collection: CollectionConfig = MISSING

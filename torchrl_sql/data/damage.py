@@ -41,9 +41,10 @@ class Damage:
 def verify(store: FrameStore, *, progress: Callable[[int, int], None] = lambda done, total: None) -> Iterator[Damage]:
     """Reads a whole store once and compares every checksum; goes on after each damage.
 
-    Checked is what is committed: that every recording which was is there and in its last state, CRC32 of
-    the flat files, that the episode table is that of the manifest, shard indices, and that every chunk of frames is the
-    one that was committed there. What a killed writer left behind the committed rows is not looked at.
+    Checked is what is committed: that every recording which was is there and in its last state, CRC32 of the flat
+    files, that the episode table is that of the manifest, that frames are encoded as the store says, shard indices, and
+    that every chunk of frames is the one that was committed there. What a killed writer left behind the committed rows
+    is not looked at.
 
     Args:
         store (FrameStore): what to check.
@@ -62,6 +63,12 @@ def verify(store: FrameStore, *, progress: Callable[[int, int], None] = lambda d
                 continue
             checks += [partial(_check_member, recording, key) for key in recording.manifest.members]
             files = ShardFiles([recording])
+            found = (files.codec, files.chunk_frames, files.chunk_frames * files.chunks_per_shard)
+            wanted = (store.encoding.codec, store.encoding.chunk_frames, store.encoding.shard_frames)
+            if found != wanted:
+                reason = f"codec and frames per chunk and shard must be {wanted} as store.json has them, got {found}"
+                file = folder / "frames" / "zarr.json"
+                yield Damage(game=recording.game, recording=recording.name, file=file, reason=reason)
             checks += [partial(_check_shard, recording, files, shard) for shard in range(files.num_shards)]
         except (OSError, ValueError) as error:
             yield Damage(game=folder.parent.name, recording=folder.name, file=folder, reason=str(error))

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from torchrl_sql.data.catalogue import LOCK_FILE, locked
 from torchrl_sql.data.storage import AtariFrameStorage
-from torchrl_sql.files import sync_folder, sync_tree
+from torchrl_sql.files import check_outside_stores, sync_folder, sync_tree
 
 GAMES_FILE = "games.json"
 """Names of the games in the exported folder: ``game_id`` indexes them."""
@@ -68,13 +68,15 @@ def export_memmap(
 
 
 def check_free(target: Path) -> None:
-    """Checks that nothing has the name of a folder that is to be made.
+    """Checks that nothing has the name of a folder that is to be made, and that it lies in no store.
 
     Raises:
         FileExistsError: if something has.
+        ValueError: if it does.
     """
     if target.exists():
         raise FileExistsError(f"{target} is there already: choose another path, or delete it")
+    check_outside_stores(target, "the new folder")
 
 
 @contextmanager

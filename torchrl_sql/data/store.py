@@ -151,9 +151,7 @@ class FrameStore:
         recordings = self._read(f"{game}/*")
         if not recordings:
             held = ", ".join(self.games) or "no games"
-            raise ValueError(
-                f"game {game!r} is not in the store {self.path}, which holds {held}: choose among these (data.games)"
-            )
+            raise ValueError(f"game {game!r} is not in the store {self.path}, which holds {held}: choose among these")
         return recordings
 
     def recording(self, game: str, name: str | None = None) -> Recording:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from torchrl_sql.config import EvaluationConfig
+from torchrl_sql.config.schema import MAX_EPISODES, MAX_SEED
 from torchrl_sql.envs import Emulator
 from torchrl_sql.envs.atari import DEFAULT_EMULATOR
 
@@ -54,7 +55,7 @@ class Protocol:
         seed (int): of emulator and exploration, column ``evaluation_seed``.
 
     Raises:
-        ValueError: for no episodes, or a probability outside [0, 1].
+        ValueError: for a number of episodes, a seed or a probability that is out of range.
     """
 
     emulator: Emulator = DEFAULT_EMULATOR
@@ -63,8 +64,12 @@ class Protocol:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.num_episodes < 1:
-            raise ValueError(f"num_episodes must be at least 1, got {self.num_episodes}")
+        for name, value, least, most in (
+            ("num_episodes", self.num_episodes, 1, MAX_EPISODES),
+            ("seed", self.seed, 0, MAX_SEED),
+        ):
+            if not least <= value <= most:
+                raise ValueError(f"{name} must be in [{least:,}, {most:,}], got {value}")
         if not 0.0 <= self.epsilon <= 1.0:
             raise ValueError(f"epsilon must be in [0, 1], got {self.epsilon}")
 

@@ -27,6 +27,7 @@ from torchrl_sql.config import (
 )
 from torchrl_sql.config.schema import folder_name as name_bound
 from torchrl_sql.config.study import StudyConfig, StudyRun, combined, setting_key
+from torchrl_sql.files import check_outside_stores
 from torchrl_sql.games import place_of
 from torchrl_sql.studies.task import Task
 
@@ -58,7 +59,9 @@ def plan_study(study: StudyConfig, folder: Path, *, num_ranks: int = 1) -> list[
 
     Raises:
         ConfigError: for settings that cannot be run.
+        ValueError: if the folder is a store, or in one.
     """
+    check_outside_stores(folder, "the folder of a study")
     tasks: list[Task] = []
 
     def add(name: str, kind: str, words: Sequence[str], *, reads: bool = True, **more: Any) -> Task:

@@ -14,7 +14,7 @@ from typing import Any
 
 from torchrl_sql.config import ConfigError, RunConfig, check_ranks, run_config_from_yaml
 from torchrl_sql.data import FrameStore
-from torchrl_sql.files import KERNELS_VARIABLE, expand_path, write_text
+from torchrl_sql.files import KERNELS_VARIABLE, check_outside_stores, expand_path, write_text
 from torchrl_sql.provenance import software_versions
 from torchrl_sql.training.build import build_trainer, check_here
 from torchrl_sql.training.checkpoint import (
@@ -71,8 +71,7 @@ def train(config: RunConfig, *, evaluate: Evaluate | None = None) -> Path:
     with StopSignals() as signals, process_group(resolve_device(config.trainer.device)) as ranks:
         check_ranks(config, ranks.world_size)
         folder = expand_path(config.run_dir)
-        if (folder / "store.json").exists():
-            raise ConfigError(f"run_dir must be the folder of a run, but {folder} is a store")
+        check_outside_stores(folder, "run_dir")
         if folder.resolve() == expand_path(config.data.store).resolve():
             raise ConfigError(f"data.store must be another folder than run_dir, got {folder} for both")
         fingerprint = _fingerprint(config)  # before there is a folder: data that is missing leaves none
