@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,10 @@ import yaml
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 from omegaconf import MISSING, DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from torchrl_sql.config import ConfigError, configs_dir, list_choices
+from torchrl_sql.config.load import did_you_mean, unfit
 from torchrl_sql.config.schema import at_least, check_bounds, setting
 
 
@@ -147,8 +148,12 @@ def cluster_config_from_dict(content: Any) -> ClusterConfig:
         for key in sorted(OmegaConf.missing_keys(merged)):
             raise ConfigError(f"cluster.{key} must be given")
         config = OmegaConf.to_object(merged)
+    except ConfigKeyError as error:
+        names = [f"cluster.{each.name}" for each in fields(ClusterConfig)]
+        key = f"cluster.{error.full_key}"
+        raise ConfigError(f"there is no setting {key!r}{did_you_mean(key, names)}") from None
     except OmegaConfBaseException as error:
-        raise ConfigError(f"cluster.{error.full_key or ''}: {str(error).splitlines()[0]}") from None
+        raise ConfigError(unfit(f"cluster.{error.full_key or ''}", error)) from None
     assert isinstance(config, ClusterConfig)
     check(config)
     return config

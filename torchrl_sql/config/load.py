@@ -118,7 +118,7 @@ def _set(config: DictConfig, key: str, text: str, groups: Iterable[str]) -> None
     except OmegaConfBaseException as error:
         if isinstance(node, ListConfig):
             raise ConfigError(f"{key} must be a list, written {key}=[A,B], got {text!r}") from None
-        raise ConfigError(f"{key}: {_first_line(error)}") from None
+        raise ConfigError(unfit(key, error)) from None
 
 
 def _leaves(config: DictConfig, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -216,6 +216,14 @@ def _checked(config: Any) -> RunConfig:
     run_config = OmegaConf.to_object(config)
     assert isinstance(run_config, RunConfig)
     return run_config
+
+
+def unfit(key: str, error: OmegaConfBaseException) -> str:
+    """Why OmegaConf would not take a setting's value, in this package's words where it has some."""
+    reason = _first_line(error)
+    if number := re.fullmatch(r"Value '(.*)' of type '\w+' could not be converted to (Integer|Float)", reason):
+        return f"{key} must be a {'whole ' * (number[2] == 'Integer')}number, got {number[1]!r}"
+    return f"{key}: {reason}"
 
 
 def _first_line(error: Exception) -> str:
