@@ -72,7 +72,7 @@ FORMS: dict[str, tuple[Any, bool, bool]] = {
 def work(connection: Connection, form: str, network: str, batch_size: int, folder: Path) -> None:
     """Compile, tell, then time as often as asked and profile once."""
     norm.group_norm, holds_maps, double_q = FORMS[form]
-    parallel._compiler_options = lambda loss: {"triton.persistent_reductions": holds_maps}
+    parallel.compiler_options = lambda loss: {"triton.persistent_reductions": holds_maps}
     measurements = Measurements("cuda", folder, tiny=False)
     config = measurements.config(
         f"model.encoder={network}", f"data.batch_size={batch_size}", f"run_dir={folder / form.replace(' ', '_')}",
@@ -102,7 +102,7 @@ def main() -> None:
         for form in arguments.forms:
             ours, theirs = context.Pipe()
             settings = (theirs, form, arguments.network, arguments.batch_size, Path(folder))
-            process = context.Process(target=work, args=settings)
+            process = context.Process(target=work, args=settings, daemon=True)
             process.start()
             theirs.close()
             workers[form] = (process, ours)

@@ -11,12 +11,13 @@ import pytest
 import torchrl_sql
 
 PACKAGE = Path(torchrl_sql.__file__).parent
-LEAVES = {"games", "files", "provenance", "arguments"}
+LEAVES = {"games", "files", "provenance", "arguments", "errors"}
 MAY_IMPORT: dict[str, set[str]] = {
     "games": set(),
     "files": set(),
     "provenance": set(),
     "arguments": set(),
+    "errors": set(),
     "config": LEAVES,
     "data": LEAVES,
     "modules": LEAVES,

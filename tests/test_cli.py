@@ -174,6 +174,14 @@ def test_train_prints_its_configuration(capsys):
         (["quickstart", "--jobs", "0", "--dry-run"], "--jobs must be at least 1, got 0"),
         (["evaluate", "noop", "--games", "Pong", "--out", "store"], "--out must be outside of stores"),
         (["config", "study/../scale/cpu"], "there is no study/../scale/cpu among the choices"),
+        (["train", "--config", "A" * 300], f"{'A' * 300} cannot be used: File name too long"),
+        (["collect", "scale=cpu", "data.games=Pong", "data.store=store/inner"], "a store must be outside of stores"),
+        (["evaluate", "constant_"], "constant_ must be constant_ and an action (NOOP, FIRE, "),
+        (["evaluate", "constantly"], "constantly must be a checkpoint, the folder of a trained run or"),
+        (
+            ["train", "scale=cpu", "data.store=store", "data.batch_size=null"],
+            "data.batch_size must have a value, got null",
+        ),
         (["study", "broken.yaml"], "broken.yaml must hold a study: while parsing"),
     ],
 )
@@ -252,19 +260,26 @@ def test_an_unknown_option_is_answered_by_its_command_with_the_closest_one(capsy
     assert "unrecognized arguments: --epsiode 3 --gmaes=Pong; did you mean --episode or --games?" in error
 
 
+def test_config_prints_files_of_configs_alone(tmp_path, capsys):
+    (tmp_path / "mine.yaml").write_text("a: 1")
+    assert main(["config", str(tmp_path / "mine")]) == 1
+    assert f"there is no {tmp_path / 'mine'} among the choices" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "allocate",
     [
         lambda: torch.empty(2**55, dtype=torch.uint8),
         lambda: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")),
         lambda: np.empty(2**55, np.uint8),
+        lambda: (_ for _ in ()).throw(MemoryError()),
     ],
 )
 def test_too_little_memory_is_one_clear_line(monkeypatch, capsys, allocate):
     monkeypatch.setattr("torchrl_sql.cli._run", lambda args: allocate())
     assert main(["quickstart"]) == 1
     err = capsys.readouterr().err
-    assert err.startswith("torchrl-sql quickstart: there is not enough memory: ") and err.count("\n") == 1
+    assert re.fullmatch("torchrl-sql quickstart: there is not enough memory(: .+)?\n", err)
 
 
 def test_other_errors_keep_their_traceback(monkeypatch):

@@ -46,13 +46,20 @@ def test_home_and_variables_in_paths_are_replaced_and_unknown_ones_named(monkeyp
         expand_path("$NOT_SET/a")
     with pytest.raises(ValueError, match=r"^~nobody-here/a: there is no user 'nobody-here' on "):
         expand_path("~nobody-here/a")
+    monkeypatch.setenv("TMPDIR", "~/data")
+    assert str(expand_path("$TMPDIR/a")) == "~/data/a"  # as a shell would have it
 
 
 def test_what_is_filled_lies_outside_of_stores(tmp_path, monkeypatch):
     (tmp_path / "store").mkdir()
     (tmp_path / "store" / "store.json").touch()
+    check_outside_stores(tmp_path / "store", "run_dir")  # somebody else's file of that name
+    (tmp_path / "store" / "recordings.txt").touch()
+    (tmp_path / "store" / "sub").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "store" / "sub")
+    check_outside_stores(tmp_path / "store" / ".." / "other", "run_dir")
     check_outside_stores(tmp_path / "other", "run_dir")
     monkeypatch.chdir(tmp_path / "store")
-    for inside in (tmp_path / "store", tmp_path / "store" / "a" / "b", Path("a"), Path(".")):
+    for inside in (tmp_path / "store", tmp_path / "store" / "a" / "b", tmp_path / "link" / "a", Path("a"), Path()):
         with pytest.raises(ValueError, match=r"run_dir must be outside of stores, but .*/store is one, got "):
             check_outside_stores(inside, "run_dir")

@@ -49,9 +49,10 @@ def expand_path(text: str | Path) -> Path:
     Raises:
         ValueError: if a variable is not set, or there is no such user.
     """
-    path = os.path.expandvars(os.path.expanduser(text))
-    if path.startswith("~"):
-        raise ValueError(f"{text}: there is no user {path[1:].split('/')[0]!r} on {os.uname().nodename}")
+    home = os.path.expanduser(text)
+    if home.startswith("~"):
+        raise ValueError(f"{text}: there is no user {home[1:].split('/')[0]!r} on {os.uname().nodename}")
+    path = os.path.expandvars(home)
     if unset := re.search(r"\$([A-Za-z_]\w*|\{\w+\})", path):
         raise ValueError(f"{text}: the environment variable {unset[0]} is not set on {os.uname().nodename}")
     return Path(path)
@@ -63,9 +64,9 @@ def check_outside_stores(path: Path, name: str) -> None:
     Raises:
         ValueError: if it does.
     """
-    place = path.absolute()
+    place = path.resolve()
     for folder in (place, *place.parents):
-        if (folder / "store.json").exists():
+        if (folder / "store.json").exists() and (folder / "recordings.txt").exists():
             raise ValueError(f"{name} must be outside of stores, but {folder} is one, got {path}")
 
 

@@ -72,6 +72,14 @@ EARLIER = "name: x\nobjective: {name: cql}\nmodel: {num_atoms: 51}\n"
     [
         ("a: [", "here must hold a run's configuration"),
         ("[1]", "here must hold a run's configuration"),
+        (
+            f"format: {CONFIG_FORMAT}\nname: x\nmethod: {{name: bc}}\ndata: {{batch_sise: 3}}",
+            "here must hold a run's configuration: there is no setting 'data.batch_sise'",
+        ),
+        (
+            f"format: {CONFIG_FORMAT}\nname: x\nmethod: {{name: bc}}\ndata: {{batch_size: many}}",
+            "here must hold a run's configuration: data.batch_size must be a whole number, got 'many'",
+        ),
         (f"format: {CONFIG_FORMAT}\nname: x", "here must hold a run's configuration"),
         (f"format: {CONFIG_FORMAT}\nname: x\nmethod: {{name: bc}}", "collection must be given"),
         (EARLIER, r"here was written by an earlier version of torchrl_sql .*; train it again or use that version"),

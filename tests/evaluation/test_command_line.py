@@ -59,7 +59,11 @@ def test_a_run_without_checkpoints_is_evaluated_by_its_policy(run, tmp_path, cap
     assert f"small of {tmp_path / 'deleted'} at gradient step 6" in capsys.readouterr().out
     kept, deleted = (read_episodes(tmp_path / name / "scores.csv") for name in ("kept", "deleted"))
     assert kept == deleted and len(kept) == 4
+    assert main(["evaluate", str(tmp_path / "deleted" / POLICY_FILE)]) == 0  # the same run
+    (tmp_path / "exports").mkdir()
+    shutil.copy(tmp_path / "deleted" / POLICY_FILE, tmp_path / "exports")  # no run: it has no configuration
     assert main(["evaluate", str(tmp_path), "--episodes", "3"]) == 0  # both are found in the folder above
+    assert not (tmp_path / "exports" / "scores.csv").exists()
     assert {len(read_episodes(tmp_path / name / "scores.csv")) for name in ("kept", "deleted")} == {6}
 
 

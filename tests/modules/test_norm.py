@@ -13,7 +13,7 @@ from torchrl_sql.modules.norm import GroupNorm, group_norm
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
 
 
-def make(dtype, layout, mean=3.0):
+def make(dtype, layout, mean=3.0):  # with deviation 2
     generator = torch.Generator().manual_seed(0)
     x = (mean + 2 * torch.randn(5, 12, 7, 6, generator=generator)).to(dtype).contiguous(memory_format=layout)
     weight, bias = (torch.randn(12, generator=generator) for _ in "wb")
@@ -37,6 +37,18 @@ def test_in_float32_it_is_torchs_with_its_gradients(layout):
     expected.backward(cotangent)
     for one, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("mean", "corner", "greatest"), [(1000.0, None, 1e-4), (3.0, 1000.0, 1e-5)])
+def test_neither_a_large_mean_nor_an_outlier_in_front_costs_much(mean, corner, greatest):
+    """Sums of squares are off by 0.02 with this mean."""
+    (x, *parameters), _ = make(torch.float32, torch.channels_last, mean)
+    if corner is not None:
+        x.data[:, :, 0, 0] = corner
+    exact = F.group_norm(x.double(), 3, eps=1e-5)
+    expected = F.group_norm(x.double(), 3, *(each.double() for each in parameters), 1e-5)
+    error = (group_norm(x, 3, *parameters, 1e-5) - expected).abs().max()
+    assert error < greatest * exact.abs().max() * parameters[0].abs().max()
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

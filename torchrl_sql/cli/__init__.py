@@ -17,6 +17,7 @@ from typing import Any
 
 import torchrl_sql
 from torchrl_sql.cli import bench, config, data, enjoy, evaluate, launch, probe, report, study, train
+from torchrl_sql.errors import is_out_of_memory
 from torchrl_sql.files import expand_path
 
 DESCRIPTION = """\
@@ -55,21 +56,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"torchrl-sql {args.command}: {_describe(error)}", file=sys.stderr)
         return 1
     except (RuntimeError, MemoryError) as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
-        reason = next(iter(str(error).splitlines()), "")
-        print(f"torchrl-sql {args.command}: there is not enough memory: {reason}", file=sys.stderr)
+        reason = ": ".join(["there is not enough memory", *str(error).splitlines()[:1]])
+        print(f"torchrl-sql {args.command}: {reason}", file=sys.stderr)
         return 1
     return 0
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    # torch has a class for devices' memory only; that of the CPU is a plain RuntimeError.
-    return (
-        isinstance(error, MemoryError)
-        or type(error).__name__ == "OutOfMemoryError"
-        or "DefaultCPUAllocator" in str(error)
-    )
 
 
 @contextmanager
@@ -96,7 +88,7 @@ def _describe(error: Exception) -> str:
         return str(error)
     problems = {
         FileNotFoundError: "does not exist",
-        FileExistsError: "is there already" + ", as a file" * Path(str(error.filename)).is_file(),
+        FileExistsError: "is there already" + ", as a file" * os.path.isfile(error.filename),
         NotADirectoryError: "is no folder",
         IsADirectoryError: "is a folder, not a file",
     }
@@ -156,7 +148,7 @@ def expand_paths(args: argparse.Namespace) -> None:
     """Replaces ``~`` and environment variables in a command's paths.
 
     Raises:
-        ValueError: if a variable is not set.
+        ValueError: if a variable is not set, or there is no such user.
     """
     for name, value in vars(args).items():
         if isinstance(value, Path):

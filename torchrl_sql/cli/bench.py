@@ -41,16 +41,15 @@ def _bench(args: argparse.Namespace) -> None:
     if args.repeats < 1:
         raise ValueError(f"--repeats must be at least 1, got {args.repeats}")
     samples, numbers_of_gpus = _numbers("--samples", args.samples), _numbers("--gpus", args.gpus)
-    if args.json is not None:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        if args.json.is_dir():
-            raise ValueError(f"--json must be a file, got the folder {args.json}")
+    if args.json is not None and args.json.is_dir():
+        raise ValueError(f"--json must be a file, got the folder {args.json}")
     with process_group(resolve_device(config.trainer.device)) as ranks:
         measured = measure(config, ranks, samples_per_gpu=samples, num_repeats=args.repeats)
     if not ranks.is_main:
         return
     print(format_measurements(measured))
     if args.json is not None:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
         write_text(args.json, json.dumps(asdict(measured), indent=1) + "\n")
     plans = []
     for num_gpus in numbers_of_gpus:

@@ -31,7 +31,7 @@ def _config(args: argparse.Namespace) -> None:
         print(f"{overview()}\n\nMore: torchrl-sql config KEY, SECTION or GROUP/NAME, e.g. optim.eps, optim, scale/cpu")
     elif "/" in args.key:
         file = configs_dir() / f"{args.key.removesuffix('.yaml')}.yaml"
-        if not file.is_file() or ".." in file.parts:
+        if not file.is_file() or not file.resolve().is_relative_to(configs_dir().resolve()) or ".." in file.parts:
             raise ValueError(f"there is no {args.key} among the choices of `torchrl-sql config`")
         print(file.read_text(encoding="utf-8"), end="")
     else:

@@ -82,10 +82,10 @@ def check_agent(word: str) -> None:
         FileNotFoundError: if not.
         ValueError: for a constant action that is none.
     """
-    prefix, _, action = word.partition("_")
-    if prefix == "constant" and action not in ("", *ACTION_NAMES) and not Path(word).exists():
-        raise ValueError(f"{word} must be constant_ and an action ({', '.join(ACTION_NAMES)}), got {action}")
-    if not (word.startswith("constant") or word in ("random", "noop") or Path(word).exists()):
+    action = word.removeprefix("constant_")
+    if action != word and action not in ACTION_NAMES and not Path(word).exists():
+        raise ValueError(f"{word} must be constant_ and an action ({', '.join(ACTION_NAMES)}), got {action!r}")
+    if not (action != word or word in ("random", "noop", "constant") or Path(word).exists()):
         raise FileNotFoundError(
             f"{word} must be a checkpoint, the folder of a trained run or one that holds such folders, a "
             "policy.safetensors, random, noop, constant_ACTION or constant; it does not exist"
@@ -126,7 +126,9 @@ def _play(args: argparse.Namespace, games: Sequence[str] | None, share: Share) -
             folder = args.out or agent.run_dir
             if folder is None:
                 raise ValueError(f"--out must be given with {word}, which is not in the folder of a run")
-            config = None if agent.run_dir is None else load_run_config(agent.run_dir / "config.yaml")
+            config = None
+            if agent.run_dir is not None and share.count == 1:  # read before anything is played
+                config = load_run_config(agent.run_dir / "config.yaml")
             episodes = agent.evaluate(
                 folder,
                 protocol=_changed(agent.protocol, args),

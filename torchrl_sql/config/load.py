@@ -18,7 +18,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import AnyNode, BooleanNode, DictConfig, ListConfig, OmegaConf, StringNode
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationError
 
 from torchrl_sql.config.schema import (
     CONFIG_FORMAT,
@@ -171,6 +171,10 @@ def run_config_from_yaml(text: str, *, source: str) -> RunConfig:
         method = METHOD_SETTINGS.get(content["method"]["name"], MethodConfig)
         base.method, base.model = OmegaConf.structured(method), OmegaConf.structured(method.model)
         return _checked(OmegaConf.merge(base, as_written(content, base)))
+    except ConfigKeyError as error:
+        raise ConfigError(f"{source} must hold a run's configuration: there is no setting {error.full_key!r}") from None
+    except ValidationError as error:
+        raise ConfigError(f"{source} must hold a run's configuration: {unfit(str(error.full_key), error)}") from None
     except (AttributeError, OmegaConfBaseException, yaml.YAMLError, TypeError, KeyError) as error:
         raise ConfigError(f"{source} must hold a run's configuration: {_first_line(error)}") from None
 
@@ -221,6 +225,8 @@ def _checked(config: Any) -> RunConfig:
 def unfit(key: str, error: OmegaConfBaseException) -> str:
     """Why OmegaConf would not take a setting's value, in this package's words where it has some."""
     reason = _first_line(error)
+    if "is not Optional" in reason:
+        return f"{key} must have a value, got null"
     if number := re.fullmatch(r"Value '(.*)' of type '\w+' could not be converted to (Integer|Float)", reason):
         return f"{key} must be a {'whole ' * (number[2] == 'Integer')}number, got {number[1]!r}"
     return f"{key}: {reason}"

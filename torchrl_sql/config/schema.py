@@ -134,7 +134,7 @@ class DataConfig:
     """false: no transition comes twice before all of its game have come once."""
     batch_size: int = setting(within(1, 1_048_576))
     """Transitions of the global batch."""
-    n_steps: int = setting(at_least(1))
+    n_steps: int = setting(within(1, 27_000))
     """Agent steps a target looks ahead."""
     prefetch: int = setting(within(0, 1024))
     """Batches read ahead in threads."""
@@ -273,7 +273,7 @@ class AutoencodingConfig(MethodConfig):
     """Share of the feature map's places that the decoder does not see."""
     decoder_width: int = setting(within(64, 65_536))
     """Of the decoder's tokens, a multiple of 64."""
-    decoder_layers: int = setting(at_least(1))
+    decoder_layers: int = setting(within(1, 1_024))
 
 
 @dataclass(kw_only=True)

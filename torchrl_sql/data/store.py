@@ -31,7 +31,7 @@ from torchrl_sql.data.catalogue import LOCK_FILE, RECORDINGS_FILE, locked, read_
 from torchrl_sql.data.frames import Codec, Encoding
 from torchrl_sql.data.recording import VERSION, Recording, as_names, fingerprint, open_recording
 from torchrl_sql.data.writer import RecordingWriter
-from torchrl_sql.files import json_field, read_json, write_text
+from torchrl_sql.files import check_outside_stores, json_field, read_json, write_text
 from torchrl_sql.games import resolve_games
 
 STORE_FORMAT = "torchrl_sql.frame_store"
@@ -86,11 +86,12 @@ class FrameStore:
 
         Raises:
             FileExistsError: if there is a store already and ``exist_ok`` is false, or other files are in the way.
-            ValueError: for an unknown codec, or chunk and shard sizes that do not fit together.
+            ValueError: for an unknown codec, chunk and shard sizes that do not fit together, or a folder in a store.
         """
         folder = Path(path)
         encoding = Encoding(codec=codec, chunk_frames=chunk_frames, shard_frames=shard_frames, zstd_level=zstd_level)
         text = json.dumps({"format": STORE_FORMAT, "version": VERSION, **asdict(encoding)}, indent=1, sort_keys=True)
+        check_outside_stores(folder.resolve().parent, "a store")
         folder.mkdir(parents=True, exist_ok=True)
         there = {entry.name for entry in folder.iterdir() if not entry.name.endswith(".tmp")}
         if "store.json" not in there and not there <= {RECORDINGS_FILE, LOCK_FILE}:

@@ -208,7 +208,7 @@ class TrainedAgent(Agent):
         decoding: Decoding | None = None,
         device: str | None = None,
     ) -> None:
-        run_dir = path if path.is_dir() else path.parent.parent if path.parent.name == "checkpoints" else None
+        run_dir = path if path.is_dir() else path.parent if path.name == POLICY_FILE else path.parent.parent
         if path.is_dir() and not list_checkpoints(path / "checkpoints") and (path / POLICY_FILE).is_file():
             path = path / POLICY_FILE
         if path.suffix == ".safetensors":
@@ -231,7 +231,7 @@ class TrainedAgent(Agent):
         place = resolve_device(device or config.trainer.device)
         tune(place, try_algorithms=False)  # an episode that is played again must end as before
         network.to(place)
-        in_run = run_dir is not None and (run_dir / "config.yaml").is_file()
+        in_run = (run_dir / "config.yaml").is_file() and (path.parent.name == "checkpoints" or path.parent == run_dir)
         super().__init__(
             agent,
             method.policy(network, config.games, decoding=agent.decoding),
@@ -289,7 +289,8 @@ def find_runs(path: Path) -> list[Path]:
 
 
 def _holds_network(folder: Path) -> bool:
-    return bool(list_checkpoints(folder / "checkpoints")) or (folder / POLICY_FILE).is_file()
+    has_policy = (folder / POLICY_FILE).is_file() and (folder / "config.yaml").is_file()
+    return has_policy or bool(list_checkpoints(folder / "checkpoints"))
 
 
 class RandomAgent(Agent):

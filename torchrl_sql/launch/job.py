@@ -17,6 +17,7 @@ from multiprocessing import resource_tracker
 from pathlib import Path
 from types import FrameType
 
+from torchrl_sql.errors import is_out_of_memory
 from torchrl_sql.launch.attempt import ATTEMPT_VARIABLE, Attempt, TaskFolder, newest_checkpoint
 from torchrl_sql.launch.group import Group
 from torchrl_sql.launch.ranks import is_first_of_node, num_ranks, rank, torchrun_environment
@@ -154,7 +155,7 @@ def is_transient(error: Exception, *, has_checkpoint: bool) -> bool:
     if "torchrl_sql.training.ranks.RaisedByMain" in {name for cause in _causes(error) for name in _classes(cause)}:
         return True
     text = f"{names} {error}"
-    if isinstance(error, _MISSING) or "torch.OutOfMemoryError" in names or "DefaultCPUAllocator" in text:
+    if isinstance(error, _MISSING) or is_out_of_memory(error):
         return has_checkpoint
     if isinstance(error, (NotImplementedError, RecursionError)):  # RuntimeErrors, but of the program itself
         return False

@@ -13,7 +13,8 @@ def group_norm(x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: fl
     Written for a compiler: moments are taken of each channel first, and so are all sums of the gradient. So ``x`` is
     read twice forward and, with the gradient, twice backward, along its memory in channels-last, too, where a group of
     channels is no block. Moments are sums of deviations from the channel's first pixel and of their squares: faster
-    than ``torch.var_mean`` (benchmarks/results/gpu.md), and as exact where the mean is large.
+    than ``torch.var_mean`` (benchmarks/results/gpu.md), and as exact where the mean is large. Where that pixel is far
+    from all others, the variance's relative error can reach ``H * W`` times float32's epsilon: 2e-4 for 42 x 42.
 
     Args:
         x (Tensor): ``[B, C, H, W]`` of any floating dtype and memory format.
@@ -25,7 +26,7 @@ def group_norm(x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: fl
     values = x.float()
     pixel = values[:, :, :1, :1].detach()  # no moment depends on which
     deviations = values - pixel
-    size = x[0, 0].numel()
+    size = x.shape[2] * x.shape[3]
     offsets = deviations.sum((2, 3)) / size
     variances = (deviations.square().sum((2, 3)) / size - offsets.square()).unflatten(1, (num_groups, -1))
     means = (pixel.flatten(1) + offsets).unflatten(1, (num_groups, -1))  # [B, G, C / G]

@@ -15,6 +15,7 @@ from typing import IO, Any, cast
 import torch
 
 from torchrl_sql.config import ConfigError
+from torchrl_sql.errors import is_out_of_memory
 from torchrl_sql.files import replacing, write_text
 
 FORMAT = "torchrl_sql checkpoint 3"
@@ -189,18 +190,13 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     except Exception as error:
         if isinstance(error, OSError) and error.errno != errno.EINVAL:  # EINVAL: seeking where a damaged file says
             raise
-        if _is_of_memory(error):
+        if is_out_of_memory(error):
             raise MemoryError(f"{path} does not fit into memory: {error}") from error
         raise CheckpointError(
             f"{path} must be a checkpoint of torchrl_sql, got a file that fails to load: {error}"
         ) from error
     check_format(path, content.get("format") if isinstance(content, dict) else type(content).__name__, FORMAT)
     return content
-
-
-def _is_of_memory(error: Exception) -> bool:
-    """Whether torch got too little on the CPU, for which it has no class."""
-    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
 
 
 def check_format(path: Path, actual: object, expected: str) -> None:
@@ -227,7 +223,7 @@ def wrong_content(path: Path) -> Iterator[None]:
     except ConfigError as error:  # it names the file
         raise CheckpointError(str(error)) from error
     except (LookupError, TypeError, AttributeError, ValueError, RuntimeError) as error:
-        if _is_of_memory(error):
+        if is_out_of_memory(error):
             raise
         # What torch and tensordict raise for states of other names, types and shapes.
         first_line = next(iter(str(error).splitlines()), "")

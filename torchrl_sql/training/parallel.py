@@ -48,7 +48,7 @@ class SingleProcess:
         if compile:
             # TensorDict notes classes that it meets in arithmetic and moves; a class it notes later compiles all anew.
             _ = (TensorDict(a=torch.zeros(())) / 2 / 2.0).to(torch.device("cpu"))
-            self._loss = torch.compile(loss, fullgraph=True, dynamic=False, options=_compiler_options(loss))
+            self._loss = torch.compile(loss, fullgraph=True, dynamic=False, options=compiler_options(loss))
 
     def __call__(self, batch: TensorDictBase, *, exchange: bool = True) -> TensorDict:
         """The loss's entries; there is nobody to exchange gradients with."""
@@ -58,8 +58,9 @@ class SingleProcess:
         """There is nobody to exchange gradients with."""
 
 
-def _compiler_options(loss: LossModule) -> dict[str, Any]:
-    if next(loss.parameters()).device.type == "cpu":
+def compiler_options(loss: LossModule, device: str | None = None) -> dict[str, Any]:
+    """Of ``torch.compile``, for a loss on a kind of device; default the one where its parameters are."""
+    if (device or next(loss.parameters()).device.type) == "cpu":
         return {
             "layout_optimization": False
         }  # channels-last costs more than it gains (benchmarks/results/update_step.md)

@@ -64,6 +64,7 @@ def train(config: RunConfig, *, evaluate: Evaluate | None = None) -> Path:
 
     Raises:
         ConfigError: if the folder holds a run with other settings.
+        ValueError: if it is a store, or in one.
         RunFolderError: if another process trains in the folder.
         Interrupted: on every rank, if any received a signal of :class:`StopSignals`; everything is saved.
     """
