@@ -61,12 +61,12 @@ class SingleProcess:
 def compiler_options(loss: LossModule, device: str | None = None) -> dict[str, Any]:
     """Of ``torch.compile``, for a loss on a kind of device; default the one where its parameters are."""
     if (device or next(loss.parameters()).device.type) == "cpu":
-        return {
-            "layout_optimization": False
-        }  # channels-last costs more than it gains (benchmarks/results/update_step.md)
+        # Channels-last costs more than it gains (benchmarks/results/update_step.md).
+        return {"layout_optimization": False}
     networks = [value for value in vars(loss).values() if isinstance(value, nn.Module)]  # where TorchRL keeps them
     if any(isinstance(module, nn.GroupNorm) for network in networks for module in network.modules()):
-        return {"triton.persistent_reductions": False}  # kernels that hold a whole map are slower (.../gpu.md)
+        # Kernels that hold a whole map are slower (benchmarks/results/gpu.md).
+        return {"triton.persistent_reductions": False}
     return {}
 
 
