@@ -5,9 +5,10 @@
 One network (scale=cpu; --device cuda takes it to a GPU), batches of 32, 3-step returns, Breakout. Per round, one after
 the other:
 
-- emulator: emulators that step together, random actions. acting: the same with the network's forward.
+- emulator: emulators that step together, random actions. acting: the same with the network's forward. As many
+  emulators as agent steps are owed per gradient step, so that each plays one of them: 4 and 16.
 - learner: gradient steps on a store that nobody appends to.
-- online: both overlapped, as train-online does it, at replay ratios 1/4 and 1/16.
+- online: both overlapped, as train-online does it, at replay ratios 1/4 and 1/16, with so many emulators.
 - recipe: TorchRL's DQN recipe for Atari (sota-implementations/dqn): its Collector, GymEnv with TorchRL's transforms,
   LazyMemmapStorage and DistributionalDQNLoss, with our network. recipe_env: the same with our AtariEnv in place of
   GymEnv and transforms, which is the fairer comparison of everything else.
@@ -82,7 +83,8 @@ def run_config(folder: Path, ratio: int, network: list[str]) -> RunConfig:
     return compose_run_config(
         [
             "scale=cpu", "online=cpu", f"data.games={GAME}", f"run_dir={folder}", *network,
-            f"online.agent_steps_per_gradient_step={ratio}", "data.n_steps=3", "online.first_agent_steps=2_000",
+            f"online.agent_steps_per_gradient_step={ratio}", f"online.num_emulators={ratio}", "data.n_steps=3",
+            "online.first_agent_steps=2_000",
             f"online.commit_interval_gradient_steps={max(50, 500 // ratio)}",
             "online.epsilon_decay_agent_steps=1",  # else most steps would be random, and need no network
         ]
@@ -112,23 +114,24 @@ class Clock:
         return {"per_second": count / wall, "per_cpu_second": count / cpu}
 
 
-def emulator(folder: Path, network: list[str], num_ticks: int, *, acting: bool) -> dict[str, float]:
-    """Agent steps of four emulators."""
-    config = run_config(folder, 4, network)
+def emulator(folder: Path, network: list[str], num_emulators: int, num_steps: int, *, acting: bool) -> dict[str, float]:
+    """Agent steps of emulators that step together."""
+    config = run_config(folder, num_emulators, network)
     device = resolve_device(config.trainer.device)
     method = make_method(config.method)
     policy = method.policy(method.network(config.model, config.games), config.games).eval().to(device)
-    players = Lockstep([GAME], 4, seed=0)
+    players = Lockstep([GAME], num_emulators, seed=0)
     players.begin({})
+    game_id = torch.zeros(num_emulators, dtype=torch.int64)
     clock, rng = Clock(), np.random.default_rng(0)
-    for _ in range(num_ticks):
+    for _ in range(num_steps // num_emulators):
         if acting:
             with torch.inference_mode():
-                observation, game_id = torch.from_numpy(players.observation), torch.zeros(4, dtype=torch.int64)
-                batch = TensorDict(observation=observation, game_id=game_id, batch_size=[4])
+                observation = torch.from_numpy(players.observation)
+                batch = TensorDict(observation=observation, game_id=game_id, batch_size=[num_emulators])
                 policy(batch.to(device))["action"].cpu()
-        players.step(LEGAL[rng.integers(4, size=4)], {})
-    rates = clock.rates(4 * num_ticks)
+        players.step(LEGAL[rng.integers(4, size=num_emulators)], {})
+    rates = clock.rates(num_steps // num_emulators * num_emulators)
     players.close()
     return rates
 
@@ -341,11 +344,13 @@ def main() -> None:
         folder = Path(name)
         online(folder / "first", network, 4, 20)
         sides: dict[str, Callable[[Path], dict[str, float]]] = {
-            "emulator": lambda at: emulator(at, network, 300, acting=False),
-            "acting": lambda at: emulator(at, network, 300, acting=True),
             "learner": lambda at: learner(folder / "first" / "store", at, network, args.steps),
         }
         for ratio in RATIOS:
+            for side, acting in (("emulator", False), ("acting", True)):
+                sides[f"{side}_{ratio}"] = partial(
+                    emulator, network=network, num_emulators=ratio, num_steps=1_200, acting=acting
+                )
             sides[f"online_{ratio}"] = partial(online, network=network, ratio=ratio, num_steps=args.steps)
             for kind, ours in (("recipe", False), ("recipe_env", True)):
                 sides[f"{kind}_{ratio}"] = partial(
@@ -362,7 +367,9 @@ def main() -> None:
     shares = {
         ratio: statistics.median(
             one["per_second"] / min(learner["per_second"], acting["per_second"] / ratio)
-            for one, learner, acting in zip(rounds[f"online_{ratio}"], rounds["learner"], rounds["acting"], strict=True)
+            for one, learner, acting in zip(
+                rounds[f"online_{ratio}"], rounds["learner"], rounds[f"acting_{ratio}"], strict=True
+            )
         )
         for ratio in RATIOS
     }

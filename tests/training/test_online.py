@@ -48,6 +48,8 @@ TINY = [
     "optim.warmup_gradient_steps=2",
 ]
 
+needs_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
 
 @pytest.fixture
 def make_config(tmp_path):
@@ -132,12 +134,14 @@ def test_a_run_killed_at_any_instant_ends_as_if_it_had_not_been(played, tmp_path
     assert_same_run(folder, played)
 
 
-def test_the_network_that_acts_has_the_learners_weights_of_the_step_before(make_config):
-    trainer = build_trainer(make_config())
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, needs_a_gpu])])
+def test_the_network_that_acts_has_the_learners_weights_of_the_step_before(make_config, device):
+    trainer = build_trainer(make_config(f"trainer.device={device}"))
     before = {}
     for _ in range(4):
         batch = trainer.replay.sample()
         acting, learner = trainer.replay._acting.state_dict(), trainer.replay._policy.state_dict()
+        assert {value.device.type for value in acting.values()} == {device}
         assert all(torch.equal(value, learner[name]) for name, value in acting.items())
         assert not before or any(not torch.equal(value, acting[name]) for name, value in before.items())
         before = {name: value.clone() for name, value in acting.items()}
@@ -161,20 +165,41 @@ def test_a_network_that_diverged_stops_the_run_with_files_to_inspect(make_config
     assert (Path(config.run_dir) / "nonfinite" / "state.pt").exists()
 
 
-def test_an_interrupted_run_continues_exactly(played, make_config, monkeypatch):
-    update = Trainer.update
+@pytest.fixture
+def interrupted_at_10(monkeypatch):
+    """Trains until ten gradient steps have been taken."""
 
-    def interrupting(self, batch):
-        metrics = update(self, batch)
-        if self.step == 10:
-            signal.raise_signal(signal.SIGINT)
-        return metrics
+    def train_until_then(config):
+        update = Trainer.update
 
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "update", interrupting)
-        with pytest.raises(Interrupted):
-            train(make_config())
+        def interrupting(self, batch):
+            metrics = update(self, batch)
+            if self.step == 10:
+                signal.raise_signal(signal.SIGINT)
+            return metrics
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Trainer, "update", interrupting)
+            with pytest.raises(Interrupted):
+                train(config)
+
+    return train_until_then
+
+
+def test_an_interrupted_run_continues_exactly(played, make_config, interrupted_at_10):
+    interrupted_at_10(make_config())
     assert_same_run(train(make_config()), played)
+
+
+@pytest.mark.gpu
+@needs_a_gpu
+def test_a_run_on_a_gpu_plays_what_it_owes_and_continues(played, make_config, interrupted_at_10):
+    interrupted_at_10(make_config("trainer.device=cuda"))
+    folder = train(make_config("trainer.device=cuda"))
+    ours, theirs = read_scalars(folder), read_scalars(played)
+    assert ours["agent_steps"] == theirs["agent_steps"] and ours["epsilon"] == theirs["epsilon"]
+    assert np.isfinite([value for _, value in ours["objective"]]).all()
+    assert (folder / POLICY_FILE).exists()
 
 
 @pytest.mark.slow
