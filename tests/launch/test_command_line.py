@@ -98,6 +98,7 @@ def test_help_of_a_kind(here, capsys):
         (["train", *TRAIN, "--gpus", "cluster=cpu"], "settings must be key=value, got '--gpus'"),
         (["train", *TRAIN, "loss.alhpa=1", "cluster=cpu"], "loss"),
         (["train", *TRAIN, "data.batch_size=9", "cluster=gpus8"], "data.batch_size must be a multiple of the 8"),
+        (["study", "transfer_online", "cluster=gpus8"], "must be of one process, e.g. of cluster=gpus1, got 8"),
         (
             ["train", *TRAIN, "data.batch_size=16", "trainer.microbatch_size=4", "cluster=gpus8"],
             "trainer.microbatch_size must be null or a divisor of each process's batch of 2, got 4",

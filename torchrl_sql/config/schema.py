@@ -572,7 +572,7 @@ def check_ranks(config: RunConfig, num_ranks: int) -> None:
         ConfigError: if it does not.
     """
     if config.online is not None and num_ranks > 1:
-        raise ConfigError(f"a run with online settings must be of one process, got {num_ranks}")
+        raise ConfigError(f"a run with online settings must be of one process, e.g. of cluster=gpus1, got {num_ranks}")
     batch_size, microbatch_size = config.data.batch_size, config.trainer.microbatch_size
     if batch_size % num_ranks:
         raise ConfigError(f"data.batch_size must be a multiple of the {num_ranks} processes, got {batch_size}")
