@@ -86,7 +86,25 @@ def test_c51_by_hand():
     assert out["q_data"].item() == pytest.approx(0.25, abs=1e-6)
     assert out["q_max"].item() == pytest.approx(0.5, abs=1e-6)
     assert out["q_target"].item() == pytest.approx(0.1 + 0.5 * 0.6, abs=1e-6)
+    assert out["clipped_mass"].item() == 0
     torch.testing.assert_close(batch["td_error"], torch.tensor([[td]]))
+
+
+@pytest.mark.parametrize(
+    ("target", "reward", "terminated", "clipped"),
+    [
+        ("c51", 0.6, False, 0.6),  # the upper atom of the second action moves to 1.1
+        ("c51", 1.5, True, 1.0),
+        ("c51", -0.1, False, 0.4),
+        ("hl_gauss", 0.6, False, 0.0),  # the target is 0.6 + 0.5 * 0.6
+        ("hl_gauss", 0.8, False, 1.0),
+    ],
+)
+def test_the_share_of_targets_that_is_clipped_by_hand(target, reward, terminated, clipped):
+    log_probs = torch.tensor([[0.8, 0.4], [0.2, 0.6]]).log().tolist()
+    loss = make_loss(table_actor(2, torch.tensor([0.0, 1.0])), gamma=0.5, target=target)
+    out = loss(transition(log_probs, log_probs, reward=reward, terminated=terminated))
+    assert out["clipped_mass"].item() == pytest.approx(clipped)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from torchrl_sql.objectives import c51_projection, check_support, expected_value, hl_gauss_target
+from torchrl_sql.objectives import c51_projection, check_support, clipped_mass, expected_value, hl_gauss_target
 
 SUPPORT = torch.linspace(-10, 10, 51, dtype=torch.double)
 
@@ -133,6 +133,15 @@ def test_projection_is_a_distribution(probs, reward, discount):
     got = c51_projection(probs, SUPPORT, column(reward)[0], column(discount)[0])
     assert (got >= 0).all()
     torch.testing.assert_close(got.sum(), torch.tensor(1.0, dtype=torch.double))
+
+
+@settings(max_examples=60, deadline=None)
+@given(distributions, rewards, discounts)
+def test_clipped_mass_is_that_of_the_atoms_that_leave_the_support(probs, reward, discount):
+    moved = [reward + discount * z for z in SUPPORT.tolist()]
+    expected = sum(mass for mass, z in zip(probs.tolist(), moved, strict=True) if not -10 <= z <= 10)
+    got = clipped_mass(probs, SUPPORT, column(reward)[0], column(discount)[0])
+    assert got.item() == pytest.approx(expected, abs=1e-12)
 
 
 @settings(max_examples=60, deadline=None)

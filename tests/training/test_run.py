@@ -414,6 +414,7 @@ def test_metrics_that_matter_are_logged(make_config):
         "loss_cql",
         "q_data",
         "q_max",
+        "clipped_mass",
         "feature_norm",
         "grad_norm",
         "samples_per_second",

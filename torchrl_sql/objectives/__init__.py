@@ -6,7 +6,13 @@ from torchrl_sql.objectives.cql import DistributionalCQLLoss
 from torchrl_sql.objectives.decision_transformer import DecisionTransformerLoss
 from torchrl_sql.objectives.mae import MaskedAutoencodingLoss
 from torchrl_sql.objectives.multi_step import MultiStep, MultiStepTransform
-from torchrl_sql.objectives.return_distribution import c51_projection, check_support, expected_value, hl_gauss_target
+from torchrl_sql.objectives.return_distribution import (
+    c51_projection,
+    check_support,
+    clipped_mass,
+    expected_value,
+    hl_gauss_target,
+)
 
 __all__ = [
     "ContrastivePredictionLoss",
@@ -18,6 +24,7 @@ __all__ = [
     "MultiStepTransform",
     "c51_projection",
     "check_support",
+    "clipped_mass",
     "expected_value",
     "hl_gauss_target",
 ]

@@ -27,7 +27,13 @@ from torchrl_sql.objectives.common import (
     priority_weights,
     writes,
 )
-from torchrl_sql.objectives.return_distribution import c51_projection, check_support, expected_value, hl_gauss_target
+from torchrl_sql.objectives.return_distribution import (
+    c51_projection,
+    check_support,
+    clipped_mass,
+    expected_value,
+    hl_gauss_target,
+)
 
 
 class DistributionalCQLLoss(LossModule):
@@ -93,8 +99,9 @@ class DistributionalCQLLoss(LossModule):
     Returns:
         ``loss_qvalue`` and ``loss_cql`` (already weighted: the objective is their sum); detached means over the batch
         with its mask and weights: ``td_error``, ``cql_gap`` (the penalty before its weight), ``q_data`` (Q of the
-        data's actions), ``q_max`` (of the greedy ones), ``q_target`` (of the targets) and, where the network writes it,
-        ``feature_norm``; and what ``keep`` names.
+        data's actions), ``q_max`` (of the greedy ones), ``q_target`` (of the targets); with a support also
+        ``clipped_mass`` (share of the targets' probability, with ``"hl_gauss"`` of the targets, that lay beyond it and
+        was clipped to it) and, where the network writes it, ``feature_norm``; and what ``keep`` names.
 
     Raises:
         TypeError, ValueError: if ``value_network`` does not fit, its support is unusable, or a value is out of range.
@@ -258,6 +265,8 @@ class DistributionalCQLLoss(LossModule):
     def out_keys(self) -> list[NestedKey]:
         """Keys of the result: the two losses, the metrics, and what ``keep`` names."""
         metrics = ["td_error", "cql_gap", "q_data", "q_max", "q_target"]
+        if self.support is not None:
+            metrics.append("clipped_mass")
         if self._writes_feature_norm:
             metrics.append("feature_norm")
         return ["loss_qvalue", "loss_cql", *metrics, *self.keep]
@@ -281,7 +290,7 @@ class DistributionalCQLLoss(LossModule):
         discount = discount * terminated.logical_not().to(values.dtype)
 
         taken, next_taken = _select(values, action), _select(next_values, next_action)
-        loss_td, q_target = self._td(taken, next_taken, reward.to(values.dtype), discount)
+        loss_td, q_target, clipped = self._td(taken, next_taken, reward.to(values.dtype), discount)
         unmasked = self._q_values(values)
         q_values = mask_illegal(unmasked, network, inputs, action)
         q_data = _select(q_values, action)
@@ -299,6 +308,8 @@ class DistributionalCQLLoss(LossModule):
             "q_max": mean(mask_illegal(unmasked, network, inputs).amax(-1)),
             "q_target": mean(q_target),
         }
+        if clipped is not None:
+            result["clipped_mass"] = mean(clipped)
         if self._writes_feature_norm:
             result["feature_norm"] = mean(inputs[keys.feature_norm].squeeze(-1))
         out = TensorDict(result)
@@ -347,18 +358,22 @@ class DistributionalCQLLoss(LossModule):
         """``[*B, A]`` expectations of log-probabilities ``[*B, N, A]``; scalar values as they are."""
         return values if self.support is None else expected_value(values, self.support.to(values.dtype))
 
-    def _td(self, taken: Tensor, next_taken: Tensor, reward: Tensor, discount: Tensor) -> tuple[Tensor, Tensor]:
-        """Each sample's TD loss and target value, both ``[*B]``, from the values of the two actions."""
+    def _td(
+        self, taken: Tensor, next_taken: Tensor, reward: Tensor, discount: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Each sample's TD loss, target value and clipped mass, ``[*B]`` each, from the values of the two actions."""
         if self.support is None:
             q_target = (reward + discount * next_taken.unsqueeze(-1)).squeeze(-1)
-            return (taken - q_target).square(), q_target
+            return (taken - q_target).square(), q_target, None
         support, probs = self.support.to(taken.dtype), next_taken.exp()
         if self.target == "c51":
             target_probs = c51_projection(probs, support, reward, discount)
+            clipped = clipped_mass(probs, support, reward, discount)
         else:
-            value = (probs * support).sum(-1, keepdim=True)
-            target_probs = hl_gauss_target(reward + discount * value, support, self.sigma_ratio)
-        return -(target_probs * taken).sum(-1), (target_probs * support).sum(-1)
+            value = reward + discount * (probs * support).sum(-1, keepdim=True)
+            target_probs = hl_gauss_target(value, support, self.sigma_ratio)
+            clipped = ((value < support[0]) | (value > support[-1])).squeeze(-1).to(value.dtype)
+        return -(target_probs * taken).sum(-1), (target_probs * support).sum(-1), clipped
 
 
 def _select(values: Tensor, action: Tensor) -> Tensor:

@@ -74,6 +74,22 @@ def c51_projection(probs: Tensor, support: Tensor, reward: Tensor, discount: Ten
     return (share * probs.unsqueeze(-2)).sum(-1)
 
 
+def clipped_mass(probs: Tensor, support: Tensor, reward: Tensor, discount: Tensor) -> Tensor:
+    """The probability that :func:`c51_projection` moves to the ends of the support because it would lie beyond them.
+
+    Args:
+        probs (Tensor): ``[*B, N]``, as all arguments as there.
+        support (Tensor): ``[N]``.
+        reward (Tensor): ``[*B, 1]``.
+        discount (Tensor): ``[*B, 1]``.
+
+    Returns:
+        ``[*B]``, in [0, 1].
+    """
+    moved = reward + discount * support
+    return (probs * ((moved < support[0]) | (moved > support[-1]))).sum(-1)
+
+
 def hl_gauss_target(value: Tensor, support: Tensor, sigma_ratio: float = 0.75) -> Tensor:
     """A normal distribution around a scalar target as a histogram (Farebrother et al. 2024, section 3.1).
 
