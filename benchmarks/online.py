@@ -8,7 +8,7 @@ the other:
 - emulator: emulators that step together, random actions. acting: the same with the network's forward. As many
   emulators as agent steps are owed per gradient step, so that each plays one of them: 4 and 16.
 - learner: gradient steps on a store that nobody appends to.
-- online: both overlapped, as train-online does it, at replay ratios 1/4 and 1/16, with so many emulators.
+- online: both overlapped, as train-online does it, at replay ratios 1/4 and 1/16, with as many emulators as above.
 - recipe: TorchRL's DQN recipe for Atari (sota-implementations/dqn): its Collector, GymEnv with TorchRL's transforms,
   LazyMemmapStorage and DistributionalDQNLoss, with our network. recipe_env: the same with our AtariEnv in place of
   GymEnv and transforms, which is the fairer comparison of everything else.
@@ -131,7 +131,7 @@ def emulator(folder: Path, network: list[str], num_emulators: int, num_steps: in
                 batch = TensorDict(observation=observation, game_id=game_id, batch_size=[num_emulators])
                 policy(batch.to(device))["action"].cpu()
         players.step(LEGAL[rng.integers(4, size=num_emulators)], {})
-    rates = clock.rates(num_steps // num_emulators * num_emulators)
+    rates = clock.rates(num_steps)
     players.close()
     return rates
 

@@ -78,7 +78,7 @@ def main() -> None:
         recording = store.recording(game)
         returns = [row.episode_return for row in played if row.game == game]
         point, low, high = (float(end) for end in student(np.array(returns)))
-        data = recording.rewards.sum() / len(recording.episodes)
+        data = float(recording.rewards.sum()) / len(recording.episodes)
         scores.append(f"| {game} | {point:.1f} [{low:.1f}, {high:.1f}] | {data:.1f} |")
         sources.append(f"- {game}: {recording.manifest.source}")
     machine, method, evaluation = describe_benchmark(), config.method, config.evaluation

@@ -98,6 +98,7 @@ def test_c51_by_hand():
         ("c51", -0.1, False, 0.4),
         ("hl_gauss", 0.6, False, 0.0),  # the target is 0.6 + 0.5 * 0.6
         ("hl_gauss", 0.8, False, 1.0),
+        ("hl_gauss", -0.4, False, 1.0),
     ],
 )
 def test_the_share_of_targets_that_is_clipped_by_hand(target, reward, terminated, clipped):

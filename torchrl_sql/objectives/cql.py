@@ -99,9 +99,10 @@ class DistributionalCQLLoss(LossModule):
     Returns:
         ``loss_qvalue`` and ``loss_cql`` (already weighted: the objective is their sum); detached means over the batch
         with its mask and weights: ``td_error``, ``cql_gap`` (the penalty before its weight), ``q_data`` (Q of the
-        data's actions), ``q_max`` (of the greedy ones), ``q_target`` (of the targets); with a support also
-        ``clipped_mass`` (share of the targets' probability, with ``"hl_gauss"`` of the targets, that lay beyond it and
-        was clipped to it) and, where the network writes it, ``feature_norm``; and what ``keep`` names.
+        data's actions), ``q_max`` (of the greedy ones), ``q_target`` (of the targets), with a support
+        ``clipped_mass`` (the share of the targets' probability that lay beyond it and was moved to its ends; with
+        ``"hl_gauss"`` the share of such targets) and, where the network writes it, ``feature_norm``; and what ``keep``
+        names.
 
     Raises:
         TypeError, ValueError: if ``value_network`` does not fit, its support is unusable, or a value is out of range.

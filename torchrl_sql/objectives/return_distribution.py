@@ -78,7 +78,7 @@ def clipped_mass(probs: Tensor, support: Tensor, reward: Tensor, discount: Tenso
     """The probability that :func:`c51_projection` moves to the ends of the support because it would lie beyond them.
 
     Args:
-        probs (Tensor): ``[*B, N]``, as all arguments as there.
+        probs (Tensor): ``[*B, N]``; the arguments are those of :func:`c51_projection`.
         support (Tensor): ``[N]``.
         reward (Tensor): ``[*B, 1]``.
         discount (Tensor): ``[*B, 1]``.
