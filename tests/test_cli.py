@@ -183,6 +183,12 @@ def test_train_prints_its_configuration(capsys):
             "data.batch_size must have a value, got null",
         ),
         (["study", "broken.yaml"], "broken.yaml must hold a study: while parsing"),
+        (["study", "comparison", "data.store=store"], "game 'Assault' is not in the store "),
+        (["study", "comparison", "data.store=file"], "file is not a store"),
+        (
+            ["launch", "study", "comparison", "data.store=store", "cluster=gpus1"],
+            "game 'Assault' is not in the store ",
+        ),
     ],
 )
 def test_bad_input_is_one_clear_line(arguments, message, capsys, tmp_path, monkeypatch):

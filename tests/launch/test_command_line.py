@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from torchrl_sql.cli import main
+from torchrl_sql.config import list_choices
 from torchrl_sql.config.cluster import compose_cluster_config
-from torchrl_sql.config.study import load_study
+from torchrl_sql.config.study import find_study, load_study
 from torchrl_sql.evaluation.episodes import read_episodes
 from torchrl_sql.launch.group import PACKAGE, find_groups, find_launch, make_groups
 from torchrl_sql.launch.slurm import JobState
@@ -66,6 +69,26 @@ def test_dry_run_prints_every_script_and_makes_nothing(here, capsys):
         assert f"torchrl_sql_begin {here}/runs/x/launch/{name} 0 0" in out
 
 
+def test_what_learns_online_in_a_study_takes_one_process_beside_others_that_take_many(here, capsys):
+    words = ["study", "transfer_online", "scale=paper", "cluster=gpus8", "--seeds", "0", "--dry-run"]
+    assert main(["launch", *words]) == 0
+    scripts = capsys.readouterr().out.split("#!/bin/bash")[1:]
+    processes = {
+        re.search(r"launch/(\S+) ", script)[1]: re.search(r"--ntasks-per-node=(\d+)", script)[1] for script in scripts
+    }
+    many = {group for group, number in processes.items() if number == "8"}
+    assert many == {f"train-pre_{method}" for method in ("ql", "bc", "mae", "cpc")}
+    assert {"train-ql", "train-scratch", "evaluate-ql-greedy"} < set(processes)
+
+
+@pytest.mark.parametrize("name", list_choices("study"))
+def test_every_study_can_be_launched_at_its_largest_scale(here, capsys, name):
+    scale = list(yaml.safe_load(find_study(name).read_text()).get("scales", ["cpu"]))[-1]
+    cluster = "gpus8" if scale == "paper" else "gpus1"
+    assert main(["launch", "study", name, f"scale={scale}", f"cluster={cluster}", "--seeds", "0", "--dry-run"]) == 0
+    assert "torchrl_sql_begin" in capsys.readouterr().out and not list(here.iterdir())
+
+
 def test_evaluations_are_an_array_of_shares(here, capsys):
     assert main(["launch", "evaluate", "runs/a", "runs/b", "--shares", "3", "cluster=gpus1", "--dry-run"]) == 0
     assert "#SBATCH --array=0-5%6" in capsys.readouterr().out
@@ -98,7 +121,10 @@ def test_help_of_a_kind(here, capsys):
         (["train", *TRAIN, "--gpus", "cluster=cpu"], "settings must be key=value, got '--gpus'"),
         (["train", *TRAIN, "loss.alhpa=1", "cluster=cpu"], "loss"),
         (["train", *TRAIN, "data.batch_size=9", "cluster=gpus8"], "data.batch_size must be a multiple of the 8"),
-        (["study", "transfer_online", "cluster=gpus8"], "must be of one process, e.g. of cluster=gpus1, got 8"),
+        (
+            ["train", "scale=cpu", "online=cpu", "data.games=Pong", "cluster=gpus8"],
+            "must be of one process, e.g. of cluster=gpus1, got 8",
+        ),
         (
             ["train", *TRAIN, "data.batch_size=16", "trainer.microbatch_size=4", "cluster=gpus8"],
             "trainer.microbatch_size must be null or a divisor of each process's batch of 2, got 4",

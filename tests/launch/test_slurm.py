@@ -88,12 +88,15 @@ def test_script_of_an_array_in_a_container_after_another_job(make_group):
     assert "%A_%a_%t_log.out" in text
 
 
-@pytest.mark.parametrize(("kind", "num_gpus"), [("evaluate", 1), ("import", 0), ("collect", 0), ("report", 0)])
-def test_only_training_takes_all_nodes(kind, num_gpus):
-    config = resources(compose_cluster_config(["cluster=gpus32"]), kind)
+@pytest.mark.parametrize(
+    ("kind", "num_gpus"), [("evaluate", 1), ("import", 0), ("collect", 0), ("report", 0), ("train", 1)]
+)
+def test_only_training_by_several_processes_takes_all_nodes(kind, num_gpus):
+    task = Task(name="x", arguments=[kind], group="x", one_process=kind == "train")
+    config = resources(compose_cluster_config(["cluster=gpus32"]), task)
     assert (config.nodes, config.tasks_per_node, config.gpus_per_node) == (1, 1, num_gpus)
     assert config.memory is None  # gpus32 asks for all of a node's
-    assert resources(compose_cluster_config(["cluster=gpus32", "cluster.memory=8G"]), kind).memory == "8G"
+    assert resources(compose_cluster_config(["cluster=gpus32", "cluster.memory=8G"]), task).memory == "8G"
 
 
 def test_submitting_without_slurm(make_group, monkeypatch, tmp_path):

@@ -200,10 +200,12 @@ def scales(name):
 
 @pytest.mark.parametrize(("name", "scale"), [(name, scale) for name in list_choices("study") for scale in scales(name)])
 def test_the_tasks_of_every_study_at_every_scale_are_commands(tmp_path, name, scale):
-    plays = yaml.safe_load(find_study(name).read_text()).get("data") == "play"
-    tasks = plan_study(load_study(find_study(name), scale=scale, store=None if plays else "store"), tmp_path)
+    given = "store" if (name, scale) in {("data_quality", "cpu"), ("data_quality", "gpu")} else None
+    study = load_study(find_study(name), scale=scale, store=given)
+    tasks = plan_study(replace(study, seeds=study.seeds[:1]), tmp_path)
     for task in tasks:
         parse(task.arguments)
+    assert ("import" in {task.kind for task in tasks}) == (scale == "paper" and name != "dqn_replay_mini")
     trained = [task for task in tasks if task.kind == "train"]
     assert len(trained) == len({task.key for task in trained})
     first = {task.group: task for task in reversed(trained)}
@@ -217,11 +219,31 @@ def test_claims_are_studied_at_three_scales_with_three_seeds(name):
     assert load_study(find_study(name), store="store").seeds == [0, 1, 2]
 
 
-def test_methods_are_compared_on_each_part_of_the_data():
-    study = load_study(find_study("data_quality"), store="store")
+@pytest.mark.parametrize("scale", ["cpu", "gpu", "paper"])
+def test_methods_are_compared_on_each_part_of_the_data(tmp_path, scale):
+    study = load_study(find_study("data_quality"), scale=scale, store="store")
     compared = [[study.report.main, other] for other in study.report.against] + study.report.pairs
-    parts = ("first", "all", "last")
-    assert compared == [[f"scaled_ql_{part}", f"{other}_{part}"] for part in parts for other in ("bc", "mgdt")]
+    parts, others = {"first": (0.2, 1.0), "all": (1.0, 1.0), "last": (1.0, 0.2)}, ["bc", "mgdt"]
+    others += ["bc_transformer"] * (scale != "cpu")
+    assert compared == [[f"scaled_ql_{part}", f"{other}_{part}"] for part in parts for other in others]
+
+    def trainings(study):
+        tasks = plan_study(replace(study, seeds=[0]), tmp_path)
+        return {task.name.split("-")[1]: task.settings for task in tasks if task.kind == "train"}
+
+    settings = trainings(study)
+    methods = {name.rpartition("_")[0] for name in settings}
+    for method in methods:
+        each = [settings[f"{method}_{part}"] for part in parts]
+        assert [(one["data.first_fraction"], one["data.last_fraction"]) for one in each] == list(parts.values())
+        fractions = {"data.first_fraction": 1.0, "data.last_fraction": 1.0}
+        assert each[0] | fractions == each[1] | fractions == each[2] | fractions
+    if scale != "cpu":  # the comparison's methods, each in its settings
+        compared_with = trainings(load_study(find_study("comparison"), scale=scale, store="store"))
+        assert methods == set(compared_with)
+        for method in methods:
+            ours, theirs = settings[f"{method}_all"], compared_with[method]
+            assert {key for key in ours if ours[key] != theirs[key]} <= {"data.games"}
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torchrl_sql.cli.study import add_study_options, confirm, read_study, refuse_alive
+from torchrl_sql.cli.study import add_study_options, check_given_store, confirm, read_study, refuse_alive
 
 if TYPE_CHECKING:
     from torchrl_sql.config.cluster import ClusterConfig
@@ -183,6 +183,7 @@ def _launch_study(args: argparse.Namespace, words: Sequence[str], cluster: Clust
     if args.dry_run:
         _create_and_start(groups, args)
         return
+    check_given_store(tasks)
     launched = folder / "launch"
     with owned(folder), owned(launched) if launched.exists() else nullcontext():
         for each in (folder, *[args.reuse] * (args.reuse is not None)):
@@ -336,7 +337,7 @@ def _submit_unfinished(groups: Sequence[Group], args: argparse.Namespace) -> Non
     from torchrl_sql.config import check_ranks, load_run_config
     from torchrl_sql.config.cluster import compose_cluster_config, override_cluster_config
     from torchrl_sql.launch.group import freeze_code, unfinished
-    from torchrl_sql.launch.slurm import cancel
+    from torchrl_sql.launch.slurm import cancel, resources
 
     alive = {state.task: state for state in _alive(groups)}
     to_do = unfinished(groups, alive)
@@ -360,7 +361,7 @@ def _submit_unfinished(groups: Sequence[Group], args: argparse.Namespace) -> Non
         for index in to_do[group.name]:
             if group.kind == "train":
                 config = load_run_config(group.task_folder(index).path / "config.yaml")
-                check_ranks(config, group.cluster.num_tasks)
+                check_ranks(config, resources(group.cluster, group.tasks[index]).num_tasks)
     if not args.dry_run:
         if stale:
             cancel([state.job for state in stale])

@@ -14,6 +14,7 @@ from torchrl_sql.cli.train import OVERRIDES_HELP
 
 if TYPE_CHECKING:
     from torchrl_sql.config.study import StudyConfig
+    from torchrl_sql.studies.task import Task
 
 
 def add_commands(commands: Any) -> None:
@@ -112,6 +113,7 @@ def _study(args: argparse.Namespace) -> None:
 
     Run again, it continues: what is done stays, what changed is done again.
     """
+    from torchrl_sql.cli import parse
     from torchrl_sql.studies.folder import check_reuse, format_tasks, run_study
     from torchrl_sql.studies.plan import RUNS, plan_study
 
@@ -119,11 +121,14 @@ def _study(args: argparse.Namespace) -> None:
     study = read_study(args.name, args.overrides, args.seeds)
     folder = args.out or RUNS / Path(args.name).stem
     tasks = plan_study(study, folder)
+    for task in tasks:
+        parse(task.arguments)
     if args.reuse is not None:
         check_reuse(args.reuse, folder)
     if args.dry_run:
         print(format_tasks(tasks, fresh=args.fresh, reuse=args.reuse))
         return
+    check_given_store(tasks)
     for each in (folder, *[args.reuse] * (args.reuse is not None)):
         try:
             refuse_alive(each)
@@ -139,6 +144,22 @@ def _study(args: argparse.Namespace) -> None:
         confirm=(lambda what: True) if args.yes else confirm,
         say=lambda line: print(line, flush=True),
     )
+
+
+def check_given_store(tasks: Sequence[Task]) -> None:
+    """Checks that the store that a study was given has the games of its runs.
+
+    Raises:
+        ValueError: if it has not, or there is no such store.
+    """
+    given = [task.settings for task in tasks if task.kind == "train" and "data" in task.settings]
+    if given:
+        from torchrl_sql.data import FrameStore  # imports torch
+
+        for store in dict.fromkeys(settings["data"] for settings in given):
+            games = (game for settings in given if settings["data"] == store for game in settings["data.games"])
+            for game in dict.fromkeys(games):
+                FrameStore.open(store).recording(game)
 
 
 def refuse_alive(folder: Path) -> None:

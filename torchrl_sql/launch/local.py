@@ -35,7 +35,7 @@ def run_local(
     def start(task: Task) -> Start:
         group, index = places[task.name]
         assert group.cluster is not None
-        num_processes = resources(group.cluster, group.kind).num_tasks
+        num_processes = resources(group.cluster, task).num_tasks
         command = [sys.executable, "-m"]
         if num_processes > 1:
             command += ["torch.distributed.run", "--standalone", f"--nproc-per-node={num_processes}", "-m"]

@@ -18,6 +18,7 @@ from submitit import SlurmExecutor
 from torchrl_sql.config.cluster import ClusterConfig
 from torchrl_sql.launch.group import Group, Submission
 from torchrl_sql.launch.ranks import outside_jobs
+from torchrl_sql.studies.task import Task
 
 _OVER = {
     "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "REVOKED",
@@ -58,16 +59,16 @@ class _Executor(SlurmExecutor):
         return self._submit_command(self._command).job_id
 
 
-def resources(cluster: ClusterConfig, kind: str) -> ClusterConfig:
-    """What a job of this kind takes: training and bench all nodes, all else one process, evaluation and probes
-    with one GPU.
+def resources(cluster: ClusterConfig, task: Task) -> ClusterConfig:
+    """What the job of a task takes: training and bench all nodes, all else one process, evaluation, probes and training
+    in one process with one GPU.
 
     All memory of a node (0) is for who takes whole nodes; the others get the partition's default, and none of the sizes
     among the options of sbatch. Where ``gpus-per-node`` is left out (null), the one GPU is of the kind of ``gres``.
     """
-    if kind in ("train", "bench"):
+    if task.kind in ("train", "bench") and not task.one_process:
         return cluster
-    num_gpus = min(1, cluster.gpus_per_node) if kind in ("evaluate", "probe") else 0
+    num_gpus = min(1, cluster.gpus_per_node) if task.kind in ("train", "evaluate", "probe") else 0
     given = {name.replace("_", "-"): value for name, value in cluster.sbatch.items()}
     options = {name: value for name, value in given.items() if value is None or not _SIZES.fullmatch(name)}
     if num_gpus and "gpus-per-node" in options:
@@ -85,7 +86,7 @@ def _is_all(memory: object) -> bool:
 
 def _executor(group: Group, tasks: Sequence[int], dependency: str | None) -> _Executor:
     assert group.cluster is not None
-    cluster = resources(group.cluster, group.kind)
+    cluster = resources(group.cluster, group.tasks[0])
     python = shlex.quote(sys.executable) if cluster.python is None else cluster.python
     folder = shlex.quote(str(group.folder))
     executor = _Executor(group, f'$torchrl_sql_block {python} -u -m torchrl_sql.cli.job {folder} "$torchrl_sql_index"')

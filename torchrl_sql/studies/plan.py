@@ -52,7 +52,7 @@ def plan_study(study: StudyConfig, folder: Path, *, num_ranks: int = 1) -> list[
         folder (Path): where everything goes, see :class:`StudyConfig`.
 
     Keyword Args:
-        num_ranks (int): processes that will train each run.
+        num_ranks (int): processes that will train each run; those that learn online take one.
 
     Returns:
         The tasks, each after those that it waits for.
@@ -125,7 +125,7 @@ def plan_study(study: StudyConfig, folder: Path, *, num_ranks: int = 1) -> list[
                 before = [*before, f"train-{run.from_}-seed{seed}"]
             if not run.decode and isinstance(config.model, QNetworkConfig):
                 prepared.append((name, seed))
-            check_ranks(config, num_ranks)
+            check_ranks(config, 1 if plays else num_ranks)
             games_played += _check_played(name, run, config)
             _check_axis(study.report.x, name, config)
             scored = config.trainer.evaluation_interval_gradient_steps is not None
@@ -136,7 +136,7 @@ def plan_study(study: StudyConfig, folder: Path, *, num_ranks: int = 1) -> list[
                 settings |= {f"evaluation.{key}": value for key, value in asdict(config.evaluation).items()}
             trained = add(
                 f"train-{name}-seed{seed}", "train", words, group=f"train-{name}", after=before, run_dir=config.run_dir,
-                config=config.to_yaml(), settings=settings,
+                config=config.to_yaml(), one_process=plays, settings=settings,
                 makes=[f"{place}/{made}" for made in (*_OF_TRAINING, *(_OF_EVALUATION if scored else ()))]
                 + [f"stores/seed{seed}/{game}" for game in config.games if plays_data]
                 + [f"{place}/store"] * (plays and not plays_data),

@@ -31,6 +31,8 @@ class Task:
     """Folder of the training run that it makes."""
     config: str | None = None
     """Of a training run: its resolved configuration as YAML."""
+    one_process: bool = False
+    """Of a training run: it takes one process, with one GPU, whatever a cluster's profile has."""
     folder: str | None = None
     """Of a study: where the task's record is kept; ``None`` outside studies."""
     settings: dict[str, Any] = field(default_factory=dict)
