@@ -57,7 +57,8 @@ alpha {alpha}. Protocol: epsilon {epsilon}, sticky actions {sticky}, at most {fr
 **Limits.** It plays these games as the emulator of ale-py 0.12 starts them, from 84 x 84 grey frames, and nothing else.
 A small network trained for minutes: an example, not a baseline to compare with.
 
-**Licence.** MIT, as the repository. Made by `python benchmarks/ship_policy.py`, commit {commit}, {date}.
+**Licence.** MIT, as the repository. Trained as `benchmarks/results/quickstart.md` says; file and card made by
+`python benchmarks/ship_policy.py`, commit {commit}, {date}.
 """
 
 

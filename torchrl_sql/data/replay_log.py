@@ -41,8 +41,9 @@ def export_dqn_replay(
     """Writes recordings as ``PATH/<Game>/<1, 2, ...>/replay_logs``, whose names and files are those of DQN-Replay.
 
     ``import dqn-replay`` gives the episodes back, in the order in which they were played; of raw rewards with
-    ``rewards="raw"``. Not in the format, so not written: frames after a time-out's last step, and behaviours; and
-    recordings without episodes, which a warning names. The folder appears when it is whole.
+    ``rewards="raw"``. Not in the format, so not written: frames after a time-out's last step (without which
+    that step is no transition that can be sampled), behaviours and labels (``epsilon``, ...); and recordings without
+    episodes, which a warning names. The folder appears when it is whole.
 
     Args:
         store (FrameStore): what to write.

@@ -147,15 +147,17 @@ def expected_episodes(
     return found
 
 
-def stored_episodes(store: FrameStore, game: str, run: str = "1") -> list[Expected]:
-    """Episodes of the store, in the order in which it says that they were played."""
+def stored_episodes(store: FrameStore, game: str, run: str = "1", *, final: bool = False) -> list[Expected]:
+    """Episodes of the store, in the order in which it says that they were played, without their final frames, which
+    time-outs have if ``final``.
+    """
     data = store.recording(game, run)
     frames = data.open_frames()[: data.num_frames].read().result()
     episodes = []
     first_steps = data.first_steps()
     for record, step in zip(data.episodes, first_steps, strict=True):
         first, n = int(record["first_frame"]), int(record["num_steps"])
-        assert not record["has_final_frame"]
+        assert record["has_final_frame"] == (final and not record["terminated"])
         episodes.append(
             Expected(
                 frames[first : first + n],

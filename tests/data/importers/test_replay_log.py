@@ -17,15 +17,17 @@ from torchrl_sql.data.importers import import_dqn_replay
 from torchrl_sql.games import GAMES
 
 
-def write(store, lab, shapes, *, run="0", rewards="raw", cut_last=False):
-    """Episodes of (num_steps, terminated), with Pong's own actions and distinct frames."""
-    episodes = lab.make_episodes([(num_steps, terminated, False) for num_steps, terminated in shapes])
-    with store.writer("Pong", run=run, source="test", rewards=rewards) as writer:
+def write(store, lab, shapes, *, run="0", rewards="raw", cut_last=False, final=False, labels=()):
+    """Episodes of (num_steps, terminated), with Pong's own actions and distinct frames; ``final``: also of what is seen
+    after a time-out."""
+    episodes = lab.make_episodes([(num_steps, terminated, final and not terminated) for num_steps, terminated in shapes])
+    with store.writer("Pong", run=run, source="test", rewards=rewards, labels=labels) as writer:
         for index, e in enumerate(episodes):
             e.actions[:] = np.array(GAMES["Pong"].minimal_actions)[e.actions % 6]
             e.rewards[:] = np.clip(e.rewards, -1, 1) if rewards == "clipped" else e.rewards
             cut = cut_last and index == len(episodes) - 1 and not e.terminated
-            writer.add_episode(e.frames, e.actions, e.rewards, e.terminated, cut=cut)
+            values = dict.fromkeys(labels, float(index))
+            writer.add_episode(e.frames, e.actions, e.rewards, e.terminated, cut=cut, labels=values)
     return episodes
 
 
@@ -84,16 +86,20 @@ def test_games_go_by_one_name(lab, tmp_path, small_store):
 @settings(max_examples=25, deadline=None)
 @given(data=st.data())
 def test_exported_and_imported_a_store_is_what_it_was(dopamine, lab, data):
+    """But for labels and the frames after time-outs, as stores of runs that learn online have them."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         store, again = (FrameStore.create(folder / n, chunk_frames=2, shard_frames=8) for n in ("store", "again"))
         shapes = data.draw(st.lists(st.tuples(st.integers(1, 30), st.booleans()), min_size=1, max_size=6))
         rewards = data.draw(st.sampled_from(["raw", "clipped"]))
-        write(store, lab, shapes, rewards=rewards, cut_last=data.draw(st.booleans()))
+        final, labels = data.draw(st.booleans()), data.draw(st.sampled_from([(), ("epsilon", "agent_step")]))
+        cut_last = not final and data.draw(st.booleans())
+        write(store, lab, shapes, rewards=rewards, cut_last=cut_last, final=final, labels=labels)
         (log,) = export_dqn_replay(store, folder / "log", num_rows=data.draw(st.integers(12, 60)), gzip_level=1)
         numbers = range(len(list(log.glob("add_count_ckpt.*.gz"))))
         import_dqn_replay(folder / "log", again.path, games="Pong", checkpoints=numbers, rewards=rewards)
-        dopamine.check_same(dopamine.stored(again, "Pong"), dopamine.stored(store, "Pong", "0"))
+        dopamine.check_same(dopamine.stored(again, "Pong"), dopamine.stored(store, "Pong", "0", final=final))
+        assert again.recording("Pong").labels == {} and {*store.recording("Pong").labels} == {*labels}
         cut, cut_again = (int(s.recording("Pong").episodes["cut"].sum()) for s in (store, again))
         assert cut == cut_again and again.recording("Pong").manifest.rewards == rewards
 
