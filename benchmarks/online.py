@@ -12,6 +12,8 @@ the other:
 - recipe: TorchRL's DQN recipe for Atari (sota-implementations/dqn): its Collector, GymEnv with TorchRL's transforms,
   LazyMemmapStorage and DistributionalDQNLoss, with our network. recipe_env: the same with our AtariEnv in place of
   GymEnv and transforms, which is the fairer comparison of everything else.
+- gymnasium: a plain loop over gymnasium's vector environment of ALE with one game, a ring of NumPy arrays and the
+  recipe's loss, optimizer and network.
 
 Then the buffers, at each capacity: processor time of a batch and of an appended transition, of the growing store and of
 TorchRL's LazyTensorStorage, which is as large as half of the machine's memory allows where the capacity does not fit
@@ -206,6 +208,100 @@ class WithGame(TensorDictModuleBase):
         )
 
 
+def torchrl_update(q_network: TensorDictModuleBase) -> Callable[[TensorDict], None]:
+    """A gradient step of TorchRL's recipe, with fused Adam."""
+    loss = DistributionalDQNLoss(q_network, gamma=0.99, delay_value=True)
+    loss.make_value_estimator()
+    optimizer = torch.optim.Adam(loss.parameters(), lr=1e-4, fused=True)
+    updater = HardUpdate(loss, value_network_update_interval=500)
+
+    def update(batch: TensorDict) -> None:
+        value = loss(batch)["loss"]
+        optimizer.zero_grad()
+        value.backward()
+        torch.nn.utils.clip_grad_norm_(loss.parameters(), 10.0)
+        optimizer.step()
+        updater.step()
+
+    return update
+
+
+class Ring:
+    """The newest transitions, each with its stack of frames; three-step returns are summed when it is sampled."""
+
+    def __init__(self, capacity: int) -> None:
+        self._observation = np.zeros((capacity, 4, 84, 84), np.uint8)
+        self._action, self._terminated = np.zeros(capacity, np.int64), np.zeros(capacity, bool)
+        self._reward, self._ended = np.zeros(capacity, np.float32), np.zeros(capacity, bool)
+        self._rng, self.size = np.random.default_rng(0), 0
+
+    def add(self, observation: np.ndarray, action: int, reward: float, terminated: bool, ended: bool) -> None:
+        """A step from ``observation``; the next one's is what it led to, unless the episode ended."""
+        at = self.size % len(self._action)
+        self._observation[at], self._action[at], self._reward[at] = observation, action, reward
+        self._terminated[at], self._ended[at] = terminated, ended
+        self.size += 1
+
+    def sample(self, device: torch.device) -> TensorDict:
+        """32 transitions: none reaches beyond the newest, or beyond a time-out."""
+        capacity, starts = len(self._action), np.empty(0, np.int64)
+        while len(starts) < 32:
+            draws = self._rng.integers(max(0, self.size - capacity), self.size - 3, 64)
+            spans = (draws[:, None] + np.arange(3)) % capacity
+            cut = (self._ended[spans] & ~self._terminated[spans]).any(1)
+            starts = np.concatenate([starts, draws[~cut]])[:32]
+        spans = (starts[:, None] + np.arange(3)) % capacity
+        before = np.cumsum(self._terminated[spans], 1) - self._terminated[spans] == 0  # the episode's end not passed
+        at, terminated = starts % capacity, self._terminated[spans].any(1)[:, None]
+        games = torch.zeros(32, dtype=torch.int64)
+        reward = (self._reward[spans] * before * 0.99 ** np.arange(3)).sum(1, dtype=np.float32)
+        following = TensorDict(
+            observation=torch.as_tensor(self._observation[(starts + 3) % capacity]),
+            reward=torch.as_tensor(reward[:, None]),
+            done=torch.as_tensor(terminated), terminated=torch.as_tensor(terminated), game_id=games,
+        )  # fmt: skip
+        return TensorDict(
+            observation=torch.as_tensor(self._observation[at]), action=torch.as_tensor(self._action[at]), game_id=games,
+            steps_to_next_obs=torch.as_tensor(before.sum(1)[:, None]), next=following, batch_size=[32],
+        ).to(device)  # fmt: skip
+
+
+def gymnasium_loop(folder: Path, network: list[str], ratio: int, num_steps: int) -> dict[str, float]:
+    """Gradient steps of a loop that plays ``ratio`` agent steps before each."""
+    config = run_config(folder, ratio, network)
+    device = resolve_device(config.trainer.device)
+    method = make_method(config.method)
+    q_network = method.network(config.model, config.games).to(device)
+    update = torchrl_update(q_network)
+    gymnasium.register_envs(ale_py)
+    env = gymnasium.make_vec(f"ALE/{GAME}-v5", num_envs=1, reward_clipping=True, full_action_space=True)
+    ring, rng, game_id = Ring(20_000), np.random.default_rng(0), torch.zeros(1, dtype=torch.int64, device=device)
+    observation, _ = env.reset(seed=0)
+    done, clock, began = 0, Clock(), False
+    while done < num_steps:
+        for _ in range(ratio):
+            with torch.inference_mode():
+                seen = torch.from_numpy(observation).to(device)
+                action = (
+                    q_network(TensorDict(observation=seen, game_id=game_id, batch_size=[1]))["action"].cpu().numpy()
+                )
+            if rng.random() < 0.5:
+                action = rng.integers(18, size=1)
+            following, reward, terminated, truncated, _ = env.step(action)
+            if not began:  # gymnasium begins an episode in the step after the last one's end
+                ring.add(observation[0], action[0], reward[0], terminated[0], terminated[0] or truncated[0])
+            began = terminated[0] or truncated[0]
+            observation = following
+        if ring.size < 256:
+            clock = Clock()
+            continue
+        update(ring.sample(device))
+        done += 1
+    rates = clock.rates(done)
+    env.close()
+    return rates
+
+
 def recipe(folder: Path, network: list[str], ratio: int, num_steps: int, *, our_env: bool) -> dict[str, float]:
     """Gradient steps of TorchRL's loop: collect 16 frames, append them, take 16 / ratio gradient steps."""
     config = run_config(folder, ratio, network)
@@ -225,11 +321,8 @@ def recipe(folder: Path, network: list[str], ratio: int, num_steps: int, *, our_
     buffer = TensorDictReplayBuffer(
         storage=LazyMemmapStorage(20_000, scratch_dir=str(folder / "memmap")), batch_size=32, prefetch=3
     )
-    loss = DistributionalDQNLoss(q_network, gamma=0.99, delay_value=True)
-    loss.make_value_estimator()
-    optimizer = torch.optim.Adam(loss.parameters(), lr=1e-4, fused=True)
-    updater = HardUpdate(loss, value_network_update_interval=500)
     steps = MultiStep(gamma=0.99, n_steps=3)
+    update = torchrl_update(q_network)
     done, clock, due = 0, Clock(), 0.0
     for data in collector:
         buffer.extend(steps(data.unsqueeze(0) if data.ndim == 1 else data).reshape(-1).select(
@@ -244,12 +337,7 @@ def recipe(folder: Path, network: list[str], ratio: int, num_steps: int, *, our_
             batch = buffer.sample().to(device)
             batch["next", "game_id"] = batch["game_id"]
             batch["steps_to_next_obs"] = batch["steps_to_next_obs"].reshape(-1, 1)
-            value = loss(batch)["loss"]
-            optimizer.zero_grad()
-            value.backward()
-            torch.nn.utils.clip_grad_norm_(loss.parameters(), 10.0)
-            optimizer.step()
-            updater.step()
+            update(batch)
             due, done = due - 1, done + 1
         if done >= num_steps:
             break
@@ -356,6 +444,7 @@ def main() -> None:
                 sides[f"{kind}_{ratio}"] = partial(
                     recipe, network=network, ratio=ratio, num_steps=args.steps, our_env=ours
                 )
+            sides[f"gymnasium_{ratio}"] = partial(gymnasium_loop, network=network, ratio=ratio, num_steps=args.steps)
         for number in range(args.rounds):
             for side, measure in sides.items():
                 rounds.setdefault(side, []).append(measure(folder / f"{side}-{number}"))
