@@ -102,7 +102,8 @@ def _set(config: DictConfig, key: str, text: str, groups: Iterable[str]) -> None
     if plain != key:
         raise ConfigError(f"settings must be key=value, every one has a value already: {plain}={text}, got {key!r}")
     node, value = known[key], cast(Any, text)
-    if not isinstance(node, StringNode) or text[:1] in ("'", '"'):
+    word = isinstance(node, AnyNode) and re.fullmatch(r"\w+:[\w:=-]+", text)  # a game, misspelt
+    if not (isinstance(node, StringNode) or word) or text[:1] in ("'", '"'):
         try:
             parsed = OverridesParser.create().parse_override(f"{key}={text}")
         except HydraException as error:

@@ -140,6 +140,8 @@ class DataConfig:
     """Batches read ahead in threads."""
 
     def __post_init__(self) -> None:
+        if not isinstance(self.games, (str, list, tuple)):
+            raise ConfigError(f"data.games must be names of games, got {self.games!r}")
         try:
             self.games = resolve_games(self.games)
         except (ValueError, TypeError) as error:
