@@ -12,8 +12,10 @@ the other:
 - recipe: TorchRL's DQN recipe for Atari (sota-implementations/dqn): its Collector, GymEnv with TorchRL's transforms,
   LazyMemmapStorage and DistributionalDQNLoss, with our network. recipe_env: the same with our AtariEnv in place of
   GymEnv and transforms, which is the fairer comparison of everything else.
-- gymnasium: a plain loop over gymnasium's vector environment of ALE with one game, a ring of NumPy arrays and the
-  recipe's loss, optimizer and network.
+- gymnasium: a plain loop over gymnasium's vector environment of ALE, as many copies as agent steps are owed per
+  gradient step, with a ring of NumPy arrays and the recipe's loss, optimizer and network.
+
+All sides give torch one thread.
 
 Then the buffers, at each capacity: processor time of a batch and of an appended transition, of the growing store and of
 TorchRL's LazyTensorStorage, which is as large as half of the machine's memory allows where the capacity does not fit
@@ -74,6 +76,7 @@ from torchrl_sql.training import Trainer
 from torchrl_sql.training.build import build_trainer
 from torchrl_sql.training.device import describe_device, resolve_device
 
+Array = np.ndarray
 GAME = "Breakout"
 RATIOS = (4, 16)
 LABELS = {"agent_step": 0.0, "gradient_step": 0.0, "epsilon": 0.1}
@@ -227,72 +230,81 @@ def torchrl_update(q_network: TensorDictModuleBase) -> Callable[[TensorDict], No
 
 
 class Ring:
-    """The newest transitions, each with its stack of frames; three-step returns are summed when it is sampled."""
+    """The newest steps of games that step together, each with its stack of frames; three-step returns are summed when
+    they are sampled.
+    """
 
-    def __init__(self, capacity: int) -> None:
-        self._observation = np.zeros((capacity, 4, 84, 84), np.uint8)
-        self._action, self._terminated = np.zeros(capacity, np.int64), np.zeros(capacity, bool)
-        self._reward, self._ended = np.zeros(capacity, np.float32), np.zeros(capacity, bool)
-        self._rng, self.size = np.random.default_rng(0), 0
+    def __init__(self, num_steps: int, num_games: int) -> None:
+        shape = (num_steps, num_games)
+        self._observation = np.zeros((*shape, 4, 84, 84), np.uint8)
+        self._action, self._reward = np.zeros(shape, np.int64), np.zeros(shape, np.float32)
+        self._terminated, self._ended = np.zeros(shape, bool), np.zeros(shape, bool)
+        self._rng, self._num_added = np.random.default_rng(0), 0
 
-    def add(self, observation: np.ndarray, action: int, reward: float, terminated: bool, ended: bool) -> None:
-        """A step from ``observation``; the next one's is what it led to, unless the episode ended."""
-        at = self.size % len(self._action)
+    def __len__(self) -> int:
+        return self._num_added * self._action.shape[1]
+
+    def add(self, observation: Array, action: Array, reward: Array, terminated: Array, ended: Array) -> None:
+        """A step of each game from ``observation``; the next one's is what it led to, unless the episode ended."""
+        at = self._num_added % len(self._action)
         self._observation[at], self._action[at], self._reward[at] = observation, action, reward
         self._terminated[at], self._ended[at] = terminated, ended
-        self.size += 1
+        self._num_added += 1
 
     def sample(self, device: torch.device) -> TensorDict:
-        """32 transitions: none reaches beyond the newest, or beyond a time-out."""
-        capacity, starts = len(self._action), np.empty(0, np.int64)
+        """32 transitions: none reaches beyond the newest, or beyond a time-out, or begins after an episode's end."""
+        num_steps, num_games = self._action.shape
+        starts, games = np.empty(0, np.int64), np.empty(0, np.int64)
         while len(starts) < 32:
-            draws = self._rng.integers(max(0, self.size - capacity), self.size - 3, 64)
-            spans = (draws[:, None] + np.arange(3)) % capacity
-            cut = (self._ended[spans] & ~self._terminated[spans]).any(1)
-            starts = np.concatenate([starts, draws[~cut]])[:32]
-        spans = (starts[:, None] + np.arange(3)) % capacity
-        before = np.cumsum(self._terminated[spans], 1) - self._terminated[spans] == 0  # the episode's end not passed
-        at, terminated = starts % capacity, self._terminated[spans].any(1)[:, None]
-        games = torch.zeros(32, dtype=torch.int64)
-        reward = (self._reward[spans] * before * 0.99 ** np.arange(3)).sum(1, dtype=np.float32)
+            draws = self._rng.integers(max(1, self._num_added - num_steps + 1), self._num_added - 3, 64)
+            of = self._rng.integers(num_games, size=64)
+            spans = (draws[:, None] + np.arange(3)) % num_steps
+            cut = (self._ended[spans, of[:, None]] & ~self._terminated[spans, of[:, None]]).any(1)
+            good = ~cut & ~self._ended[(draws - 1) % num_steps, of]  # there gymnasium begins an episode: no step
+            starts, games = np.concatenate([starts, draws[good]])[:32], np.concatenate([games, of[good]])[:32]
+        spans, of = (starts[:, None] + np.arange(3)) % num_steps, games[:, None]
+        ends = self._terminated[spans, of]
+        before = np.cumsum(ends, 1) - ends == 0  # the episode's end not passed
+        reward = (self._reward[spans, of] * before * 0.99 ** np.arange(3)).sum(1, dtype=np.float32)
+        terminated, game_id = torch.as_tensor(ends.any(1)[:, None]), torch.zeros(32, dtype=torch.int64)
         following = TensorDict(
-            observation=torch.as_tensor(self._observation[(starts + 3) % capacity]),
-            reward=torch.as_tensor(reward[:, None]),
-            done=torch.as_tensor(terminated), terminated=torch.as_tensor(terminated), game_id=games,
+            observation=torch.as_tensor(self._observation[(starts + 3) % num_steps, games]),
+            reward=torch.as_tensor(reward[:, None]), done=terminated, terminated=terminated, game_id=game_id,
         )  # fmt: skip
         return TensorDict(
-            observation=torch.as_tensor(self._observation[at]), action=torch.as_tensor(self._action[at]), game_id=games,
-            steps_to_next_obs=torch.as_tensor(before.sum(1)[:, None]), next=following, batch_size=[32],
+            observation=torch.as_tensor(self._observation[starts % num_steps, games]), game_id=game_id,
+            action=torch.as_tensor(self._action[starts % num_steps, games]), next=following,
+            steps_to_next_obs=torch.as_tensor(before.sum(1)[:, None]), batch_size=[32],
         ).to(device)  # fmt: skip
 
 
 def gymnasium_loop(folder: Path, network: list[str], ratio: int, num_steps: int) -> dict[str, float]:
-    """Gradient steps of a loop that plays ``ratio`` agent steps before each."""
+    """Gradient steps of a loop that steps ``ratio`` games together before each."""
     config = run_config(folder, ratio, network)
+    assert config.online is not None
     device = resolve_device(config.trainer.device)
     method = make_method(config.method)
     q_network = method.network(config.model, config.games).to(device)
     update = torchrl_update(q_network)
     gymnasium.register_envs(ale_py)
-    env = gymnasium.make_vec(f"ALE/{GAME}-v5", num_envs=1, reward_clipping=True, full_action_space=True)
-    ring, rng, game_id = Ring(20_000), np.random.default_rng(0), torch.zeros(1, dtype=torch.int64, device=device)
+    env = gymnasium.make_vec(f"ALE/{GAME}-v5", num_envs=ratio, reward_clipping=True, full_action_space=True)
+    ring, rng = Ring(20_000 // ratio, ratio), np.random.default_rng(0)
+    game_id = torch.zeros(ratio, dtype=torch.int64, device=device)
     observation, _ = env.reset(seed=0)
-    done, clock, began = 0, Clock(), False
+    done, clock = 0, Clock()
     while done < num_steps:
-        for _ in range(ratio):
+        random = rng.random(ratio) < config.online.final_epsilon
+        action = rng.integers(18, size=ratio)
+        if not random.all():
             with torch.inference_mode():
-                seen = torch.from_numpy(observation).to(device)
-                action = (
-                    q_network(TensorDict(observation=seen, game_id=game_id, batch_size=[1]))["action"].cpu().numpy()
+                seen = TensorDict(
+                    observation=torch.from_numpy(observation).to(device), game_id=game_id, batch_size=[ratio]
                 )
-            if rng.random() < 0.5:
-                action = rng.integers(18, size=1)
-            following, reward, terminated, truncated, _ = env.step(action)
-            if not began:  # gymnasium begins an episode in the step after the last one's end
-                ring.add(observation[0], action[0], reward[0], terminated[0], terminated[0] or truncated[0])
-            began = terminated[0] or truncated[0]
-            observation = following
-        if ring.size < 256:
+                action = np.where(random, action, q_network(seen)["action"].cpu().numpy())
+        following, reward, terminated, truncated, _ = env.step(action)
+        ring.add(observation, action, reward, terminated, terminated | truncated)
+        observation = following
+        if len(ring) < 256:
             clock = Clock()
             continue
         update(ring.sample(device))

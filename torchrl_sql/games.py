@@ -162,6 +162,8 @@ def resolve_games(games: str | Sequence[str]) -> tuple[str, ...]:
     Raises:
         ValueError: if a name is unknown, repeated, or none is given.
     """
+    if not isinstance(games, Sequence) or not all(isinstance(name, str) for name in games):
+        raise ValueError(f"games must be names, got {games!r}")
     names = tuple(name.strip() for name in games.split(",") if name.strip()) if isinstance(games, str) else tuple(games)
     if len(names) == 1:
         names = _GROUPS.get(names[0], names)

@@ -42,9 +42,15 @@ RUN = ["scale=cpu", "data.store=store"]
         ([*RUN, "data.batch_size=nan"], "data.batch_size must be a whole number, got 'nan'"),
         ([*RUN, "optim.learning_rate=fast"], "optim.learning_rate must be a number, got 'fast'"),
         ([*RUN, "data.games=[Breakout"], r"data.games cannot be read, got '\[Breakout'"),
-        ([*RUN, "data.games=Freeway:mode=1"], r"data.games: .* variations \(e.g. 'Breakout-m4-d1'\), got 'Freeway:mode=1'"),
-        ([*RUN, "data.games=null"], r"data.games must be names of games, got None"),
-        ([*RUN, "data.games=3"], r"data.games must be names of games, got 3"),
+        *(
+            (
+                [*RUN, f"data.games={games}"],
+                r"data.games cannot be read, .* Breakout-m4-d1, several \[A,B\]",
+            )
+            for games in ("Freeway:mode=1", "Freeway:mode=1,difficulty=0", "[Freeway:mode=1,Pong]", "Freeway=1")
+        ),
+        ([*RUN, "data.games=null"], r"data.games: games must be names, got None"),
+        ([*RUN, "data.games=[1,Pong]"], r"data.games: games must be names, got \[1, 'Pong'\]"),
         ([*RUN, "data.games=Breakout,Pong"], r"data.games must be one value, .*; a list is written data.games=\[A,B\]"),
         ([*RUN, "seed=0,1"], "seed must be one value, got '0,1'$"),
         ([*RUN, "trainer.loggers=csv"], r"trainer.loggers must be a list, written trainer.loggers=\[A,B\], got 'csv'"),

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from torchrl_sql.config import ConfigError, compose_run_config, list_choices, run_config_from_yaml
+from torchrl_sql.config import ConfigError, check_ranks, compose_run_config, list_choices, run_config_from_yaml
 from torchrl_sql.config.schema import at_least, check_bounds, positive, probability, setting
 from torchrl_sql.games import TRAIN_40
 
@@ -142,3 +142,10 @@ def test_the_scale_of_mgdt_is_its_authors_largest():
     assert (config.model, config.optim.name) == (
         compose_run_config(["scale=paper", "method=mgdt", "model=mgdt_200m", "data.store=store"]).model, "lamb"
     )  # fmt: skip
+
+
+def test_who_learns_online_does_so_in_one_process():
+    config = compose_run_config(["scale=cpu", "online=cpu", "data.games=Pong"])
+    check_ranks(config, 1)
+    with pytest.raises(ConfigError, match=r"must be of one process, .*, got 8"):
+        check_ranks(config, 8)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import yaml
 
 from torchrl_sql.cli import parse
-from torchrl_sql.cli.study import read_study
+from torchrl_sql.cli.study import check_given_store, read_study
 from torchrl_sql.config import ConfigError, compose_run_config, list_choices, load
 from torchrl_sql.config.study import combined, find_study, load_study
+from torchrl_sql.data import FrameStore
 from torchrl_sql.studies.plan import (
     choose_root,
     expand,
@@ -202,7 +204,7 @@ def scales(name):
 def test_the_tasks_of_every_study_at_every_scale_are_commands(tmp_path, name, scale):
     given = "store" if (name, scale) in {("data_quality", "cpu"), ("data_quality", "gpu")} else None
     study = load_study(find_study(name), scale=scale, store=given)
-    tasks = plan_study(replace(study, seeds=study.seeds[:1]), tmp_path)
+    tasks = plan_study(replace(study, seeds=[0, 1]), tmp_path)
     for task in tasks:
         parse(task.arguments)
     assert ("import" in {task.kind for task in tasks}) == (scale == "paper" and name != "dqn_replay_mini")
@@ -239,11 +241,13 @@ def test_methods_are_compared_on_each_part_of_the_data(tmp_path, scale):
         fractions = {"data.first_fraction": 1.0, "data.last_fraction": 1.0}
         assert each[0] | fractions == each[1] | fractions == each[2] | fractions
     if scale != "cpu":  # the comparison's methods, each in its settings
-        compared_with = trainings(load_study(find_study("comparison"), scale=scale, store="store"))
+        comparison = load_study(find_study("comparison"), scale=scale, store="store")
+        compared_with = trainings(comparison)
         assert methods == set(compared_with)
         for method in methods:
             ours, theirs = settings[f"{method}_all"], compared_with[method]
-            assert {key for key in ours if ours[key] != theirs[key]} <= {"data.games"}
+            assert {*ours} == {*theirs} and {key for key in ours if ours[key] != theirs[key]} <= {"data.games"}
+            assert study.runs[f"{method}_all"].decode == comparison.runs[method].decode
 
 
 @pytest.mark.parametrize(
@@ -473,3 +477,29 @@ def test_in_a_study_with_other_data_a_run_that_plays_has_a_store_of_its_own_and_
     assert config.data.store == f"{tmp_path}/ql/seed1/store" and "ql/seed1/store" in ql.makes
     assert config.to_yaml() == ql.config  # what a launched job reads
     assert zero.arguments[zero.arguments.index("--games") + 1].split(",") == list(config.games)
+
+
+def test_the_given_store_has_the_games_of_what_is_to_do(make_study, tmp_path, monkeypatch):
+    def tasks(store):
+        return plan_study(replace(make_study(), data=store), tmp_path / "study")
+
+    def record(game, run="0"):
+        with store.writer(game, run=run, source="test") as writer:
+            writer.add_episode(np.zeros((8, 84, 84), np.uint8), np.zeros(8, int), np.zeros(8), terminated=True)
+
+    store = FrameStore.create(tmp_path / "store")
+    monkeypatch.setenv("STORES", str(tmp_path))
+    record("Breakout", "1")
+    record("Breakout", "2")
+    with pytest.raises(ValueError, match="game 'Freeway' is not in the store .*, which holds Breakout"):
+        check_given_store(tasks("$STORES/store"))
+    record("Freeway")
+    check_given_store(tasks("$STORES/store"))
+    with pytest.raises(ValueError, match=r"store\.json is missing"):
+        check_given_store(tasks(str(tmp_path / "absent")))
+    check_given_store(tasks(str(tmp_path / "absent")), elsewhere=True)
+    done = tasks(str(tmp_path / "absent"))
+    for task in done:
+        (tmp_path / "study" / task.makes[0]).mkdir(parents=True, exist_ok=True)
+        task.write_record(seconds=1.0)
+    check_given_store(done)

@@ -12,7 +12,14 @@ from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torchrl_sql.cli.study import add_study_options, check_given_store, confirm, read_study, refuse_alive
+from torchrl_sql.cli.study import (
+    add_study_options,
+    check_commands,
+    check_given_store,
+    confirm,
+    read_study,
+    refuse_alive,
+)
 
 if TYPE_CHECKING:
     from torchrl_sql.config.cluster import ClusterConfig
@@ -159,7 +166,6 @@ def _check_settings(words: Sequence[str]) -> None:
 
 def _launch_study(args: argparse.Namespace, words: Sequence[str], cluster: ClusterConfig, command: str) -> None:
     """What is not done of a study; an earlier launch of it is kept as ``launch-1``, ``launch-2``, ..."""
-    from torchrl_sql.cli import parse
     from torchrl_sql.launch.group import make_groups
     from torchrl_sql.studies.folder import check_reuse, owned, prepare_folder, reusable
     from torchrl_sql.studies.plan import RUNS, plan_study
@@ -170,8 +176,7 @@ def _launch_study(args: argparse.Namespace, words: Sequence[str], cluster: Clust
     study = read_study(words[0], words[1:], args.seeds)
     folder = (args.into or RUNS / Path(words[0]).stem).resolve()
     tasks = plan_study(study, folder, num_ranks=cluster.num_tasks)
-    for task in tasks:
-        parse(task.arguments)
+    check_commands(tasks)
     if args.reuse is not None:
         check_reuse(args.reuse, folder)
 
@@ -183,7 +188,7 @@ def _launch_study(args: argparse.Namespace, words: Sequence[str], cluster: Clust
     if args.dry_run:
         _create_and_start(groups, args)
         return
-    check_given_store(tasks)
+    check_given_store(tasks, elsewhere=not args.local)
     launched = folder / "launch"
     with owned(folder), owned(launched) if launched.exists() else nullcontext():
         for each in (folder, *[args.reuse] * (args.reuse is not None)):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from torchrl_sql.arguments import check_count
 from torchrl_sql.cli.train import OVERRIDES_HELP
+from torchrl_sql.files import expand_path
 
 if TYPE_CHECKING:
     from torchrl_sql.config.study import StudyConfig
@@ -113,7 +114,6 @@ def _study(args: argparse.Namespace) -> None:
 
     Run again, it continues: what is done stays, what changed is done again.
     """
-    from torchrl_sql.cli import parse
     from torchrl_sql.studies.folder import check_reuse, format_tasks, run_study
     from torchrl_sql.studies.plan import RUNS, plan_study
 
@@ -121,8 +121,7 @@ def _study(args: argparse.Namespace) -> None:
     study = read_study(args.name, args.overrides, args.seeds)
     folder = args.out or RUNS / Path(args.name).stem
     tasks = plan_study(study, folder)
-    for task in tasks:
-        parse(task.arguments)
+    check_commands(tasks)
     if args.reuse is not None:
         check_reuse(args.reuse, folder)
     if args.dry_run:
@@ -146,20 +145,38 @@ def _study(args: argparse.Namespace) -> None:
     )
 
 
-def check_given_store(tasks: Sequence[Task]) -> None:
-    """Checks that the store that a study was given has the games of its runs.
+def check_commands(tasks: Sequence[Task]) -> None:
+    """Checks that tasks can be understood as commands; those of a group differ by their seed.
+
+    Raises:
+        SystemExit: if one is not; it has been printed.
+    """
+    from torchrl_sql.cli import parse
+
+    for task in {task.group: task for task in tasks}.values():
+        parse(task.arguments)
+
+
+def check_given_store(tasks: Sequence[Task], *, elsewhere: bool = False) -> None:
+    """Checks that the store that a study was given has the games of the runs that are to do.
+
+    Args:
+        tasks (sequence of Task): of the study.
+
+    Keyword Args:
+        elsewhere (bool): they run on other machines: a store that is not on this one is left to them.
 
     Raises:
         ValueError: if it has not, or there is no such store.
     """
-    given = [task.settings for task in tasks if task.kind == "train" and "data" in task.settings]
-    if given:
-        from torchrl_sql.data import FrameStore  # imports torch
+    to_do = [task.settings for task in tasks if task.kind == "train" and "data" in task.settings and not task.is_done()]
+    if not to_do or (elsewhere and not Path(to_do[0]["data"]).exists()):
+        return
+    from torchrl_sql.data import FrameStore  # imports torch
 
-        for store in dict.fromkeys(settings["data"] for settings in given):
-            games = (game for settings in given if settings["data"] == store for game in settings["data.games"])
-            for game in dict.fromkeys(games):
-                FrameStore.open(store).recording(game)
+    store = FrameStore.open(expand_path(to_do[0]["data"]))
+    for game in dict.fromkeys(game for settings in to_do for game in settings["data.games"]):
+        store.recordings_of(game)
 
 
 def refuse_alive(folder: Path) -> None:

@@ -32,8 +32,8 @@ class ClusterConfig:
     """Nodes not to use, e.g. ``node[3,7]``."""
     comment: str | None = MISSING
     nodes: int = setting(at_least(1))
-    """Nodes of training (and of ``bench``); every other kind of job takes one process on one node, and so do a study's
-    runs that learn online."""
+    """Nodes of training (and of ``bench``); every other kind of job takes one process on one node, and so does a run
+    that learns online."""
     gpus_per_node: int = setting(at_least(0))
     tasks_per_node: int = setting(at_least(1))
     """Processes on each node; one per GPU where there are GPUs."""

@@ -102,12 +102,13 @@ def _set(config: DictConfig, key: str, text: str, groups: Iterable[str]) -> None
     if plain != key:
         raise ConfigError(f"settings must be key=value, every one has a value already: {plain}={text}, got {key!r}")
     node, value = known[key], cast(Any, text)
-    word = isinstance(node, AnyNode) and re.fullmatch(r"\w+:[\w:=-]+", text)  # a game, misspelt
-    if not (isinstance(node, StringNode) or word) or text[:1] in ("'", '"'):
+    if not isinstance(node, StringNode) or text[:1] in ("'", '"'):
         try:
             parsed = OverridesParser.create().parse_override(f"{key}={text}")
         except HydraException as error:
-            raise ConfigError(f"{key} cannot be read, got {text!r}: {_first_line(error)}") from None
+            how = "a game is written Breakout, a variation Breakout-m4-d1, several [A,B]"
+            reason = how if key == "data.games" else _first_line(error)
+            raise ConfigError(f"{key} cannot be read, got {text!r}: {reason}") from None
         if parsed.is_sweep_override():
             hint = f"; a list is written {key}=[A,B]" if isinstance(node, (AnyNode, ListConfig)) else ""
             raise ConfigError(f"{key} must be one value, got {text!r}{hint}")

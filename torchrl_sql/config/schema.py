@@ -140,11 +140,9 @@ class DataConfig:
     """Batches read ahead in threads."""
 
     def __post_init__(self) -> None:
-        if not isinstance(self.games, (str, list, tuple)):
-            raise ConfigError(f"data.games must be names of games, got {self.games!r}")
         try:
             self.games = resolve_games(self.games)
-        except (ValueError, TypeError) as error:
+        except ValueError as error:
             raise ConfigError(f"data.games: {error}") from None
         if isinstance(self.mixture, (list, tuple)):
             self.mixture = tuple(self.mixture)

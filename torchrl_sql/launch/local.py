@@ -18,7 +18,8 @@ from torchrl_sql.studies.task import Task
 def run_local(
     groups: Sequence[Group], to_do: Mapping[str, Sequence[int]], *, say: Callable[[str], None] = lambda line: None
 ) -> None:
-    """Runs tasks one after the other, each training run in as many processes as its cluster's profile says.
+    """Runs tasks one after the other, each training run in as many processes as its cluster's profile says, or in one
+    if it learns online.
 
     Output goes to the terminal and to the group's folder. Nothing is retried: who sees an error decides.
 

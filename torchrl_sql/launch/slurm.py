@@ -60,8 +60,8 @@ class _Executor(SlurmExecutor):
 
 
 def resources(cluster: ClusterConfig, task: Task) -> ClusterConfig:
-    """What the job of a task takes: training and bench all nodes, all else one process, evaluation, probes and training
-    in one process with one GPU.
+    """What the job of a task takes: training and bench all nodes, all else one process. Evaluation, probes and training
+    by one process have one GPU.
 
     All memory of a node (0) is for who takes whole nodes; the others get the partition's default, and none of the sizes
     among the options of sbatch. Where ``gpus-per-node`` is left out (null), the one GPU is of the kind of ``gres``.

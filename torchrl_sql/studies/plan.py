@@ -198,7 +198,7 @@ def plan_training(overrides: Sequence[str], root: Path, *, num_ranks: int = 1) -
         root (Path): folder of the launch.
 
     Keyword Args:
-        num_ranks (int): processes that will train each run.
+        num_ranks (int): processes that will train each run; those that learn online take one.
 
     Raises:
         ConfigError: for settings that cannot be run.
@@ -210,7 +210,8 @@ def plan_training(overrides: Sequence[str], root: Path, *, num_ranks: int = 1) -
     tasks: dict[str, Task] = {}
     for label, own in combinations:
         config = compose_run_config(own)
-        check_ranks(config, num_ranks)
+        plays = config.online is not None
+        check_ranks(config, 1 if plays else num_ranks)
         config = _placed(config, (root if len(combinations) == 1 else root / folder_name(label)).resolve())
         agent = ",".join(part for part in label.split(",") if part and not part.startswith("seed="))
         if agent and not any(override.startswith("name=") for override in own):
@@ -224,7 +225,7 @@ def plan_training(overrides: Sequence[str], root: Path, *, num_ranks: int = 1) -
             )
         tasks[config.run_dir] = Task(
             name=label or "train", arguments=["train", *own], group="train", run_dir=config.run_dir,
-            config=config.to_yaml(),
+            config=config.to_yaml(), one_process=plays,
         )  # fmt: skip
     return list(tasks.values())
 

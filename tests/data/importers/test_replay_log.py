@@ -19,8 +19,9 @@ from torchrl_sql.games import GAMES
 
 def write(store, lab, shapes, *, run="0", rewards="raw", cut_last=False, final=False, labels=()):
     """Episodes of (num_steps, terminated), with Pong's own actions and distinct frames; ``final``: also of what is seen
-    after a time-out."""
-    episodes = lab.make_episodes([(num_steps, terminated, final and not terminated) for num_steps, terminated in shapes])
+    after a time-out.
+    """
+    episodes = lab.make_episodes([(steps, terminated, final and not terminated) for steps, terminated in shapes])
     with store.writer("Pong", run=run, source="test", rewards=rewards, labels=labels) as writer:
         for index, e in enumerate(episodes):
             e.actions[:] = np.array(GAMES["Pong"].minimal_actions)[e.actions % 6]
