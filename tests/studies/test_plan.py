@@ -491,11 +491,11 @@ def test_the_given_store_has_the_games_of_what_is_to_do(make_study, tmp_path, mo
     monkeypatch.setenv("STORES", str(tmp_path))
     record("Breakout", "1")
     record("Breakout", "2")
-    with pytest.raises(ValueError, match="game 'Freeway' is not in the store .*, which holds Breakout"):
+    with pytest.raises(ValueError, match=r"game 'Freeway' is not in the store .*, which holds Breakout"):
         check_given_store(tasks("$STORES/store"))
     record("Freeway")
     check_given_store(tasks("$STORES/store"))
-    with pytest.raises(ValueError, match=r"store\.json is missing"):
+    with pytest.raises(FileNotFoundError, match=r"store\.json is missing"):
         check_given_store(tasks(str(tmp_path / "absent")))
     check_given_store(tasks(str(tmp_path / "absent")), elsewhere=True)
     done = tasks(str(tmp_path / "absent"))

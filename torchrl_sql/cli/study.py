@@ -167,7 +167,8 @@ def check_given_store(tasks: Sequence[Task], *, elsewhere: bool = False) -> None
         elsewhere (bool): they run on other machines: a store that is not on this one is left to them.
 
     Raises:
-        ValueError: if it has not, or there is no such store.
+        FileNotFoundError: if there is no such store.
+        ValueError: if it has not all of these games.
     """
     to_do = [task.settings for task in tasks if task.kind == "train" and "data" in task.settings and not task.is_done()]
     if not to_do or (elsewhere and not Path(to_do[0]["data"]).exists()):
