@@ -318,6 +318,18 @@ class Run:
         for process in processes:
             os.kill(process, number)
 
+    def pause_until_second(self, second):
+        """Stops its processes until its job has run so long, or was requeued for what it had been told before."""
+
+        def is_over():
+            (found,) = re.findall(r"RunTime=00:(\d\d):(\d\d)", self.slurm.scontrol("show", "job", self.job))
+            return self.restarts > 0 or 60 * int(found[0]) + int(found[1]) >= second
+
+        self.signal(signal.SIGSTOP)
+        wait_for(is_over, second + 60, lambda: f"{second} s of {self.folder}: {self.log()}")
+        for process in self.slurm.task_processes(self.job):
+            os.kill(process, signal.SIGCONT)
+
     def log(self):
         """What its processes and SLURM say, for messages."""
         files = [*sorted(self.group.folder.glob("*.out")), self.slurm.folder / "slurmctld.log"]

@@ -55,9 +55,7 @@ def time_limit(launch, slurm):
     """SLURM says so 20 to 50 s before the minute is over, which is too long for this run: let its time pass."""
     run = launch("cluster.timeout_minutes=1")
     run.wait_for_step(20)
-    run.signal(signal.SIGSTOP)
-    time.sleep(35)
-    run.signal(signal.SIGCONT)
+    run.pause_until_second(45)
     assert run.wait_for_end() == "COMPLETED", run.log()
     assert run.restarts >= 1 and "told to stop; requeued" in run.log()
     return [run]
