@@ -55,7 +55,8 @@ One training seed; what three say of the method is in `benchmarks/results/quicks
 alpha {alpha}. Protocol: epsilon {epsilon}, sticky actions {sticky}, at most {frames:,} emulator frames per episode.
 
 **Limits.** It plays these games as the emulator of ale-py 0.12 starts them, from 84 x 84 grey frames, and nothing else.
-A small network trained for minutes: an example, not a baseline to compare with.
+A small network trained for minutes: an example, not a baseline to compare with. To train on from it, take its encoder
+(`init.policy=FILE init.load=encoder`): its heads lack the actions that are not legal.
 
 **Licence.** MIT, as the repository. Trained as `benchmarks/results/quickstart.md` says; file and card made by
 `python benchmarks/ship_policy.py`, commit {commit}, {date}.
