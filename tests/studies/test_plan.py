@@ -202,8 +202,7 @@ def scales(name):
 
 @pytest.mark.parametrize(("name", "scale"), [(name, scale) for name in list_choices("study") for scale in scales(name)])
 def test_the_tasks_of_every_study_at_every_scale_are_commands(tmp_path, name, scale):
-    given = "store" if (name, scale) in {("data_quality", "cpu"), ("data_quality", "gpu")} else None
-    study = load_study(find_study(name), scale=scale, store=given)
+    study = load_study(find_study(name), scale=scale)
     tasks = plan_study(replace(study, seeds=[0, 1]), tmp_path)
     for task in tasks:
         parse(task.arguments)
@@ -218,7 +217,7 @@ def test_the_tasks_of_every_study_at_every_scale_are_commands(tmp_path, name, sc
 @pytest.mark.parametrize("name", ["comparison", "data_quality", "scaling", "ablation", "multitask", "transfer_offline"])
 def test_claims_are_studied_at_three_scales_with_three_seeds(name):
     assert list(scales(name)) == ["cpu", "gpu", "paper"]
-    assert load_study(find_study(name), store="store").seeds == [0, 1, 2]
+    assert load_study(find_study(name)).seeds == [0, 1, 2]
 
 
 @pytest.mark.parametrize("scale", ["cpu", "gpu", "paper"])
@@ -465,6 +464,35 @@ def test_a_study_whose_data_is_play_has_runs_that_play(tmp_path):
     changed = replace(load_study(find_study("dqn_replay_mini")), common=["scale=cpu"])
     with pytest.raises(ConfigError, match=r"runs.breakout must have the setting online=NAME, for the study's data is"):
         plan_study(changed, tmp_path)
+
+
+@pytest.mark.parametrize("scale", ["cpu", "gpu"])
+def test_the_lives_of_one_study_are_the_data_of_another(tmp_path, scale):
+    lives = {task.name: task for task in plan_study(load_study(find_study("dqn_replay_mini"), scale=scale), tmp_path)}
+    tasks = {task.name: task for task in plan_study(load_study(find_study("data_quality"), scale=scale), tmp_path)}
+    played = [f"train-{name}-seed0" for name in ("breakout", "qbert", "freeway", "mspacman")]
+    assert [name for name in tasks if name in lives] == [*played, "report"]
+    for name in played:
+        assert tasks[name].settings == lives[name].settings and tasks[name].makes == lives[name].makes
+        assert tasks[name].arguments == lives[name].arguments and tasks[name].config == lives[name].config
+    learned = tasks["train-bc_first-seed2"]
+    assert learned.after == played and {*learned.inputs} == {*played}
+    assert f"data.store={tmp_path}/stores/seed0" in learned.arguments and "data" not in learned.settings
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ("study", r"a study must be FILE.yaml or one of .*dqn_replay_mini.*, got ''"),
+        ("study dqn_replay", r"a study must be FILE.yaml or one of .*dqn_replay_mini.*, got 'dqn_replay'"),
+        ("study demo", r"data must be study NAME of one whose data is play, got 'study demo', with 'collect'"),
+        ("study dqn_replay_mini", r"runs.q must have games that .* plays \(Breakout, .*, MsPacman\), got Pong"),
+    ],
+)
+def test_lives_that_are_no_data_are_refused(make_study, tmp_path, data, message):
+    study = make_study(("data: collect", f"data: {data}"), ("[Breakout,Freeway]", "[Breakout,Pong]"))
+    with pytest.raises(ConfigError, match=message):
+        plan_study(study, tmp_path)
 
 
 def test_in_a_study_with_other_data_a_run_that_plays_has_a_store_of_its_own_and_waits_for_its_source_only(tmp_path):

@@ -76,8 +76,9 @@ class StudyConfig:
     seeds: list[int] = field(default_factory=lambda: [0])
     data: str
     """``collect``, ``import`` with the arguments of that command but ``--out``, the path of a store, or ``play``: all
-    runs are online, and what those of one seed play goes to one store, ``stores/seedS``. In a study with other data,
-    a run with ``online=NAME`` plays into a store of its own."""
+    runs are online, and what those of one seed play goes to one store, ``stores/seedS``. ``study NAME`` is what the
+    agents of such a study play, with its first seed and settings, at this one's scale. In a study with other data than
+    ``play``, a run with ``online=NAME`` plays into a store of its own."""
     runs: dict[str, StudyRun]
     report: StudyReport = field(default_factory=StudyReport)
 

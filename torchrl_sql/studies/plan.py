@@ -26,7 +26,7 @@ from torchrl_sql.config import (
     compose_run_config,
 )
 from torchrl_sql.config.schema import folder_name as name_bound
-from torchrl_sql.config.study import StudyConfig, StudyRun, combined, setting_key
+from torchrl_sql.config.study import StudyConfig, StudyRun, combined, find_study, load_study, setting_key
 from torchrl_sql.files import check_outside_stores
 from torchrl_sql.games import place_of
 from torchrl_sql.studies.task import Task
@@ -78,11 +78,17 @@ def plan_study(study: StudyConfig, folder: Path, *, num_ranks: int = 1) -> list[
         if (key := setting_key(override)) in _DECIDED:
             option = "--seeds" if key == "seed" else "its file" if key == "data.store" else "--out"
             raise ConfigError(f"a study decides {key} itself, see {option}; got {override!r}")
-    makes_store = study.data == "collect" or study.data.split()[:1] == ["import"]
+    source = study.data.split()[0] if study.data.split() else ""
+    makes_store = study.data == "collect" or source in ("import", "study")
     plays_data = study.data == "play"
     store = folder / "store" if makes_store else Path(study.data)
     data: list[str] = []
-    if study.data == "collect":
+    lived: list[str] = []
+    if source == "study":
+        lives, store, lived = _plan_lives(study, folder)
+        tasks += lives
+        data = [task.name for task in lives]
+    elif study.data == "collect":
         words = [*study.common, f"data.store={quoted(store)}", f"seed={study.seeds[0]}"]
         config = compose_run_config(words)
         settings = {"games": list(config.games)} | asdict(config.collection)
@@ -92,8 +98,8 @@ def plan_study(study: StudyConfig, folder: Path, *, num_ranks: int = 1) -> list[
             words = [*shlex.split(study.data)[1:], "--out", str(store)]
         except ValueError as error:
             raise ConfigError(f"data must be a command line, got {study.data!r}: {error}") from None
-        source = re.sub(r"\s--workers[\s=]\S+", "", study.data)  # how fast, not what
-        data = [add("import", "import", words, settings={"data": source}, makes=["store"]).name]
+        what = re.sub(r"\s--workers[\s=]\S+", "", study.data)  # and not how fast
+        data = [add("import", "import", words, settings={"data": what}, makes=["store"]).name]
     main = study.report.main or next(iter(study.runs))
     ends: list[str] = []
     judged: RunConfig | None = None
@@ -112,6 +118,10 @@ def plan_study(study: StudyConfig, folder: Path, *, num_ranks: int = 1) -> list[
             place = f"{name}/seed{seed}"
             words = [*common, f"run_dir={quoted(folder / place)}", f"seed={seed}"]
             config = _placed(compose_run_config([*common, f"seed={seed}"]), folder / place)
+            if lived and not plays and (unknown := [game for game in config.games if game not in lived]):
+                raise ConfigError(
+                    f"runs.{name} must have games that {study.data} plays ({', '.join(lived)}), got {unknown[0]}"
+                )
             if plays_data:
                 own_store = folder / "stores" / f"seed{seed}"
                 words.append(f"data.store={quoted(own_store)}")
@@ -185,6 +195,21 @@ def plan_study(study: StudyConfig, folder: Path, *, num_ranks: int = 1) -> list[
         makers |= dict.fromkeys(task.makes, task.name)
     add("report", "report", [str(folder)], after=ends, tolerant=True, makes=["report.html"])
     return tasks
+
+
+def _plan_lives(study: StudyConfig, folder: Path) -> tuple[list[Task], Path, list[str]]:
+    """Of the study whose agents play this one's data, at this one's scale: the tasks of its first seed, the store that
+    they make, and the games in it.
+    """
+    name = study.data.removeprefix("study").strip()
+    scale = next((word.partition("=")[2] for word in study.common if setting_key(word) == "scale"), None)
+    lives = load_study(find_study(name), scale=scale)
+    if lives.data != "play":
+        raise ConfigError(f"data must be study NAME of one whose data is play, got {study.data!r}, with {lives.data!r}")
+    seed = f"seed{lives.seeds[0]}"
+    tasks = [task for task in plan_study(lives, folder) if task.kind == "train" and task.name.endswith(f"-{seed}")]
+    games = [Path(path).name for task in tasks for path in task.makes if path.startswith(f"stores/{seed}/")]
+    return tasks, folder / "stores" / seed, games
 
 
 def plan_training(overrides: Sequence[str], root: Path, *, num_ranks: int = 1) -> list[Task]:
