@@ -485,7 +485,7 @@ def test_the_lives_of_one_study_are_the_data_of_another(tmp_path, scale):
     [
         ("study", r"a study must be FILE.yaml or one of .*dqn_replay_mini.*, got ''"),
         ("study dqn_replay", r"a study must be FILE.yaml or one of .*dqn_replay_mini.*, got 'dqn_replay'"),
-        ("study demo", r"data must be study NAME of one whose data is play, got 'study demo', with 'collect'"),
+        ("study demo", r"data must be study NAME, one whose data is play, got 'study demo', with 'collect'"),
         ("study dqn_replay_mini", r"runs.q must have games that .* plays \(Breakout, .*, MsPacman\), got Pong"),
     ],
 )

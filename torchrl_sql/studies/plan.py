@@ -78,28 +78,11 @@ def plan_study(study: StudyConfig, folder: Path, *, num_ranks: int = 1) -> list[
         if (key := setting_key(override)) in _DECIDED:
             option = "--seeds" if key == "seed" else "its file" if key == "data.store" else "--out"
             raise ConfigError(f"a study decides {key} itself, see {option}; got {override!r}")
-    source = study.data.split()[0] if study.data.split() else ""
-    makes_store = study.data == "collect" or source in ("import", "study")
+    made, store = _plan_data(study, folder)
+    tasks += made
+    data = [task.name for task in made]
+    lived = [Path(path).name for task in made for path in task.makes if path.startswith("stores/")]
     plays_data = study.data == "play"
-    store = folder / "store" if makes_store else Path(study.data)
-    data: list[str] = []
-    lived: list[str] = []
-    if source == "study":
-        lives, store, lived = _plan_lives(study, folder)
-        tasks += lives
-        data = [task.name for task in lives]
-    elif study.data == "collect":
-        words = [*study.common, f"data.store={quoted(store)}", f"seed={study.seeds[0]}"]
-        config = compose_run_config(words)
-        settings = {"games": list(config.games)} | asdict(config.collection)
-        data = [add("collect", "collect", words, settings=settings, makes=["store"]).name]
-    elif makes_store:
-        try:
-            words = [*shlex.split(study.data)[1:], "--out", str(store)]
-        except ValueError as error:
-            raise ConfigError(f"data must be a command line, got {study.data!r}: {error}") from None
-        what = re.sub(r"\s--workers[\s=]\S+", "", study.data)  # and not how fast
-        data = [add("import", "import", words, settings={"data": what}, makes=["store"]).name]
     main = study.report.main or next(iter(study.runs))
     ends: list[str] = []
     judged: RunConfig | None = None
@@ -126,7 +109,7 @@ def plan_study(study: StudyConfig, folder: Path, *, num_ranks: int = 1) -> list[
                 own_store = folder / "stores" / f"seed{seed}"
                 words.append(f"data.store={quoted(own_store)}")
                 config.data = replace(config.data, store=str(own_store))
-            settings = _deciding(config) | ({} if makes_store or plays else {"data": str(store)})
+            settings = _deciding(config) | ({} if made or plays else {"data": str(store)})
             before = [] if plays else data
             if run.from_ is not None:
                 policy = folder / run.from_ / f"seed{seed}" / "policy.safetensors"
@@ -195,21 +178,6 @@ def plan_study(study: StudyConfig, folder: Path, *, num_ranks: int = 1) -> list[
         makers |= dict.fromkeys(task.makes, task.name)
     add("report", "report", [str(folder)], after=ends, tolerant=True, makes=["report.html"])
     return tasks
-
-
-def _plan_lives(study: StudyConfig, folder: Path) -> tuple[list[Task], Path, list[str]]:
-    """Of the study whose agents play this one's data, at this one's scale: the tasks of its first seed, the store that
-    they make, and the games in it.
-    """
-    name = study.data.removeprefix("study").strip()
-    scale = next((word.partition("=")[2] for word in study.common if setting_key(word) == "scale"), None)
-    lives = load_study(find_study(name), scale=scale)
-    if lives.data != "play":
-        raise ConfigError(f"data must be study NAME of one whose data is play, got {study.data!r}, with {lives.data!r}")
-    seed = f"seed{lives.seeds[0]}"
-    tasks = [task for task in plan_study(lives, folder) if task.kind == "train" and task.name.endswith(f"-{seed}")]
-    games = [Path(path).name for task in tasks for path in task.makes if path.startswith(f"stores/{seed}/")]
-    return tasks, folder / "stores" / seed, games
 
 
 def plan_training(overrides: Sequence[str], root: Path, *, num_ranks: int = 1) -> list[Task]:
@@ -336,6 +304,36 @@ def evaluation_options(evaluation: EvaluationConfig) -> list[str]:
         f"--seed={evaluation.seed}",
         f"--max-env-frames={evaluation.max_env_frames_per_episode}",
     ]
+
+
+def _plan_data(study: StudyConfig, folder: Path) -> tuple[list[Task], Path]:
+    """The tasks that make a study's data, none where it is there or its own runs play it, and the store."""
+    kind, _, rest = study.data.partition(" ")
+    store = folder / "store"
+    if study.data == "collect":
+        words = [*study.common, f"data.store={quoted(store)}", f"seed={study.seeds[0]}"]
+        config = compose_run_config(words)
+        settings = {"games": list(config.games)} | asdict(config.collection)
+    elif kind == "import":
+        try:
+            words = [*shlex.split(rest), "--out", str(store)]
+        except ValueError as error:
+            raise ConfigError(f"data must be a command line, got {study.data!r}: {error}") from None
+        settings = {"data": re.sub(r"\s--workers[\s=]\S+", "", study.data)}  # how fast, not what
+    elif kind == "study":
+        scale = next((word.partition("=")[2] for word in study.common if setting_key(word) == "scale"), None)
+        lives = load_study(find_study(rest.strip()), scale=scale)
+        if lives.data != "play":
+            raise ConfigError(
+                f"data must be study NAME, one whose data is play, got {study.data!r}, with {lives.data!r}"
+            )
+        seed = f"seed{lives.seeds[0]}"
+        tasks = [task for task in plan_study(lives, folder) if task.kind == "train"]
+        return [task for task in tasks if task.name.endswith(f"-{seed}")], folder / "stores" / seed
+    else:
+        return [], Path(study.data)
+    task = Task(name=kind, group=kind, arguments=[kind, *words], folder=str(folder), settings=settings, makes=["store"])
+    return [task], store
 
 
 def _placed(config: RunConfig, folder: Path) -> RunConfig:
