@@ -263,6 +263,7 @@ def test_cannot_be_written(two_games):
         ({"batch_size": 4, "world_size": 0}, "rank must lie in 0..world_size-1, got rank 0 of world_size 0"),
         ({"batch_size": 4, "prefetch": -1}, "prefetch must be an integer >= 0, got -1"),
         ({"batch_size": 4, "prefetch": None}, "prefetch must be an integer >= 0, got None"),
+        ({"batch_size": 4, "window_steps": 0}, "window_steps must be at least 1, got 0"),
         ({"batch_size": 4, "window_steps": 2, "n_steps": 3}, "n_steps has no meaning with window_steps, .* got 3"),
         ({"batch_size": 4, "window_steps": 2, "gamma": 0.5}, "gamma has no meaning with window_steps, .* got 0.5"),
     ],
@@ -362,6 +363,10 @@ def test_entries_asked_for_are_delivered_and_absent_ones_refused(two_games, opti
     keys = ["action", ("next", "reward"), "index"]
     replay = OfflineAtariReplay(two_games, batch_size=6, keys=keys, **options)
     assert set(replay.sample().keys(True, True)) == set(keys)
+    replay.shutdown()
+    every = OfflineAtariReplay(two_games, batch_size=6).sample()
+    replay = OfflineAtariReplay(two_games, batch_size=6, keys=["index", "next"], **options)
+    assert (replay.sample() == every.select("index", "next")).all()
     replay.shutdown()
     replay = OfflineAtariReplay(two_games, batch_size=6, keys=["action"], **options)
     batch, info = replay.sample(return_info=True)

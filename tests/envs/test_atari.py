@@ -85,6 +85,11 @@ def test_emulators_that_cannot_be_had_are_refused(setting, message):
         Emulator(**setting)
 
 
+def test_parts_of_frames_are_refused():
+    with pytest.raises(TypeError, match=r"max_env_frames must be an integer, got 100\.5"):
+        Emulator(max_env_frames=100.5)
+
+
 @pytest.mark.parametrize("seeds", [[1], [1, 2, 3], [-1, 2], [1, 2**31], 1])
 def test_seeds_that_cannot_be_had_are_refused(seeds):
     with pytest.raises(ValueError, match=r"seeds must be 2 numbers in 0\.\.2\^31-1, one per copy that is reset, got"):

@@ -47,3 +47,9 @@ def test_bad_ranks_are_refused(environment):
 def test_protocols_that_cannot_be_played_are_refused(setting, message):
     with pytest.raises(ValueError, match=message):
         Protocol(**{"num_episodes": 1} | setting)
+
+
+@pytest.mark.parametrize("name", ["num_episodes", "seed"])
+def test_parts_of_episodes_and_seeds_are_refused(name):
+    with pytest.raises(TypeError, match=rf"{name} must be an integer, got 1\.5"):
+        Protocol(**{"num_episodes": 1} | {name: 1.5})

@@ -51,8 +51,8 @@ def acting(batch: TensorDict) -> TensorDict:
 
 
 def test_vocabularies_by_hand():
-    returns = torch.tensor([-25.0, -20.0, -0.5, 0.0, 1.9, 99.0, 100.0, 3000.0])
-    assert encode_return(returns).tolist() == [0, 0, 20, 20, 21, 119, 120, 120]
+    returns = torch.tensor([-25.0, -20.0, -0.5, 0.0, 1.9, 99.0, 100.0, 3000.0, 1e20, torch.inf])
+    assert encode_return(returns).tolist() == [0, 0, 20, 20, 21, 119, 120, 120, 120, 120]
     reward = torch.tensor([0.0, 0.25, -1.0, 1.0])
     assert encode_reward(reward, torch.tensor([False] * 4)).tolist() == [0, 1, 3, 1]
     assert encode_reward(reward, torch.tensor([True] * 4)).tolist() == [2] * 4
@@ -112,6 +112,15 @@ def test_the_return_is_predicted_from_the_first_frame():
     network, batch = tiny(), windows(3)
     from_frame = network.module.predict_return(batch["observation"][:, 0])
     torch.testing.assert_close(network(batch)["return_logits"], from_frame)
+
+
+def test_frames_are_bytes_or_scaled_floats_as_for_q_networks():
+    network, batch = tiny(), windows(3)
+    from_bytes = network(batch.clone())
+    scaled = network(batch.clone().set("observation", batch["observation"] / 255))
+    torch.testing.assert_close(scaled["action_logits"], from_bytes["action_logits"])
+    with pytest.raises(TypeError, match="frames must be uint8"):
+        network(batch.clone().set("observation", batch["observation"].long()))
 
 
 def test_batch_shapes():
@@ -246,6 +255,9 @@ def test_decodings_that_need_what_is_not_there():
             DecisionTransformerPolicy(cloning, ["Pong"], decoding=decoding)
     with pytest.raises(ValueError, match="expert, expert_128, sampled, greedy with return tokens, got 'best'"):
         policy("best")
+    for kappa in (torch.nan, torch.inf, -1.0):
+        with pytest.raises(ValueError, match=rf"kappa must be in \[0, inf\), got {kappa}"):
+            DecisionTransformerPolicy(tiny().eval(), ["Pong"], kappa=kappa)
     play = DecisionTransformerPolicy(cloning, ["Pong"], decoding="sampled")
     assert "return_uniform" not in play.in_keys
     assert play(acting(windows(5)).exclude("return_uniform"))["action"].shape == (5,)

@@ -270,6 +270,12 @@ def test_refuses_wrong_shapes():
         network(torch.zeros(2, 1, 4, 4), torch.zeros(2, 1, dtype=torch.long))
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.bool])
+def test_refuses_frames_whose_scale_is_not_known(dtype):
+    with pytest.raises(TypeError, match=rf"frames must be uint8 in 0..255 or floats in \[0, 1\], got {dtype}"):
+        tiny_network()(torch.zeros(2, 1, 4, 4, dtype=dtype), torch.zeros(2, dtype=torch.long))
+
+
 def test_one_head_serves_all_games():
     actor = make_q_actor(GAME_NAMES, encoder="resnet_small", per_game_heads=False, mask_illegal_actions=True)
     batch = states(3, num_games=len(GAME_NAMES))

@@ -495,6 +495,23 @@ def test_lives_that_are_no_data_are_refused(make_study, tmp_path, data, message)
         plan_study(study, tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("lives", "message"),
+    [
+        (
+            "{lives: {set: [data.games=Breakout], seeds: [1]}}",
+            r"data must be a study with runs of its first seed, 0, got",
+        ),
+        ("{bc: {set: [data.games=Breakout]}}", r"runs.bc must have another name: the data's, study .*, has such a run"),
+    ],
+)
+def test_lives_of_another_seed_or_with_the_names_of_runs_are_refused(make_study, tmp_path, lives, message):
+    file = tmp_path / "lives.yaml"
+    file.write_text(f"{{title: Lives, data: play, common: [scale=cpu, online=cpu], runs: {lives}}}")
+    with pytest.raises(ConfigError, match=message):
+        plan_study(make_study(("data: collect", f"data: study {file}")), tmp_path)
+
+
 def test_in_a_study_with_other_data_a_run_that_plays_has_a_store_of_its_own_and_waits_for_its_source_only(tmp_path):
     tasks = {task.name: task for task in plan_study(load_study(find_study("transfer_online")), tmp_path)}
     ql, scratch, zero = (

@@ -20,7 +20,7 @@ from torchrl_sql.envs.atari import Emulator
 from torchrl_sql.envs.lockstep import EmulatorError, Lockstep
 from torchrl_sql.envs.slots import Slot
 from torchrl_sql.evaluation.policies import ConstantPolicy, RandomPolicy
-from torchrl_sql.games import GAMES
+from torchrl_sql.games import GAMES, find_game
 from torchrl_sql.training import Interrupted, train
 from torchrl_sql.training.build import build_trainer
 from torchrl_sql.training.checkpoint import checkpoint_step, list_checkpoints, load_checkpoint
@@ -296,6 +296,62 @@ def test_nothing_can_be_drawn_before_anything_was_played(tmp_path):
     replay = OnlineReplay(growing, Lockstep(["Pong"], num_emulators=1, seed=0), policy, OfflineAtariReplay, pace)
     with pytest.raises(RuntimeError, match=r"call begin\(\) or load_state_dict\(\) before sample\(\)"):
         replay.sample()
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"agent_steps_per_gradient_step": 0}, r"agent_steps_per_gradient_step must be in \(0, inf\), got 0"),
+        ({"first_agent_steps": 0}, "first_agent_steps must be at least 1, got 0"),
+        ({"initial_epsilon": np.nan}, r"initial_epsilon must be in \[0, 1\], got nan"),
+        ({"final_epsilon": 2}, r"final_epsilon must be in \[0, 1\], got 2"),
+        ({"epsilon_decay_agent_steps": 0}, "epsilon_decay_agent_steps must be at least 1, got 0"),
+        ({"commit_interval_gradient_steps": 0}, "commit_interval_gradient_steps must be at least 1, got 0"),
+        ({"seed": -1}, "seed must be at least 0, got -1"),
+    ],
+)
+def test_paces_that_cannot_be_kept_are_refused(setting, message):
+    kept = {"agent_steps_per_gradient_step": 4, "first_agent_steps": 100, "final_epsilon": 0.1}
+    with pytest.raises(ValueError, match=message):
+        Pace(**kept | {"epsilon_decay_agent_steps": 100, "commit_interval_gradient_steps": 1} | setting)
+
+
+def short_online(tmp_path, games, policy, make_replay):
+    growing = GrowingStore(tmp_path / "store", games, source="test", about={})
+    pace = Pace(
+        agent_steps_per_gradient_step=4,
+        first_agent_steps=8,
+        final_epsilon=0.0,
+        epsilon_decay_agent_steps=1,
+        commit_interval_gradient_steps=1,
+    )
+    players = Lockstep(games, len(games), Emulator(max_env_frames=16), seed=0)
+    return OnlineReplay(growing, players, policy, make_replay, pace)
+
+
+@pytest.mark.parametrize("games", [["Pong"], ["Freeway", "Pong"]])
+def test_a_policy_of_other_games_or_in_another_order_is_refused(tmp_path, games):
+    with pytest.raises(ValueError, match=r"the policy must have the players' games in their order, .*, got"):
+        short_online(tmp_path, games[::-1] if len(games) > 1 else ["Freeway"], RandomPolicy(games), OfflineAtariReplay)
+
+
+def test_games_keep_the_order_that_they_are_given(tmp_path):
+    """A store lists its games by name, and a replay of it takes that order unless it is given another."""
+    games = ["Pong", "Freeway"]
+    replay = short_online(tmp_path, games, RandomPolicy(games), partial(OfflineAtariReplay, batch_size=4))
+    with pytest.raises(
+        ValueError, match=r"make_replay must be given games=\['Pong', 'Freeway'\].*\['Freeway', 'Pong'\]"
+    ):
+        replay.begin()
+    shutil.rmtree(tmp_path / "store")
+    make_replay = partial(OfflineAtariReplay, games=games, batch_size=4)
+    replay = short_online(tmp_path, games, RandomPolicy(games), make_replay)
+    replay.begin()
+    batch = torch.cat([replay.sample() for _ in range(8)])
+    replay.shutdown()
+    for game_id, game in enumerate(games):  # the first steps are random legal actions
+        actions = batch["action"][batch["game_id"] == game_id]
+        assert len(actions) and set(actions.tolist()) <= {*find_game(game).minimal_actions}
 
 
 def test_epsilon_falls_from_one_as_the_agent_learns():

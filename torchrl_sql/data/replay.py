@@ -15,6 +15,7 @@ from torchrl.data import TensorDictReplayBuffer
 from torchrl.data.replay_buffers import Sampler, Storage
 from torchrl.data.replay_buffers.writers import ImmutableDatasetWriter
 
+from torchrl_sql.arguments import check_count
 from torchrl_sql.data.recording import Recording
 from torchrl_sql.data.sampler import GameMixtureSampler, GameMixtureSamplerWithoutReplacement, check_batch_size
 from torchrl_sql.data.sequences import AtariSequenceStorage
@@ -87,6 +88,8 @@ class OfflineAtariReplay(TensorDictReplayBuffer):
         check_batch_size(batch_size, world_size)
         if isinstance(prefetch, bool) or not isinstance(prefetch, int) or prefetch < 0:
             raise ValueError(f"prefetch must be an integer >= 0, got {prefetch!r}")
+        if window_steps is not None:
+            check_count("window_steps", window_steps)
         for name, value, default in (("n_steps", n_steps, 1), ("gamma", gamma, DEFAULT_GAMMA)):
             if window_steps is not None and value != default:
                 raise ValueError(
@@ -110,7 +113,7 @@ class OfflineAtariReplay(TensorDictReplayBuffer):
         self._keys = None if keys is None else list(keys)
         self._copies = None if device is None else DeviceCopies(_with_index(torch.device(device)))
         storage.pin_memory = self._copies is not None and self._copies.device.type == "cuda"
-        storage.reads_next = keys is None or ("next", "observation") in map(unravel_key, keys)
+        storage.reads_next = keys is None or not {"next", ("next", "observation")}.isdisjoint(map(unravel_key, keys))
         self._reads: deque[tuple[int, Future[Any]]] = deque()
         self._readers: ThreadPoolExecutor | None = None
         self._process = os.getpid()

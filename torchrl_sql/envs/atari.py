@@ -16,6 +16,7 @@ from tensordict import TensorDict, TensorDictBase
 from torchrl.data import Binary, Bounded, Categorical, Composite, Unbounded
 from torchrl.envs import EnvBase
 
+from torchrl_sql.arguments import check_count
 from torchrl_sql.envs.console import Settings
 from torchrl_sql.envs.consoles import RemoteConsole
 from torchrl_sql.games import FRAME_SHAPE, FRAME_STACK, NUM_ACTIONS, find_game, legal_action_mask
@@ -34,7 +35,7 @@ class Emulator:
         max_env_frames (int): emulator frames (four per agent step) after which an episode is truncated.
 
     Raises:
-        ValueError: for a probability outside [0, 1], or an episode without a frame.
+        TypeError, ValueError: for a probability outside [0, 1], or an episode without a frame.
     """
 
     sticky_action_probability: float = 0.25
@@ -43,8 +44,7 @@ class Emulator:
     def __post_init__(self) -> None:
         if not 0.0 <= self.sticky_action_probability <= 1.0:
             raise ValueError(f"sticky_action_probability must be in [0, 1], got {self.sticky_action_probability}")
-        if self.max_env_frames < 1:
-            raise ValueError(f"max_env_frames must be at least 1, got {self.max_env_frames}")
+        check_count("max_env_frames", self.max_env_frames)
 
 
 DEFAULT_EMULATOR = Emulator()

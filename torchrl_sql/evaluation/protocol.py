@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from torchrl_sql.arguments import check_count
 from torchrl_sql.config import EvaluationConfig
 from torchrl_sql.config.schema import MAX_EPISODES, MAX_SEED
 from torchrl_sql.envs import Emulator
@@ -55,7 +56,7 @@ class Protocol:
         seed (int): of emulator and exploration, column ``evaluation_seed``.
 
     Raises:
-        ValueError: for a number of episodes, a seed or a probability that is out of range.
+        TypeError, ValueError: for a number of episodes, a seed or a probability that is none or out of range.
     """
 
     emulator: Emulator = DEFAULT_EMULATOR
@@ -70,6 +71,7 @@ class Protocol:
         ):
             if not least <= value <= most:
                 raise ValueError(f"{name} must be in [{least:,}, {most:,}], got {value}")
+            check_count(name, value, least)
         if not 0.0 <= self.epsilon <= 1.0:
             raise ValueError(f"epsilon must be in [0, 1], got {self.epsilon}")
 

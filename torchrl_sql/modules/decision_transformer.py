@@ -18,8 +18,10 @@ from tensordict.nn import TensorDictModule, TensorDictModuleBase
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from torchrl_sql.arguments import check_number
 from torchrl_sql.games import FRAME_SHAPE, NUM_ACTIONS, legal_action_mask, resolve_games
 from torchrl_sql.modules.policy import check_outputs, sample_index
+from torchrl_sql.modules.q_network import unit_frames
 
 LOWEST_RETURN, HIGHEST_RETURN = -20, 100
 NUM_RETURNS = HIGHEST_RETURN - LOWEST_RETURN + 1
@@ -32,7 +34,7 @@ _HEAD_WIDTH = 64
 
 def encode_return(return_to_go: Tensor) -> Tensor:
     """Return tokens int64 in 0..120: whole units (towards zero), clipped to -20..100."""
-    return return_to_go.long().clamp(LOWEST_RETURN, HIGHEST_RETURN) - LOWEST_RETURN
+    return return_to_go.clamp(LOWEST_RETURN, HIGHEST_RETURN).long() - LOWEST_RETURN
 
 
 def encode_reward(reward: Tensor, terminated: Tensor) -> Tensor:
@@ -210,7 +212,7 @@ class DecisionTransformer(nn.Module):
 
     def _embed_frames(self, frames: Tensor) -> Tensor:
         """Patch tokens ``[B, P, D]`` of frames ``[*B, 84, 84]``, flattened."""
-        pixels = frames.reshape(-1, 1, *FRAME_SHAPE).to(self.position.dtype) / 255
+        pixels = unit_frames(frames.reshape(-1, 1, *FRAME_SHAPE), self.position.dtype)
         return self.patches(pixels).flatten(2).transpose(1, 2) + self.patch_position
 
     def _transform(self, x_BLD: Tensor, attended_LL: Tensor | None = None) -> Tensor:
@@ -353,10 +355,11 @@ class DecisionTransformerPolicy(TensorDictModuleBase):
 
     Keyword Args:
         decoding (str): see above.
-        kappa (float): how strongly ``"expert"`` prefers high returns.
+        kappa (float): how strongly ``"expert"`` prefers high returns; at least 0.
 
     Raises:
-        ValueError: for an unknown game or decoding, or one that needs returns without return tokens.
+        TypeError, ValueError: for an unknown game or decoding, one that needs returns without return tokens, or another
+            kappa.
         FloatingPointError: when acting, for outputs that are not finite.
         KeyError: when acting, for numbers to draw with that the batch lacks.
     """
@@ -385,6 +388,7 @@ class DecisionTransformerPolicy(TensorDictModuleBase):
         self.games = resolve_games(games)
         self.network = module
         self.decoding = decoding
+        check_number("kappa", kappa, 0)
         self.kappa = kappa
         self.in_keys = [("context", key) for key in ("observation", "action", "reward", "mask")] + ["game_id"]
         if decoding != "greedy":

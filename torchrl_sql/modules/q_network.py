@@ -194,6 +194,19 @@ class MultiGameQNetwork(nn.Module):
         return batch_shape, game_id.reshape(-1)
 
 
+def unit_frames(frames: Tensor, dtype: torch.dtype) -> Tensor:
+    """Frames of any shape as ``dtype``: bytes scaled to [0, 1], floats as they are.
+
+    Raises:
+        TypeError: for frames that are neither.
+    """
+    if frames.dtype == torch.uint8:
+        return frames.to(dtype).div_(255)
+    if not frames.is_floating_point():
+        raise TypeError(f"frames must be uint8 in 0..255 or floats in [0, 1], got {frames.dtype}")
+    return frames.to(dtype)
+
+
 def scale_frames(
     observation: Tensor,
     game_id: Tensor,
@@ -212,10 +225,13 @@ def scale_frames(
     Keyword Args:
         dtype (torch.dtype): of the result.
         memory_format (torch.memory_format): likewise.
+
+    Raises:
+        TypeError: for frames that are neither bytes nor floats.
     """
     # The layout first: bytes are a quarter of the traffic.
     x = observation.contiguous(memory_format=memory_format)
-    x = x.to(dtype).div_(255) if observation.dtype == torch.uint8 else x.to(dtype)
+    x = unit_frames(x, dtype)
     return x if input_mean is None else x - input_mean[game_id].unsqueeze(1)
 
 

@@ -327,9 +327,13 @@ def _plan_data(study: StudyConfig, folder: Path) -> tuple[list[Task], Path]:
             raise ConfigError(
                 f"data must be study NAME, one whose data is play, got {study.data!r}, with {lives.data!r}"
             )
+        if both := [name for name in study.runs if name in lives.runs]:
+            raise ConfigError(f"runs.{both[0]} must have another name: the data's, {study.data}, has such a run, too")
         seed = f"seed{lives.seeds[0]}"
         tasks = [task for task in plan_study(lives, folder) if task.kind == "train"]
-        return [task for task in tasks if task.name.endswith(f"-{seed}")], folder / "stores" / seed
+        if not (tasks := [task for task in tasks if task.name.endswith(f"-{seed}")]):
+            raise ConfigError(f"data must be a study with runs of its first seed, {lives.seeds[0]}, got {study.data!r}")
+        return tasks, folder / "stores" / seed
     else:
         return [], Path(study.data)
     task = Task(name=kind, group=kind, arguments=[kind, *words], folder=str(folder), settings=settings, makes=["store"])

@@ -17,6 +17,7 @@ from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import nn
 
+from torchrl_sql.arguments import check_count, check_number
 from torchrl_sql.data import FrameStore, OfflineAtariReplay, Recording
 from torchrl_sql.data.growing import GrowingStore
 from torchrl_sql.envs.lockstep import Lockstep, PlayedEpisode
@@ -37,6 +38,9 @@ class Pace:
         epsilon_decay_agent_steps (int): from the one to the other, linearly, from the first gradient step on.
         commit_interval_gradient_steps (int): finished episodes are shown to the learner at its multiples.
         seed (int): of exploration.
+
+    Raises:
+        TypeError, ValueError: for a value that is no such number.
     """
 
     agent_steps_per_gradient_step: float
@@ -46,6 +50,14 @@ class Pace:
     epsilon_decay_agent_steps: int
     commit_interval_gradient_steps: int
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_number("agent_steps_per_gradient_step", self.agent_steps_per_gradient_step, 0, above=True)
+        for name in ("initial_epsilon", "final_epsilon"):
+            check_number(name, getattr(self, name), 0, 1)
+        for name in ("first_agent_steps", "epsilon_decay_agent_steps", "commit_interval_gradient_steps"):
+            check_count(name, getattr(self, name))
+        check_count("seed", self.seed, 0)
 
     def epsilon(self, agent_step: int) -> float:
         """Probability of a random action, so many agent steps after learning began."""
@@ -75,9 +87,9 @@ class OnlineReplay:
         growing (GrowingStore): where whole episodes go; this object opens and closes it.
         players (Lockstep): the emulators; closed by this object, too.
         policy (TensorDictModuleBase): ``observation`` ``[N, 4, 84, 84]`` uint8 and ``game_id`` ``[N]`` to ``action``
-            ``[N]``; its parameters are the learner's own.
-        make_replay (callable): the replay buffer over the store, when there is something in it, e.g.
-            ``partial(OfflineAtariReplay, batch_size=32, n_steps=3)``.
+            ``[N]``; its parameters are the learner's own, its ``games``, if it has any, those of the players.
+        make_replay (callable): the replay buffer over the store, when there is something in it, with the games in the
+            order of the players', e.g. ``partial(OfflineAtariReplay, games=games, batch_size=32, n_steps=3)``.
         pace (Pace): how much is played when.
 
     Keyword Args:
@@ -88,6 +100,9 @@ class OnlineReplay:
             raises ends them, and the store stays as it was committed.
 
     Call :meth:`begin` or :meth:`load_state_dict` before anything else.
+
+    Raises:
+        ValueError: if players, store and policy are of other games, or have them in another order.
     """
 
     def __init__(
@@ -104,6 +119,8 @@ class OnlineReplay:
     ) -> None:
         if players.games != growing.games:
             raise ValueError(f"players and store must have the same games, got {players.games} and {growing.games}")
+        if tuple(known := getattr(policy, "games", players.games)) != players.games:
+            raise ValueError(f"the policy must have the players' games in their order, {players.games}, got {known}")
         self.growing, self.players, self.pace = growing, players, pace
         self._make_replay, self._offline = make_replay, offline
         self._unsaved_steps, self._on_tick = unsaved_steps, on_tick
@@ -248,7 +265,14 @@ class OnlineReplay:
 
     def _show(self, shown: _Shown) -> None:
         if self._replay is None:
-            self._replay = self._make_replay(self.growing.store)
+            replay = self._make_replay(self.growing.store)
+            if replay.games != self.players.games:
+                replay.shutdown()
+                raise ValueError(
+                    f"make_replay must be given games={[*self.players.games]}, the players' in their order, got a "
+                    f"replay of {[*replay.games]}"
+                )
+            self._replay = replay
         self._replay.show(shown.recordings, until=self._next_commit(shown.step))
         self._shown.append(shown)
 
@@ -289,7 +313,8 @@ class OnlineReplay:
 
     @property
     def _device(self) -> torch.device:
-        return next(self._acting.parameters()).device
+        parameter = next(self._acting.parameters(), None)
+        return torch.device("cpu") if parameter is None else parameter.device
 
     def _play(self, owed: float, gradient_step: int) -> None:
         while self.num_agent_steps < owed:
