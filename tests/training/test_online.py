@@ -338,14 +338,14 @@ def test_a_policy_of_other_games_or_in_another_order_is_refused(tmp_path, games)
 def test_games_keep_the_order_that_they_are_given(tmp_path):
     """A store lists its games by name, and a replay of it takes that order unless it is given another."""
     games = ["Pong", "Freeway"]
-    replay = short_online(tmp_path, games, RandomPolicy(games), partial(OfflineAtariReplay, batch_size=4))
+    replay = short_online(tmp_path, games, ConstantPolicy(0), partial(OfflineAtariReplay, batch_size=4))
     with pytest.raises(
         ValueError, match=r"make_replay must be given games=\['Pong', 'Freeway'\].*\['Freeway', 'Pong'\]"
     ):
         replay.begin()
     shutil.rmtree(tmp_path / "store")
     make_replay = partial(OfflineAtariReplay, games=games, batch_size=4)
-    replay = short_online(tmp_path, games, RandomPolicy(games), make_replay)
+    replay = short_online(tmp_path, games, ConstantPolicy(0), make_replay)
     replay.begin()
     batch = torch.cat([replay.sample() for _ in range(8)])
     replay.shutdown()
