@@ -428,6 +428,14 @@ def test_runs_that_play_take_no_other_data():
         load_study(find_study("dqn_replay_mini"), store="elsewhere")
 
 
+@pytest.mark.parametrize("name", ["collect", "import", "play", "study", "study of mine"])
+def test_a_store_that_is_called_like_a_way_to_make_one_is_a_store(tmp_path, name):
+    study = load_study(find_study("comparison"), store=name)
+    tasks = plan_study(study, tmp_path)
+    assert {task.kind for task in tasks} == {"train", "evaluate", "report"}
+    assert {task.settings["data"] for task in tasks if task.kind == "train"} == {name}
+
+
 def test_runs_that_play_share_a_store_per_seed(tmp_path):
     study = load_study(find_study("dqn_replay_mini"))
     tasks = {task.name: task for task in plan_study(study, tmp_path)}

@@ -18,6 +18,9 @@ from torchrl_sql.config import ConfigError, configs_dir, list_choices
 STUDY_FILE = "study.yaml"
 """In a study's folder: its resolved :class:`StudyConfig`, and the mark that the folder is a study's."""
 
+_DATA_WORDS = ("collect", "import", "play", "study")
+"""That begin a study's ``data`` where it is no path."""
+
 _OTHER_FOLDERS = ("constant", "launch", "store", "stores", "tasks")
 """Of a study, beside those of its runs."""
 
@@ -137,7 +140,8 @@ def load_study(path: Path, *, scale: str | None = None, store: str | None = None
             content = _at_scale(content, scale)
             if store is not None and content.get("data") == "play":
                 raise ConfigError(f"its runs play their own data, so that none can be given, got data.store={store}")
-            content |= {"data": store} if store is not None else {}
+            if store is not None:  # a path, whatever it is called
+                content["data"] = f"./{store}" if store.partition(" ")[0] in _DATA_WORDS else store
             if "data" not in content:
                 raise ConfigError("data must be given: data.store=STORE")
         study: StudyConfig = _build(StudyConfig, content)
