@@ -131,6 +131,18 @@ def test_a_store_of_before_there_was_a_file_of_labels_is_refused_and_left_as_it_
     assert store.recording("Pong").labels == {}
 
 
+def test_nothing_is_added_before_the_store_is_open_or_of_another_game(tmp_path):
+    store = growing(tmp_path)
+    for use in (lambda: add(store, 0), store.commit, lambda: store.num_episodes):
+        with pytest.raises(RuntimeError, match=r"the store must be opened first: call open\(\)"):
+            use()
+    store.open()
+    frames, zeros = np.zeros((1, 84, 84), np.uint8), np.zeros(1, int)
+    with pytest.raises(ValueError, match=r"game must be one of the store's \(.*Pong.*\), got 'Qbert'"):
+        store.add("Qbert", frames, zeros, zeros, terminated=True, labels={"step": 0})
+    store.close()
+
+
 def test_labels_must_be_those_of_the_store(tmp_path):
     store = growing(tmp_path)
     store.open()
@@ -310,6 +322,8 @@ def test_only_what_a_start_may_have_left_is_dropped(tmp_path):
     before = contents(tmp_path)
     with pytest.raises(ValueError, match=r"Freeway holds \d+ transitions, to step 3, of a run whose checkpoints"):
         growing(tmp_path).open(dropping={"step": 3})
+    with pytest.raises(ValueError, match=r"dropping must name labels \(step\), got 'steps'"):
+        growing(tmp_path).open(dropping={"steps": 3})
     assert contents(tmp_path) == before
     store.open(dropping={"step": 4})
     assert store.store.recording("Freeway").num_episodes == 0

@@ -128,7 +128,11 @@ GOOD = {"frames": np.zeros((3, 84, 84), np.uint8), "actions": [0, 1, 2], "reward
         ({"rewards": [0.0, np.nan, 0.0]}, r"rewards must be finite, got nan"),
         ({"rewards": [0.0, np.inf, 0.0]}, r"rewards must be finite, got inf"),
         ({"terminated": 1}, r"terminated must be a bool, got 1"),
+        ({"cut": "no", "terminated": False}, r"cut must be a bool, got 'no'"),
         ({"behaviour": 1}, r"behaviour must lie in 0..0, got 1"),
+        ({"behaviour": 0.7}, r"behaviour must be an integer, got 0.7"),
+        ({"behaviour": "agent"}, r"behaviour must be an integer, got 'agent'"),
+        ({"num_later": 0.5}, r"num_later must be an integer, got 0.5"),
     ],
 )
 def test_bad_episodes_are_refused_whole(store, change, message):

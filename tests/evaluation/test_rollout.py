@@ -179,5 +179,8 @@ def test_policies_of_other_actions_are_refused(policy, message):
 def test_bad_settings_are_refused_before_playing():
     with pytest.raises(ValueError, match=r"epsilon must be in \[0, 1\], got 2"):
         next(rollout(RandomPolicy(["Pong"]), ["Pong"], [("Pong", 0)], epsilon=2))
+    for name in ("num_parallel", "rows_per_forward"):
+        with pytest.raises(ValueError, match=f"{name} must be at least 1, got -1"):
+            next(rollout(RandomPolicy(["Pong"]), ["Pong"], [("Pong", 0)], **{name: -1}))
     with pytest.raises(ValueError, match=r"policy's games \(Pong\) or variations of them, got Breakout"):
         next(rollout(RandomPolicy(["Pong"]), ["Pong"], [("Breakout", 0)]))

@@ -74,6 +74,11 @@ def test_blocks_start_as_their_shortcuts_with_a_last_norm_scale_of_zero(name):
     assert blocks[0].residual[1].weight.eq(1).all() and blocks[0].residual[-1].weight.requires_grad
 
 
+def test_a_network_too_narrow_to_be_normalized_is_refused():
+    with pytest.raises(ValueError, match="normalized layers must have at least 4 channels, got 2: give a larger width"):
+        SmallResNet(width=2)
+
+
 def test_a_module_is_an_encoder():
     stem = SmallResNet()[:3]
     network = make_q_actor(2, encoder=stem, num_embeddings=1, num_atoms=5).module[0].module

@@ -252,6 +252,7 @@ def test_bf16_autocast_gives_float32_log_probabilities():
         ({"value_prior_std": math.nan}, "value_prior_std must be in .*got nan"),
         ({"value_prior_std": 1.0, "num_atoms": None}, "value_prior_std needs atoms"),
         ({"mask_illegal_actions": True}, "games given by name"),
+        ({"input_mean": torch.zeros(3, 84, 84, dtype=torch.uint8)}, r"input_mean must be floats in \[0, 1\], got"),
         ({"input_mean": torch.zeros(2, 84, 84)}, r"input_mean must have shape \(3, 84, 84\)"),
     ],
 )

@@ -562,6 +562,18 @@ def test_casting_the_networks_leaves_the_problem_as_it_is(dtype, target):
 # TorchRL's contracts: what its own tests of DQNLoss and DiscreteCQLLoss ask ------------------------------------------
 
 
+def test_whole_numbers_can_be_scheduled_too(make_actor):
+    """They would be buffers of integers, in which 0.5 becomes 0."""
+    loss = make_loss(make_actor(), gamma=1, cql_alpha=0)
+    loss.gamma, loss.cql_alpha = 0.5, 0.25
+    assert (loss.gamma.item(), loss.cql_alpha.item()) == (0.5, 0.25)
+    loss.make_value_estimator(gamma=0.75)
+    assert loss.gamma.item() == 0.75
+    other = make_loss(make_actor(), gamma=1, cql_alpha=1)
+    other.load_state_dict(loss.state_dict())
+    assert (other.gamma.item(), other.cql_alpha.item()) == (0.75, 0.25)
+
+
 def test_value_estimator_sets_gamma_and_others_are_refused_by_name(make_actor):
     loss = make_loss(make_actor())
     assert loss.default_value_estimator is ValueEstimators.TD0

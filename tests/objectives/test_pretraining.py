@@ -100,6 +100,17 @@ def test_the_error_is_the_mean_square_over_all_pixels():
     assert paint(0.0, FRAMES)[1]["loss_mae"].item() == 0.75
 
 
+def test_a_reconstruction_of_another_shape_is_refused():
+    network = TensorDictModule(
+        lambda frames: (frames[:, :1] / 255, frames / 255),
+        in_keys=["observation"],
+        out_keys=["reconstruction", "target"],
+    )
+    batch = TensorDict(observation=torch.zeros(2, 4, 84, 84, dtype=torch.uint8), batch_size=2)
+    with pytest.raises(ValueError, match=r"reconstruction must have the target's shape, \[2, 4, 84, 84\], got"):
+        MaskedAutoencodingLoss(network)(batch)
+
+
 def test_painting_the_mean_leaves_all_variance_unexplained():
     _, result = paint(0.75, FRAMES)
     assert result["unexplained"].item() == pytest.approx(1.0)  # mean 3/4, variance 3/16

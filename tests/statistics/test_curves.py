@@ -18,6 +18,11 @@ def runs(values, games=("Breakout",)):
     )
 
 
+def test_room_for_more_episodes_changes_nothing():
+    narrow, wide = runs([[[1.0, 2.0]]]), runs([[[3.0, 5.0, np.nan]]])
+    np.testing.assert_allclose(area_under_curve({0: narrow, 10: wide}).values, [[[2.0, 3.5]]])
+
+
 def test_the_area_is_the_mean_over_the_span_by_hand():
     """Steps 100, 200 and 400: weights 1/6, 1/2 and 1/3. Two seeds with two episodes each."""
     curve = {

@@ -25,6 +25,12 @@ def runs_of(values, counts=None):
 # Numbers computed by hand
 
 
+@pytest.mark.parametrize("name", I.AGGREGATES)
+def test_an_aggregate_of_what_is_not_known_is_not_known(name):
+    scores = np.array([[1.0, 2.0, 3.0, np.nan], [1.0, 2.0, 3.0, 4.0]])
+    assert np.isnan(I.AGGREGATES[name](scores)).tolist() == [True, False]
+
+
 def test_aggregates_are_means_of_per_seed_aggregates_with_students_interval():
     scores = [[[0.0], [1.0], [2.0], [9.0]], [[0.4], [0.8], [1.2], [3.0]]]
     found = I.aggregates(runs_of(scores))

@@ -44,6 +44,16 @@ def test_returns_that_are_no_numbers_or_missing_are_refused():
         S.RunReturns(values=np.array([[[np.nan], [1.0]]]), counts=np.array([[0, 1]]), **fields)
     with pytest.raises(ValueError, match=r"got \(1, 2, 1\) and \(2, 1\)"):
         S.RunReturns(values=np.ones((1, 2, 1)), counts=np.ones((2, 1), dtype=int), **fields)
+    with pytest.raises(ValueError, match="counts must be at most the 1 values, got 9"):
+        S.RunReturns(values=np.ones((1, 2, 1)), counts=np.array([[1, 9]]), **fields)
+
+
+def test_a_seed_counts_once_and_what_is_not_trained_has_none():
+    values, counts = np.ones((2, 1, 1)), np.ones((2, 1), dtype=int)
+    with pytest.raises(ValueError, match=r"seeds must be different, got \(0, 0\)"):
+        S.RunReturns(games=("Pong",), seeds=(0, 0), values=values, counts=counts)
+    with pytest.raises(ValueError, match=r"what is not trained has one row of episodes, got 2"):
+        S.RunReturns(games=("Pong",), seeds=(0, 1), values=values, counts=counts, trained=False)
 
 
 def test_published_scores_are_complete_and_shipped():

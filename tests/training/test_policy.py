@@ -65,7 +65,7 @@ def test_a_compact_policy_is_small_and_acts_with_rounded_weights(make_config, tm
 def test_any_checkpoint_can_be_exported(make_config, tmp_path):
     folder = train(make_config())
     older = list_checkpoints(folder / "checkpoints")[0]
-    export_policy(older, tmp_path / "older.safetensors")
+    export_policy(str(older), str(tmp_path / "older.safetensors"))
     assert (tmp_path / "older.safetensors").stat().st_mode == older.stat().st_mode
     policy = torchrl_sql.load_policy(str(tmp_path / "older.safetensors"))
     weights = load_agent(older).network.state_dict()

@@ -94,6 +94,33 @@ def test_update_is_sgd_on_the_sum_of_losses():
     assert metrics["objective"].item() == pytest.approx((losses["loss_qvalue"] + losses["loss_cql"]).item())
 
 
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"precision": "bfloat16"}, "precision must be one of 'fp32', 'bf16', got 'bfloat16'"),
+        ({"microbatch_size": 0}, "microbatch_size must be at least 1, got 0"),
+        ({"max_grad_norm": -1.0}, r"max_grad_norm must be in \(0, inf\), got -1.0"),
+        ({"max_grad_norm": float("nan")}, r"max_grad_norm must be in \(0, inf\), got nan"),
+        ({"target_update_interval": 0}, "target_update_interval must be at least 1, got 0"),
+    ],
+)
+def test_settings_that_cannot_be_trained_with_are_refused(setting, message):
+    with pytest.raises(ValueError, match=message):
+        make_trainer(**setting)
+
+
+def test_losses_that_are_no_means_or_have_no_entries_are_refused():
+    trainer = make_trainer()
+    with pytest.raises(ValueError, match="log_interval must be at least 1, got 0"):
+        next(trainer.train(1, log_interval=0))
+    trainer.loss.reduction = "sum"
+    with pytest.raises(ValueError, match=r"the loss must have reduction='mean', .*, got 'sum'"):
+        Trainer(trainer.loss, trainer.replay, trainer.optimizer)
+    nothing = Trainer(trainer.loss.value_network, trainer.replay, trainer.optimizer)
+    with pytest.raises(ValueError, match=r"the loss must have entries loss_\*, got \["):
+        nothing.update(make_batch(0))
+
+
 def test_target_is_copied_at_exactly_every_interval():
     trainer = make_trainer(target_update_interval=3)
     history = []

@@ -78,6 +78,8 @@ class GrowingStore:
                 earlier state is lost. Nothing is changed then.
             BlockingIOError: if another process writes them.
         """
+        if unknown := {*(dropping or {})} - {*self._labels}:
+            raise ValueError(f"dropping must name labels ({', '.join(self._labels)}), got {min(unknown)!r}")
         if manifests is None:
             self.store = FrameStore.create(self._path, shard_frames=self._shard_frames, exist_ok=True)
         else:
@@ -106,6 +108,10 @@ class GrowingStore:
                 game, source=self._source, behaviours=["agent"], labels=self._labels, metadata=self._about
             )
             self._num_committed.pop(game, None)
+
+    def _check_open(self) -> None:
+        if not self._writers:
+            raise RuntimeError("the store must be opened first: call open()")
 
     def _check(self, folder: Path) -> Recording | None:
         """The recording in a folder, which must be this run's, and the only one of its game."""
@@ -143,13 +149,19 @@ class GrowingStore:
 
         Raises:
             OSError: if the disk is full.
+            RuntimeError: before :meth:`open`.
+            ValueError: for a game that is not the store's.
         """
+        self._check_open()
+        if game not in self._writers:
+            raise ValueError(f"game must be one of the store's ({', '.join(self.games)}), got {game!r}")
         with _saying_what_stays(self):
             self._writers[game].add_episode(frames, actions, rewards, terminated, labels=labels)
 
     @property
     def num_episodes(self) -> int:
         """Of the game that has the fewest, published or not."""
+        self._check_open()
         return min(writer.num_episodes for writer in self._writers.values())
 
     def commit(self) -> list[Recording]:
@@ -158,6 +170,7 @@ class GrowingStore:
         Raises:
             OSError: if the disk is full; what was committed before stays.
         """
+        self._check_open()
         with _saying_what_stays(self):
             for game, writer in self._writers.items():
                 # The first commit also removes what an earlier start left behind the state that was taken back.

@@ -9,6 +9,7 @@ import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
+from numbers import Integral
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Literal
@@ -189,8 +190,12 @@ class RecordingWriter:
         if not allowed.all():
             kind = "within [-1, 1] (this recording's rewards are clipped)" if limit == 1.0 else "finite"
             raise ValueError(f"rewards must be {kind}, got {rewards[~allowed][0]}")
-        if not isinstance(terminated, (bool, np.bool_)):
-            raise ValueError(f"terminated must be a bool, got {terminated!r}")
+        for name, flag in (("terminated", terminated), ("cut", cut)):
+            if not isinstance(flag, (bool, np.bool_)):
+                raise ValueError(f"{name} must be a bool, got {flag!r}")
+        for name, number in (("behaviour", behaviour), ("num_later", num_later)):
+            if not isinstance(number, Integral):
+                raise ValueError(f"{name} must be an integer, got {number!r}")
         if cut and terminated:
             raise ValueError("an episode that terminated is not cut: got cut=True with terminated=True")
         if not 0 <= behaviour < len(self._manifest.behaviours):

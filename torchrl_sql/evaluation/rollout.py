@@ -18,6 +18,7 @@ import torch
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModuleBase
 
+from torchrl_sql.arguments import check_count
 from torchrl_sql.envs import Emulator
 from torchrl_sql.envs.atari import DEFAULT_EMULATOR
 from torchrl_sql.envs.context import Context, first_context, next_context
@@ -168,8 +169,12 @@ def rollout(
         on_decision (callable): is called before each forward; what it raises ends the rollout.
 
     Raises:
-        ValueError: for a game that the policy does not know, a bad probability, or a policy of another action set.
+        TypeError, ValueError: for a game that the policy does not know, a bad probability or number, or a policy of
+            another action set.
     """
+    for name, number in (("num_parallel", num_parallel), ("rows_per_forward", rows_per_forward)):
+        if number is not None:
+            check_count(name, number)
     for game, _ in episodes:
         if place_of(game, games) is None:
             raise ValueError(

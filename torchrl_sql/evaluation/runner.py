@@ -38,7 +38,7 @@ def evaluate(
     agent: AgentId | None = None,
     policy_games: Sequence[str] | None = None,
     gamma: float | None = None,
-    folder: Path | None = None,
+    folder: Path | str | None = None,
     share: Share = WHOLE,
     recorded: Collection[tuple[str, int]] = (),
     on_recorded: Callable[[Rollout], None] = lambda rollout: None,
@@ -67,8 +67,8 @@ def evaluate(
             played as its game.
         gamma (float, optional): discount of training, if the policy writes Q-values as ``action_value`` ``[B, 18]``:
             they are recorded beside the realised returns, see :class:`CalibrationPoint`.
-        folder (Path, optional): where ``scores.csv`` (and, with ``gamma``, ``calibration.csv``) are: episodes they
-            hold are not played again, each finished one is added at once, rows of other agents stay. Versions and
+        folder (Path or str, optional): where ``scores.csv`` (and, with ``gamma``, ``calibration.csv``) are: episodes
+            they hold are not played again, each finished one is added at once, rows of other agents stay. Versions and
             machine are added to ``evaluation_versions.json``.
         share (Share): play only this share of the episodes, and write it to its own part of the tables.
         recorded (collection of (str, int)): games and numbers of episodes that are recorded, played again if they are
@@ -105,7 +105,7 @@ def evaluate(
         tables = None
         finished: dict[tuple[str, int], EpisodeResult] = {}
         if folder is not None:
-            tables = _Tables(stack, folder, share, with_calibration=gamma is not None)
+            tables = _Tables(stack, Path(folder), share, with_calibration=gamma is not None)
             finished = {(row.game, row.episode): row for row in tables.rows_of(agent, protocol)}
         missing = [key for key in episodes if key not in finished or key in recorded]
         if tables is not None and missing:

@@ -31,6 +31,8 @@ class _Trunk(nn.Sequential):
 
 def _group_norm(channels: int, num_groups: int) -> GroupNorm:
     # At least four channels per group: fewer make the statistics of a late, small map (3x3) a handful of numbers.
+    if channels < 4:
+        raise ValueError(f"normalized layers must have at least 4 channels, got {channels}: give a larger width")
     return GroupNorm(min(num_groups, channels // 4), channels)
 
 

@@ -111,6 +111,8 @@ class MultiGameQNetwork(nn.Module):
         mean_shape = (num_games, *self.input_shape[1:])
         _check_shape("initial_bias", initial_bias, (num_atoms or 1,))
         _check_shape("input_mean", input_mean, mean_shape)
+        if input_mean is not None and not input_mean.is_floating_point():
+            raise TypeError(f"input_mean must be floats in [0, 1], got {input_mean.dtype}")
         _check_shape("legal_actions", legal_actions, (num_games, num_actions))
         self.encoder = encoder
         feature_map = probe_map(encoder, self.input_shape)

@@ -191,8 +191,8 @@ class DistributionalCQLLoss(LossModule):
             raise ValueError(f"target={target!r} needs {expected}, got {type(value_network).__name__}")
         if double_q and not delay_value:
             raise ValueError("double_q=True needs delay_value=True: without target parameters both networks are one")
-        self.register_buffer("gamma", torch.tensor(gamma))
-        self.register_buffer("cql_alpha", torch.tensor(cql_alpha))
+        self.register_buffer("gamma", torch.tensor(float(gamma)))
+        self.register_buffer("cql_alpha", torch.tensor(float(cql_alpha)))
         self.register_buffer("support", None)
         if isinstance(value_network, DistributionalQValueActor):
             check_support(value_network.support)

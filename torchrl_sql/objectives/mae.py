@@ -72,6 +72,10 @@ class MaskedAutoencodingLoss(LossModule):
         with self.actor_network_params.to_module(self.actor_network, preserve_module_state=False):
             self.actor_network(inputs)
         target = inputs[keys.target].detach()
+        if (found := inputs[keys.reconstruction].shape) != target.shape:
+            raise ValueError(
+                f"{keys.reconstruction} must have the target's shape, {list(target.shape)}, got {list(found)}"
+            )
         error = (inputs[keys.reconstruction] - target).square().flatten(1).mean(-1)
         variance = target.var(correction=0).clamp_min(1e-12)
         out = TensorDict(

@@ -30,8 +30,9 @@ def area_under_curve(curve: Mapping[int, RunReturns]) -> RunReturns:
         raise ValueError(f"a curve must have the same seeds and games at two steps or more, got {have}")
     widths = np.diff(np.array(steps, dtype=np.float64)) / (steps[-1] - steps[0])
     weights = (np.append(widths, 0.0) + np.insert(widths, 0, 0.0)) / 2
-    if all((each.counts == runs[0].counts.flat[0]).all() for each in runs):
-        values = np.tensordot(weights, np.stack([each.values for each in runs]), 1)
+    count = runs[0].counts.flat[0]
+    if all((each.counts == count).all() for each in runs):
+        values = np.tensordot(weights, np.stack([each.values[..., :count] for each in runs]), 1)
     else:
         values = np.tensordot(weights, np.stack([each.run_scores() for each in runs]), 1)[..., None]
     return replace(runs[-1], values=values, counts=np.full(values.shape[:2], values.shape[-1]))

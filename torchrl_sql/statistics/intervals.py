@@ -49,10 +49,14 @@ class Interval(NamedTuple):
 
 
 def interquartile_mean(scores: Array) -> Array:
-    """Mean of the middle half of each row, ``[..., G] -> [...]``: a quarter, rounded down, is dropped at either end."""
-    ordered = np.sort(scores, axis=-1)
+    """Mean of the middle half of each row, ``[..., G] -> [...]``: a quarter, rounded down, is dropped at either end.
+
+    NaN for a row with a NaN.
+    """
+    ordered = np.sort(scores, axis=-1)  # NaN last
     cut = ordered.shape[-1] // 4
-    return ordered[..., cut : ordered.shape[-1] - cut].mean(-1)
+    middle = ordered[..., cut : ordered.shape[-1] - cut].mean(-1)
+    return np.where(np.isnan(ordered[..., -1]), np.nan, middle)
 
 
 AGGREGATES: dict[str, Callable[[Array], Array]] = {

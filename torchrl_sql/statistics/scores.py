@@ -71,13 +71,14 @@ class RunReturns:
 
     Attributes:
         games (tuple of str): ``G`` names.
-        seeds (tuple of int): ``S`` training seeds, ascending.
+        seeds (tuple of int): ``S`` different training seeds.
         values (array): ``[S, G, E]`` float64, finite; entries past a run's count are NaN.
         counts (array): ``[S, G]`` int64, episodes of each run, at least 1.
         trained (bool): whether there are training seeds. Random play, say, has none: its one row is no seed.
 
     Raises:
-        ValueError: if shapes, counts and values do not fit together, or a run is empty or has a return that is NaN.
+        ValueError: if shapes, counts and values do not fit together, a run is empty or has a return that is NaN, a seed
+            comes twice, or there are several of what is not trained.
     """
 
     games: tuple[str, ...]
@@ -93,6 +94,12 @@ class RunReturns:
                 f"values must be [S, G, E] and counts [S, G] for (S, G) = {shape}, at least one each, "
                 f"got {self.values.shape} and {self.counts.shape}"
             )
+        if len({*self.seeds}) < len(self.seeds):
+            raise ValueError(f"seeds must be different, got {self.seeds}")
+        if not self.trained and len(self.seeds) > 1:
+            raise ValueError(f"what is not trained has one row of episodes, got {len(self.seeds)}: {self.seeds}")
+        if self.counts.max() > self.values.shape[-1]:
+            raise ValueError(f"counts must be at most the {self.values.shape[-1]} values, got {self.counts.max()}")
         used = np.arange(self.values.shape[-1]) < self.counts[..., None]
         if not np.array_equal(np.isfinite(self.values), used) or self.counts.min() < 1:
             s, g = np.argwhere((np.isfinite(self.values) != used).any(-1) | (self.counts < 1))[0]

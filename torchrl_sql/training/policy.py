@@ -32,12 +32,13 @@ POLICY_FILE = "policy.safetensors"
 _POLICY_FORMAT = "torchrl_sql policy 3"
 
 
-def find_checkpoint(path: Path) -> Path:
+def find_checkpoint(path: Path | str) -> Path:
     """A checkpoint file itself, or the newest one of a run's folder.
 
     Raises:
         FileNotFoundError: if there is none.
     """
+    path = Path(path)
     if path.is_file():
         return path
     checkpoints = list_checkpoints(path / "checkpoints")
@@ -82,7 +83,7 @@ def load_agent(path: Path) -> Trained:
     return Trained(network.eval(), config, gradient_step)
 
 
-def export_policy(checkpoint: Path, path: Path, *, compact: bool = False) -> None:
+def export_policy(checkpoint: Path | str, path: Path | str, *, compact: bool = False) -> None:
     """Write the online network of a checkpoint as one safetensors file for :func:`load_policy`.
 
     Its metadata are ``format``, ``config`` (the run's configuration as YAML), ``games`` (their names separated by
@@ -90,8 +91,8 @@ def export_policy(checkpoint: Path, path: Path, *, compact: bool = False) -> Non
     others and the weights.
 
     Args:
-        checkpoint (Path): a checkpoint, or a run's folder (its newest checkpoint is taken).
-        path (Path): the file to write, in one move.
+        checkpoint (Path or str): a checkpoint, or a run's folder (its newest checkpoint is taken).
+        path (Path or str): the file to write, in one move.
 
     Keyword Args:
         compact (bool): parameters in float16, and of the heads of a Q-network only the rows of legal actions, for files
@@ -101,7 +102,7 @@ def export_policy(checkpoint: Path, path: Path, *, compact: bool = False) -> Non
         CheckpointError: if the checkpoint is damaged.
         OSError: if the file cannot be written; nothing is left of it.
     """
-    checkpoint = find_checkpoint(checkpoint)
+    checkpoint, path = find_checkpoint(checkpoint), Path(path)
     network, config, gradient_step = load_agent(checkpoint)
     metadata = {
         "format": _POLICY_FORMAT,

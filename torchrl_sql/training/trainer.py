@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torchrl.objectives import LossModule, TargetNetUpdater
 
+from torchrl_sql.arguments import check_choice, check_count, check_number
 from torchrl_sql.training.data_wait import DataWait
 from torchrl_sql.training.parallel import LossCall, SingleProcess
 from torchrl_sql.training.ranks import Ranks
@@ -96,6 +97,10 @@ class Trainer:
 
     Attributes:
         step (int): gradient steps taken.
+
+    Raises:
+        TypeError, ValueError: for numbers out of range, another precision, or a loss that is not reduced to the mean
+            of its batch.
     """
 
     def __init__(
@@ -115,6 +120,14 @@ class Trainer:
         graph: bool = False,
         probe: Callable[[TensorDictBase], Mapping[str, Tensor]] | None = None,
     ):
+        if (reduction := getattr(loss, "reduction", "mean")) != "mean":
+            raise ValueError(f"the loss must have reduction='mean', for (micro)batches are averaged, got {reduction!r}")
+        check_count("target_update_interval", target_update_interval)
+        if max_grad_norm is not None:
+            check_number("max_grad_norm", max_grad_norm, 0, above=True)
+        if microbatch_size is not None:
+            check_count("microbatch_size", microbatch_size)
+        check_choice("precision", precision, ("fp32", "bf16"))
         self.loss = loss
         self.replay = replay
         self.optimizer = optimizer
@@ -223,7 +236,10 @@ class Trainer:
         for index, microbatch in enumerate(microbatches, start=1):
             with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16"):
                 losses = self._call(microbatch, exchange=index == len(microbatches))
-            objective = sum(value for key, value in losses.items() if key.startswith("loss_"))
+            parts = [value for key, value in losses.items() if key.startswith("loss_")]
+            if not parts:
+                raise ValueError(f"the loss must have entries loss_*, got {sorted(losses.keys())}")
+            objective = sum(parts)
             # An objective that is not finite breaks its gradient, if it does not do so itself, on every rank.
             factor = torch.where(objective.isfinite(), 1.0, torch.nan)
             (objective / len(microbatches)).backward(factor)
@@ -266,6 +282,7 @@ class Trainer:
             NonFiniteError: if the objective or its gradient was not finite since the last result or target update. With
                 a fused optimizer weights, moments and target are then those before that step.
         """
+        check_count("log_interval", log_interval)
         self._data_wait.take_seconds()
         self._interval.num_timed_samples, self._interval.started = 0, time.perf_counter()
         num_checked = self.step + _NUM_CHECKED_STEPS
