@@ -116,6 +116,9 @@ def test_losses_that_are_no_means_or_have_no_entries_are_refused():
     trainer.loss.reduction = "sum"
     with pytest.raises(ValueError, match=r"the loss must have reduction='mean', .*, got 'sum'"):
         Trainer(trainer.loss, trainer.replay, trainer.optimizer)
+    trainer.loss.reduction, trainer.loss.keep = "mean", ["features"]
+    with pytest.raises(ValueError, match=r"the loss must give scalars, got keep=\['features'\]"):
+        Trainer(trainer.loss, trainer.replay, trainer.optimizer)
     nothing = Trainer(trainer.loss.value_network, trainer.replay, trainer.optimizer)
     with pytest.raises(ValueError, match=r"the loss must have entries loss_\*, got \["):
         nothing.update(make_batch(0))

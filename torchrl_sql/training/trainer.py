@@ -87,7 +87,8 @@ class Trainer:
             already. Default: this process alone, on the device of the optimizer's parameters.
         call (LossCall, optional): how the loss is called; default :class:`SingleProcess`, not compiled.
         microbatch_size (int, optional): transitions of a forward and backward pass; the gradients of a batch add up
-            to its mean. Default: the whole batch that the replay buffer delivers at once.
+            to its mean, with priority weights to the mean of the microbatches' own weighted means. Default: the whole
+            batch that the replay buffer delivers at once.
         precision ("fp32" or "bf16"): ``"bf16"`` runs the loss under autocast.
         graph (bool): record the step and replay it, see :class:`~torchrl_sql.training.recorded.Recorded`: from batch to
             weights with one process, with several in two parts around the exchange, for which ``call`` must wait. All
@@ -122,6 +123,8 @@ class Trainer:
     ):
         if (reduction := getattr(loss, "reduction", "mean")) != "mean":
             raise ValueError(f"the loss must have reduction='mean', for (micro)batches are averaged, got {reduction!r}")
+        if kept := getattr(loss, "keep", ()):
+            raise ValueError(f"the loss must give scalars, got keep={kept}: use those in a loss around it")
         check_count("target_update_interval", target_update_interval)
         if max_grad_norm is not None:
             check_number("max_grad_norm", max_grad_norm, 0, above=True)
